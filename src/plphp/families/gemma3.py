@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma 3: a fixed number of tokens per image or crop, seen bidirectionally; most layers slide."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import PretrainedConfig
+
+from plphp.families._segments import in_prompt_order, token_ids
+from plphp.families.base import Family, Inputs, VisionSegment
+
+
+def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
+    pixel_values = inputs.get("pixel_values")
+    side = math.isqrt(config.mm_tokens_per_image)
+    image = VisionSegment(side * side, (1, side, side))
+    count = 0 if pixel_values is None else len(pixel_values)
+    return in_prompt_order(inputs, {config.image_token_id: [image] * count})
+
+
+FAMILY = Family(
+    name="gemma3",
+    model_types=("gemma3",),
+    vision_token_ids=token_ids("image_token_id"),
+    segments=_segments,
+    notes=(
+        "Five of six layers have a sliding window and are never pruned. Tokens of an image see the whole "
+        "image (token_type_ids), also what stands after them."
+    ),
+)

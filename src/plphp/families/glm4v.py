@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLM-4.1V and GLM-4.5V: image and video frames share one placeholder id."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from plphp.families._segments import grid_segments, in_prompt_order, token_ids
+from plphp.families.base import Family, Inputs, VisionSegment
+
+
+def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
+    merge = config.vision_config.spatial_merge_size
+    images = grid_segments(inputs.get("image_grid_thw"), merge)
+    videos = grid_segments(inputs.get("video_grid_thw"), merge, "video")
+    if images and videos:
+        return None  # one placeholder id for both: their order is in mm_token_type_ids only
+    return in_prompt_order(inputs, {config.image_token_id: images or videos})
+
+
+FAMILY = Family(
+    name="glm4v",
+    model_types=("glm4v", "glm4v_moe"),
+    # video_token_id marks a video in the text and is never in input_ids: frames are written with image tokens
+    vision_token_ids=token_ids("image_token_id"),
+    segments=_segments,
+    notes="Positions are three-dimensional and offset by rope_deltas, which the model keeps between turns.",
+)
