@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model carries while plphp is in use, counted by leases: the attention name and the ``generate`` wrapper.
+
+Nothing is patched at import and nothing is global. The last lease to end leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .attention import PREFIX, register
+from .errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from .registry import family_of
+
+if TYPE_CHECKING:
+    from .session import Session
+
+ATTRIBUTE = "_plphp_attachment"
+_lock = threading.RLock()
+
+
+class Attachment:
+    """The changes to one model, and the sessions that are open on it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+        self._leases = 0
+        self._sessions: list[tuple[int, Session]] = []
+        self._originals: list[tuple[PretrainedConfig, str]] = []
+        self.applied: Session | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model.
+
+        Raises
+        ------
+        CacheStateError
+            If it was freed.
+        """
+        model = self._model()
+        if model is None:
+            raise CacheStateError("The model of this PrunedCache was freed.")
+        return model
+
+    @property
+    def active(self) -> bool:
+        """Whether the model carries the changes now."""
+        return self._leases > 0
+
+    def retain(self) -> None:
+        """Count one more lease; the first one changes the model."""
+        with _lock:
+            if self._leases == 0:
+                self._attach()
+            self._leases += 1
+
+    def release(self) -> None:
+        """Count one lease less; the last one restores the model."""
+        with _lock:
+            self._leases -= 1
+            if self._leases == 0:
+                self._detach()
+
+    def open(self, session: Session) -> None:
+        """Let ``generate`` make pruned caches with the session's config."""
+        with _lock:
+            self._sessions.append((threading.get_ident(), session))
+
+    def close(self, session: Session) -> None:
+        """Forget a session."""
+        with _lock:
+            self._sessions = [entry for entry in self._sessions if entry[1] is not session]
+
+    def current_session(self) -> Session | None:
+        """The innermost session of this thread, or of any thread where this one has none.
+
+        A streamer runs ``generate`` in a thread of its own, inside the session of another.
+        """
+        with _lock:
+            mine = [session for thread, session in self._sessions if thread == threading.get_ident()]
+            return (mine or [session for _, session in self._sessions] or [None])[-1]
+
+    def _attach(self) -> None:
+        model = self.model
+        names = [(config, register(config._attn_implementation)) for config in _text_configs(model)]
+        self._originals = [(config, config._attn_implementation) for config, _ in names]
+        for config, name in names:
+            config._attn_implementation = name
+        model.__dict__[ATTRIBUTE] = self
+        for name, wrapper in (("generate", _generate), ("generate_batch", _refuse_batch)):
+            if hasattr(model, name):
+                _wrap(model, name, wrapper)
+
+    def _detach(self) -> None:
+        model = self._model()
+        for config, name in self._originals:
+            if (config._attn_implementation or "").startswith(PREFIX):
+                config._attn_implementation = name
+        self._originals = []
+        if model is not None:
+            for name in ("generate", "generate_batch"):
+                original = getattr(model.__dict__.get(name), "plphp_original", None)
+                if original is not None:
+                    _unwrap(model, name, original)
+            model.__dict__.pop(ATTRIBUTE, None)
+
+
+class Lease:
+    """Keeps a model attached as long as it lives, or until `end`."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        attachment.retain()
+        self._finalizer = weakref.finalize(self, attachment.release)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Lease:
+        """Attach a model, or join those that have.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it is not a model that plphp can prune.
+        UnsupportedFeatureError
+            If its attention implementation is not supported.
+        """
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModelError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}.")
+        family_of(model.config)
+        with _lock:
+            return cls(model.__dict__.get(ATTRIBUTE) or Attachment(model))
+
+    def end(self) -> None:
+        """Release now."""
+        self._finalizer()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+        return Lease(self.attachment)
+
+
+def _text_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """The distinct config objects that the text layers and their masks read."""
+    decoder = model.get_decoder()
+    text_config = model.config.get_text_config(decoder=True)
+    if decoder is None or decoder is model or text_config is model.config:
+        raise UnsupportedModelError(f"{type(model).__name__} has no text model with a config of its own.")
+    found = [text_config]
+    for module in decoder.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig) and not any(config is other for other in found):
+            found.append(config)
+    return found
+
+
+def _wrap(model: PreTrainedModel, name: str, wrapper: Callable[..., Any]) -> None:
+    bound = getattr(model, name)
+    before = model.__dict__.get(name)
+    reference = weakref.ref(model)
+
+    @functools.wraps(bound)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        owner = reference()
+        assert owner is not None
+        # The instance attribute shadows the method of the class; without one, bind anew to keep no cycle alive.
+        original = before if before is not None else getattr(type(owner), name).__get__(owner)
+        return wrapper(owner.__dict__[ATTRIBUTE], original, *args, **kwargs)
+
+    # Shown to callers that inspect it; a reference to the bound method itself would keep the model in a cycle.
+    del wrapped.__wrapped__
+    wrapped.__signature__ = inspect.signature(bound)  # type: ignore[attr-defined]
+    wrapped.plphp_original = before or _NOTHING  # type: ignore[attr-defined]
+    model.__dict__[name] = wrapped
+
+
+_NOTHING = object()
+
+
+def _unwrap(model: PreTrainedModel, name: str, original: Any) -> None:
+    if original is _NOTHING:
+        del model.__dict__[name]
+    else:
+        model.__dict__[name] = original
+
+
+def _generate(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # The only import against the one-way flow: the wrapper is put on here and does its work in the last module.
+    from .generation import generate
+
+    return generate(attachment, original, *args, **kwargs)
+
+
+def _refuse_batch(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if attachment.current_session() is None:
+        return original(*args, **kwargs)
+    raise UnsupportedFeatureError(
+        "plphp does not prune continuous batching (generate_batch): its paged cache has one block table for all "
+        "layers. Call generate, or leave the plphp session."
+    )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function that plphp registers with transformers: the one place where the flow meets the models.
+
+With a `PrunedCache` it attends, then lets the cache score, allocate, select and compact. With any other cache it
+is the attention that the model had before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import UnsupportedFeatureError, UnsupportedModelError
+from .kernels import decode_attention
+
+PREFIX = "plphp_"
+SUPPORTED_BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+UNSUPPORTED_TERMS = ("softcap", "s_aux", "position_bias", "cache")
+"""Keyword arguments that change the softmax or the keys, so that scores without them would be wrong."""
+
+Result = tuple[Tensor, Tensor | None]
+
+
+def register(base: str) -> str:
+    """Register plphp's attention on top of one of transformers' and return its name.
+
+    Parameters
+    ----------
+    base : str
+        Name of the attention that the model uses, for example ``"sdpa"``.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If the attention is one that plphp cannot stand in for.
+    """
+    if base not in SUPPORTED_BASES:
+        raise UnsupportedFeatureError(
+            f"plphp works on top of the attention implementations {', '.join(SUPPORTED_BASES)}, and this model uses "
+            f"{base!r}: call model.set_attn_implementation('sdpa') first."
+        )
+    name = PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _attention_over(base))
+        # Without a mask function of the same name, transformers silently drops the padding mask.
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _attention_over(base: str) -> Callable[..., Result]:
+    """Make the attention function that stands in for ``base``."""
+
+    def plphp_attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Result:
+        pending = getattr(key, "plphp_pending", None)
+        if pending is None:
+            return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
+        _refuse_unsupported_terms(module, kwargs)
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        prefix = pending.cache.layers[pending.layer].prefix
+        if prefix is None:
+            output, _ = _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
+        else:
+            output = decode_attention(query, prefix, key, value, attention_mask, scaling)
+        pending.cache.after_attention(pending.layer, query, scaling)
+        return output, None
+
+    plphp_attention.__name__ = f"plphp_over_{base}"
+    return plphp_attention
+
+
+def _stock(base: str, module: nn.Module) -> Callable[..., Result]:
+    """The attention function that the module would call without plphp."""
+    if base != "eager":
+        function: Callable[..., Result] = ALL_ATTENTION_FUNCTIONS[base]
+        return function
+    # Transformers keeps eager attention in the modeling file of each model, not in the registry.
+    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if found is None:
+        raise UnsupportedFeatureError(
+            f"{type(module).__name__} has no eager_attention_forward in its modeling file: call "
+            "model.set_attn_implementation('sdpa') first."
+        )
+    eager: Callable[..., Result] = found
+    return eager
+
+
+def _refuse_unsupported_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    present = [name for name in UNSUPPORTED_TERMS if kwargs.get(name) is not None]
+    if present:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {', '.join(present)} to its attention, which plphp does not implement."
+        )

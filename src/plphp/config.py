@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of one pruning run: a frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError, did_you_mean
+
+DEFAULT_DELTA = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PLPHPConfig:
+    """Settings of Per-Layer Per-Head Vision Token Pruning and of the methods beside it.
+
+    Rates are retention rates: the fraction of vision tokens *kept*, between 0 and 1. The default values are
+    starting points; the paper's abstract does not give its own.
+
+    Parameters
+    ----------
+    method : str
+        Name of the method, see ``plphp methods``.
+    retention_rate : float
+        Retention rate of a vision-balanced layer (the paper's r).
+    retention_delta : float, optional
+        What a vision-attentive layer keeps more and a vision-indifferent layer keeps less (the paper's delta r).
+        Default: 0.3, or less where ``retention_rate`` leaves less room in [0, 1]; so ``retention_rate=1.0``
+        keeps everything.
+    attentive_threshold : float
+        Vision attention score from which a layer is vision-attentive (the paper's alpha), in [0, 1].
+    indifferent_threshold : float
+        Vision attention score below which a layer is vision-indifferent (the paper's beta), in [0, 1].
+    target_retention : float, optional
+        Mean retention rate over the layers of each prompt. It takes the place of ``retention_rate``, and
+        quantiles of the prompt's own vision attention scores take the place of both thresholds: the
+        ``class_quantile`` of layers with the highest score are attentive, as many with the lowest are
+        indifferent. All layers stay in memory until the last one has been scored.
+    class_quantile : float
+        See ``target_retention``; in (0, 0.5].
+    exempt_layers : tuple of int
+        Decoder layers that keep all vision tokens; negative numbers count from the last layer.
+    query_rows : int or "text"
+        Which rows of the prompt's attention rank the vision tokens: the last n prompt tokens (1 is the
+        paper's), or all text after the last image.
+    gqa_reduction : {"mean", "max"}
+        How the query heads that share a KV head are combined.
+    image_quota : {"pooled", "per_image"}
+        Whether the images of a prompt compete for the kept places, or each keeps its own share.
+    min_kept : int
+        Vision tokens that each KV head keeps at least (per image with ``image_quota="per_image"``).
+    seed : int
+        Seed of the method ``random``.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range, has the wrong type, or contradicts another one.
+
+    References
+    ----------
+    .. [1] PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models,
+       arXiv:2502.14504.
+    """
+
+    method: str = "plphp"
+    retention_rate: float = 0.4
+    retention_delta: float | None = None
+    attentive_threshold: float = 0.25
+    indifferent_threshold: float = 0.10
+    target_retention: float | None = None
+    class_quantile: float = 1 / 3
+    exempt_layers: tuple[int, ...] = ()
+    query_rows: int | Literal["text"] = 1
+    gqa_reduction: Literal["mean", "max"] = "mean"
+    image_quota: Literal["pooled", "per_image"] = "pooled"
+    min_kept: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str) or not self.method:
+            raise ConfigError(f"method must be the name of a method, got {self.method!r}.")
+        for name in ("retention_rate", "attentive_threshold", "indifferent_threshold"):
+            _check_fraction(name, getattr(self, name))
+        for name in ("retention_delta", "target_retention"):
+            if getattr(self, name) is not None:
+                _check_fraction(name, getattr(self, name))
+        _check_fraction("class_quantile", self.class_quantile)
+        if not 0 < self.class_quantile <= 0.5:
+            raise ConfigError(f"class_quantile must be in (0, 0.5], got {self.class_quantile}.")
+        if self.indifferent_threshold > self.attentive_threshold:
+            raise ConfigError(
+                f"indifferent_threshold ({self.indifferent_threshold}) must not be above attentive_threshold "
+                f"({self.attentive_threshold}): swap them, or move one."
+            )
+        base, delta = self.base_rate, self.delta
+        if base - delta < -1e-9 or base + delta > 1 + 1e-9:
+            which = "target_retention" if self.target_retention is not None else "retention_rate"
+            raise ConfigError(
+                f"{which} - retention_delta and {which} + retention_delta must stay in [0, 1], got "
+                f"{base} -/+ {delta}: use a retention_delta of at most {min(base, 1 - base):g}."
+            )
+        object.__setattr__(self, "exempt_layers", _int_tuple(self.exempt_layers))
+        if self.query_rows != "text":
+            _check_int("query_rows", self.query_rows, minimum=1, other="'text'")
+        _check_choice("gqa_reduction", self.gqa_reduction, ("mean", "max"))
+        _check_choice("image_quota", self.image_quota, ("pooled", "per_image"))
+        _check_int("min_kept", self.min_kept, minimum=0)
+        _check_int("seed", self.seed, minimum=0)
+
+    @property
+    def base_rate(self) -> float:
+        """Retention rate of a balanced layer: ``target_retention`` if set, else ``retention_rate``."""
+        return self.retention_rate if self.target_retention is None else self.target_retention
+
+    @property
+    def delta(self) -> float:
+        """``retention_delta``, or its default for the base rate."""
+        if self.retention_delta is not None:
+            return self.retention_delta
+        return min(DEFAULT_DELTA, self.base_rate, 1 - self.base_rate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as JSON-ready values; ``from_dict`` reads them back."""
+        values = dataclasses.asdict(self)
+        values["exempt_layers"] = list(self.exempt_layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PLPHPConfig:
+        """Make a config from a mapping of setting names to values.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown or a value is not valid.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"Unknown setting {key!r}.{did_you_mean(str(key), known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> PLPHPConfig:
+        """Read a config from a TOML file, from its table ``[plphp]`` if there is one, else from the top level.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read, is not TOML, or holds an unknown key or value.
+        """
+        try:
+            with open(path, "rb") as file:
+                values = tomllib.load(file)
+        except OSError as error:
+            raise ConfigError(f"Cannot read the config file {path}: {error.strerror or error}.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not a valid TOML file: {error}.") from error
+        table = values.get("plphp", values)
+        if not isinstance(table, dict):
+            raise ConfigError(f"[plphp] in {path} must be a table of settings, got {table!r}.")
+        return cls.from_dict(table)
+
+    @classmethod
+    def parse(cls, text: str) -> PLPHPConfig:
+        """Read a config from one line, ``"method"`` or ``"method:key=value,key=value"``.
+
+        Several values of one key are joined by ``+``, as in ``exempt_layers=0+1``.
+
+        Examples
+        --------
+        >>> PLPHPConfig.parse("plphp:retention_rate=0.5,gqa_reduction=max").retention_rate
+        0.5
+        """
+        method, _, rest = text.strip().partition(":")
+        values: dict[str, Any] = {"method": method.strip()}
+        for part in filter(None, (part.strip() for part in rest.split(","))):
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise ConfigError(f"Expected key=value after {method!r}:, got {part!r} in {text!r}.")
+            if key.strip() in values:
+                raise ConfigError(f"{key.strip()!r} is given twice in {text!r}.")
+            values[key.strip()] = _read_value(key.strip(), value.strip())
+        return cls.from_dict(values)
+
+
+def _read_value(key: str, value: str) -> Any:
+    """Turn the text of a setting into a number, a tuple or None; words stay text."""
+    if key == "exempt_layers":
+        return tuple(_number(part) for part in value.split("+") if part)
+    return None if value.lower() == "none" else _number(value)
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number between 0 and 1, got {value!r}.")
+    if not math.isfinite(value) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be between 0 and 1, got {value}.")
+
+
+def _check_int(name: str, value: object, *, minimum: int, other: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        choices = f"an integer of at least {minimum}" + (f" or {other}" if other else "")
+        raise ConfigError(f"{name} must be {choices}, got {value!r}.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _int_tuple(values: object) -> tuple[int, ...]:
+    if isinstance(values, (list, tuple)) and all(type(v) is int for v in values):
+        return tuple(values)
+    raise ConfigError(f"exempt_layers must be a list of layer numbers, got {values!r}.")

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exceptions of plphp.
+
+::
+
+    PLPHPError
+    ├── ConfigError(ValueError)              a setting is out of range, unknown or contradicts another
+    ├── SpanError(ValueError)                the vision tokens cannot be found or do not match the features
+    ├── UnsupportedModelError                this model class cannot be pruned rightly
+    ├── UnsupportedFeatureError              this use of a supported model cannot be pruned rightly
+    ├── BackendUnavailableError              an optional dependency or device is missing
+    ├── CacheStateError(RuntimeError)        the cache cannot be used any more, or not in this way
+    └── NonFiniteAttentionError(ArithmeticError)   the attention of a layer holds NaN
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PLPHPError(Exception):
+    """Base of every error that plphp raises on purpose."""
+
+
+class ConfigError(PLPHPError, ValueError):
+    """A setting is out of range, unknown, or contradicts another one."""
+
+
+class SpanError(PLPHPError, ValueError):
+    """The vision tokens of a prompt cannot be found, or do not match its image features."""
+
+
+class UnsupportedModelError(PLPHPError):
+    """The model class cannot be pruned rightly."""
+
+
+class UnsupportedFeatureError(PLPHPError):
+    """A supported model is used in a way that cannot be pruned rightly."""
+
+
+class BackendUnavailableError(PLPHPError):
+    """An optional dependency or a device is missing."""
+
+
+class CacheStateError(PLPHPError, RuntimeError):
+    """A cache was left half-updated by an earlier failure, or is used outside its session."""
+
+
+class NonFiniteAttentionError(PLPHPError, ArithmeticError):
+    """The attention of a layer is NaN, so nothing can be ranked."""
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest known name, or the list of all of them.
+
+    Parameters
+    ----------
+    given : str
+        What the user wrote.
+    known : iterable of str
+        The names that exist.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens around ``model.generate`` while a model is attached."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from .attachment import Attachment
+from .cache import PrunedCache
+from .errors import UnsupportedFeatureError
+
+SUPPORTED_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+
+
+def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run ``generate`` with a `PrunedCache`.
+
+    Parameters
+    ----------
+    attachment : Attachment
+        Of the model.
+    original : callable
+        The model's own ``generate``.
+    *args, **kwargs
+        As the user gave them.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If the call asks for something that cannot be pruned rightly.
+    SpanError
+        If the vision tokens cannot be found.
+    """
+    session = attachment.current_session()
+    cache = kwargs.get("past_key_values")
+    if session is None and not isinstance(cache, PrunedCache):
+        return original(*args, **kwargs)
+    if args:
+        bound = inspect.signature(original).bind_partial(*args)
+        kwargs = {**bound.arguments, **kwargs}
+    model = attachment.model
+    _refuse_unsupported(model, kwargs)
+    if cache is None:
+        assert session is not None
+        cache = PrunedCache(attachment, session.config)
+    elif not isinstance(cache, PrunedCache):
+        raise UnsupportedFeatureError(
+            f"Inside a plphp session past_key_values must be a PrunedCache, got {type(cache).__name__}: static, "
+            "quantized, offloaded and plain dynamic caches cannot hold ragged entries. Leave it out, or call "
+            "generate outside the session."
+        )
+    elif cache.attachment is not attachment:
+        raise UnsupportedFeatureError("This PrunedCache was made for another model.")
+    inputs = _model_inputs(model, kwargs)
+    if not cache.has_custom_spans:
+        cache.plan(inputs)
+    if "attention_mask" in inputs:
+        kwargs["attention_mask"] = inputs["attention_mask"]
+    kwargs["past_key_values"] = cache
+    try:
+        output = original(**kwargs)
+    except BaseException:
+        cache.after_failure()
+        raise
+    if session is not None:
+        session.note(cache.report())
+    return output
+
+
+def _model_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The prompt under the names that the model uses, with the padding mask that ``generate`` would infer."""
+    inputs = {name: value for name, value in kwargs.items() if value is not None}
+    if "inputs" in inputs:
+        inputs["input_ids"] = inputs.pop("inputs")
+    ids = inputs.get("input_ids")
+    if inputs.get("attention_mask") is None and isinstance(ids, Tensor) and ids.ndim == 2:
+        config = kwargs.get("generation_config") or model.generation_config
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        stops = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+        if isinstance(pad, int) and pad not in stops:
+            inputs["attention_mask"] = (ids != pad).long()
+    return inputs
+
+
+def _refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Name what cannot be pruned rightly, with the reason and what to do."""
+    config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
+    if not isinstance(config, GenerationConfig):
+        raise UnsupportedFeatureError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
+    config.update(**{name: value for name, value in kwargs.items() if hasattr(config, name)})
+    if model.training:
+        raise UnsupportedFeatureError(
+            "The model is in training mode, where dropout changes the attention: call model.eval() first."
+        )
+    if kwargs.get("custom_generate") is not None:
+        raise UnsupportedFeatureError("plphp does not prune custom_generate functions: leave it out.")
+    if config.use_cache is False:
+        raise UnsupportedFeatureError(
+            "use_cache=False leaves no KV cache to prune: leave it out, or call generate outside the session."
+        )
+    if config.cache_implementation not in (None, "dynamic"):
+        raise UnsupportedFeatureError(
+            f"cache_implementation={config.cache_implementation!r} cannot hold ragged entries: static, quantized, "
+            "offloaded and paged caches have one length for all heads. Leave it out."
+        )
+    if config.output_attentions:
+        raise UnsupportedFeatureError(
+            "output_attentions=True needs attention over the evicted entries: leave it out; run.report has the "
+            "vision attention scores."
+        )
+    if config.penalty_alpha:
+        raise UnsupportedFeatureError("Contrastive search re-reads pruned prompts: leave out penalty_alpha.")
+    mode = config.get_generation_mode(kwargs.get("assistant_model"))
+    if mode not in SUPPORTED_MODES:
+        raise UnsupportedFeatureError(
+            f"plphp does not prune {mode.value.replace('_', ' ')}: use greedy search, sampling or beam search."
+        )

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of a `PrunedCache`: a packed, immutable prefix and a dense, growing tail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .errors import UnsupportedFeatureError
+from .kernels import compact_kv
+from .packed import PackedKV
+
+MIN_GROWTH = 16
+"""Tokens for which the tail reserves room at least when it grows."""
+
+
+class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one decoder layer.
+
+    Two lengths are kept apart: the *logical* one (`get_seq_length`: every token seen; position ids follow it) and
+    the *physical* one (what is stored). The tail holds the last ``logical - prefix_length`` tokens, so that
+    masks made for it by transformers need to cover the tail only.
+
+    Attributes
+    ----------
+    prefix : PackedKV or None
+        What `compact` kept so far.
+    prefix_length : int
+        Tokens seen up to the last `compact`.
+    tail_length : int
+        Tokens seen since.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix: PackedKV | None = None
+        self.prefix_length = 0
+        self.tail_length = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 before the first update."""
+        if self.prefix is not None:
+            return self.prefix.batch
+        return -1 if self.keys is None else self.keys.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the layer holds, reserved room included."""
+        tail = 0 if self.keys is None else self.keys.untyped_storage().nbytes()
+        tail += 0 if self.values is None else self.values.untyped_storage().nbytes()
+        return tail + (0 if self.prefix is None else self.prefix.nbytes)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that all tokens seen would take."""
+        if not self.is_initialized:
+            return 0
+        entries = self.batch_size * self._kv_heads * self.get_seq_length()
+        return entries * sum(self._dims) * self.dtype.itemsize
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the dtype and the device of the first keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._dims = key_states.shape[3], value_states.shape[3]
+        self._kv_heads = key_states.shape[1]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new entries to the tail.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [batch, kv_heads, new, dim].
+
+        Returns
+        -------
+        tuple of Tensor
+            Views on the keys and values of the tail, [batch, kv_heads, tail, dim].
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = self.tail_length + key_states.shape[2]
+        if self.tail_length == 0 and key_states.shape[2] > 1:
+            # A prompt is held as it came: no copy of what is compacted in a moment.
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = _grown(self.keys, key_states, self.tail_length)
+            self.values = _grown(self.values, value_states, self.tail_length)
+            self.keys[:, :, self.tail_length : new] = key_states
+            self.values[:, :, self.tail_length : new] = value_states
+        self.tail_length = new
+        return self.tail()
+
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Views on the keys and values of the tail, [batch, kv_heads, tail, dim]."""
+        return self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
+
+    def compact(self, keep: Tensor) -> None:
+        """Move the kept entries of the tail into the prefix and free the tail.
+
+        Parameters
+        ----------
+        keep : Tensor
+            bool [batch, kv_heads, tail].
+        """
+        block = compact_kv(*self.tail(), keep)
+        self.prefix = block if self.prefix is None else self.prefix.appended(block)
+        self.prefix_length += self.tail_length
+        self.tail_length = 0
+        self.keys = self.values = None
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones included."""
+        return self.prefix_length + self.tail_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask has to cover: the tail alone."""
+        return self.tail_length + query_length, self.prefix_length
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.prefix, self.keys, self.values = None, None, None
+        self.prefix_length = self.tail_length = 0
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens (a negative number), as long as they are in the tail."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}.")
+        if -tokens_to_remove > self.tail_length:
+            raise UnsupportedFeatureError(
+                f"Cannot remove the last {-tokens_to_remove} tokens: only the {self.tail_length} seen after the "
+                "pruned prompt are still complete. Start again from a new cache."
+            )
+        self.tail_length += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, as beam search does."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row; the prefix is shared by the copies."""
+        if self.batch_size > 0:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (numbers, or a bool mask)."""
+        if indices.dtype is torch.bool:
+            indices = indices.nonzero()[:, 0]
+        if self.prefix is not None:
+            self.prefix = self.prefix.select(indices.tolist())
+        if self.keys is not None:
+            self.keys = self.keys.index_select(0, indices.to(self.keys.device))
+            self.values = self.values.index_select(0, indices.to(self.values.device))
+
+    def offload(self) -> None:
+        """Refused: the cache is not made with offloading."""
+        raise UnsupportedFeatureError("A PrunedCache cannot be offloaded to the host.")
+
+    prefetch = offload
+
+
+def _grown(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
+    """A buffer with room behind its first ``used`` entries for all of ``new``."""
+    needed = used + new.shape[2]
+    if buffer is not None and buffer.shape[2] >= needed:
+        return buffer
+    shape: Sequence[int] = (*new.shape[:2], needed + max(MIN_GROWTH, needed // 8), new.shape[3])
+    grown = new.new_empty(shape)
+    if buffer is not None:
+        grown[:, :, :used] = buffer[:, :, :used]
+    return grown

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep everything: the same cache and attention function with nothing evicted."""
+
+from ..allocation import keep_all
+from ..selection import per_head
+from .base import Method
+
+METHOD = Method(
+    name="none",
+    summary="keep every vision token",
+    paper="control",
+    allocate=keep_all,
+    rank=per_head,
+)

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PLPHP (arXiv:2502.14504): layer-level retention rate allocation and head-level vision token pruning."""
+
+from ..allocation import by_vision_attention
+from ..selection import per_head
+from .base import Method
+
+METHOD = Method(
+    name="plphp",
+    summary="layers that attend more to the image keep more of it, every KV head keeps its own tokens",
+    paper="arXiv:2502.14504",
+    allocate=by_vision_attention,
+    rank=per_head,
+    uses_class_rule=True,
+)

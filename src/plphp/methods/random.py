@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random vision tokens per layer and head: what any method has to beat."""
+
+from ..allocation import uniform
+from ..selection import at_random
+from .base import Method
+
+METHOD = Method(
+    name="random",
+    summary="random vision tokens per layer and KV head, the same rate in every layer",
+    paper="control",
+    allocate=uniform,
+    rank=at_random,
+)

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PLPHP without its head level: layer rates, and one choice for all heads of a layer."""
+
+from ..allocation import by_vision_attention
+from ..selection import shared_by_heads
+from .base import Method
+
+METHOD = Method(
+    name="shared",
+    summary="layers that attend more to the image keep more of it, all heads keep the same tokens",
+    paper="control: arXiv:2502.14504 without the head level",
+    allocate=by_vision_attention,
+    rank=shared_by_heads,
+    uses_class_rule=True,
+)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PLPHP without its layer level: the same retention rate in every layer, per-head choice."""
+
+from ..allocation import uniform
+from ..selection import per_head
+from .base import Method
+
+METHOD = Method(
+    name="uniform",
+    summary="the same retention rate in every layer, every KV head keeps its own tokens",
+    paper="control: arXiv:2502.14504 without the layer level",
+    allocate=uniform,
+    rank=per_head,
+)

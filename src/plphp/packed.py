@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of which every row and every KV head holds its own number of entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Segment = tuple[Tensor, Tensor]
+"""Keys and values of one row: [kv_heads, kept, dim] if all heads hold as many, else of one head [1, kept, dim]."""
+
+
+@dataclass(frozen=True)
+class PackedKV:
+    """An immutable, ragged block of keys and values without padding.
+
+    Entries lie row after row and, within a row, head after head, each in prompt order. Rows are reached through
+    an index, so that beam search reorders them without moving any entry.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        [entries, dim]; the entries of all stored rows and heads.
+    counts : tuple of tuple of int
+        ``[stored row][kv head]``: entries of each.
+    rows : tuple of int
+        For each row of the batch, the stored row that it reads.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+    _starts: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        starts, total = [], 0
+        for row in self.counts:
+            starts.append(total)
+            total += sum(row)
+        if total != self.keys.shape[0]:
+            raise ValueError(f"counts add up to {total} entries, but there are {self.keys.shape[0]}.")
+        object.__setattr__(self, "_starts", tuple(starts))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return len(self.rows)
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return len(self.counts[0])
+
+    @cached_property
+    def dense(self) -> Segment | None:
+        """All rows at once as [batch, kv_heads, kept, dim], where every head of every row holds as many."""
+        if self.rows != tuple(range(len(self.counts))) or len({n for row in self.counts for n in row}) != 1:
+            return None
+        shape = (self.batch, self.kv_heads, self.counts[0][0], -1)
+        return self.keys.view(shape), self.values.view(shape)
+
+    def row(self, row: int) -> Iterator[tuple[slice, Segment]]:
+        """Views on the entries of one row: one for all heads if they hold as many, else one per head.
+
+        Yields
+        ------
+        tuple
+            The slice of KV heads, and their keys and values [heads, kept, dim].
+        """
+        stored = self.rows[row]
+        counts, start = self.counts[stored], self._starts[stored]
+        if len(set(counts)) == 1:
+            end = start + sum(counts)
+            shape = (self.kv_heads, counts[0], -1)
+            yield (
+                slice(0, self.kv_heads),
+                (self.keys[start:end].view(shape), self.values[start:end].view(shape)),
+            )
+            return
+        for head, count in enumerate(counts):
+            end = start + count
+            yield slice(head, head + 1), (self.keys[None, start:end], self.values[None, start:end])
+            start = end
+
+    def select(self, rows: Sequence[int]) -> PackedKV:
+        """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""
+        wanted = [self.rows[row] for row in rows]
+        live = sorted(set(wanted))
+        if len(live) == len(self.counts):
+            return PackedKV(self.keys, self.values, self.counts, tuple(wanted))
+        pieces = [slice(self._starts[row], self._starts[row] + sum(self.counts[row])) for row in live]
+        return PackedKV(
+            torch.cat([self.keys[piece] for piece in pieces]),
+            torch.cat([self.values[piece] for piece in pieces]),
+            tuple(self.counts[row] for row in live),
+            tuple(live.index(row) for row in wanted),
+        )
+
+    def appended(self, other: PackedKV) -> PackedKV:
+        """Put the entries of another block behind those of this one, row by row and head by head."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for row in range(self.batch):
+            for (k1, v1), (k2, v2) in zip(self._heads(row), other._heads(row), strict=True):
+                keys += [k1, k2]
+                values += [v1, v2]
+        counts = tuple(
+            tuple(a + b for a, b in zip(self.counts[mine], other.counts[theirs], strict=True))
+            for mine, theirs in zip(self.rows, other.rows, strict=True)
+        )
+        return PackedKV(torch.cat(keys), torch.cat(values), counts, tuple(range(self.batch)))
+
+    def _heads(self, row: int) -> Iterator[Segment]:
+        """Keys and values [kept, dim] of each head of a row."""
+        for _, (keys, values) in self.row(row):
+            yield from zip(keys, values, strict=True)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was kept and what was evicted, per prompt, layer, row and KV head."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .errors import ConfigError
+from .types import LayerScores, RowAllocation, VisionSpans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .cache import PrunedCache
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image of a prompt.
+
+    Parameters
+    ----------
+    positions : list of int
+        Logical positions of its vision tokens.
+    grid : tuple of int, optional
+        ``(frames, height, width)`` in tokens.
+    """
+
+    positions: list[int]
+    grid: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """What one layer kept of one row.
+
+    Parameters
+    ----------
+    vision_score : float
+        Vision attention score gamma, in [0, 1].
+    layer_class : str
+        "attentive", "balanced", "indifferent", "uniform", "exempt" or "no-vision".
+    rate : float
+        Retention rate, in [0, 1].
+    vision_tokens : int
+        Vision tokens of the prompt.
+    kept_positions : list of list of int
+        Per KV head, the logical positions of the vision tokens that stayed.
+    """
+
+    vision_score: float
+    layer_class: str
+    rate: float
+    vision_tokens: int
+    kept_positions: list[list[int]]
+
+    @property
+    def kept(self) -> list[int]:
+        """Vision tokens kept per KV head."""
+        return [len(positions) for positions in self.kept_positions]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer kept, per row of the batch."""
+
+    layer: int
+    rows: list[RowReport]
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """One prompt (a turn of a chat) that was pruned.
+
+    Parameters
+    ----------
+    start, end : int
+        Logical positions of the prompt, first and after the last.
+    images : list of list of ImageReport
+        Per row, its images.
+    layers : list of LayerReport
+        The pruned layers.
+    """
+
+    start: int
+    end: int
+    images: list[list[ImageReport]]
+    layers: list[LayerReport]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a `PrunedCache` kept.
+
+    Parameters
+    ----------
+    model_type, model_class : str
+        The model.
+    config : dict
+        Settings, as `PLPHPConfig.to_dict`.
+    batch : int
+        Rows of the cache.
+    tokens : int
+        Tokens seen, per row, evicted ones and padding included.
+    kv_bytes_full : int
+        Bytes that an unpruned dynamic cache would hold for these tokens.
+    kv_bytes : int
+        Bytes of the live key and value tensors.
+    pruning_seconds : float
+        Time spent on scoring, allocation, selection and compaction (host time; on a GPU without waiting for it).
+    prompts : list of PromptReport
+        The pruned prompts, oldest first.
+    """
+
+    model_type: str
+    model_class: str
+    config: dict[str, Any]
+    batch: int
+    tokens: int
+    kv_bytes_full: int
+    kv_bytes: int
+    pruning_seconds: float
+    prompts: list[PromptReport]
+
+    @property
+    def kv_reduction(self) -> float:
+        """Fraction of the KV bytes that is gone, text and reserved room included."""
+        return 1 - self.kv_bytes / self.kv_bytes_full if self.kv_bytes_full else 0.0
+
+    @property
+    def retention(self) -> float:
+        """Vision entries kept, as a fraction of all, over prompts, layers, rows and heads; 1 if there are none."""
+        rows = [row for prompt in self.prompts for layer in prompt.layers for row in layer.rows]
+        total = sum(row.vision_tokens * len(row.kept) for row in rows)
+        return sum(sum(row.kept) for row in rows) / total if total else 1.0
+
+    def to_json(self, path: str | Path | None = None, *, indent: int | None = None) -> str:
+        """Return the report as JSON, and write it to ``path`` if one is given."""
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=indent)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> PruneReport:
+        """Read a report from a file (a `Path`) or from JSON text (a `str`).
+
+        Raises
+        ------
+        ConfigError
+            If it is not a report of this version's format.
+        """
+        try:
+            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+            values = json.loads(text)
+        except OSError as error:
+            raise ConfigError(f"Cannot read the report {source}: {error.strerror or error}.") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"Not a JSON report: {error}.") from error
+        try:
+            version = values.pop("format")
+            if version != FORMAT:
+                raise ConfigError(f"The report has format {version}, expected {FORMAT}.")
+            prompts = [_read_prompt(prompt) for prompt in values.pop("prompts")]
+            return cls(prompts=prompts, **values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"Not a plphp report: {type(error).__name__} {error}.") from error
+
+
+def _read_prompt(values: dict[str, Any]) -> PromptReport:
+    return PromptReport(
+        start=values["start"],
+        end=values["end"],
+        images=[
+            [ImageReport(image["positions"], tuple(image["grid"]) if image["grid"] else None) for image in row]
+            for row in values["images"]
+        ],
+        layers=[
+            LayerReport(layer["layer"], [RowReport(**row) for row in layer["rows"]]) for layer in values["layers"]
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What a cache notes down when it compacts a layer; turned into a report only when one is asked for."""
+
+    layer: int
+    start: int
+    spans: VisionSpans
+    allocation: list[RowAllocation]
+    kept_vision: Tensor
+
+    @classmethod
+    def of(
+        cls, spans: VisionSpans, start: int, scores: LayerScores, allocation: list[RowAllocation], keep: Tensor
+    ) -> LayerRecord:
+        """Note down the mask ``keep``, bool [batch, kv_heads, seq], of a tail that begins at ``start``."""
+        return cls(scores.layer, start, spans, allocation, (keep & scores.vision[:, None]).cpu())
+
+    def report(self) -> LayerReport:
+        """Spell the masks out as positions."""
+        tokens = self.spans.vision.sum(1).tolist()
+        rows = [
+            RowReport(
+                vision_score=one.vision_score,
+                layer_class=one.layer_class,
+                rate=one.rate,
+                vision_tokens=tokens[row],
+                kept_positions=[(mask.nonzero()[:, 0] + self.start).tolist() for mask in self.kept_vision[row]],
+            )
+            for row, one in enumerate(self.allocation)
+        ]
+        return LayerReport(self.layer, rows)
+
+
+def build_report(cache: PrunedCache, model: PreTrainedModel) -> PruneReport:
+    """Describe what a cache holds now."""
+    prompts: dict[int, list[LayerRecord]] = {}
+    for record in cache.records:
+        prompts.setdefault(record.spans.start, []).append(record)
+    return PruneReport(
+        model_type=model.config.model_type,
+        model_class=type(model).__name__,
+        config=cache.config.to_dict(),
+        batch=max(cache.batch_size, 0),
+        tokens=cache.get_seq_length(),
+        kv_bytes_full=cache.full_nbytes,
+        kv_bytes=cache.nbytes,
+        pruning_seconds=cache.pruning_seconds,
+        prompts=[
+            PromptReport(
+                start=start,
+                end=records[0].spans.end,
+                images=_images(records[0].spans),
+                layers=[record.report() for record in sorted(records, key=lambda record: record.layer)],
+            )
+            for start, records in prompts.items()
+        ],
+    )
+
+
+def _images(spans: VisionSpans) -> list[list[ImageReport]]:
+    result = []
+    for row, grids in zip(spans.segment, spans.grids, strict=True):
+        numbers = row[row >= 0].unique().tolist()
+        result.append(
+            [
+                ImageReport((row == number).nonzero()[:, 0].tolist(), grids[number] if number < len(grids) else None)
+                for number in numbers
+            ]
+        )
+    return result

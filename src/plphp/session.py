@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions: prune whatever a model generates, within a block or until told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from .attachment import ATTRIBUTE, Lease
+from .config import PLPHPConfig
+from .errors import CacheStateError, ConfigError
+from .registry import get_method
+from .report import PruneReport
+
+
+class Session:
+    """An open session on a model; `prune` and `apply` return one.
+
+    Attributes
+    ----------
+    config : PLPHPConfig
+        Settings of the caches that ``generate`` makes.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PLPHPConfig | None) -> None:
+        if config is not None and not isinstance(config, PLPHPConfig):
+            raise ConfigError(
+                f"config must be a PLPHPConfig, got {type(config).__name__}: use PLPHPConfig.parse for text and "
+                "PLPHPConfig.from_dict for a mapping."
+            )
+        self.config = config or PLPHPConfig()
+        get_method(self.config.method)
+        self._report: PruneReport | None = None
+        self._lease = Lease.of(model)
+        self._lease.attachment.open(self)
+
+    @property
+    def report(self) -> PruneReport:
+        """What the newest ``generate`` kept.
+
+        Raises
+        ------
+        CacheStateError
+            If ``generate`` has not run.
+        """
+        if self._report is None:
+            raise CacheStateError("There is no report yet: call model.generate inside the session first.")
+        return self._report
+
+    def note(self, report: PruneReport) -> None:
+        """Keep the report of a finished ``generate``."""
+        self._report = report
+
+    def close(self) -> None:
+        """End the session; the model is restored when nothing else uses plphp on it."""
+        self._lease.attachment.close(self)
+        self._lease.end()
+
+
+@contextmanager
+def prune(model: PreTrainedModel, config: PLPHPConfig | None = None) -> Iterator[Session]:
+    """Prune whatever the model generates inside the block.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A supported vision-language model, in evaluation mode.
+    config : PLPHPConfig, optional
+        Default: ``PLPHPConfig()``.
+
+    Yields
+    ------
+    Session
+        Its ``report`` tells what the newest ``generate`` kept.
+
+    Raises
+    ------
+    UnsupportedModelError, UnsupportedFeatureError, ConfigError
+
+    Examples
+    --------
+    >>> with plphp.prune(model, plphp.PLPHPConfig(retention_rate=0.4)) as run:  # doctest: +SKIP
+    ...     output = model.generate(**inputs, max_new_tokens=100)
+    >>> run.report.kv_reduction  # doctest: +SKIP
+    """
+    session = Session(model, config)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def apply(model: PreTrainedModel, config: PLPHPConfig | None = None) -> Session:
+    """Prune whatever the model generates from now on, until `remove`; pipelines work unchanged.
+
+    A second ``apply`` takes the place of the first.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A supported vision-language model.
+    config : PLPHPConfig, optional
+        Default: ``PLPHPConfig()``.
+
+    Returns
+    -------
+    Session
+        Its ``report`` tells what the newest ``generate`` kept.
+    """
+    session = Session(model, config)
+    attachment = session._lease.attachment
+    previous, attachment.applied = attachment.applied, session
+    if previous is not None:
+        previous.close()
+    return session
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Undo `apply`; does nothing where nothing was applied."""
+    attachment = model.__dict__.get(ATTRIBUTE)
+    if attachment is not None and attachment.applied is not None:
+        session, attachment.applied = attachment.applied, None
+        session.close()

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the inputs of a prompt to the positions of its vision tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .config import PLPHPConfig
+from .errors import SpanError
+from .families.base import Family, Inputs, VisionSegment
+from .types import VisionSpans
+
+Grid = tuple[int, int, int] | None
+
+FEATURE_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_embeds", "video_embeds")
+"""Inputs that carry images or videos, under any family."""
+
+
+def find_spans(
+    family: Family,
+    config: PretrainedConfig,
+    inputs: Inputs,
+    *,
+    past_length: int = 0,
+    vision_mask: Tensor | None = None,
+) -> VisionSpans:
+    """Find the vision tokens of a batch of prompts.
+
+    Parameters
+    ----------
+    family : Family
+        Says which token ids are vision tokens and how many each image takes.
+    config : PretrainedConfig
+        The model's config.
+    inputs : mapping
+        What is passed to ``generate``: ``input_ids`` int64 [batch, seq], ``attention_mask`` [batch, seq], and
+        the image features. After an earlier turn, ``input_ids`` hold the whole conversation, or the new part
+        alone with an ``attention_mask`` over the whole.
+    past_length : int
+        Tokens that the cache holds already; vision tokens among them are left as they are.
+    vision_mask : Tensor, optional
+        bool [batch, seq] over the whole conversation: the vision tokens, for prompts given as
+        ``inputs_embeds`` or for placeholder tokens that the family does not know.
+
+    Returns
+    -------
+    VisionSpans
+
+    Raises
+    ------
+    SpanError
+        If the vision tokens cannot be found or do not match the features.
+    """
+    real, offset = _real_tokens(inputs, past_length, vision_mask)
+    if vision_mask is None:
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise SpanError(
+                "The prompt has no input_ids, so its vision tokens cannot be found. Pass input_ids, or make the "
+                "cache with PrunedCache.for_inputs(..., vision_mask=<bool [batch, seq]>)."
+            )
+        wanted = torch.tensor(family.vision_token_ids(config), device=ids.device)
+        vision = torch.isin(ids, wanted)
+        vision = torch.nn.functional.pad(vision, (offset, 0)).cpu()
+        segments = family.segments(config, inputs)
+        vision, segments = _match_features(vision, past_length, segments, inputs, family, config)
+    else:
+        vision, segments = vision_mask.bool().cpu(), None
+        if vision.shape != real.shape:
+            raise SpanError(
+                f"vision_mask must have the shape of the prompt {tuple(real.shape)}, got {tuple(vision.shape)}."
+            )
+    segment, grids = _number_segments(vision & real, segments)
+    segment[:, :past_length] = -1
+    return VisionSpans(segment=segment, real=real, start=past_length, grids=grids)
+
+
+def query_mask(spans: VisionSpans, config: PLPHPConfig) -> Tensor:
+    """Mark the prompt tokens whose attention ranks the vision tokens.
+
+    Returns
+    -------
+    Tensor
+        bool [batch, seq]; the last ``query_rows`` tokens of each row's new prompt, or with ``"text"`` all its
+        tokens after the last vision token. At least one token in each row.
+    """
+    real = spans.real.clone()
+    real[:, : spans.start] = False
+    from_end = real.flip(1).cumsum(1).flip(1)
+    if config.query_rows == "text":
+        vision_later = spans.vision.flip(1).cumsum(1).flip(1) > 0
+        text = real & ~vision_later
+        has_text = text.any(1, keepdim=True)
+        return torch.where(has_text, text, real & (from_end == 1))
+    return real & (from_end <= config.query_rows)
+
+
+def _real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None) -> tuple[Tensor, int]:
+    """Padding mask over the whole conversation, and how many of its tokens ``input_ids`` leave out."""
+    ids: Any = inputs.get("input_ids")
+    if ids is None:
+        ids = inputs.get("inputs_embeds", vision_mask)
+    if ids is None:
+        raise SpanError(f"The prompt has neither input_ids nor inputs_embeds; got {sorted(inputs)}.")
+    batch, length = ids.shape[:2]
+    if batch == 0 or length == 0:
+        raise SpanError(f"The prompt holds no tokens: input_ids have the shape {tuple(ids.shape[:2])}.")
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        real = torch.ones(batch, length, dtype=torch.bool)
+    elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise SpanError(
+            f"attention_mask must be [batch, seq] with the batch of input_ids {(batch, length)} and at least "
+            f"their length, got {shape}."
+        )
+    else:
+        real = mask.bool().cpu()
+    if real.shape[1] <= past_length:
+        raise SpanError(
+            f"The cache holds {past_length} tokens already and the prompt has {real.shape[1]}: pass the whole "
+            "conversation, or the new tokens with an attention_mask over the whole conversation."
+        )
+    if not real[:, past_length:].any(1).all():
+        raise SpanError("A row of the prompt is all padding: every row needs at least one token.")
+    return real, real.shape[1] - length
+
+
+def _match_features(
+    vision: Tensor,
+    past_length: int,
+    segments: list[VisionSegment] | None,
+    inputs: Inputs,
+    family: Family,
+    config: PretrainedConfig,
+) -> tuple[Tensor, list[VisionSegment] | None]:
+    """Compare the vision tokens of the prompt with what its image features will fill.
+
+    After an earlier turn the features may be those of the whole conversation or of the new part alone, so the
+    vision tokens are returned that the segments describe.
+    """
+    given = [name for name in FEATURE_INPUTS if inputs.get(name) is not None]
+    new = vision.clone()
+    new[:, :past_length] = False
+    found, found_new = int(vision.sum()), int(new.sum())
+    if given and found == 0:
+        raise SpanError(
+            f"{', '.join(given)} are given, but the prompt holds no vision token (ids "
+            f"{family.vision_token_ids(config)} for {family.name}): put an image slot in the prompt, as the "
+            "processor's apply_chat_template does."
+        )
+    if not given or segments is None:
+        return new, None
+    expected = sum(segment.tokens for segment in segments)
+    if expected == found_new:
+        return new, segments
+    if expected == found:
+        return vision, segments
+    raise SpanError(
+        f"The prompt holds {found_new} vision tokens but the images fill {expected}: make input_ids and "
+        f"{', '.join(given)} with one processor call, and do not truncate the prompt."
+    )
+
+
+def _number_segments(
+    vision: Tensor, segments: list[VisionSegment] | None
+) -> tuple[Tensor, tuple[tuple[Grid, ...], ...]]:
+    """Give each vision token the number of its image within its row."""
+    if segments is None:
+        before = torch.nn.functional.pad(vision, (1, 0))[:, :-1]
+        number = (vision & ~before).cumsum(1) - 1
+        segment = torch.where(vision, number, -1)
+        return segment, tuple((None,) * int(row.max() + 1) for row in segment)
+    # Features fill the placeholders in order, row by row, so the n-th vision token of the batch is known.
+    sizes = torch.tensor([segment.tokens for segment in segments])
+    image_of_token = torch.repeat_interleave(torch.arange(len(segments)), sizes)
+    segment = torch.full(vision.shape, -1)
+    segment[vision] = image_of_token
+    grids = []
+    for row in segment:
+        images = row[row >= 0].unique().tolist()
+        grids.append(tuple(segments[image].grid for image in images))
+        if images:
+            row[row >= 0] -= images[0]
+    return segment, tuple(grids)
