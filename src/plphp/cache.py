@@ -341,7 +341,7 @@ def _layer_bytes(layer: Any) -> int:
     tensors = [getattr(layer, name, None) for name in ("keys", "values")]
     for states in ("conv_states", "recurrent_states"):
         tensors += list(getattr(layer, states, None) or ())
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def _check_exempt_layers(config: PLPHPConfig, layers: int) -> None:

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures: one model per family, built once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+
+@lru_cache(maxsize=None)
+def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The tiny model of a family, shared by all tests of a process."""
+    return TINY[name].build(dtype=dtype)
+
+
+@pytest.fixture
+def llava() -> Iterator[Any]:
+    """A tiny LLaVA; fails the test if it is not left as it was."""
+    model = tiny_model("llava")
+    before = set(model.__dict__), model.config.get_text_config()._attn_implementation
+    yield model
+    assert (set(model.__dict__), model.config.get_text_config()._attn_implementation) == before

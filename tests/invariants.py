@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reusable assertions of the invariants, and the slow, independent computations that they compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+import plphp
+from plphp.report import PruneReport
+
+GENERATE = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    """Greedy generation of four tokens with their logits."""
+    return model.generate(**inputs, **{**GENERATE, **kwargs})
+
+
+def pruned(model: Any, inputs: dict[str, Any], config: plphp.PLPHPConfig, **kwargs: Any) -> tuple[Any, PruneReport]:
+    """The same inside a session, with its report."""
+    with plphp.prune(model, config) as run:
+        output = generate(model, inputs, **kwargs)
+    return output, run.report
+
+
+def max_difference(first: Any, second: Any) -> float:
+    """Largest difference of the logits of two generations."""
+    pairs = zip(first.logits, second.logits, strict=True)
+    return max((a.float() - b.float()).abs().max().item() for a, b in pairs)
+
+
+def assert_same_generation(first: Any, second: Any, tolerance: float = 2e-5) -> None:
+    """Equal tokens, and logits within float error."""
+    assert torch.equal(first.sequences, second.sequences)
+    assert max_difference(first, second) < tolerance
+
+
+@contextmanager
+def evicted_entries_masked(model: Any, report: PruneReport) -> Iterator[None]:
+    """Make a full cache behave as the report says: what was evicted is masked for every later query.
+
+    Naive float64 attention over all entries, sharing no code with plphp.
+    """
+    keep = _keep_masks(report)
+
+    def reference(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.double().repeat_interleave(groups, 1), value.double().repeat_interleave(groups, 1)
+        logits = query.double() @ key.mT * (kw.get("scaling") or query.shape[-1] ** -0.5)
+        if mask is not None:
+            logits = logits + mask.double()
+        keys, queries = logits.shape[-1], logits.shape[-2]
+        for end, seen in keep.get(getattr(module, "layer_idx", -1), ()):
+            later = torch.arange(keys - queries, keys) >= end
+            hidden = ~seen.repeat_interleave(groups, 1)[:, :, None] & later[:, None]
+            logits[..., : seen.shape[-1]].masked_fill_(hidden, -torch.inf)
+        output = logits.softmax(-1) @ value
+        return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+    AttentionInterface.register("test_reference", reference)
+    AttentionMaskInterface.register("test_reference", eager_mask)
+    configs = {id(m.config): m.config for m in model.get_decoder().modules() if hasattr(m, "config")}
+    text = model.config.get_text_config()
+    configs[id(text)] = text
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = "test_reference"
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+def _keep_masks(report: PruneReport) -> dict[int, list[tuple[int, Tensor]]]:
+    """Per layer: the end of each prompt, and what later queries see of it, bool [batch, kv_heads, end]."""
+    masks: dict[int, list[tuple[int, Tensor]]] = {}
+    for prompt in report.prompts:
+        for layer in prompt.layers:
+            keep = torch.ones(len(layer.rows), len(layer.rows[0].kept), prompt.end, dtype=torch.bool)
+            for row, one in enumerate(layer.rows):
+                vision = [position for image in prompt.images[row] for position in image.positions]
+                keep[row, :, vision] = False
+                for head, kept in enumerate(one.kept_positions):
+                    keep[row, head, kept] = True
+            masks.setdefault(layer.layer, []).append((prompt.end, keep))
+    return masks
+
+
+def last_row_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """Attention of the last prompt token in every layer, from transformers' own eager attention.
+
+    Returns
+    -------
+    list of Tensor
+        Per layer, [batch, q_heads, seq].
+    """
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
+    finally:
+        model.set_attn_implementation(before)
+    return [attention[:, :, -1].float() for attention in attentions]
+
+
+def assert_kept_are_top(report: PruneReport, attentions: list[Tensor], kv_heads: int, tolerance: float = 1e-6) -> None:
+    """Every head kept the entries with the highest scores, as many as the rate says, and gamma is right."""
+    (prompt,) = report.prompts
+    for layer in prompt.layers:
+        grouped = attentions[layer.layer].unflatten(1, (kv_heads, -1))
+        for row, one in enumerate(layer.rows):
+            vision = [position for image in prompt.images[row] for position in image.positions]
+            assert one.vision_tokens == len(vision)
+            if not vision:
+                continue
+            gamma = attentions[layer.layer][row][:, vision].sum(-1).mean()
+            assert abs(gamma - one.vision_score) < 1e-4
+            expected = max(1, int(one.rate * len(vision) + 0.5))
+            for head, kept in enumerate(one.kept_positions):
+                assert len(kept) == expected == len(set(kept))
+                assert kept == sorted(kept)
+                assert set(kept) <= set(vision)
+                score = grouped[row, head].mean(0)
+                evicted = sorted(set(vision) - set(kept))
+                if evicted:
+                    assert score[kept].min() >= score[evicted].max() - tolerance
+
+
+def live_bytes(cache: Any) -> int:
+    """Bytes of every key and value tensor in the cache, found without asking the cache."""
+    storages: dict[int, int] = {}
+    for layer in cache.layers:
+        for holder in (layer, getattr(layer, "prefix", None)):
+            for name in ("keys", "values"):
+                tensor = getattr(holder, name, None)
+                if isinstance(tensor, Tensor):
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The invariants over families x methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from invariants import (
+    assert_kept_are_top,
+    assert_same_generation,
+    evicted_entries_masked,
+    generate,
+    last_row_attention,
+    live_bytes,
+    pruned,
+)
+from tiny_models import TINY
+from transformers import DynamicCache
+
+import plphp
+from plphp import PLPHPConfig, PrunedCache
+
+FAMILIES = sorted(TINY)
+METHODS = ("plphp", "uniform", "shared", "random", "none")
+ROWS = ([1], [2], [2, 0, 1])
+
+
+def config(method: str, **values: Any) -> PLPHPConfig:
+    """A config whose thresholds the tiny models reach from both sides."""
+    return PLPHPConfig(method=method, attentive_threshold=0.6, indifferent_threshold=0.5, **values)
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_retention_is_stock_generate(family: str, rows: list[int]) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), rows)
+    output, report = pruned(model, inputs, PLPHPConfig(retention_rate=1.0))
+    assert_same_generation(generate(model, inputs), output)
+    assert report.retention == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compacted_cache_is_full_cache_with_evicted_entries_masked(family: str, method: str) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 0, 1])
+    output, report = pruned(model, inputs, config(method, retention_rate=0.3))
+    with evicted_entries_masked(model, report):
+        reference = generate(model, inputs)
+    assert_same_generation(reference, output)
+    if method != "none":
+        assert report.retention < 0.8
+        # The masks do something: without them the logits are others.
+        assert (generate(model, inputs).logits[-1] - output.logits[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_row_is_the_row_alone(family: str, method: str) -> None:
+    model, tiny = tiny_model(family), TINY[family]
+    counts = [2, 0, 1]
+    together, report = pruned(model, tiny.inputs(model, counts), config(method))
+    for row, inputs in enumerate(tiny.rows(model, counts)):
+        if not getattr(tiny, "stock_padding_exact", True):
+            pytest.skip("stock transformers itself depends on padding")
+        alone, one = pruned(model, inputs, config(method))
+        for batched, single in zip(together.logits, alone.logits, strict=True):
+            assert (batched[row] - single[0]).abs().max() < 2e-5
+        padding = together.sequences.shape[1] - alone.sequences.shape[1]
+        if not one.prompts:
+            continue
+        for many, few in zip(report.prompts[0].layers, one.prompts[0].layers, strict=True):
+            kept = [[position - padding for position in head] for head in many.rows[row].kept_positions]
+            assert kept == few.rows[0].kept_positions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_entries_are_the_top_scores(family: str) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 0, 1])
+    attentions = last_row_attention(model, inputs)
+    _, report = pruned(model, inputs, config("plphp"))
+    text = model.config.get_text_config()
+    if len(attentions) != text.num_hidden_layers:
+        full = [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"]
+        attentions = dict(zip(full, attentions, strict=True))
+    assert_kept_are_top(report, attentions, text.num_key_value_heads)
+    assert {layer.layer for layer in report.prompts[0].layers} == set(pruned_layers(model))
+
+
+def pruned_layers(model: Any) -> list[int]:
+    """Full-attention layers, from the config."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_the_report_are_the_bytes_of_the_live_tensors(family: str, method: str) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [3, 1])
+    cache = PrunedCache.for_inputs(model, inputs, config(method))
+    generate(model, inputs, past_key_values=cache)
+    report = cache.report()
+    stock = DynamicCache(config=model.config.get_text_config())
+    generate(model, inputs, past_key_values=stock)
+    if not any(stock.is_linear):
+        assert report.kv_bytes == live_bytes(cache)
+        assert report.kv_bytes_full == live_bytes(stock)
+    entries = [cache.layers[i].prefix.keys.shape[0] for i in pruned_layers(model)]
+    vision = [sum(sum(row.kept) for row in layer.rows) for layer in report.prompts[0].layers]
+    text = int(inputs["attention_mask"].sum()) - sum(row.vision_tokens for row in report.prompts[0].layers[0].rows)
+    kv_heads = model.config.get_text_config().num_key_value_heads
+    assert entries == [kept + text * kv_heads for kept in vision]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_is_as_before_after_the_session(family: str) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family))
+    attributes, weights = dict(model.__dict__), {k: v.clone() for k, v in model.state_dict().items()}
+    implementations = [getattr(m.config, "_attn_implementation", None) for m in model.modules() if hasattr(m, "config")]
+    before = generate(model, inputs)
+    with pytest.raises(ZeroDivisionError), plphp.prune(model):
+        generate(model, inputs)
+        _ = 1 / 0
+    assert model.__dict__.keys() == attributes.keys()
+    assert [
+        getattr(m.config, "_attn_implementation", None) for m in model.modules() if hasattr(m, "config")
+    ] == implementations
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    after = generate(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
