@@ -55,6 +55,10 @@ class Attachment:
         """Whether the model carries the changes now."""
         return self._leases > 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        # A copied cache belongs to the same model.
+        return self
+
     def retain(self) -> None:
         """Count one more lease; the first one changes the model."""
         with _lock:
@@ -97,7 +101,7 @@ class Attachment:
         model.__dict__[ATTRIBUTE] = self
         for name, wrapper in (("generate", _generate), ("generate_batch", _refuse_batch)):
             if hasattr(model, name):
-                _wrap(model, name, wrapper)
+                _Wrapper(model, name, wrapper)
 
     def _detach(self) -> None:
         model = self._model()
@@ -107,9 +111,9 @@ class Attachment:
         self._originals = []
         if model is not None:
             for name in ("generate", "generate_batch"):
-                original = getattr(model.__dict__.get(name), "plphp_original", None)
-                if original is not None:
-                    _unwrap(model, name, original)
+                wrapper = model.__dict__.get(name)
+                if isinstance(wrapper, _Wrapper):
+                    wrapper.take_off(model)
             model.__dict__.pop(ATTRIBUTE, None)
 
 
@@ -160,34 +164,42 @@ def _text_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     return found
 
 
-def _wrap(model: PreTrainedModel, name: str, wrapper: Callable[..., Any]) -> None:
-    bound = getattr(model, name)
-    before = model.__dict__.get(name)
-    reference = weakref.ref(model)
+class _Wrapper:
+    """Stands in for a method of one model, as an attribute of the instance.
 
-    @functools.wraps(bound)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        owner = reference()
-        assert owner is not None
-        # The instance attribute shadows the method of the class; without one, bind anew to keep no cycle alive.
-        original = before if before is not None else getattr(type(owner), name).__get__(owner)
-        return wrapper(owner.__dict__[ATTRIBUTE], original, *args, **kwargs)
+    It holds the model weakly: a strong reference would be a cycle, which keeps weights in memory for a while after
+    the model is deleted.
+    """
 
-    # Shown to callers that inspect it; a reference to the bound method itself would keep the model in a cycle.
-    del wrapped.__wrapped__
-    wrapped.__signature__ = inspect.signature(bound)  # type: ignore[attr-defined]
-    wrapped.plphp_original = before or _NOTHING  # type: ignore[attr-defined]
-    model.__dict__[name] = wrapped
+    def __init__(self, model: PreTrainedModel, name: str, wrapper: Callable[..., Any]) -> None:
+        method = getattr(model, name)
+        functools.update_wrapper(self, method)
+        del self.__wrapped__  # type: ignore[attr-defined]
+        self.__signature__ = inspect.signature(method)
+        self.before = model.__dict__.get(name)
+        self._model = weakref.ref(model)
+        self._name = name
+        self._wrapper = wrapper
+        model.__dict__[name] = self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        assert model is not None
+        original = self.before or getattr(type(model), self._name).__get__(model)
+        return self._wrapper(model.__dict__[ATTRIBUTE], original, *args, **kwargs)
 
-_NOTHING = object()
+    def __reduce__(self) -> Any:
+        raise UnsupportedFeatureError(
+            "A model cannot be copied or pickled while plphp is in use on it: leave the session, call plphp.remove, "
+            "or free the PrunedCache first. save_pretrained works at any time."
+        )
 
-
-def _unwrap(model: PreTrainedModel, name: str, original: Any) -> None:
-    if original is _NOTHING:
-        del model.__dict__[name]
-    else:
-        model.__dict__[name] = original
+    def take_off(self, model: PreTrainedModel) -> None:
+        """Give the model its own method back."""
+        if self.before is None:
+            del model.__dict__[self._name]
+        else:
+            model.__dict__[self._name] = self.before
 
 
 def _generate(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

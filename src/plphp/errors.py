@@ -9,6 +9,7 @@
     ├── UnsupportedModelError                this model class cannot be pruned rightly
     ├── UnsupportedFeatureError              this use of a supported model cannot be pruned rightly
     ├── BackendUnavailableError              an optional dependency or device is missing
+    ├── LoadError(OSError)                   a model, an image, a video or a chat cannot be read
     ├── CacheStateError(RuntimeError)        the cache cannot be used any more, or not in this way
     └── NonFiniteAttentionError(ArithmeticError)   the attention of a layer holds NaN
 """
@@ -43,6 +44,10 @@ class BackendUnavailableError(PLPHPError):
     """An optional dependency or a device is missing."""
 
 
+class LoadError(PLPHPError, OSError):
+    """A model, an image, a video or a chat cannot be read."""
+
+
 class CacheStateError(PLPHPError, RuntimeError):
     """A cache was left half-updated by an earlier failure, or is used outside its session."""
 
@@ -64,3 +69,9 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the message of any exception as one line of at most ``limit`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
