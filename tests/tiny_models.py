@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch.nn.functional import pad
 from transformers import AutoConfig
 from transformers.image_processing_utils import select_best_resolution
@@ -28,6 +29,33 @@ Encode = Callable[[Any, int, int, torch.Generator], Encoded]
 """``(config, images, index of the first image, generator) -> Encoded``; sizes vary with the index."""
 
 
+NEWEST = Version(transformers.__version__) >= Version("5.23")
+"""5.23 encodes images before prefill; 5.17, the oldest supported, encodes them inside of it."""
+
+ANY = 99
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What stock ``generate`` does right, as measured; elsewhere it raises or is silently wrong.
+
+    Parameters
+    ----------
+    second_turn_image : bool
+        A later turn with new images, given as ``TinyFamily.second_turn`` gives it, equals one whole prompt.
+    chunked_prefill, chunked_video : bool
+        ``prefill_chunk_size`` gives the logits of one forward. 5.17 drops the images: no family is right.
+    expanded_images, expanded_videos : int
+        The most images of a row that beam search and ``num_return_sequences`` repeat in the right order.
+    """
+
+    second_turn_image: bool = True
+    chunked_prefill: bool = NEWEST
+    chunked_video: bool = NEWEST
+    expanded_images: int = ANY if NEWEST else 1
+    expanded_videos: int = ANY if NEWEST else 1
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """One tiny model: how to build it, how to make inputs for it, and what stock ``generate`` does with it.
@@ -44,6 +72,10 @@ class TinyFamily:
         Make the images (videos) of a row. ``videos`` is None where the class knows images only.
     token_types : str, optional
         Name under which the processor returns token types (0 text, 1 image, 2 video), or None.
+    image_axis : int
+        Axis of ``pixel_values`` along which the images of a row lie.
+    stock : Stock
+        What stock ``generate`` does right with the model. Left padding is exact for all of them.
     """
 
     family: str
@@ -52,6 +84,8 @@ class TinyFamily:
     images: Encode
     videos: Encode | None = None
     token_types: str | None = None
+    image_axis: int = 0
+    stock: Stock = Stock()
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         """Return the model in eval mode, with weights that make attention and greedy outputs vary."""
@@ -121,6 +155,93 @@ class TinyFamily:
             rows.append({**self.tokenized(tokens), **_cast(tensors, model.dtype)})
         return rows
 
+    def second_turn(
+        self,
+        model: Any,
+        first_inputs: dict[str, Any],
+        first_output_ids: torch.Tensor,
+        with_image: bool = False,
+        seed: int = 1,
+    ) -> dict[str, Any]:
+        """Return inputs of a second ``generate`` that goes on with the cache of the first.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            What ``build`` returned.
+        first_inputs : dict
+            What ``inputs`` returned for the first turn.
+        first_output_ids : Tensor
+            What ``generate`` returned for the first turn, prompt and answer.
+        with_image : bool
+            Whether each row shows a new image.
+        seed : int
+            Of the noise and the text.
+
+        Returns
+        -------
+        dict
+            To be passed with ``past_key_values``. Tokens, mask and token types are those of the whole
+            conversation, the image tensors those of the new images. With m-RoPE new images need
+            ``position_ids`` too: ``generate`` makes wrong ones (5.17) or stops (5.23).
+        """
+        news = self._new_parts(model, len(first_output_ids), with_image, seed)
+        turn = collate(news)
+        inputs = {name: value for name, value in turn.items() if name not in PER_TOKEN}
+        inputs["input_ids"] = torch.cat([first_output_ids, turn["input_ids"]], dim=1)
+        answer = first_output_ids.shape[1] - first_inputs["input_ids"].shape[1]
+        for name in PER_TOKEN[1:]:
+            if name in first_inputs:
+                middle = first_inputs[name].new_full(
+                    (len(first_output_ids), answer), name == "attention_mask"
+                )
+                inputs[name] = torch.cat([first_inputs[name], middle, turn[name]], dim=1)
+        if with_image and "image_grid_thw" in inputs:
+            inputs["position_ids"] = _mrope_positions(model, first_inputs, inputs)
+        return drop_empty(inputs)
+
+    def whole(
+        self,
+        model: Any,
+        first_rows: Sequence[dict[str, Any]],
+        first_output_ids: torch.Tensor,
+        with_image: bool = False,
+        seed: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Return the conversation of ``second_turn`` as whole prompts, one per row.
+
+        Parameters
+        ----------
+        first_rows : sequence of dict
+            What ``rows`` returned for the first turn.
+        """
+        news = self._new_parts(model, len(first_rows), with_image, seed)
+        answer = first_output_ids.shape[1] - max(row["input_ids"].shape[1] for row in first_rows)
+        rows = []
+        for row, new, output in zip(first_rows, news, first_output_ids, strict=True):
+            ids = [row["input_ids"][0], output[output.shape[0] - answer :], new["input_ids"][0]]
+            joined: dict[str, Any] = self.tokenized(torch.cat(ids).tolist())
+            for name in new.keys() | row.keys() - set(PER_TOKEN):
+                if name not in PER_TOKEN:
+                    parts = [part[name] for part in (row, new) if name in part]
+                    flat = [part.flatten(0, self.image_axis) for part in parts]
+                    joined[name] = _join(flat).unflatten(0, (1,) * self.image_axis + (-1,))
+            rows.append(drop_empty(joined))
+        return rows
+
+    def _new_parts(self, model: Any, rows: int, with_image: bool, seed: int) -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        parts = []
+        for _ in range(rows):
+            pieces, tensors = self.images(model.config, int(with_image), 0, generator)
+            tokens = [
+                *_text(3, generator),
+                *(token for piece in pieces for token in piece),
+                *_text(6, generator),
+            ]
+            parts.append({**self.tokenized(tokens), **_cast(tensors, model.dtype)})
+        return parts
+
     def tokenized(self, tokens: Tokens) -> dict[str, torch.Tensor]:
         """Return what the processor makes of the tokens of one row: ids, mask and token types."""
         input_ids = torch.tensor([tokens])
@@ -130,6 +251,23 @@ class TinyFamily:
             types = (input_ids == IMAGE).long() + (input_ids == VIDEO).long() * 2
             row[self.token_types] = torch.where((types == 1) & in_video, 2, types)
         return row
+
+
+def _mrope_positions(model: Any, first: dict[str, Any], second: dict[str, Any]) -> torch.Tensor:
+    """Return positions (4, batch, seq) of the whole conversation: text, then frame, row and column."""
+    old = first.get("image_grid_thw", torch.zeros(0, 3).long())
+    counts = (first["input_ids"] == START).sum(1).tolist() if len(old) else [0] * len(second["input_ids"])
+    new = second["image_grid_thw"].split(1)
+    grids = torch.cat([part for parts in zip(old.split(counts), new, strict=True) for part in parts])
+    mask = second["attention_mask"]
+    positions, _ = model.model.get_rope_index(
+        second["input_ids"],
+        second["mm_token_type_ids"],
+        image_grid_thw=grids,
+        video_grid_thw=first.get("video_grid_thw"),
+        attention_mask=mask,
+    )
+    return torch.cat([(mask.cumsum(-1) - 1).clamp(min=0)[None], positions])
 
 
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -151,7 +289,7 @@ def drop_empty(inputs: dict[str, Any]) -> dict[str, Any]:
     """Leave out the tensors of images where there are none: then the processors do not return them."""
     present = {name: value for name, value in inputs.items() if value.numel()}
     if not any(name.startswith("pixel_values") for name in present):
-        return {name: value for name, value in present.items() if name in PER_TOKEN}
+        return {name: value for name, value in present.items() if name in (*PER_TOKEN, "position_ids")}
     return present
 
 
@@ -457,6 +595,14 @@ _image_grids = _patches("image", _framed(IMAGE))
 _video_grids = _patches("video", _framed(VIDEO))
 _timed_grids = _patches("video", _timed)
 
+_REPEATED = Stock(expanded_images=ANY, expanded_videos=ANY)
+"""Qwen repeats images row by row since ever, and those of Idefics have a batch axis."""
+_GLM = Stock(
+    chunked_video=False,  # looks for video_token_id, which GLM does not use
+    expanded_images=1 if NEWEST else ANY,  # 5.23 repeats image by image: (a, a, b, b) for the row (a, b)
+    expanded_videos=0 if NEWEST else ANY,  # 5.23 raises
+)
+
 TINY: dict[str, TinyFamily] = {
     "llava": TinyFamily(
         "llava",
@@ -551,6 +697,7 @@ TINY: dict[str, TinyFamily] = {
         _image_grids,
         _video_grids,
         token_types="mm_token_type_ids",
+        stock=_REPEATED,
     ),
     "qwen2.5-vl": TinyFamily(
         "qwen2.5-vl",
@@ -561,6 +708,7 @@ TINY: dict[str, TinyFamily] = {
         _image_grids,
         _video_grids,
         token_types="mm_token_type_ids",
+        stock=_REPEATED,
     ),
     "qwen3-vl": TinyFamily(
         "qwen3-vl",
@@ -574,6 +722,7 @@ TINY: dict[str, TinyFamily] = {
         _image_grids,
         _timed_grids,
         token_types="mm_token_type_ids",
+        stock=_REPEATED,
     ),
     "qwen3-vl-moe": TinyFamily(
         "qwen3-vl",
@@ -593,6 +742,7 @@ TINY: dict[str, TinyFamily] = {
         _image_grids,
         _timed_grids,
         token_types="mm_token_type_ids",
+        stock=_REPEATED,
     ),
     "qwen3.5": TinyFamily(
         "qwen3.5",
@@ -615,6 +765,7 @@ TINY: dict[str, TinyFamily] = {
         _image_grids,
         _timed_grids,
         token_types="mm_token_type_ids",
+        stock=_REPEATED,
     ),
     "internvl": TinyFamily(
         "internvl",
@@ -635,6 +786,7 @@ TINY: dict[str, TinyFamily] = {
         ),
         _internvl,
         _internvl_video,
+        stock=Stock(expanded_images=ANY if NEWEST else 0, expanded_videos=ANY if NEWEST else 0),
     ),
     "idefics2": TinyFamily(
         "idefics2",
@@ -661,6 +813,8 @@ TINY: dict[str, TinyFamily] = {
             image_token_id=IMAGE,
         ),
         _idefics2,
+        image_axis=1,
+        stock=_REPEATED,
     ),
     "idefics3": TinyFamily(
         "idefics3",
@@ -680,6 +834,8 @@ TINY: dict[str, TinyFamily] = {
             scale_factor=2,
         ),
         _idefics3,
+        image_axis=1,
+        stock=_REPEATED,
     ),
     "smolvlm": TinyFamily(
         "idefics3",
@@ -699,6 +855,8 @@ TINY: dict[str, TinyFamily] = {
             scale_factor=2,
         ),
         _idefics3,
+        image_axis=1,
+        stock=_REPEATED,
     ),
     "gemma3": TinyFamily(
         "gemma3",
@@ -720,6 +878,7 @@ TINY: dict[str, TinyFamily] = {
         ),
         _same_size(16, [START], [END]),
         token_types="token_type_ids",
+        stock=Stock(second_turn_image=NEWEST, chunked_prefill=False),
     ),
     "mistral3": TinyFamily(
         "mistral3",
@@ -758,5 +917,6 @@ TINY: dict[str, TinyFamily] = {
         _image_grids,
         _patches("video", _glm_video),
         token_types="mm_token_type_ids",
+        stock=_GLM,
     ),
 }

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stock ``generate`` does with the tiny models: the ground that the invariants stand on.
+
+A test that starts to fail with a new transformers says which field of `Stock` to change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tiny_models import ANY, NEWEST, TINY
+
+NAMES = sorted(TINY)
+CASES = [
+    (name, video) for name in NAMES for video in (False, True) if not video or TINY[name].videos is not None
+]
+MROPE = [name for name in NAMES if TINY[name].token_types == "mm_token_type_ids"]
+EXACT = 2e-5
+
+
+def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    return model.generate(**inputs, **{**options, **kwargs})
+
+
+def fresh(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config())
+
+
+def differences(batch: Any, alone: list[Any]) -> list[float]:
+    """Return the largest difference of the first logits of each row."""
+    return [float((row.logits[0][0] - batch.logits[0][i]).abs().max()) for i, row in enumerate(alone)]
+
+
+@pytest.mark.parametrize(("name", "video"), CASES)
+def test_padded_row_equals_row_alone(name: str, video: bool) -> None:
+    tiny, model = TINY[name], TINY[name].build()
+    rows = [1, 2] if video else [2, 1, 0]
+    batch = generate(model, tiny.inputs(model, rows, video=video))
+    alone = [generate(model, row) for row in tiny.rows(model, rows, video=video)]
+    assert max(differences(batch, alone)) < EXACT
+    for index, row in enumerate(alone):
+        assert torch.equal(row.sequences[0, -4:], batch.sequences[index, -4:])
+
+
+@pytest.mark.parametrize(("name", "video"), CASES)
+def test_images_matter_to_their_row_alone(name: str, video: bool) -> None:
+    tiny, model = TINY[name], TINY[name].build()
+    rows = tiny.rows(model, [1], video=video)
+    (pixels,) = (key for key in rows[0] if key.startswith("pixel_values"))
+    other = {**rows[0], pixels: rows[0][pixels].flip(-1)}
+    change = (generate(model, rows[0]).logits[0] - generate(model, other).logits[0]).abs().max()
+    assert change > 0.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_vary(name: str) -> None:
+    tiny, model = TINY[name], TINY[name].build()
+    inputs = tiny.inputs(model, [1, 2, 1, 1])
+    answers = generate(model, inputs, max_new_tokens=8).sequences[:, -8:]
+    assert len({tuple(row) for row in answers.tolist()}) == 4
+    assert len(answers.unique()) > 6
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_second_turn_equals_whole_prompt(name: str, with_image: bool) -> None:
+    tiny, model = TINY[name], TINY[name].build()
+    rows = [2, 1, 0]
+    inputs, cache = tiny.inputs(model, rows), fresh(model)
+    first = generate(model, inputs, past_key_values=cache).sequences
+    second = generate(
+        model, tiny.second_turn(model, inputs, first, with_image=with_image), past_key_values=cache
+    )
+    whole = [generate(model, row) for row in tiny.whole(model, tiny.rows(model, rows), first, with_image)]
+    exact = max(differences(second, whole)) < EXACT
+    assert exact == (tiny.stock.second_turn_image or not with_image)
+
+
+@pytest.mark.parametrize("name", MROPE)
+def test_second_turn_with_mrope_needs_positions_for_images(name: str) -> None:
+    tiny, model = TINY[name], TINY[name].build()
+    inputs, cache = tiny.inputs(model), fresh(model)
+    first = generate(model, inputs, past_key_values=cache).sequences
+    turn = tiny.second_turn(model, inputs, first, with_image=True)
+    del turn["position_ids"]
+    if NEWEST:
+        with pytest.raises(StopIteration):
+            generate(model, turn, past_key_values=cache)
+        return
+    second = generate(model, turn, past_key_values=cache)
+    whole = [generate(model, row) for row in tiny.whole(model, tiny.rows(model), first, True)]
+    assert max(differences(second, whole)) > 0.05
+
+
+@pytest.mark.parametrize("name", MROPE)
+def test_mrope_deltas_of_another_prompt_spoil_a_second_turn(name: str) -> None:
+    tiny, model = TINY[name], TINY[name].build()
+    inputs, cache = tiny.inputs(model), fresh(model)
+    first = generate(model, inputs, past_key_values=cache).sequences
+    whole = [generate(model, row) for row in tiny.whole(model, tiny.rows(model), first)]
+    generate(model, tiny.inputs(model, [2]))  # leaves its own rope_deltas on the model
+    second = generate(model, tiny.second_turn(model, inputs, first), past_key_values=cache)
+    assert max(differences(second, whole)) > EXACT
+
+
+@pytest.mark.parametrize(("name", "video"), CASES)
+def test_chunked_prefill(name: str, video: bool) -> None:
+    tiny, model = TINY[name], TINY[name].build()
+    inputs = tiny.inputs(model, [1, 2], video=video)
+    expected = tiny.stock.chunked_video if video else tiny.stock.chunked_prefill
+    whole = generate(model, inputs)
+    try:
+        chunked = generate(model, inputs, prefill_chunk_size=8)
+    except RuntimeError:  # m-RoPE in 5.17
+        assert not expected
+        return
+    assert (float((chunked.logits[0] - whole.logits[0]).abs().max()) < EXACT) == expected
+
+
+@pytest.mark.parametrize("rows", [[1, 1], [2, 1, 0]], ids=str)
+@pytest.mark.parametrize(("name", "video"), CASES)
+def test_expanded_rows_keep_their_images(name: str, video: bool, rows: list[int]) -> None:
+    """``num_return_sequences`` and beam search repeat the rows, and have to repeat their images along."""
+    tiny, model = TINY[name], TINY[name].build()
+    limit = tiny.stock.expanded_videos if video else tiny.stock.expanded_images
+    if max(rows) > limit:
+        pytest.skip("stock generate repeats the images in the wrong order")
+    assert limit in (1, ANY)
+    inputs = tiny.inputs(model, rows, video=video)
+    greedy = generate(model, inputs).sequences
+    twice = generate(model, inputs, num_return_sequences=2, do_sample=True, top_k=1).sequences
+    assert torch.equal(twice, greedy.repeat_interleave(2, dim=0))
+    beams = generate(model, inputs, num_beams=2).sequences
+    for index, row in enumerate(tiny.rows(model, rows, video=video)):
+        assert torch.equal(generate(model, row, num_beams=2).sequences[0, -4:], beams[index, -4:])
