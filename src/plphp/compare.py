@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unpruned beside pruned: the same prompt with the same settings, in turns, so that both meet the same machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from .cache import PrunedCache
+from .config import PLPHPConfig
+from .errors import ConfigError
+from .report import PruneReport
+
+OWN_ARGUMENTS = ("past_key_values", "logits_processor", "streamer", "return_dict_in_generate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to answer a prompt.
+
+    Parameters
+    ----------
+    texts : list of str
+        The answer of each row, without special tokens.
+    tokens : list of list of int
+        Generated tokens of each row.
+    kv_bytes : int
+        Bytes of the live key and value tensors right after the prompt was read.
+    prefill_seconds : float
+        Median time to the first token.
+    seconds_per_token : float, optional
+        Median time of a decode step, prefill excluded; None where the answer is one token.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    kv_bytes: int
+    prefill_seconds: float
+    seconds_per_token: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured.
+
+    Parameters
+    ----------
+    unpruned, pruned : Run
+        Both ways.
+    report : PruneReport
+        What the pruned run kept.
+    """
+
+    unpruned: Run
+    pruned: Run
+    report: PruneReport
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether both generated the same tokens."""
+        return self.unpruned.tokens == self.pruned.tokens
+
+    @property
+    def kv_reduction(self) -> float:
+        """Fraction of the prompt's KV bytes that is gone."""
+        return 1 - self.pruned.kv_bytes / self.unpruned.kv_bytes
+
+    @property
+    def speedup(self) -> float | None:
+        """Unpruned over pruned decode time per token; None where there was no decode step."""
+        if self.unpruned.seconds_per_token is None or self.pruned.seconds_per_token is None:
+            return None
+        return self.unpruned.seconds_per_token / self.pruned.seconds_per_token
+
+
+def compare(
+    model: PreTrainedModel,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    config: PLPHPConfig | None = None,
+    *,
+    rounds: int = 3,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda step: None,
+    **generation: Any,
+) -> Comparison:
+    """Answer a prompt unpruned and pruned, in turns, and measure both.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A supported model, in evaluation mode, outside any plphp session.
+    processor : ProcessorMixin
+        Decodes the answers.
+    inputs : mapping
+        For ``generate``, see `plphp.loading.build_inputs`.
+    config : PLPHPConfig, optional
+        Default: ``PLPHPConfig()``.
+    rounds : int
+        How often each of the two runs; times are medians over the steps of all rounds.
+    seed : int
+        Of the sampling, the same for both; the random state of the caller is left alone.
+    progress : callable
+        Told what is going on, in a few words.
+    **generation
+        More arguments of ``generate``, the same for both.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ConfigError
+        If ``rounds`` is less than 1, or ``generation`` holds something that the comparison sets itself.
+    """
+    if rounds < 1:
+        raise ConfigError(f"rounds must be at least 1, got {rounds}.")
+    taken = sorted(set(generation) & set(OWN_ARGUMENTS))
+    if taken:
+        raise ConfigError(f"compare sets {', '.join(taken)} itself: leave it out.")
+    unpruned, pruned = _Meter(model.device), _Meter(model.device)
+    report = None
+    for number in range(1, rounds + 1):
+        progress(f"round {number} of {rounds}, unpruned")
+        plain = DynamicCache(config=model.config.get_text_config(decoder=True))
+        unpruned.run(model, inputs, plain, seed, generation)
+        progress(f"round {number} of {rounds}, pruned")
+        cache = PrunedCache.for_inputs(model, inputs, config)
+        pruned.run(model, inputs, cache, seed, generation)
+        report = cache.report()
+        del cache, plain  # the next round starts from a model without plphp, and memory holds one cache only
+    assert report is not None
+    return Comparison(unpruned.result(processor), pruned.result(processor), report)
+
+
+class _Meter(LogitsProcessor):  # type: ignore[misc]
+    """Sees every step of ``generate``: notes the time, and after the prompt the size of the cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tokens: list[list[int]] = []
+        self.kv_bytes = 0
+        self.prefills: list[float] = []
+        self.steps: list[float] = []
+        self._cache: Any = None
+        self._last = 0.0
+        self._in_prompt = False
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        cache: Any,
+        seed: int,
+        generation: dict[str, Any],
+    ) -> None:
+        inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            self._cache, self._in_prompt, self._last = cache, True, self._now()
+            output = model.generate(
+                **inputs, **generation, past_key_values=cache, logits_processor=LogitsProcessorList([self])
+            )
+        self._cache = None
+        if not self.tokens:
+            self.tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        now = self._now()
+        (self.prefills if self._in_prompt else self.steps).append(now - self._last)
+        if self._in_prompt:
+            self._in_prompt = False
+            self.kv_bytes = kv_bytes(self._cache)
+            now = self._now()
+        self._last = now
+        return scores
+
+    def result(self, processor: Any) -> Run:
+        return Run(
+            texts=[text.strip() for text in processor.batch_decode(self.tokens, skip_special_tokens=True)],
+            tokens=self.tokens,
+            kv_bytes=self.kv_bytes,
+            prefill_seconds=statistics.median(self.prefills),
+            seconds_per_token=statistics.median(self.steps) if self.steps else None,
+        )
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the key and value tensors that are alive in a `PrunedCache` or in transformers' ``DynamicCache``."""
+    if isinstance(cache, PrunedCache):
+        return cache.nbytes
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
