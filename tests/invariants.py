@@ -59,6 +59,8 @@ def evicted_entries_masked(model: Any, report: PruneReport) -> Iterator[None]:
         keys, queries = logits.shape[-1], logits.shape[-2]
         for end, seen in keep.get(getattr(module, "layer_idx", -1), ()):
             later = torch.arange(keys - queries, keys) >= end
+            if not later.any():
+                continue
             hidden = ~seen.repeat_interleave(groups, 1)[:, :, None] & later[:, None]
             logits[..., : seen.shape[-1]].masked_fill_(hidden, -torch.inf)
         output = logits.softmax(-1) @ value
