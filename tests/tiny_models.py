@@ -20,6 +20,7 @@ TEXT_IDS = (3, 96)
 """Range of the ids of ordinary text; everything above is special."""
 VOCAB = 128
 IMAGE, VIDEO, START, END, BREAK, TAG, VIDEO_START, VIDEO_END = range(110, 118)
+INDICATORS = tuple(range(118, 123))
 SPECIAL = tuple(range(TEXT_IDS[1], VOCAB))
 
 Tokens = list[int]
@@ -41,6 +42,8 @@ class Stock:
 
     Parameters
     ----------
+    second_turn : bool
+        A later turn of text equals one whole prompt. PaliGemma reads a prompt bidirectionally: it cannot.
     second_turn_image : bool
         A later turn with new images, given as ``TinyFamily.second_turn`` gives it, equals one whole prompt.
     chunked_prefill, chunked_video : bool
@@ -49,6 +52,7 @@ class Stock:
         The most images of a row that beam search and ``num_return_sequences`` repeat in the right order.
     """
 
+    second_turn: bool = True
     second_turn_image: bool = True
     chunked_prefill: bool = NEWEST
     chunked_video: bool = NEWEST
@@ -72,6 +76,8 @@ class TinyFamily:
         Make the images (videos) of a row. ``videos`` is None where the class knows images only.
     token_types : str, optional
         Name under which the processor returns token types (0 text, 1 image, 2 video), or None.
+    prefix_types : bool
+        Whether the token types are 0 all over the prompt: PaliGemma marks the answer only.
     image_axis : int
         Axis of ``pixel_values`` along which the images of a row lie.
     stock : Stock
@@ -84,6 +90,7 @@ class TinyFamily:
     images: Encode
     videos: Encode | None = None
     token_types: str | None = None
+    prefix_types: bool = False
     image_axis: int = 0
     stock: Stock = Stock()
 
@@ -249,7 +256,8 @@ class TinyFamily:
         if self.token_types is not None:
             in_video = (input_ids == VIDEO_START).cumsum(-1) > (input_ids == VIDEO_END).cumsum(-1)
             types = (input_ids == IMAGE).long() + (input_ids == VIDEO).long() * 2
-            row[self.token_types] = torch.where((types == 1) & in_video, 2, types)
+            types = torch.where((types == 1) & in_video, 2, types)
+            row[self.token_types] = torch.zeros_like(types) if self.prefix_types else types
         return row
 
 
@@ -531,6 +539,36 @@ def _internvl_video(config: Any, count: int, first: int, generator: torch.Genera
     return [frame * frames] * count, {"pixel_values": _noise(generator, count * frames, 3, side, side)}
 
 
+def _cohere(tile: Callable[[int, Tokens], Tokens]) -> Encode:
+    """Encode images of one to three tiles of 16 tokens, each wrapped by ``tile``."""
+
+    def encode(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
+        tiles = [_cycle((3, 1, 2), first + index) for index in range(count)]
+        pieces = [
+            [START, *(token for index in range(number) for token in tile(index, [IMAGE] * 16)), END]
+            for number in tiles
+        ]
+        side = config.vision_config.image_size
+        return pieces, {"pixel_values": _noise(generator, sum(tiles), 3, side, side)}
+
+    return encode
+
+
+def _ovis2(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
+    """Images alternate between the whole image with two tiles, and the whole image alone."""
+    start, end, grid, column, _ = INDICATORS
+    tile = [IMAGE] * 16
+    tiles = [_cycle((3, 1), first + index) for index in range(count)]
+    pieces = [[start, *tile, grid, *([*tile, column, *tile] if number > 1 else []), end] for number in tiles]
+    side = config.vision_config.image_size
+    return pieces, {"pixel_values": _noise(generator, sum(tiles), 3, side, side)}
+
+
+def _lighton(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
+    pieces, tensors = _pixtral(config, count, first, generator)
+    return [[IMAGE] * piece.count(IMAGE) for piece in pieces], tensors
+
+
 def _tiles(count: int, side: int, generator: torch.Generator, hole: int = 0) -> dict[str, torch.Tensor]:
     """Return ``pixel_values`` (1, tiles, 3, side, side) and their mask; every other tile is narrower."""
     pixel_values = _noise(generator, 1, count, 3, side, side)
@@ -589,6 +627,30 @@ _QWEN_IDS = {
     "vision_start_token_id": START,
     "vision_end_token_id": END,
 }
+_GLM_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "image_size": 32,
+    "out_hidden_size": 48,
+}
+_GLM_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": START,
+    "image_end_token_id": END,
+    "video_start_token_id": VIDEO_START,
+    "video_end_token_id": VIDEO_END,
+}
+_COHERE2 = _text_config(
+    "cohere2",
+    num_hidden_layers=4,
+    sliding_window=16,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    logit_scale=1.0,
+)
 _INTERLEAVED = {"mrope_interleaved": True}
 
 _image_grids = _patches("image", _framed(IMAGE))
@@ -597,6 +659,9 @@ _timed_grids = _patches("video", _timed)
 
 _REPEATED = Stock(expanded_images=ANY, expanded_videos=ANY)
 """Qwen repeats images row by row since ever, and those of Idefics have a batch axis."""
+_TILED = Stock(expanded_images=ANY if NEWEST else 0, expanded_videos=ANY if NEWEST else 0)
+"""5.17 repeats tile by tile."""
+_PREFIX = Stock(second_turn=False, second_turn_image=False, chunked_prefill=False)
 _GLM = Stock(
     chunked_video=False,  # looks for video_token_id, which GLM does not use
     expanded_images=1 if NEWEST else ANY,  # 5.23 repeats image by image: (a, a, b, b) for the row (a, b)
@@ -786,7 +851,7 @@ TINY: dict[str, TinyFamily] = {
         ),
         _internvl,
         _internvl_video,
-        stock=Stock(expanded_images=ANY if NEWEST else 0, expanded_videos=ANY if NEWEST else 0),
+        stock=_TILED,
     ),
     "idefics2": TinyFamily(
         "idefics2",
@@ -898,21 +963,171 @@ TINY: dict[str, TinyFamily] = {
         _config(
             "glm4v",
             text_config=_mrope("glm4v_text"),
+            vision_config=_GLM_VISION,
+            **_GLM_IDS,
+        ),
+        _image_grids,
+        _patches("video", _glm_video),
+        token_types="mm_token_type_ids",
+        stock=_GLM,
+    ),
+    "paligemma": TinyFamily(
+        "paligemma",
+        "PaliGemmaForConditionalGeneration",
+        _config(
+            "paligemma",
+            text_config=_text_config("gemma"),
+            vision_config=SIGLIP,
+            image_token_index=IMAGE,
+            projection_dim=48,
+        ),
+        _same_size(16, [], [BOS]),
+        token_types="token_type_ids",
+        prefix_types=True,
+        stock=_PREFIX,
+    ),
+    "paligemma2": TinyFamily(
+        "paligemma",
+        "PaliGemmaForConditionalGeneration",
+        _config(
+            "paligemma",
+            text_config=_text_config(
+                "gemma2",
+                num_hidden_layers=4,
+                sliding_window=16,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                query_pre_attn_scalar=12,
+                attn_logit_softcapping=5.0,
+                final_logit_softcapping=5.0,
+            ),
+            vision_config=SIGLIP,
+            image_token_index=IMAGE,
+            projection_dim=48,
+        ),
+        _same_size(16, [], [BOS]),
+        token_types="token_type_ids",
+        prefix_types=True,
+        stock=_PREFIX,
+    ),
+    "aya-vision": TinyFamily(
+        "aya-vision",
+        "AyaVisionForConditionalGeneration",
+        _config(
+            "aya_vision",
+            text_config=_COHERE2,
+            vision_config={**SIGLIP, "patch_size": 4},
+            image_token_index=IMAGE,
+            downsample_factor=2,
+        ),
+        _cohere(lambda index, tile: [TAG, 3 + index, *tile]),
+        stock=_TILED,
+    ),
+    "cohere2-vision": TinyFamily(
+        "cohere2-vision",
+        "Cohere2VisionForConditionalGeneration",
+        _config(
+            "cohere2_vision",
+            text_config=_COHERE2,
+            vision_config={**SIGLIP, "patch_size": 4},
+            image_token_id=IMAGE,
+            downsample_factor=2,
+            alignment_intermediate_size=64,
+        ),
+        _cohere(lambda index, tile: [*tile, BREAK]),
+        stock=_TILED,
+    ),
+    "ovis2": TinyFamily(
+        "ovis2",
+        "Ovis2ForConditionalGeneration",
+        _config(
+            "ovis2",
+            text_config=_text_config("qwen2", use_sliding_window=False),
             vision_config={
-                "depth": 2,
                 "hidden_size": 32,
                 "intermediate_size": 48,
-                "num_heads": 2,
-                "patch_size": 4,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
                 "image_size": 32,
-                "out_hidden_size": 48,
+                "patch_size": 4,
+                "hidden_stride": 2,
+                "vocab_size": 64,
             },
             image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_start_token_id=START,
-            image_end_token_id=END,
-            video_start_token_id=VIDEO_START,
-            video_end_token_id=VIDEO_END,
+            visual_indicator_token_ids=list(INDICATORS),
+            hidden_size=48,
+            vocab_size=VOCAB,
+        ),
+        _ovis2,
+        # 5.23 cuts the features of a chunk and leaves the indicators behind
+        stock=Stock(chunked_prefill=False, expanded_images=ANY if NEWEST else 0),
+    ),
+    "lighton-ocr": TinyFamily(
+        "lighton-ocr",
+        "LightOnOcrForConditionalGeneration",
+        _config(
+            "lighton_ocr",
+            text_config=_text_config("qwen3", use_sliding_window=False),
+            vision_config=PIXTRAL,
+            image_token_id=IMAGE,
+            spatial_merge_size=2,
+        ),
+        _lighton,
+    ),
+    "qwen3.5-moe": TinyFamily(
+        "qwen3.5",
+        "Qwen3_5MoeForConditionalGeneration",
+        _config(
+            "qwen3_5_moe",
+            text_config=_mrope(
+                "qwen3_5_moe_text",
+                rope={**_INTERLEAVED, "partial_rotary_factor": 1.0},
+                num_hidden_layers=4,
+                layer_types=["linear_attention", "full_attention"] * 2,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                shared_expert_intermediate_size=32,
+            ),
+            vision_config=_QWEN3_VISION,
+            **_QWEN_IDS,
+        ),
+        _image_grids,
+        _timed_grids,
+        token_types="mm_token_type_ids",
+        stock=_REPEATED,
+    ),
+    "glm46v": TinyFamily(
+        "glm4v",
+        "Glm46VForConditionalGeneration",
+        _config(
+            "glm46v",
+            text_config=_mrope("glm4v_text"),
+            vision_config={"model_type": "glm4v_vision", **_GLM_VISION},
+            **_GLM_IDS,
+        ),
+        _image_grids,
+        _patches("video", _glm_video),
+        token_types="mm_token_type_ids",
+        stock=_GLM,
+    ),
+    "glm4v-moe": TinyFamily(
+        "glm4v",
+        "Glm4vMoeForConditionalGeneration",
+        _config(
+            "glm4v_moe",
+            text_config=_mrope(
+                "glm4v_moe_text",
+                rope={"partial_rotary_factor": 1.0},
+                moe_intermediate_size=32,
+                num_experts_per_tok=2,
+                n_routed_experts=4,
+            ),
+            vision_config=_GLM_VISION,
+            **_GLM_IDS,
         ),
         _image_grids,
         _patches("video", _glm_video),

@@ -19,7 +19,7 @@ CASES = [
     (name, video) for name in NAMES for video in (False, True) if not video or TINY[name].videos is not None
 ]
 MROPE = [name for name in NAMES if TINY[name].token_types == "mm_token_type_ids"]
-EXACT = 2e-5
+EXACT = 5e-5
 
 
 def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def test_second_turn_equals_whole_prompt(name: str, with_image: bool) -> None:
     )
     whole = [generate(model, row) for row in tiny.whole(model, tiny.rows(model, rows), first, with_image)]
     exact = max(differences(second, whole)) < EXACT
-    assert exact == (tiny.stock.second_turn_image or not with_image)
+    assert exact == (tiny.stock.second_turn_image if with_image else tiny.stock.second_turn)
 
 
 @pytest.mark.parametrize("name", MROPE)
@@ -121,7 +121,7 @@ def test_chunked_prefill(name: str, video: bool) -> None:
     whole = generate(model, inputs)
     try:
         chunked = generate(model, inputs, prefill_chunk_size=8)
-    except RuntimeError:  # m-RoPE in 5.17
+    except (RuntimeError, TypeError):  # m-RoPE in 5.17, Ovis2 in 5.23
         assert not expected
         return
     assert (float((chunked.logits[0] - whole.logits[0]).abs().max()) < EXACT) == expected

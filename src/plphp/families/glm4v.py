@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLM-4.1V and GLM-4.5V: image and video frames share one placeholder id."""
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V: image and video frames share one placeholder id."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
 
 FAMILY = Family(
     name="glm4v",
-    model_types=("glm4v", "glm4v_moe"),
+    model_types=("glm4v", "glm4v_moe", "glm46v"),
     # video_token_id marks a video in the text and is never in input_ids: frames are written with image tokens
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral Small 3.1 and later: Pixtral tower with patch merging; images keep their own size."""
+"""Mistral Small 3.1 and LightOnOCR: Pixtral tower with patch merging; images keep their own size."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     return in_prompt_order(inputs, {config.image_token_id: images})
 
 
-FAMILY = Family(
-    name="mistral3",
-    model_types=("mistral3",),
-    vision_token_ids=token_ids("image_token_id"),
-    segments=_segments,
-    notes="The break and end tokens of an image count as text and are kept.",
+FAMILIES = (
+    Family(
+        name="mistral3",
+        model_types=("mistral3",),
+        vision_token_ids=token_ids("image_token_id"),
+        segments=_segments,
+        notes="The break and end tokens of an image count as text and are kept.",
+    ),
+    Family("lighton-ocr", ("lighton_ocr",), token_ids("image_token_id"), _segments),
 )

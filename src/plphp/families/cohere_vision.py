@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Aya Vision and Command A Vision: square tiles with pixel shuffle on the text model Cohere 2."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from plphp.families._segments import in_prompt_order, square, token_ids
+from plphp.families.base import Family, Inputs, VisionSegment
+
+
+def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
+    pixel_values = inputs.get("pixel_values")
+    patch_height, patch_width = square(config.vision_config.patch_size)
+    tiles: list[VisionSegment] = []
+    if pixel_values is not None:
+        height = pixel_values.shape[-2] // patch_height // config.downsample_factor
+        width = pixel_values.shape[-1] // patch_width // config.downsample_factor
+        tiles = [VisionSegment(height * width, (1, height, width))] * len(pixel_values)
+    return in_prompt_order(inputs, {config.image_token_id: tiles})
+
+
+_NOTES = "A segment is a tile. Three of four layers have a sliding window and are never pruned."
+
+FAMILIES = (
+    Family("aya-vision", ("aya_vision",), token_ids("image_token_id"), _segments, _NOTES),
+    Family("cohere2-vision", ("cohere2_vision",), token_ids("image_token_id"), _segments, _NOTES),
+)
