@@ -986,29 +986,6 @@ TINY: dict[str, TinyFamily] = {
         prefix_types=True,
         stock=_PREFIX,
     ),
-    "paligemma2": TinyFamily(
-        "paligemma",
-        "PaliGemmaForConditionalGeneration",
-        _config(
-            "paligemma",
-            text_config=_text_config(
-                "gemma2",
-                num_hidden_layers=4,
-                sliding_window=16,
-                layer_types=["sliding_attention", "full_attention"] * 2,
-                query_pre_attn_scalar=12,
-                attn_logit_softcapping=5.0,
-                final_logit_softcapping=5.0,
-            ),
-            vision_config=SIGLIP,
-            image_token_index=IMAGE,
-            projection_dim=48,
-        ),
-        _same_size(16, [], [BOS]),
-        token_types="token_type_ids",
-        prefix_types=True,
-        stock=_PREFIX,
-    ),
     "aya-vision": TinyFamily(
         "aya-vision",
         "AyaVisionForConditionalGeneration",
@@ -1135,3 +1112,30 @@ TINY: dict[str, TinyFamily] = {
         stock=_GLM,
     ),
 }
+
+REFUSED: dict[str, TinyFamily] = {
+    "paligemma2": TinyFamily(
+        "paligemma",
+        "PaliGemmaForConditionalGeneration",
+        _config(
+            "paligemma",
+            text_config=_text_config(
+                "gemma2",
+                num_hidden_layers=4,
+                sliding_window=16,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                query_pre_attn_scalar=12,
+                attn_logit_softcapping=5.0,
+                final_logit_softcapping=5.0,
+            ),
+            vision_config=SIGLIP,
+            image_token_index=IMAGE,
+            projection_dim=48,
+        ),
+        _same_size(16, [], [BOS]),
+        token_types="token_type_ids",
+        prefix_types=True,
+        stock=_PREFIX,
+    ),
+}
+"""Models of known families that are refused once they run: Gemma 2 caps its attention scores."""

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+import plphp
+from plphp import PLPHPConfig
+from plphp.errors import UnsupportedModelError
 from plphp.families._segments import in_prompt_order
 from plphp.families.base import Family, VisionSegment
 from plphp.families.unsupported import UNSUPPORTED
 from plphp.registry import families, family_of
-from tiny_models import IMAGE, SPECIAL, TEXT_IDS, TINY, VIDEO
+from tiny_models import IMAGE, REFUSED, SPECIAL, TEXT_IDS, TINY, VIDEO
 
 ROWS = ([1], [3], [2, 1], [0, 2, 1], [0])
 NAMES = sorted(TINY)
@@ -90,6 +93,16 @@ def test_model_types_belong_to_one_family_or_are_unsupported() -> None:
     assert len(types) == len(set(types))
     assert not set(types) & set(UNSUPPORTED)
     assert all(reason.endswith(".") and reason[0].islower() for reason in UNSUPPORTED.values())
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_attention_cannot_do_is_refused_by_name(name: str) -> None:
+    tiny, model = REFUSED[name], REFUSED[name].build()
+    inputs = tiny.inputs(model)
+    check(model.config, inputs)
+    with pytest.raises(UnsupportedModelError, match="softcap"), plphp.prune(model, PLPHPConfig()):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
 def test_mixed_modalities_follow_the_prompt() -> None:

@@ -185,6 +185,43 @@ def test_internvl() -> None:
     compare("internvl", processor, images, len(SIZES), one_each=False)
 
 
+@pytest.mark.parametrize("name", ["aya-vision", "cohere2-vision"])
+def test_cohere(name: str) -> None:
+    cut = load("got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil")(
+        size=square(32), crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    images = cut(pictures(), return_tensors="pt")
+    if name == "aya-vision":
+        tokens = {"img_patch_token": "I", "start_of_img_token": "S", "end_of_img_token": "E"}
+        tiles = {"tile_token": "T", "tile_global_token": "G"}
+        processor = bare("aya_vision", "AyaVisionProcessor", patch_size=8, img_size=32, **tokens, **tiles)
+    else:
+        markers = {"boi_token": "S", "eoi_token": "E", "img_line_break_token": "B"}
+        processor = bare("cohere2_vision", "Cohere2VisionProcessor", patch_size=4, **markers)
+    compare(name, processor, images, len(SIZES), one_each=False)
+
+
+def test_ovis2() -> None:
+    cut = load("ovis2.image_processing_pil_ovis2", "Ovis2ImageProcessorPil")(
+        size=square(32), crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    images = cut(pictures(), return_tensors="pt")
+    processor = bare("ovis2", "Ovis2Processor", image_seq_length=16)
+    counts = [processor.replace_image_token(images, index).count("<IMG_ATOM>") for index in range(len(SIZES))]
+    config = TINY["ovis2"].config()
+    segments = family_of(config).segments(config, images)
+    assert segments is not None
+    assert sum(segment.tokens for segment in segments) == sum(counts)
+
+
+def test_lighton_ocr() -> None:
+    cut = load("pixtral.image_processing_pil_pixtral", "PixtralImageProcessorPil")(
+        size={"longest_edge": 96}, patch_size=16
+    )
+    processor = bare("lighton_ocr", "LightOnOcrProcessor", effective_patch_size=16)
+    compare("lighton-ocr", processor, cut(pictures(), return_tensors="pt"), len(SIZES))
+
+
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
 def test_idefics3(name: str) -> None:
     kind = "Idefics3ImageProcessorPil" if name == "idefics3" else "SmolVLMImageProcessorPil"
