@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes: the same seed gives the same picture, and the picture shows what the ground truth says."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from training import scenes, sprites
+
+
+def _scenes(seed: int, n: int = 20) -> list[scenes.Scene]:
+    rng = random.Random(seed)
+    return [scenes.make_scenes(rng, "test", 1)[0] for _ in range(n)]
+
+
+def test_the_same_seed_draws_the_same_pixels() -> None:
+    for first, second in zip(_scenes(3), _scenes(3), strict=True):
+        assert first == second
+        assert np.array_equal(np.asarray(first.draw()), np.asarray(second.draw()))
+
+
+def test_another_seed_draws_other_scenes() -> None:
+    assert _scenes(3) != _scenes(4)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_size_follows_the_scale(scale: int) -> None:
+    assert _scenes(1, 1)[0].draw(scale).size == (80 * scale, 80 * scale)
+
+
+def test_a_large_drawing_resized_looks_like_a_small_one() -> None:
+    for scene in _scenes(5):
+        large = scene.draw(4).resize((scenes.SIDE, scenes.SIDE))
+        difference = np.abs(np.asarray(large, np.float32) - np.asarray(scene.draw(1), np.float32))
+        assert difference.mean() < 6
+
+
+def test_filled_cells_are_coloured_as_told_and_empty_cells_are_dark() -> None:
+    rng = random.Random(7)
+    for _ in range(30):
+        scene = scenes.make_grid(rng, "test")
+        pixels = np.asarray(scene.draw(), np.float32)
+        height, width = scenes.SIDE / scene.rows, scenes.SIDE / scene.cols
+        for row in range(1, scene.rows + 1):
+            for col in range(1, scene.cols + 1):
+                top, left = round((row - 1) * height) + 2, round((col - 1) * width) + 2
+                cell = pixels[top : round(row * height) - 1, left : round(col * width) - 1]
+                if scene.cell(row, col) == "nothing":
+                    assert cell.max() < 90
+                    continue
+                colour, _ = scene.cell(row, col).split()
+                # The mean over the brightest pixels is nearest to the named colour.
+                brightest = cell.reshape(-1, 3)[np.argsort(cell.max(-1).ravel())[-12:]].mean(0)
+                names = list(scenes.COLOURS)
+                distances = [np.linalg.norm(brightest - np.array(scenes.COLOURS[name])) for name in names]
+                assert names[int(np.argmin(distances))] == colour
+
+
+def test_lines_of_text_hold_three_to_five_known_characters() -> None:
+    rng = random.Random(8)
+    for _ in range(50):
+        scene = scenes.make_text(rng)
+        for row in range(1, scene.rows + 1):
+            assert 3 <= len(scene.line(row)) <= 5
+            assert set(scene.line(row)) <= set(sprites.CHARACTERS)
+
+
+def test_every_item_labels_at_least_one_patch() -> None:
+    for scene in _scenes(9):
+        labels = scene.patch_labels()
+        found = {tuple(label) for label in labels.reshape(-1, 4)}
+        for item in scene.items:
+            colour = list(scenes.COLOURS).index(item.colour) + 1
+            assert (scenes.OBJECTS.index(item.value), colour, item.row, item.col) in found
+
+
+def test_training_and_test_digits_are_disjoint() -> None:
+    for label in range(10):
+        train, test = (sprites._digit_images(split)[label] for split in ("train", "test"))
+        assert len(train) > 100
+        assert len(test) > 20
+        seen = {image.tobytes() for image in train}
+        assert not any(image.tobytes() in seen for image in test)

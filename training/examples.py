@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the example images with their questions and true answers: ``python -m training.examples --out DIR``.
+
+Each example names a task and takes the first scene and question of its seed that allow it: nothing is chosen
+by what the model answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from training import questions, scenes
+from training.scenes import Scene
+
+SEED = 4242
+PLAN: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("single", "grid-1", ("grid",), "cell"),
+    ("single", "grid-2", ("grid",), "digit_of_colour"),
+    ("single", "grid-2", ("grid",), "colour_of"),
+    ("single", "page-1", ("text",), "read_line"),
+    ("single", "page-2", ("text",), "read_colour"),
+    ("lines", "page-1", ("text",), "read_page"),
+    ("lines", "grid-1", ("grid",), "list_grid"),
+    ("single", "grid-1", ("grid",), "list_row"),
+    ("several", "pair", ("grid", "grid"), "which_image"),
+    ("several", "trio", ("grid", "text", "grid"), "cell"),
+    ("several", "trio", ("grid", "text", "grid"), "read_line"),
+)
+"""(kind, name of the image set, kinds of scenes, task)."""
+
+
+def _scenes(name: str, kinds: Sequence[str]) -> list[Scene]:
+    """Return the scenes of one set: test digits, a seed that no training or evaluation stream uses."""
+    rng = random.Random(f"{SEED}-{name}")
+    several = len(kinds) > 1
+    made = []
+    for kind in kinds:
+        while True:
+            if kind == "grid":
+                scene = scenes.make_grid(rng, "test", max_side=3)
+            else:
+                scene = scenes.make_text(rng, "test", max_lines=2 if several else 3)
+            # A page of one line would make a poor multi-line example.
+            if kind == "grid" or scene.rows > 1:
+                break
+        # Without pixel noise the files are a few kilobytes instead of a hundred.
+        made.append(dataclasses.replace(scene, noise=0.0))
+    return made
+
+
+def write(folder: Path) -> list[dict]:
+    """Write the PNG files (320 x 320) and ``questions.json``; return the questions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for kind, name, kinds, task in PLAN:
+        drawn = _scenes(name, kinds)
+        files = [f"{name}.png"] if len(kinds) == 1 else [f"{name}-{i}.png" for i in range(1, len(kinds) + 1)]
+        for file, scene in zip(files, drawn, strict=True):
+            scene.draw(4).save(folder / file, optimize=True)
+        rng = random.Random(f"{SEED}-{name}-{task}")
+        asked = None
+        for _ in range(100):
+            asked = questions.ask(rng, drawn, task)
+            # "Shows nothing" would be a poor example of reading a cell.
+            if asked is not None and not (task == "cell" and "nothing" in asked.answer):
+                break
+        if asked is None:
+            raise RuntimeError(f"the scenes of {name!r} do not allow the task {task!r}; change SEED")
+        listed.append({"images": files, "question": asked.text, "answer": asked.answer, "kind": kind})
+    (folder / "questions.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    return listed
+
+
+def main() -> None:
+    """Write the examples."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    write(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: a small LLaVA (SigLIP tower, Qwen2 with grouped-query attention) built from a config."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AttentionInterface,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from training import scenes
+
+IMAGE_TOKENS = scenes.PATCHES**2
+
+
+def _matmul_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+    """Attention as two matrix products: on a CPU in bf16 its backward is several times faster than SDPA's."""
+    batch, q_heads, seq, dim = query.shape
+    kv_heads, kv_seq = key.shape[1], key.shape[2]
+    groups = q_heads // kv_heads
+    grouped = query.reshape(batch, kv_heads, groups * seq, dim) * scaling
+    scores = torch.matmul(grouped, key.transpose(-1, -2))
+    if attention_mask is not None:
+        scores = scores.view(batch, kv_heads, groups, seq, kv_seq) + attention_mask[:, :, None].to(
+            scores.dtype
+        )
+        scores = scores.view(batch, kv_heads, groups * seq, kv_seq)
+    out = torch.matmul(torch.softmax(scores, -1).to(value.dtype), value).view(batch, q_heads, seq, dim)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("training_matmul", _matmul_attention)
+AttentionMaskInterface.register("training_matmul", eager_mask)
+
+
+def build(
+    vocab_size: int, image_token_id: int, end_id: int, pad_id: int, *, seed: int = 0, small: bool = False
+) -> LlavaForConditionalGeneration:
+    """Build the untrained model.
+
+    Parameters
+    ----------
+    vocab_size, image_token_id, end_id, pad_id
+        From the tokenizer.
+    seed
+        Of the initial weights.
+    small
+        A toy of the same shape, for tests.
+    """
+    torch.manual_seed(seed)
+    vision = SiglipVisionConfig(
+        hidden_size=48 if small else 192,
+        intermediate_size=64 if small else 512,
+        num_hidden_layers=1 if small else 4,
+        num_attention_heads=2 if small else 6,
+        image_size=scenes.SIDE,
+        patch_size=scenes.PATCH,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=64 if small else 256,
+        intermediate_size=96 if small else 768,
+        num_hidden_layers=2 if small else 8,
+        num_attention_heads=4 if small else 8,
+        num_key_value_heads=2 if small else 4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=image_token_id,
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="training_matmul")
+    model.tie_weights()
+    return model
+
+
+def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Return the tower's patch features as the model class reads them (before the projector).
+
+    Parameters
+    ----------
+    model
+        The model.
+    pixels
+        uint8, shape (images, 80, 80, 3).
+
+    Returns
+    -------
+    Tensor
+        Shape (images, 100, dim).
+    """
+    values = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    tower = model.model.vision_tower
+    return tower(pixel_values=values, output_hidden_states=True).hidden_states[-1]
+
+
+class Encoder(nn.Module):
+    """The same features by a direct call of the encoder: it compiles without the hooks of the class."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        tower = model.model.vision_tower
+        self.tower = getattr(tower, "vision_model", tower)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """See ``vision_features``."""
+        values = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return self.tower.encoder(inputs_embeds=self.tower.embeddings(values)).last_hidden_state
+
+
+class PatchHead(nn.Module):
+    """Class, colour, row and column of every patch from the tower's features: the pre-training target."""
+
+    sizes = (len(scenes.OBJECTS), len(scenes.COLOURS) + 1, scenes.MAX_ROWS + 1, scenes.MAX_COLS + 1)
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, sum(self.sizes))
+
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the accuracy of the object class on patches that show something.
+
+        Parameters
+        ----------
+        features
+            Shape (images, 100, dim).
+        labels
+            int64, shape (images, 10, 10, 4), from ``Scene.patch_labels``.
+        """
+        logits = self.linear(features).float().flatten(0, 1).split(self.sizes, -1)
+        target = labels.reshape(-1, 4)
+        shown = (target[:, 0] > 0).float()
+        weight = 0.1 + 0.9 * shown
+        losses = [F.cross_entropy(part, target[:, i], reduction="none") for i, part in enumerate(logits)]
+        loss = ((losses[0] + 0.5 * losses[1]) * weight).sum() / weight.sum()
+        loss = loss + 0.3 * ((losses[2] + losses[3]) * shown).sum() / shown.sum()
+        right = ((logits[0].argmax(-1) == target[:, 0]).float() * shown).sum() / shown.sum()
+        return loss, right.detach()
+
+
+@torch.no_grad()
+def whiten_projector(model: LlavaForConditionalGeneration, features: Tensor, scale: float = 0.3) -> None:
+    """Initialise the projector as a whitening of the tower's output, scaled towards the text embeddings.
+
+    The raw features are two orders of magnitude larger than the embeddings; training then sits on a plateau.
+
+    Parameters
+    ----------
+    model
+        Its projector is changed in place.
+    features
+        Sample of the tower's output, shape (n, dim).
+    scale
+        Standard deviation of the projector's output.
+    """
+    projector = model.model.multi_modal_projector
+    mean = features.mean(0)
+    centred = features - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(features))
+    whitening = vectors @ torch.diag((values + 0.01 * values.mean()).rsqrt()) @ vectors.T
+    out_dim, in_dim = projector.linear_1.weight.shape
+    rotation = torch.linalg.qr(torch.randn(out_dim, in_dim))[0] * (out_dim / in_dim) ** 0.5
+    projector.linear_1.weight.copy_(rotation @ whitening)
+    projector.linear_1.bias.copy_(-(rotation @ whitening) @ mean)
+    hidden = projector.act(projector.linear_1(features))
+    projector.linear_2.weight.normal_(0, out_dim**-0.5)
+    projector.linear_2.bias.zero_()
+    projector.linear_2.weight.mul_(scale / projector.linear_2(hidden).std())
+    projector.linear_2.bias.copy_(-projector.linear_2(hidden).mean(0))
+
+
+class AnswerLoss(nn.Module):
+    """Training forward over packed rows (``rows.py``), with the modules and weights of the model class."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        features: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        blocks: Tensor,
+        positions: Tensor,
+        text_start: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss over answer tokens and the share of answer tokens that are right.
+
+        Parameters
+        ----------
+        features
+            Tower output, shape (images, 100, dim); the images of a row follow one another.
+        ids, labels, blocks, positions
+            int64, shape (rows, seq); see ``training.rows.Row``.
+        text_start
+            First position that can carry a label (everything before is the shared prefix).
+        """
+        rows, seq = ids.shape
+        embeds = self.model.get_input_embeddings()(ids)
+        images = self.model.model.multi_modal_projector(features)
+        is_image = (ids == self.model.config.image_token_id).unsqueeze(-1)
+        embeds = embeds.to(images.dtype).masked_scatter(is_image, images)
+        causal = torch.ones(seq, seq, dtype=torch.bool, device=ids.device).tril()
+        visible = causal & ((blocks[:, :, None] == blocks[:, None, :]) | (blocks == 0)[:, None, :])
+        mask = torch.zeros(rows, 1, seq, seq, dtype=images.dtype, device=ids.device)
+        mask = mask.masked_fill(~visible[:, None], -1e4)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state[:, text_start:]
+        logits = self.model.lm_head(hidden).float()
+        target = labels[:, text_start:]
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+        with torch.no_grad():
+            scored = target >= 0
+            right = ((logits.argmax(-1) == target) & scored).sum() / scored.sum()
+        return loss, right

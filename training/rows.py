@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed training rows: one shared prefix (system text, images) and many independent question blocks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training import model as models
+from training import questions, scenes, tokenizer
+from training.scenes import Scene
+
+SYSTEM_SLOT = max(len(tokenizer.encode(f"<|system|>{text}<|end|>\n")) for text in questions.SYSTEMS)
+PER_IMAGE = len(tokenizer.encode("Image 1: ")) + models.IMAGE_TOKENS + 1
+PAD, END, IMAGE = range(3)
+PREFIX_BLOCK, PAD_BLOCK = 0, -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row.
+
+    Attributes
+    ----------
+    pixels
+        uint8, shape (images, 80, 80, 3).
+    ids
+        int64, shape (seq,): left padding, prefix, question blocks, right padding.
+    labels
+        int64, shape (seq,): the next token where it belongs to an answer, else -100.
+    blocks
+        int64, shape (seq,): 0 for the prefix (visible to all), 1, 2, ... for blocks (each visible to itself),
+        -1 for pads.
+    positions
+        int64, shape (seq,): every block continues from the end of the prefix.
+    """
+
+    pixels: np.ndarray
+    ids: np.ndarray
+    labels: np.ndarray
+    blocks: np.ndarray
+    positions: np.ndarray
+
+
+def prefix_length(n_images: int) -> int:
+    """Return the fixed number of positions before the first question block, padding included."""
+    return SYSTEM_SLOT + 1 + n_images * PER_IMAGE
+
+
+def prefix_ids(n_images: int, system: str) -> list[int]:
+    """Return the tokens of the chat template up to the first question."""
+    ids = list(tokenizer.encode(f"<|system|>{system}<|end|>\n")) if system else []
+    ids += tokenizer.encode("<|user|>")
+    for k in range(1, n_images + 1):
+        ids += tokenizer.encode(f"Image {k}: ")
+        ids += [IMAGE] * models.IMAGE_TOKENS
+        ids += tokenizer.encode("\n")
+    return ids
+
+
+def block_ids(turns: Sequence[questions.Question]) -> tuple[list[int], list[int]]:
+    """Return (ids, labels) of a dialogue: its questions and answers in the chat template's form."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for i, turn in enumerate(turns):
+        opening = tokenizer.encode(("\n<|user|>" if i else "") + turn.text + "<|end|>\n<|assistant|>")
+        answer = [*tokenizer.encode(turn.answer), END]
+        ids += [*opening, *answer]
+        labels += [-100] * (len(opening) - 1) + answer + [-100]
+    # The last <|end|> is only ever predicted.
+    return ids[:-1], labels[:-1]
+
+
+def draw_turns(rng: random.Random, drawn: Sequence[Scene], *, dialogues: float) -> list[questions.Question]:
+    """Ask one question, or two with probability ``dialogues``; an empty list where none was found."""
+    wanted = 2 if rng.random() < dialogues else 1
+    turns = [questions.ask(rng, drawn) for _ in range(wanted)]
+    return [turn for turn in turns if turn is not None]
+
+
+def draw_system(rng: random.Random) -> str:
+    """Return a system text: the default in half of the rows, none in some."""
+    draw = rng.random()
+    if draw < 0.5:
+        return questions.DEFAULT_SYSTEM
+    return "" if draw < 0.62 else rng.choice(questions.SYSTEMS[1:])
+
+
+def make_row(rng: random.Random, n_images: int, text_slot: int, *, easy: bool = False) -> Row:
+    """Draw scenes and as many question blocks about them as fit ``text_slot`` tokens (training split)."""
+    drawn = scenes.make_scenes(rng, "train", n_images, easy=easy)
+    prefix = prefix_ids(n_images, draw_system(rng))
+    start = prefix_length(n_images)
+    length = start + text_slot
+    ids = np.full(length, PAD, np.int64)
+    labels = np.full(length, -100, np.int64)
+    blocks = np.full(length, PAD_BLOCK, np.int64)
+    positions = np.zeros(length, np.int64)
+    ids[start - len(prefix) : start] = prefix
+    blocks[start - len(prefix) : start] = PREFIX_BLOCK
+    positions[start - len(prefix) : start] = np.arange(len(prefix))
+    at, block, misses = start, 1, 0
+    seen: set[str] = set()
+    while misses < 5:
+        turns = draw_turns(rng, drawn, dialogues=0.12)
+        if not turns or turns[0].text in seen:
+            misses += 1
+            continue
+        turn_ids, turn_labels = block_ids(turns)
+        end = at + len(turn_ids)
+        if end > length:
+            misses += 1
+            continue
+        seen.add(turns[0].text)
+        ids[at:end], labels[at:end], blocks[at:end] = turn_ids, turn_labels, block
+        positions[at:end] = len(prefix) + np.arange(len(turn_ids))
+        at, block = end, block + 1
+    pixels = np.stack([scenes.training_pixels(rng, scene) for scene in drawn])
+    return Row(pixels, ids, labels, blocks, positions)
