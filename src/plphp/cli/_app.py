@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The typer app and what its commands share: errors as one line, JSON, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from plphp.errors import PLPHPError, one_line
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+
+class _Group(TyperGroup):
+    """Commands whose expected errors end as one line on standard error, never as a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal cannot show
+                stream.reconfigure(errors="replace")
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # typer ends quietly, as for `plphp ... | head`
+            raise
+        except PLPHPError as error:
+            message = one_line(error, limit=1000)
+        except OSError as error:
+            message = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
+        except Exception as error:
+            if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+                raise
+            message = (
+                f"Out of memory: use a smaller image, model or --max-new-tokens. {one_line(error, limit=200)}"
+            )
+        print(f"error: {message}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR)
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Evict vision tokens from the KV cache of vision-language models, per layer and per head.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from plphp import __version__
+
+        print(f"plphp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def print_json(values: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(values, indent=2))
+
+
+def console() -> Console:
+    """Standard output for tables; wide enough for them where it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+@contextlib.contextmanager
+def progress(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show on standard error, where it is a terminal, what is going on; yields a function that tells more."""
+    _quiet_libraries()
+    errors = Console(stderr=True, quiet=quiet)
+    with errors.status(text) as status:
+        yield lambda now: status.update(now)
+
+
+def _quiet_libraries() -> None:
+    """Leave standard error to plphp: transformers warns on it and shows bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

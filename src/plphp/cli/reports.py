@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plphp inspect`` and ``plphp plot``: look at a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._app import JsonOption, app, console, print_json
+
+ReportArgument = Annotated[Path, typer.Argument(help="Report written by `plphp generate --report`.")]
+RowOption = Annotated[int, typer.Option(min=0, help="Row of the batch.")]
+
+
+@app.command()
+def inspect(report: ReportArgument, row: RowOption = 0, as_json: JsonOption = False) -> None:
+    """Show what a run kept, layer by layer."""
+    from plphp.report import PruneReport
+    from plphp.tables import layer_table, report_values, summary
+
+    found = PruneReport.from_json(report)
+    if as_json:
+        print_json(report_values(found))
+        return
+    out = console()
+    out.print(f"{found.model_class} ({found.model_type}), {found.tokens} tokens\n{summary(found)}")
+    for prompt in range(max(1, len(found.prompts))):
+        out.print(layer_table(found, prompt, row))
+
+
+@app.command()
+def plot(
+    report: ReportArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files; made if missing.")],
+    image: Annotated[list[str] | None, typer.Option(help="Image file of the prompt, in order.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer whose heads are drawn; default: the first one.")
+    ] = None,
+    row: RowOption = 0,
+    prompt: Annotated[int, typer.Option(min=0, help="Prompt (turn of the chat).")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw kept tokens per layer and per head over the images, and vision attention over the layers."""
+    from plphp.media import load_image
+    from plphp.plots import plot_kept, plot_vision_attention
+    from plphp.report import PruneReport
+    from plphp.tables import layer_rows
+
+    found = PruneReport.from_json(report)
+    images = [load_image(path) for path in image or ()] or None
+    shown = layer_rows(found, prompt, row)[0][0] if layer is None else layer
+    figures = {
+        "kept-per-layer.png": plot_kept(found, images, prompt=prompt, row=row),
+        f"kept-per-head-layer-{shown}.png": plot_kept(found, images, layer=shown, prompt=prompt, row=row),
+        "vision-attention.png": plot_vision_attention(found, prompt=prompt, row=row),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=150)
+    files = [str(out / name) for name in figures]
+    if as_json:
+        print_json({"files": files})
+    else:
+        print("\n".join(files))

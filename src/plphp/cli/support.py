@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plphp methods``, ``plphp families`` and ``plphp doctor``: what there is, and what works here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ._app import JsonOption, app, console, print_json, progress
+
+UNUSABLE = 1
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """List the pruning methods."""
+    from plphp.registry import methods as known
+
+    rows = [{"name": one.name, "summary": one.summary, "paper": one.paper} for one in known().values()]
+    _print(rows, as_json)
+
+
+@app.command()
+def families(as_json: JsonOption = False) -> None:
+    """List the model families that can be pruned."""
+    from plphp.registry import families as known
+
+    rows = [
+        {"name": one.name, "model types": list(one.model_types), "notes": one.notes}
+        for one in known().values()
+    ]
+    _print(rows, as_json)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Check this hub id or folder.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show versions, devices, and what is unsupported here and why; exit code 1 if plphp cannot be used."""
+    with progress("looking around", quiet=as_json):
+        from plphp.doctor import diagnose
+
+        found = diagnose(model)
+    if as_json:
+        print_json({**dataclasses.asdict(found), "usable": found.usable})
+    else:
+        out = console()
+        for field in dataclasses.fields(found):
+            checks = getattr(found, field.name)
+            table = Table(title=field.name, title_justify="left", show_header=False, box=None)
+            for check in checks if isinstance(checks, list) else [checks]:
+                table.add_row("yes" if check.ok else "no ", check.name, Text(check.detail))
+            out.print(table, "")
+    if not found.usable:
+        raise typer.Exit(UNUSABLE)
+
+
+def _print(rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
+    if as_json:
+        print_json([{key.replace(" ", "_"): value for key, value in row.items()} for row in rows])
+        return
+    table = Table(*rows[0], show_lines=True)
+    for row in rows:
+        texts = (", ".join(value) if isinstance(value, list) else str(value) for value in row.values())
+        table.add_row(*map(Text, texts))
+    console().print(table)

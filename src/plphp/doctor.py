@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What plphp finds on this machine: versions, devices, what it supports here, what it does not and why."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from . import __version__
+from .attachment import Lease
+from .attention import PREFIX, SUPPORTED_BASES
+from .cache import PrunedCache
+from .config import PLPHPConfig
+from .errors import PLPHPError, one_line
+from .families.unsupported import UNSUPPORTED
+from .layer import PrunedLayer
+from .loading import bundled_model_path, load_model, read_model_config
+from .registry import families, family_of
+
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
+EXTRAS = {
+    "matplotlib": "plots (pip install 'plphp[plots]')",
+    "accelerate": "models that are spread over several devices",
+    "torchvision": "video inputs, and the processors of some families",
+    "av": "video files (pip install av)",
+}
+_REASONS = {
+    "flex_attention": "compiles one mask for all layers, and pruned layers differ in length",
+    "paged": "shares one block table between all layers and heads",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Parameters
+    ----------
+    name : str
+        What.
+    ok : bool
+        Whether it can be used.
+    detail : str
+        Version, size, or the reason why not.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Parameters
+    ----------
+    versions, devices, attention, extras : list of Check
+        Of this machine.
+    families, unsupported : list of Check
+        Model types that plphp prunes, and those it refuses, with the reason.
+    model : Check
+        The bundled model, or the one that was asked about.
+    """
+
+    versions: list[Check]
+    devices: list[Check]
+    attention: list[Check]
+    extras: list[Check]
+    families: list[Check]
+    unsupported: list[Check]
+    model: Check
+
+    @property
+    def usable(self) -> bool:
+        """Whether plphp works here with the model that was asked about."""
+        return self.model.ok
+
+
+def diagnose(model: str | Path | None = None) -> Diagnosis:
+    """Look at this machine, and at one model.
+
+    Parameters
+    ----------
+    model : str or Path, optional
+        A folder or hub id; only its configuration is read. Default: the bundled model, which is loaded.
+
+    Returns
+    -------
+    Diagnosis
+    """
+    return Diagnosis(
+        versions=[
+            Check("python", True, platform.python_version()),
+            Check("plphp", True, __version__),
+            *_versions(PACKAGES),
+        ],
+        devices=_devices(),
+        attention=_attention(),
+        extras=[
+            Check(check.name, check.ok, f"{check.detail}: {EXTRAS[check.name]}")
+            for check in _versions(EXTRAS)
+        ],
+        families=[
+            Check(family.name, True, _family(family.model_types, family.notes))
+            for family in families().values()
+        ],
+        unsupported=[Check(name, False, reason) for name, reason in UNSUPPORTED.items()],
+        model=_bundled() if model is None else check_model(model),
+    )
+
+
+def check_model(model: str | Path) -> Check:
+    """Say whether a model would be pruned and in which layers, or why not; its weights are not read.
+
+    Parameters
+    ----------
+    model : str or Path
+        A folder or hub id.
+    """
+    try:
+        read_model_config(model)
+        config = AutoConfig.from_pretrained(str(Path(model).expanduser() if Path(model).exists() else model))
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+        lease = Lease.of(empty)
+        layers = PrunedCache(lease.attachment, PLPHPConfig()).layers
+        lease.end()
+    except PLPHPError as error:
+        return Check(str(model), False, str(error))
+    except (ImportError, OSError, ValueError) as error:
+        return Check(str(model), False, one_line(error))
+    pruned = [number for number, layer in enumerate(layers) if isinstance(layer, PrunedLayer)]
+    if not pruned:
+        return Check(str(model), False, f"none of its {len(layers)} layers has full attention to prune")
+    which = "all" if len(pruned) == len(layers) else ", ".join(map(str, pruned))
+    family = family_of(config)
+    detail = f"{type(empty).__name__}, family {family.name}; layers pruned: {which} (of {len(layers)})"
+    return Check(str(model), True, f"{detail}. {family.notes}".rstrip(". ") + ".")
+
+
+def _bundled() -> Check:
+    try:
+        model, _ = load_model()
+    except PLPHPError as error:
+        return Check("bundled model", False, str(error))
+    count = sum(weight.numel() for weight in model.parameters())
+    return Check(
+        "bundled model",
+        True,
+        f"{type(model).__name__}, {count / 1e6:.1f} M parameters, {bundled_model_path()}",
+    )
+
+
+def _versions(packages: Iterable[str]) -> list[Check]:
+    checks = []
+    for package in packages:
+        try:
+            checks.append(Check(package, True, version(package)))
+        except PackageNotFoundError:
+            checks.append(Check(package, False, "not installed"))
+    return checks
+
+
+def _devices() -> list[Check]:
+    checks = [
+        Check("cpu", True, f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    ]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        checks.append(Check(f"cuda:{index}", True, f"{device.name}, {device.total_memory / 2**30:.0f} GiB"))
+    if not torch.cuda.is_available():
+        checks.append(Check("cuda", False, "no CUDA device, or a torch without CUDA"))
+    if torch.backends.mps.is_available():
+        checks.append(Check("mps", True, "Apple GPU"))
+    return checks
+
+
+def _attention() -> list[Check]:
+    missing = {
+        "flash_attention_2": not is_flash_attn_2_available(),
+        "flash_attention_3": not is_flash_attn_3_available(),
+    }
+    checks = [
+        Check(name, not missing.get(name, False), "not installed" if missing.get(name) else "supported")
+        for name in SUPPORTED_BASES
+    ]
+    for name in sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()):
+        if name not in SUPPORTED_BASES and not name.startswith(PREFIX):
+            reason = next(
+                (why for key, why in _REASONS.items() if key in name), "plphp does not stand in for it"
+            )
+            checks.append(Check(name, False, f"not supported: {reason}"))
+    return checks
+
+
+def _family(model_types: tuple[str, ...], notes: str) -> str:
+    return f"{', '.join(model_types)}. {notes}".rstrip(". ") + "."

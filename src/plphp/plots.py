@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a report: where on the image the kept tokens stand, and how much each layer attends to it.
+
+Needs matplotlib (``pip install plphp[plots]``). The figures are drawn without a display.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import BackendUnavailableError, ConfigError
+from .report import ImageReport, PruneReport, RowReport
+from .tables import layer_rows, select_prompt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = "viridis"
+"""Safe for colour-blind eyes, in order when printed in grey, and without the greys of the image."""
+CLASS_MARKERS = {
+    "attentive": ("^", "#E69F00"),
+    "balanced": ("o", "#56B4E9"),
+    "indifferent": ("v", "#0072B2"),
+    "uniform": ("s", "#56B4E9"),
+    "exempt": ("D", "#999999"),
+}
+"""Marker and colour (Okabe and Ito's palette) of each layer class."""
+COLUMNS = 8
+THUMBNAIL = 256
+
+
+def plot_kept(
+    report: PruneReport,
+    images: Sequence[Image.Image] | None = None,
+    *,
+    layer: int | None = None,
+    prompt: int = 0,
+    row: int = 0,
+) -> Figure:
+    """Draw which vision tokens stayed, as a heat map over each image.
+
+    Parameters
+    ----------
+    report : PruneReport
+        Of a run.
+    images : sequence of Image, optional
+        The images of the row, in prompt order; they are stretched over the grid of their tokens.
+    layer : int, optional
+        A tile per KV head of this layer. Default: a tile per layer, with the fraction of heads that keep
+        each token.
+    prompt, row : int
+        Which prompt (turn) and which row of the batch.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        An image whose tokens form no grid (several tiles, newline tokens) is a strip by token index.
+
+    Raises
+    ------
+    ConfigError
+        If the report has no such prompt, row or layer, or the number of images differs.
+    BackendUnavailableError
+        If matplotlib is not installed.
+    """
+    shown = select_prompt(report, prompt, row).images[row]
+    if not shown:
+        raise ConfigError(f"Row {row} of the report has no images.")
+    if images and len(images) != len(shown):
+        raise ConfigError(f"The row has {len(shown)} image(s), but {len(images)} are given.")
+    rows = dict(layer_rows(report, prompt, row))
+    if layer is not None and layer not in rows:
+        raise ConfigError(f"The report has the layers {', '.join(map(str, rows))}, not {layer}.")
+    tiles = _layer_tiles(rows) if layer is None else _head_tiles(rows[layer])
+    what = (
+        "fraction of KV heads that keep the token" if layer is None else f"kept by a KV head of layer {layer}"
+    )
+    return _tile_figure(tiles, shown, images, what)
+
+
+def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0) -> Figure:
+    """Draw the vision attention score of each layer, with the layer's class and the thresholds of the config.
+
+    Parameters
+    ----------
+    report : PruneReport
+        Of a run.
+    prompt, row : int
+        Which prompt (turn) and which row of the batch.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ConfigError
+        If the report has no such prompt or row.
+    BackendUnavailableError
+        If matplotlib is not installed.
+    """
+    layers = layer_rows(report, prompt, row)
+    figure = _figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [n for n, _ in layers],
+        [one.vision_score for _, one in layers],
+        color="#555555",
+        linewidth=1,
+        zorder=1,
+    )
+    for name, (marker, colour) in CLASS_MARKERS.items():
+        members = [(number, one.vision_score) for number, one in layers if one.layer_class == name]
+        if members:
+            x, y = zip(*members, strict=True)
+            axes.scatter(x, y, marker=marker, color=colour, s=50, label=name, zorder=2)
+    if report.config.get("method") in ("plphp", "shared") and report.config.get("target_retention") is None:
+        for name, style in (("attentive_threshold", "--"), ("indifferent_threshold", ":")):
+            label = f"{name.replace('_', ' ')} {report.config[name]:g}"
+            axes.axhline(report.config[name], color="black", linestyle=style, linewidth=1, label=label)
+    axes.set(xlabel="layer", ylabel="vision attention score", ylim=(0, None))
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _figure(**options: Any) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BackendUnavailableError("Plots need matplotlib: pip install 'plphp[plots]'.") from error
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+Tile = tuple[str, list[list[int]]]
+"""Title, and the kept positions of one or more heads."""
+
+
+def _layer_tiles(rows: dict[int, RowReport]) -> list[Tile]:
+    return [
+        (f"layer {number}\n{one.layer_class} {one.rate:.2f}", one.kept_positions)
+        for number, one in rows.items()
+    ]
+
+
+def _head_tiles(row: RowReport) -> list[Tile]:
+    return [(f"head {head}", [positions]) for head, positions in enumerate(row.kept_positions)]
+
+
+def _tile_figure(
+    tiles: list[Tile], shown: list[ImageReport], images: Sequence[Image.Image] | None, what: str
+) -> Figure:
+    columns = min(COLUMNS, len(tiles))
+    lines = math.ceil(len(tiles) / columns)
+    figure = _figure(
+        figsize=(1.5 * max(columns, 4) + 1, (1.9 * lines + 0.6) * len(shown)), layout="constrained"
+    )
+    parts: Any = figure.subfigures(len(shown), 1, squeeze=False)
+    for number, (part, image) in enumerate(zip(parts[:, 0], shown, strict=True)):
+        part.suptitle(_image_title(number, len(shown), image), fontsize="medium")
+        grid = part.subplots(lines, columns, squeeze=False)
+        drawn = None
+        picture = _grey(images[number]) if images else None
+        for axes, (title, kept) in zip(grid.flat, tiles, strict=False):
+            drawn = _draw(axes, _kept_fraction(image, kept), picture if image.grid else None)
+            axes.set_title(title, fontsize="x-small")
+        for axes in grid.flat:
+            axes.set_axis_off()
+        bar = part.colorbar(drawn, ax=grid, shrink=0.8, ticks=[0, 0.5, 1])
+        bar.set_label(what, fontsize="x-small")
+        bar.ax.tick_params(labelsize="x-small")
+    return figure
+
+
+def _image_title(number: int, images: int, image: ImageReport) -> str:
+    name = f"image {number + 1} of {images}" if images > 1 else "image"
+    if image.grid is None:
+        return f"{name}: {len(image.positions)} tokens without a grid, by token index"
+    frames, height, width = image.grid
+    return f"{name}: {height} x {width} tokens" + (f", mean over {frames} frames" if frames > 1 else "")
+
+
+def _kept_fraction(image: ImageReport, kept: list[list[int]]) -> Any:
+    """Fraction of heads that keep each token, [height, width]; without a grid [1, tokens]."""
+    fraction = np.mean([np.isin(image.positions, positions) for positions in kept], axis=0)
+    if image.grid is None:
+        return fraction[None]
+    return fraction.reshape(image.grid).mean(axis=0)
+
+
+def _grey(image: Image.Image) -> Any:
+    small = image.convert("L")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(small)
+
+
+def _draw(axes: Any, fraction: Any, picture: Any) -> Any:
+    height, width = fraction.shape
+    extent = (0, width, height, 0)
+    if picture is not None:
+        axes.imshow(picture, extent=extent, cmap="gray", vmin=0, vmax=255, aspect="equal")
+    return axes.imshow(
+        fraction,
+        extent=extent,
+        cmap=COLOURS,
+        vmin=0,
+        vmax=1,
+        alpha=0.6 if picture is not None else 1.0,
+        interpolation="nearest",
+        aspect="auto" if height == 1 else "equal",
+    )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports and comparisons as tables for a terminal, and as plain values for JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .compare import Comparison, Run
+    from .report import PromptReport, PruneReport, RowReport
+
+MAX_HEADS = 8
+"""Heads whose counts are spelled out; beyond it a range is shown."""
+
+
+def select_prompt(report: PruneReport, prompt: int = 0, row: int = 0) -> PromptReport:
+    """Return one prompt of a report, after a check that it has the row.
+
+    Raises
+    ------
+    ConfigError
+        If the report has no such prompt or row.
+    """
+    if not report.prompts:
+        raise ConfigError("The report holds no pruned prompt: the prompt had no vision tokens.")
+    if not 0 <= prompt < len(report.prompts):
+        raise ConfigError(f"The report has the prompts 0 to {len(report.prompts) - 1}, not {prompt}.")
+    if not 0 <= row < report.batch:
+        raise ConfigError(f"The report has the rows 0 to {report.batch - 1}, not {row}.")
+    return report.prompts[prompt]
+
+
+def layer_rows(report: PruneReport, prompt: int = 0, row: int = 0) -> list[tuple[int, RowReport]]:
+    """Return layer numbers with what each layer kept of one row of one prompt.
+
+    Raises
+    ------
+    ConfigError
+        If the report has no such prompt or row.
+    """
+    return [(layer.layer, layer.rows[row]) for layer in select_prompt(report, prompt, row).layers]
+
+
+def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
+    """Per-layer table: vision attention score, class, retention rate, tokens kept per KV head.
+
+    Parameters
+    ----------
+    report : PruneReport
+        Of a run.
+    prompt, row : int
+        Which prompt (turn) and which row of the batch.
+
+    Raises
+    ------
+    ConfigError
+        If the report has no such prompt or row.
+    """
+    rows = layer_rows(report, prompt, row)
+    table = Table(title=_layer_title(report, prompt, row, rows[0][1].vision_tokens if rows else 0))
+    for heading in ("layer", "vision attention", "class", "rate", "kept per KV head"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for number, one in rows:
+        score, rate = f"{one.vision_score:.3f}", f"{one.rate:.2f}"
+        table.add_row(str(number), score, one.layer_class, rate, _counts(one.kept))
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Both answers side by side, with KV bytes and decode time per token."""
+    runs = (comparison.unpruned, comparison.pruned)
+    speedup = comparison.speedup
+    table = Table(show_lines=True)
+    table.add_column("")
+    for heading in ("unpruned", "pruned"):
+        table.add_column(heading, overflow="fold", ratio=1)
+    # Answers are the model's words: as Text, so that their brackets are not taken for markup.
+    table.add_row("answer", *(Text("\n".join(run.texts)) for run in runs))
+    reduction = f" (-{comparison.kv_reduction:.0%})"
+    table.add_row("KV cache", *_marked([human_bytes(run.kv_bytes) for run in runs], reduction))
+    table.add_row(
+        "decode per token",
+        *_marked([_milliseconds(run) for run in runs], f" (x {speedup:.2f})" if speedup else ""),
+    )
+    table.add_row("same tokens", "", "yes" if comparison.same_tokens else "no")
+    return table
+
+
+def comparison_values(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as JSON-ready values, with the totals of its report."""
+    return {
+        **{name: dataclasses.asdict(getattr(comparison, name)) for name in ("unpruned", "pruned")},
+        "same_tokens": comparison.same_tokens,
+        "kv_reduction": comparison.kv_reduction,
+        "speedup": comparison.speedup,
+        "report": report_values(comparison.report),
+    }
+
+
+def report_values(report: PruneReport) -> dict[str, Any]:
+    """Return the totals of a report as JSON-ready values, without the kept positions."""
+    values = {
+        field.name: getattr(report, field.name)
+        for field in dataclasses.fields(report)
+        if field.name != "prompts"
+    }
+    prompts = [
+        {
+            "start": prompt.start,
+            "end": prompt.end,
+            "layers": [
+                {"layer": layer.layer, "rows": [_row_values(row) for row in layer.rows]}
+                for layer in prompt.layers
+            ],
+        }
+        for prompt in report.prompts
+    ]
+    return {**values, "kv_reduction": report.kv_reduction, "retention": report.retention, "prompts": prompts}
+
+
+def summary(report: PruneReport) -> str:
+    """One line on a report: KV bytes, retention, time spent on pruning."""
+    return (
+        f"KV cache {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.kv_bytes)} "
+        f"(-{report.kv_reduction:.0%}), {report.retention:.0%} of the vision entries kept, "
+        f"pruning took {1000 * report.pruning_seconds:.1f} ms"
+    )
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes with a binary unit.
+
+    Examples
+    --------
+    >>> human_bytes(512), human_bytes(1536), human_bytes(3 * 2**30)
+    ('512 B', '1.5 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _row_values(row: RowReport) -> dict[str, Any]:
+    return {
+        "vision_score": row.vision_score,
+        "layer_class": row.layer_class,
+        "rate": row.rate,
+        "vision_tokens": row.vision_tokens,
+        "kept": row.kept,
+    }
+
+
+def _layer_title(report: PruneReport, prompt: int, row: int, tokens: int) -> str:
+    parts = [f"{report.config.get('method', '')}: {tokens} vision tokens"]
+    parts += [f"prompt {prompt}"] if len(report.prompts) > 1 else []
+    parts += [f"row {row}"] if report.batch > 1 else []
+    return ", ".join(parts)
+
+
+def _counts(kept: list[int]) -> str:
+    if len(set(kept)) == 1 and len(kept) > 1:
+        return f"{len(kept)} x {kept[0]}"
+    if len(kept) <= MAX_HEADS:
+        return " ".join(map(str, kept))
+    return f"{min(kept)} to {max(kept)}, mean {sum(kept) / len(kept):.1f}"
+
+
+def _milliseconds(run: Run) -> str:
+    return "-" if run.seconds_per_token is None else f"{1000 * run.seconds_per_token:.2f} ms"
+
+
+def _marked(values: list[str], mark: str) -> list[str]:
+    return [values[0], values[1] + mark]
