@@ -66,8 +66,7 @@ class PackedKV:
         """All rows at once as [batch, kv_heads, kept, dim], where every head of every row holds as many."""
         if self.rows != tuple(range(len(self.counts))) or len({n for row in self.counts for n in row}) != 1:
             return None
-        shape = (self.batch, self.kv_heads, self.counts[0][0], -1)
-        return self.keys.view(shape), self.values.view(shape)
+        return self._shaped(slice(None), self.batch, self.kv_heads, self.counts[0][0])
 
     def row(self, row: int) -> Iterator[tuple[slice, Segment]]:
         """Views on the entries of one row: one for all heads if they hold as many, else one per head.
@@ -80,12 +79,8 @@ class PackedKV:
         stored = self.rows[row]
         counts, start = self.counts[stored], self._starts[stored]
         if len(set(counts)) == 1:
-            end = start + sum(counts)
-            shape = (self.kv_heads, counts[0], -1)
-            yield (
-                slice(0, self.kv_heads),
-                (self.keys[start:end].view(shape), self.values[start:end].view(shape)),
-            )
+            entries = slice(start, start + sum(counts))
+            yield slice(0, self.kv_heads), self._shaped(entries, self.kv_heads, counts[0])
             return
         for head, count in enumerate(counts):
             end = start + count
@@ -119,6 +114,11 @@ class PackedKV:
             for mine, theirs in zip(self.rows, other.rows, strict=True)
         )
         return PackedKV(torch.cat(keys), torch.cat(values), counts, tuple(range(self.batch)))
+
+    def _shaped(self, entries: slice, *shape: int) -> Segment:
+        """Views on entries as [*shape, dim]; the dim is named because view cannot infer it where there are none."""
+        keys, values = self.keys[entries], self.values[entries]
+        return keys.view(*shape, keys.shape[1]), values.view(*shape, values.shape[1])
 
     def _heads(self, row: int) -> Iterator[Segment]:
         """Keys and values [kept, dim] of each head of a row."""

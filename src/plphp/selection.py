@@ -43,7 +43,7 @@ def at_random(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """
     rank = torch.zeros(scores.attention.shape[0], scores.kv_heads, scores.attention.shape[2])
     for row, vision in enumerate(scores.vision.cpu()):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + scores.layer)
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + scores.layer) % 2**63)
         rank[row, :, vision] = torch.rand(scores.kv_heads, int(vision.sum()), generator=generator)
     return rank.to(scores.attention.device)
 

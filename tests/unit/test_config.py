@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: what is refused and how, and that every way to write a config reads back the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plphp import ConfigError, PLPHPConfig, PLPHPError
+
+fractions = st.floats(0, 1)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> PLPHPConfig:
+    """Any valid config."""
+    target = draw(st.none() | fractions)
+    rate = draw(fractions)
+    base = rate if target is None else target
+    thresholds = sorted([draw(fractions), draw(fractions)])
+    return PLPHPConfig(
+        method=draw(st.sampled_from(["plphp", "random", "my-method"])),
+        retention_rate=rate,
+        retention_delta=draw(st.none() | st.floats(0, min(base, 1 - base))),
+        indifferent_threshold=thresholds[0],
+        attentive_threshold=thresholds[1],
+        target_retention=target,
+        class_quantile=draw(st.floats(0.001, 0.5)),
+        exempt_layers=tuple(draw(st.lists(st.integers(-50, 50), max_size=4))),
+        query_rows=draw(st.just("text") | st.integers(1, 1000)),
+        gqa_reduction=draw(st.sampled_from(["mean", "max"])),
+        image_quota=draw(st.sampled_from(["pooled", "per_image"])),
+        min_kept=draw(st.integers(0, 1000)),
+        seed=draw(st.integers(0, 2**40)),
+    )
+
+
+def one_line(config: PLPHPConfig) -> str:
+    """A config as the text that ``PLPHPConfig.parse`` reads."""
+    values = config.to_dict()
+    method = values.pop("method")
+    values["exempt_layers"] = "+".join(map(str, values["exempt_layers"]))
+    return f"{method}:" + ",".join(f"{key}={value}" for key, value in values.items())
+
+
+def toml(config: PLPHPConfig) -> str:
+    """A config as TOML; TOML has no null, so what is None is left out."""
+    return "\n".join(f"{k} = {json.dumps(v)}" for k, v in config.to_dict().items() if v is not None)
+
+
+@given(configs())
+def test_every_way_to_write_a_config_reads_back_the_same(config: PLPHPConfig) -> None:
+    assert PLPHPConfig.from_dict(config.to_dict()) == config
+    assert PLPHPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert PLPHPConfig.parse(one_line(config)) == config
+    assert PLPHPConfig.parse(f"  {one_line(config).replace(',', ' , ').replace('=', ' = ')} ") == config
+
+
+@given(configs())
+def test_the_rates_of_every_class_are_retention_rates(config: PLPHPConfig) -> None:
+    assert 0 <= config.delta <= 1
+    assert -1e-9 <= config.base_rate - config.delta <= config.base_rate + config.delta <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("table", ["", "[plphp]\n"], ids=["top level", "table"])
+def test_toml_file_reads_back_the_same(tmp_path: Path, table: str) -> None:
+    config = PLPHPConfig(target_retention=0.5, exempt_layers=(0, -1), query_rows="text", gqa_reduction="max")
+    path = tmp_path / "config.toml"
+    other = "[other]\nkey = 1\n" if table else ""
+    path.write_text(f"{other}{table}{toml(config)}\n", encoding="utf-8")
+    assert PLPHPConfig.from_toml(path) == config == PLPHPConfig.from_toml(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("retention_rate = ", "not a valid TOML file"),
+        (b"\xff\xfe", "not a valid TOML file"),
+        ("plphp = 3", r"\[plphp\] in .* must be a table of settings, got 3"),
+        ("retention_rte = 0.5", "Did you mean 'retention_rate'"),
+        ("[plphp]\nretention_rate = 2.0", "retention_rate must be between 0 and 1, got 2.0"),
+        ("[plphp]\nretention_rate = nan", "retention_rate must be between 0 and 1, got nan"),
+    ],
+)
+def test_toml_file_that_is_no_config(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        PLPHPConfig.from_toml(path)
+
+
+def test_toml_file_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Cannot read the config file .*gone\.toml: No such file"):
+        PLPHPConfig.from_toml(tmp_path / "gone.toml")
+
+
+FRACTIONS = (
+    "retention_rate",
+    "retention_delta",
+    "attentive_threshold",
+    "indifferent_threshold",
+    "target_retention",
+    "class_quantile",
+)
+
+
+@pytest.mark.parametrize("value", [-0.001, 1.001, float("nan"), float("inf"), -float("inf"), 40])
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_fraction_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} must be between 0 and 1, got {value}"):
+        PLPHPConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [True, False, "0.4", [0.4], 1j], ids=repr)
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_fraction_that_is_no_number(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        PLPHPConfig(**{name: value})
+    assert f"{name} must be a number between 0 and 1, got {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"method": ""}, ["method must be the name of a method", "''"]),
+        ({"method": None}, ["method must be the name of a method", "None"]),
+        ({"class_quantile": 0.0}, ["class_quantile must be in (0, 0.5]", "0.0"]),
+        ({"class_quantile": 0.51}, ["class_quantile must be in (0, 0.5]", "0.51"]),
+        (
+            {"indifferent_threshold": 0.4, "attentive_threshold": 0.3},
+            ["indifferent_threshold (0.4) must not be above attentive_threshold (0.3)", "swap"],
+        ),
+        ({"retention_rate": 0.2, "retention_delta": 0.3}, ["retention_rate", "0.2 -/+ 0.3", "at most 0.2"]),
+        ({"retention_rate": 0.9, "retention_delta": 0.3}, ["retention_rate", "0.9 -/+ 0.3", "at most 0.1"]),
+        (
+            {"target_retention": 0.1, "retention_delta": 0.3},
+            ["target_retention", "0.1 -/+ 0.3", "at most 0.1"],
+        ),
+        ({"exempt_layers": 0}, ["exempt_layers must be a list of layer numbers", "0"]),
+        ({"exempt_layers": ["0"]}, ["exempt_layers must be a list of layer numbers", "['0']"]),
+        ({"exempt_layers": [True]}, ["exempt_layers must be a list of layer numbers", "[True]"]),
+        ({"query_rows": 0}, ["query_rows must be an integer of at least 1 or 'text'", "0"]),
+        ({"query_rows": True}, ["query_rows must be", "True"]),
+        ({"query_rows": 1.0}, ["query_rows must be", "1.0"]),
+        ({"query_rows": "all"}, ["query_rows must be", "'all'"]),
+        ({"gqa_reduction": "sum"}, ["gqa_reduction must be one of 'mean', 'max'", "'sum'"]),
+        ({"image_quota": None}, ["image_quota must be one of 'pooled', 'per_image'", "None"]),
+        ({"min_kept": -1}, ["min_kept must be an integer of at least 0", "-1"]),
+        ({"min_kept": False}, ["min_kept must be", "False"]),
+        ({"seed": -1}, ["seed must be an integer of at least 0", "-1"]),
+        ({"seed": 0.5}, ["seed must be", "0.5"]),
+    ],
+    ids=str,
+)
+def test_error_names_the_setting_the_value_and_what_was_expected(
+    values: dict[str, Any], parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        PLPHPConfig(**values)
+    assert all(part in str(error.value) for part in parts)
+    assert isinstance(error.value, (PLPHPError, ValueError))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "method must be the name"),
+        (":retention_rate=0.5", "method must be the name"),
+        ("plphp:retention_rate", "Expected key=value after 'plphp':, got 'retention_rate'"),
+        ("plphp:retention_rate=0.5,retention_rate=0.6", "'retention_rate' is given twice"),
+        ("plphp:method=random", "'method' is given twice"),
+        ("plphp:retention_rat=0.5", "Unknown setting 'retention_rat'. Did you mean 'retention_rate'?"),
+        ("plphp:qqq=1", "Unknown setting 'qqq'. Known: attentive_threshold, class_quantile,"),
+        ("plphp:retention_rate=half", "retention_rate must be a number between 0 and 1, got 'half'"),
+        ("plphp:retention_rate=nan", "retention_rate must be between 0 and 1, got nan"),
+        ("plphp:retention_rate=true", "retention_rate must be a number between 0 and 1, got 'true'"),
+        ("plphp:retention_rate=none", "retention_rate must be a number between 0 and 1, got None"),
+        ("plphp:exempt_layers=0+x", "exempt_layers must be a list of layer numbers"),
+    ],
+)
+def test_line_that_is_no_config(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PLPHPConfig.parse(text)
+
+
+def test_unknown_key_of_a_mapping() -> None:
+    with pytest.raises(ConfigError, match="Unknown setting 'alpha'"):
+        PLPHPConfig.from_dict({"alpha": 0.2})
+    with pytest.raises(ConfigError, match="Unknown setting 3"):
+        PLPHPConfig.from_dict({3: 0.2})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("rate", "delta"), [(0.4, 0.3), (0.5, 0.3), (1.0, 0.0), (0.0, 0.0), (0.9, 0.1), (0.2, 0.2)]
+)
+def test_default_delta_leaves_room_for_all_classes(rate: float, delta: float) -> None:
+    assert PLPHPConfig(retention_rate=rate).delta == pytest.approx(delta)
+    assert PLPHPConfig(target_retention=rate).delta == pytest.approx(delta)
+
+
+def test_target_retention_takes_the_place_of_the_rate() -> None:
+    config = PLPHPConfig(retention_rate=0.4, target_retention=0.7)
+    assert (config.base_rate, PLPHPConfig(retention_rate=0.4).base_rate) == (0.7, 0.4)
+    # The retention_rate that is not in use does not have to leave room for delta.
+    assert PLPHPConfig(retention_rate=0.0, target_retention=0.5, retention_delta=0.4).delta == 0.4
+
+
+def test_integers_at_the_ends_are_rates() -> None:
+    assert PLPHPConfig(retention_rate=1, attentive_threshold=1, indifferent_threshold=0).base_rate == 1
+
+
+def test_config_is_frozen_hashable_and_keyword_only() -> None:
+    config = PLPHPConfig(exempt_layers=[0, 1])  # type: ignore[arg-type]
+    assert config.exempt_layers == (0, 1)
+    assert hash(config) == hash(PLPHPConfig(exempt_layers=(0, 1)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.retention_rate = 0.5  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        PLPHPConfig("plphp")  # type: ignore[misc]
