@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeded synthetic scenes with known content: grids of coloured digits and shapes, pages of printed codes.
 
-A scene is a layout in units of 1/80 of the image side. ``Scene.draw(scale)`` renders it at any of three sizes,
+A scene is a layout in units of 1/80 of the image side. ``Scene.draw(scale)`` renders it at three sizes,
 so that training images (80 x 80), held-out images and example files (320 x 320) are the same kind of scene.
 """
 
