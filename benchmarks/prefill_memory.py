@@ -173,7 +173,9 @@ def main() -> None:
             "script": "benchmarks/prefill_memory.py",
             "date": datetime.date.today().isoformat(),
             "settings": {k: v for k, v in vars(args).items() if k != "out"},
-            "hardware": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
+            "hardware": torch.cuda.get_device_name()
+            if args.device == "cuda"
+            else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "versions": {
                 "plphp": plphp.__version__,

@@ -8,19 +8,20 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY
 from transformers.utils import logging
+
+from tiny_models import TINY
 
 logging.set_verbosity_error()
 torch.set_num_threads(1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The tiny model of a family, shared by all tests of a process."""
     return TINY[name].build(dtype=dtype)

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
+
+import plphp
 from conftest import tiny_model
 from invariants import (
     assert_kept_are_top,
@@ -17,11 +20,8 @@ from invariants import (
     live_bytes,
     pruned,
 )
-from tiny_models import TINY
-from transformers import DynamicCache
-
-import plphp
 from plphp import PLPHPConfig, PrunedCache
+from tiny_models import TINY
 
 FAMILIES = sorted(TINY)
 METHODS = ("plphp", "uniform", "shared", "random", "none")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "prefill_memory.py"
@@ -68,9 +67,8 @@ def test_target_retention_holds_all_layers_until_the_last(results: dict[str, Any
 def test_nothing_outlives_the_cache() -> None:
     from conftest import tiny_model
     from invariants import generate
-    from tiny_models import TINY
-
     from plphp import PrunedCache
+    from tiny_models import TINY
 
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])

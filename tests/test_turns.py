@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
-from invariants import assert_same_generation, evicted_entries_masked, generate
-from test_invariants import FAMILIES, config
-from tiny_models import TINY
 from transformers import DynamicCache
 
 import plphp
+from conftest import tiny_model
+from invariants import assert_same_generation, evicted_entries_masked, generate
 from plphp import PLPHPConfig, PrunedCache, SpanError
+from test_invariants import FAMILIES, config
+from tiny_models import TINY
 
 
 def two_turns(model: Any, family: str, cache: Any, with_image: bool, rows: tuple[int, ...]) -> tuple[Any, Any]:
@@ -55,9 +55,7 @@ def test_old_vision_tokens_are_left_alone_by_a_new_image() -> None:
     inputs = TINY["llava"].inputs(model, [2])
     first = generate(model, inputs, past_key_values=cache)
     before = [(layer.prefix.keys.clone(), layer.prefix.counts[0]) for layer in cache.layers]
-    generate(
-        model, TINY["llava"].second_turn(model, inputs, first.sequences, with_image=True), past_key_values=cache
-    )
+    generate(model, TINY["llava"].second_turn(model, inputs, first.sequences, with_image=True), past_key_values=cache)
     for (keys, counts), layer in zip(before, cache.layers, strict=True):
         heads = zip(keys.split(counts), layer.prefix._heads(0), strict=True)
         for count, (old, (new, _)) in zip(counts, heads, strict=True):

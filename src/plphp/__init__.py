@@ -7,6 +7,7 @@
 """
 
 from .cache import PrunedCache
+from .calibration import calibrate
 from .config import PLPHPConfig
 from .errors import (
     BackendUnavailableError,
@@ -38,6 +39,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "UnsupportedModelError",
     "apply",
+    "calibrate",
     "families",
     "methods",
     "prune",

@@ -90,7 +90,8 @@ class Attachment:
         """
         with _lock:
             mine = [session for thread, session in self._sessions if thread == threading.get_ident()]
-            return (mine or [session for _, session in self._sessions] or [None])[-1]
+            candidates = mine or [session for _, session in self._sessions]
+            return candidates[-1] if candidates else None
 
     def _attach(self) -> None:
         model = self.model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from .attachment import Attachment
 from .cache import PrunedCache
@@ -65,7 +65,7 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     elif cache.attachment is not attachment:
         raise UnsupportedFeatureError("This PrunedCache was made for another model.")
     inputs = _model_inputs(model, kwargs)
-    if not cache.has_custom_spans:
+    if not cache.has_custom_plan:
         cache.plan(inputs)
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .errors import UnsupportedFeatureError
+from .errors import CacheStateError, UnsupportedFeatureError
 from .kernels import compact_kv
 from .packed import PackedKV
 
@@ -18,7 +17,7 @@ MIN_GROWTH = 16
 """Tokens for which the tail reserves room at least when it grows."""
 
 
-class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PrunedLayer(CacheLayerMixin):
     """Keys and values of one decoder layer.
 
     Two lengths are kept apart: the *logical* one (`get_seq_length`: every token seen; position ids follow it) and
@@ -40,6 +39,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.prefix: PackedKV | None = None
         self.prefix_length = 0
         self.tail_length = 0
@@ -93,15 +94,15 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             # A prompt is held as it came: no copy of what is compacted in a moment.
             self.keys, self.values = key_states, value_states
         else:
-            self.keys = _grown(self.keys, key_states, self.tail_length)
-            self.values = _grown(self.values, value_states, self.tail_length)
-            self.keys[:, :, self.tail_length : new] = key_states
-            self.values[:, :, self.tail_length : new] = value_states
+            self.keys = _appended(self.keys, key_states, self.tail_length)
+            self.values = _appended(self.values, value_states, self.tail_length)
         self.tail_length = new
         return self.tail()
 
     def tail(self) -> tuple[Tensor, Tensor]:
         """Views on the keys and values of the tail, [batch, kv_heads, tail, dim]."""
+        if self.keys is None or self.values is None:
+            raise CacheStateError("The tail of the layer is empty.")
         return self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
 
     def compact(self, keep: Tensor) -> None:
@@ -162,7 +163,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             indices = indices.nonzero()[:, 0]
         if self.prefix is not None:
             self.prefix = self.prefix.select(indices.tolist())
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, indices.to(self.keys.device))
             self.values = self.values.index_select(0, indices.to(self.values.device))
 
@@ -173,13 +174,13 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
     prefetch = offload
 
 
-def _grown(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
-    """A buffer with room behind its first ``used`` entries for all of ``new``."""
+def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
+    """Write ``new`` behind the first ``used`` entries of a buffer, or of a larger one if there is no room."""
     needed = used + new.shape[2]
-    if buffer is not None and buffer.shape[2] >= needed:
-        return buffer
-    shape: Sequence[int] = (*new.shape[:2], needed + max(MIN_GROWTH, needed // 8), new.shape[3])
-    grown = new.new_empty(shape)
-    if buffer is not None:
-        grown[:, :, :used] = buffer[:, :, :used]
-    return grown
+    if buffer is None or buffer.shape[2] < needed:
+        grown = new.new_empty((*new.shape[:2], needed + max(MIN_GROWTH, needed // 8), new.shape[3]))
+        if buffer is not None:
+            grown[:, :, :used] = buffer[:, :, :used]
+        buffer = grown
+    buffer[:, :, used:needed] = new
+    return buffer

@@ -101,9 +101,7 @@ def family_of(config: PretrainedConfig) -> Family:
     )
 
 
-def _add(
-    table: dict[str, Any], builtin: dict[str, Any], name: str, item: Any, kind: type, replace: bool
-) -> None:
+def _add(table: dict[str, Any], builtin: dict[str, Any], name: str, item: Any, kind: type, replace: bool) -> None:
     if not isinstance(item, kind):
         raise ConfigError(f"Expected a {kind.__name__}, got {item!r}.")
     if not replace and (name in table or name in builtin):

@@ -183,9 +183,7 @@ def _read_prompt(values: dict[str, Any]) -> PromptReport:
             [ImageReport(image["positions"], tuple(image["grid"]) if image["grid"] else None) for image in row]
             for row in values["images"]
         ],
-        layers=[
-            LayerReport(layer["layer"], [RowReport(**row) for row in layer["rows"]]) for layer in values["layers"]
-        ],
+        layers=[LayerReport(layer["layer"], [RowReport(**row) for row in layer["rows"]]) for layer in values["layers"]],
     )
 
 

@@ -74,7 +74,7 @@ def keep_mask(rank: Tensor, scores: LayerScores, rates: Sequence[float], config:
     for row, rate in enumerate(rates):
         segment = scores.segment[row]
         if config.image_quota == "per_image":
-            groups = [(segment == image).nonzero()[:, 0] for image in segment[segment >= 0].unique()]
+            groups = [(segment == image).nonzero()[:, 0] for image in range(int(segment.max()) + 1)]
         else:
             groups = [(segment >= 0).nonzero()[:, 0]]
         for positions in groups:

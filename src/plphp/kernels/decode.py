@@ -114,7 +114,13 @@ def _heads_of(bias: Tensor | None, row: int, heads: slice, group: int) -> Tensor
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, out: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None:
     """Fill ``out`` for query [batch, kv_heads, group, query, dim] and keys [batch, kv_heads, kept, dim]."""
     batch, kv_heads, group, length, _ = query.shape
