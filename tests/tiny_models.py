@@ -97,16 +97,16 @@ class TinyFamily:
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         """Return the model in eval mode, with weights that make attention and greedy outputs vary."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                seed
-            )  # for what randomize leaves: vectors, among them newline tokens and decay rates
+            torch.manual_seed(seed)  # for what randomize leaves: vectors, among them newline tokens and decay rates
             model = getattr(transformers, self.model_class)(self.config())
         randomize(model, seed)
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = None
         # a generated placeholder would be taken for an image by the next turn
         model.generation_config.suppress_tokens = [PAD, BOS, EOS, *SPECIAL]
-        return model.to(dtype).eval()
+        for weight in model.parameters():  # buffers stay: from_pretrained keeps rotary frequencies in float32
+            weight.data = weight.data.to(dtype)
+        return model.eval()
 
     def rows(
         self,
@@ -199,11 +199,9 @@ class TinyFamily:
         answer = first_output_ids.shape[1] - first_inputs["input_ids"].shape[1]
         for name in PER_TOKEN[1:]:
             if name in first_inputs:
-                middle = first_inputs[name].new_full(
-                    (len(first_output_ids), answer), name == "attention_mask"
-                )
+                middle = first_inputs[name].new_full((len(first_output_ids), answer), name == "attention_mask")
                 inputs[name] = torch.cat([first_inputs[name], middle, turn[name]], dim=1)
-        if with_image and "image_grid_thw" in inputs:
+        if with_image and self.token_types == "mm_token_type_ids":
             inputs["position_ids"] = _mrope_positions(model, first_inputs, inputs)
         return drop_empty(inputs)
 
@@ -422,9 +420,7 @@ _PIXTRAL_SIZES = ((24, 32), (40, 24), (32, 32), (16, 48))
 
 def _pixtral(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
     step = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
-    sizes = [
-        tuple(step // 8 * side for side in _cycle(_PIXTRAL_SIZES, first + index)) for index in range(count)
-    ]
+    sizes = [tuple(step // 8 * side for side in _cycle(_PIXTRAL_SIZES, first + index)) for index in range(count)]
     pieces, images = [], []
     for height, width in sizes:
         line = [IMAGE] * (width // step)
@@ -479,9 +475,7 @@ def _clip(frames: int, tokens: int) -> Encode:
     """Encode videos of square frames of the tower's size."""
 
     def encode(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
-        return [[VIDEO] * tokens] * count, {
-            "pixel_values_videos": _noise(generator, count, frames, 3, 32, 32)
-        }
+        return [[VIDEO] * tokens] * count, {"pixel_values_videos": _noise(generator, count, frames, 3, 32, 32)}
 
     return encode
 
@@ -497,9 +491,7 @@ def _patches(modality: str, piece: Callable[[int, int], Tokens]) -> Encode:
     def encode(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
         vision = config.vision_config
         used = [_cycle(grids, first + index) for index in range(count)]
-        pieces = [
-            piece(frames, height * width // vision.spatial_merge_size**2) for frames, height, width in used
-        ]
+        pieces = [piece(frames, height * width // vision.spatial_merge_size**2) for frames, height, width in used]
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = _noise(generator, sum(math.prod(grid) for grid in used), patch)
         return pieces, {
@@ -545,8 +537,7 @@ def _cohere(tile: Callable[[int, Tokens], Tokens]) -> Encode:
     def encode(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
         tiles = [_cycle((3, 1, 2), first + index) for index in range(count)]
         pieces = [
-            [START, *(token for index in range(number) for token in tile(index, [IMAGE] * 16)), END]
-            for number in tiles
+            [START, *(token for index in range(number) for token in tile(index, [IMAGE] * 16)), END] for number in tiles
         ]
         side = config.vision_config.image_size
         return pieces, {"pixel_values": _noise(generator, sum(tiles), 3, side, side)}
@@ -562,6 +553,30 @@ def _ovis2(config: Any, count: int, first: int, generator: torch.Generator) -> E
     pieces = [[start, *tile, grid, *([*tile, column, *tile] if number > 1 else []), end] for number in tiles]
     side = config.vision_config.image_size
     return pieces, {"pixel_values": _noise(generator, sum(tiles), 3, side, side)}
+
+
+def _llama4(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
+    """Images alternate between two tiles with the whole image, and the whole image alone."""
+    tile = [IMAGE] * 16
+    tiles = [_cycle((3, 1), first + index) for index in range(count)]
+    split = [*tile, BREAK, *tile, BREAK + 1]
+    pieces = [[START, *(split if number > 1 else []), TAG, *tile, END] for number in tiles]
+    side = config.vision_config.image_size
+    return pieces, {"pixel_values": _noise(generator, sum(tiles), 3, side, side)}
+
+
+def _naflex(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
+    """Patches of images of their own size, padded to the longest, as Siglip 2 takes them."""
+    shapes = [_cycle(((8, 12), (12, 8), (8, 8), (4, 16)), first + index) for index in range(count)]
+    pieces = [[START, *[IMAGE] * (rows * columns // 4), END] for rows, columns in shapes]
+    patch = 3 * config.vision_config.patch_size**2
+    images = [_noise(generator, 1, rows * columns, patch) for rows, columns in shapes]
+    masks = [torch.ones(1, rows * columns).long() for rows, columns in shapes]
+    return pieces, {
+        "pixel_values": _join(images) if images else torch.zeros(0, 1, patch),
+        "spatial_shapes": torch.tensor(shapes).long().view(-1, 2),
+        "pixel_attention_mask": _join(masks) if masks else torch.zeros(0, 1).long(),
+    }
 
 
 def _lighton(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
@@ -660,7 +675,7 @@ _timed_grids = _patches("video", _timed)
 _REPEATED = Stock(expanded_images=ANY, expanded_videos=ANY)
 """Qwen repeats images row by row since ever, and those of Idefics have a batch axis."""
 _TILED = Stock(expanded_images=ANY if NEWEST else 0, expanded_videos=ANY if NEWEST else 0)
-"""5.17 repeats tile by tile."""
+"""5.17 repeats tile by tile, or patch by patch."""
 _PREFIX = Stock(second_turn=False, second_turn_image=False, chunked_prefill=False)
 _GLM = Stock(
     chunked_video=False,  # looks for video_token_id, which GLM does not use
@@ -767,9 +782,7 @@ TINY: dict[str, TinyFamily] = {
     "qwen2.5-vl": TinyFamily(
         "qwen2.5-vl",
         "Qwen2_5_VLForConditionalGeneration",
-        _config(
-            "qwen2_5_vl", text_config=_mrope("qwen2_5_vl_text"), vision_config=_QWEN25_VISION, **_QWEN_IDS
-        ),
+        _config("qwen2_5_vl", text_config=_mrope("qwen2_5_vl_text"), vision_config=_QWEN25_VISION, **_QWEN_IDS),
         _image_grids,
         _video_grids,
         token_types="mm_token_type_ids",
@@ -1110,6 +1123,89 @@ TINY: dict[str, TinyFamily] = {
         _patches("video", _glm_video),
         token_types="mm_token_type_ids",
         stock=_GLM,
+    ),
+    "deepseek-vl": TinyFamily(
+        "deepseek-vl",
+        "DeepseekVLForConditionalGeneration",
+        _config("deepseek_vl", text_config=_text_config("llama"), vision_config=SIGLIP, image_token_id=IMAGE),
+        _same_size(16, [], []),
+    ),
+    "llama4": TinyFamily(
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        _config(
+            "llama4",
+            text_config=_text_config(
+                "llama4_text",
+                num_hidden_layers=4,
+                intermediate_size_mlp=64,
+                num_local_experts=2,
+                layer_types=["chunked_attention", "full_attention"] * 2,
+                no_rope_layers=[1, 0] * 2,
+                attention_chunk_size=32,
+            ),
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 4,
+                "vision_output_dim": 48,
+                "projector_input_dim": 48,
+                "projector_output_dim": 48,
+            },
+            image_token_index=IMAGE,
+        ),
+        _llama4,
+        # 5.23 expects features of another form than Llama 4 returns; 5.17 repeats tile by tile
+        stock=Stock(chunked_prefill=False, expanded_images=0),
+    ),
+    "lfm2-vl": TinyFamily(
+        "lfm2-vl",
+        "Lfm2VlForConditionalGeneration",
+        _config(
+            "lfm2_vl",
+            text_config=_text_config(
+                "lfm2",
+                num_hidden_layers=4,
+                layer_types=["conv", "full_attention"] * 2,
+                block_auto_adjust_ff_dim=False,
+            ),
+            vision_config={
+                "model_type": "siglip2_vision_model",
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "patch_size": 4,
+                "num_patches": 16,
+                "vision_use_head": False,
+            },
+            image_token_id=IMAGE,
+            downsample_factor=2,
+            projector_hidden_size=48,
+        ),
+        _naflex,
+    ),
+    "exaone4.5": TinyFamily(
+        "exaone4.5",
+        "Exaone4_5_ForConditionalGeneration",
+        _config(
+            "exaone4_5",
+            text_config=_text_config(
+                "exaone4",
+                num_hidden_layers=4,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                sliding_window=16,
+            ),
+            vision_config={**_QWEN25_VISION, "num_key_value_heads": 1},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        ),
+        _image_grids,
+        _video_grids,
+        stock=_TILED,
     ),
 }
 

@@ -47,9 +47,7 @@ def bare(module: str, name: str, **attributes: Any) -> Any:
     return processor
 
 
-def compare(
-    name: str, processor: Any, image_inputs: dict[str, Any], images: int, one_each: bool = True
-) -> None:
+def compare(name: str, processor: Any, image_inputs: dict[str, Any], images: int, one_each: bool = True) -> None:
     """Compare the placeholders that the processor writes with the segments of its outputs."""
     config = TINY[name].config()
     counts = [processor.replace_image_token(image_inputs, index).count("I") for index in range(images)]
@@ -179,9 +177,7 @@ def test_internvl() -> None:
         size=square(32), crop_to_patches=True, min_patches=1, max_patches=4
     )
     images = cut(pictures(), return_tensors="pt")
-    processor = bare(
-        "internvl", "InternVLProcessor", image_seq_length=16, start_image_token="S", end_image_token="E"
-    )
+    processor = bare("internvl", "InternVLProcessor", image_seq_length=16, start_image_token="S", end_image_token="E")
     compare("internvl", processor, images, len(SIZES), one_each=False)
 
 
@@ -230,9 +226,7 @@ def test_idefics3(name: str) -> None:
     )
     nested = [pictures()[:3], pictures()[3:4], pictures()[4:]]
     images = cut(nested, return_tensors="pt", return_row_col_info=True)
-    processor = bare(
-        name, "Idefics3Processor" if name == "idefics3" else "SmolVLMProcessor", image_seq_len=16
-    )
+    processor = bare(name, "Idefics3Processor" if name == "idefics3" else "SmolVLMProcessor", image_seq_len=16)
     compare(name, processor, images, len(SIZES), one_each=False)
 
 
@@ -251,9 +245,7 @@ def test_idefics2() -> None:
 def test_gemma3() -> None:
     cut = load("gemma3.image_processing_pil_gemma3", "Gemma3ImageProcessorPil")(size=square(32))
     options = {"pan_and_scan_min_crop_size": 16, "pan_and_scan_min_ratio_to_activate": 1.2}
-    images = cut(
-        pictures(), return_tensors="pt", do_pan_and_scan=True, pan_and_scan_max_num_crops=3, **options
-    )
+    images = cut(pictures(), return_tensors="pt", do_pan_and_scan=True, pan_and_scan_max_num_crops=3, **options)
     assert max(images["num_crops"]) > 0
     processor = bare("gemma3", "Gemma3Processor", full_image_sequence="S" + "I" * 16 + "E")
     compare("gemma3", processor, images, len(SIZES), one_each=False)

@@ -15,9 +15,7 @@ from transformers import DynamicCache
 from tiny_models import ANY, NEWEST, TINY
 
 NAMES = sorted(TINY)
-CASES = [
-    (name, video) for name in NAMES for video in (False, True) if not video or TINY[name].videos is not None
-]
+CASES = [(name, video) for name in NAMES for video in (False, True) if not video or TINY[name].videos is not None]
 MROPE = [name for name in NAMES if TINY[name].token_types == "mm_token_type_ids"]
 EXACT = 5e-5
 
@@ -78,9 +76,7 @@ def test_second_turn_equals_whole_prompt(name: str, with_image: bool) -> None:
     rows = [2, 1, 0]
     inputs, cache = tiny.inputs(model, rows), fresh(model)
     first = generate(model, inputs, past_key_values=cache).sequences
-    second = generate(
-        model, tiny.second_turn(model, inputs, first, with_image=with_image), past_key_values=cache
-    )
+    second = generate(model, tiny.second_turn(model, inputs, first, with_image=with_image), past_key_values=cache)
     whole = [generate(model, row) for row in tiny.whole(model, tiny.rows(model, rows), first, with_image)]
     exact = max(differences(second, whole)) < EXACT
     assert exact == (tiny.stock.second_turn_image if with_image else tiny.stock.second_turn)
@@ -121,7 +117,7 @@ def test_chunked_prefill(name: str, video: bool) -> None:
     whole = generate(model, inputs)
     try:
         chunked = generate(model, inputs, prefill_chunk_size=8)
-    except (RuntimeError, TypeError):  # m-RoPE in 5.17, Ovis2 in 5.23
+    except (RuntimeError, TypeError, KeyError):  # m-RoPE in 5.17; Ovis2 and Llama 4 in 5.23
         assert not expected
         return
     assert (float((chunked.logits[0] - whole.logits[0]).abs().max()) < EXACT) == expected

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-VL: fixed-size images on a Llama text model."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from plphp.families._segments import in_prompt_order, square, token_ids
+from plphp.families.base import Family, Inputs, VisionSegment
+
+
+def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
+    pixel_values = inputs.get("pixel_values")
+    patch_height, patch_width = square(config.vision_config.patch_size)
+    images: list[VisionSegment] = []
+    if pixel_values is not None:
+        height, width = pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
+        images = [VisionSegment(height * width, (1, height, width))] * len(pixel_values)
+    return in_prompt_order(inputs, {config.image_token_id: images})
+
+
+FAMILY = Family("deepseek-vl", ("deepseek_vl",), token_ids("image_token_id"), _segments)
