@@ -7,9 +7,10 @@ import string
 from pathlib import Path
 
 from PIL import Image
-from tiny_models import BOS, EOS, IMAGE, PAD, TEXT_IDS, TINY, VOCAB
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from tiny_models import BOS, EOS, IMAGE, PAD, TEXT_IDS, TINY, VOCAB
 
 IMAGE_TOKENS = 16
 CHAT_TEMPLATE = (
@@ -22,9 +23,7 @@ CHAT_TEMPLATE = (
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, with the special ids of the tiny models."""
-    characters = (string.ascii_letters + string.digits + " \n" + string.punctuation)[
-        : TEXT_IDS[1] - TEXT_IDS[0]
-    ]
+    characters = (string.ascii_letters + string.digits + " \n" + string.punctuation)[: TEXT_IDS[1] - TEXT_IDS[0]]
     vocab = {f"<unused{index}>": index for index in range(TEXT_IDS[1], VOCAB)}
     vocab = {token: index for token, index in vocab.items() if index != IMAGE}
     vocab |= {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<image>": IMAGE}
@@ -61,6 +60,14 @@ def save(folder: Path) -> Path:
     TINY["llava"].build().save_pretrained(folder)
     processor().save_pretrained(folder)
     return folder
+
+
+def png_header(path: Path, size: tuple[int, int]) -> Path:
+    """Write a PNG file that claims any size and holds no pixels."""
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"
+    framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    return path
 
 
 def picture(path: Path, size: tuple[int, int] = (48, 40), seed: int = 0) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unpruned beside pruned: the same prompt with the same settings, in turns, so that both meet the same machine."""
+"""Unpruned beside pruned: the same prompt and settings, in turns, so that both meet the same machine."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def compare(
     return Comparison(unpruned.result(processor), pruned.result(processor), report)
 
 
-class _Meter(LogitsProcessor):  # type: ignore[misc]
+class _Meter(LogitsProcessor):
     """Sees every step of ``generate``: notes the time, and after the prompt the size of the cache."""
 
     def __init__(self, device: torch.device) -> None:
@@ -167,7 +167,8 @@ class _Meter(LogitsProcessor):  # type: ignore[misc]
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
             self._cache, self._in_prompt, self._last = cache, True, self._now()
-            output = model.generate(
+            generate: Any = model.generate
+            output = generate(
                 **inputs, **generation, past_key_values=cache, logits_processor=LogitsProcessorList([self])
             )
         self._cache = None
@@ -200,7 +201,7 @@ class _Meter(LogitsProcessor):  # type: ignore[misc]
 
 
 def kv_bytes(cache: Any) -> int:
-    """Bytes of the key and value tensors that are alive in a `PrunedCache` or in transformers' ``DynamicCache``."""
+    """Bytes of the live key and value tensors of a `PrunedCache` or of transformers' ``DynamicCache``."""
     if isinstance(cache, PrunedCache):
         return cache.nbytes
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]

@@ -82,7 +82,7 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(heading, overflow="fold", ratio=1)
     # Answers are the model's words: as Text, so that their brackets are not taken for markup.
     table.add_row("answer", *(Text("\n".join(run.texts)) for run in runs))
-    reduction = f" (-{comparison.kv_reduction:.0%})"
+    reduction = f" ({-comparison.kv_reduction:+.0%})"
     table.add_row("KV cache", *_marked([human_bytes(run.kv_bytes) for run in runs], reduction))
     table.add_row(
         "decode per token",
@@ -128,7 +128,7 @@ def summary(report: PruneReport) -> str:
     """One line on a report: KV bytes, retention, time spent on pruning."""
     return (
         f"KV cache {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.kv_bytes)} "
-        f"(-{report.kv_reduction:.0%}), {report.retention:.0%} of the vision entries kept, "
+        f"({-report.kv_reduction:+.0%}), {report.retention:.0%} of the vision entries kept, "
         f"pruning took {1000 * report.pruning_seconds:.1f} ms"
     )
 

@@ -43,9 +43,7 @@ class _Group(TyperGroup):
         except Exception as error:
             if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
                 raise
-            message = (
-                f"Out of memory: use a smaller image, model or --max-new-tokens. {one_line(error, limit=200)}"
-            )
+            message = f"Out of memory: use a smaller image, model or --max-new-tokens. {one_line(error, limit=200)}"
         print(f"error: {message}", file=sys.stderr)
         raise typer.Exit(USER_ERROR)
 

@@ -78,9 +78,7 @@ def generate(
         videos = [load_video(video, frames=frames)] if video is not None else []
         tell("loading the processor")
         processor = load_processor(model)
-        inputs = build_inputs(
-            processor, prompt, messages=messages, images=images, videos=videos, system=system
-        )
+        inputs = build_inputs(processor, prompt, messages=messages, images=images, videos=videos, system=system)
         tell("loading the weights")
         weights = load_weights(model, dtype, device)
     action = _compare if compare else _answer
@@ -100,9 +98,7 @@ def read_settings(
     """Make the config of the options that set it, and refuse those that contradict each other."""
     single = {"method": method, "retention_rate": retention_rate, "target_retention": target_retention}
     given = {name: value for name, value in single.items() if value is not None}
-    sources = [
-        name for name, value in (("--config", config), ("--config-file", config_file)) if value is not None
-    ]
+    sources = [name for name, value in (("--config", config), ("--config-file", config_file)) if value is not None]
     sources += [f"--{name.replace('_', '-')}" for name in given]
     if (config is not None or config_file is not None) and len(sources) > 1:
         raise ConfigError(f"{' and '.join(sources)} contradict each other: give all settings in one of them.")
@@ -120,9 +116,7 @@ def sampling_options(temperature: float | None, top_p: float | None, seed: int |
             raise ConfigError("--seed is for sampling: give --temperature or --top-p with it.")
         return {"do_sample": False}
     if temperature is not None and not temperature > 0:
-        raise ConfigError(
-            f"--temperature must be above 0, got {temperature}: leave it out for greedy search."
-        )
+        raise ConfigError(f"--temperature must be above 0, got {temperature}: leave it out for greedy search.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"--top-p must be in (0, 1], got {top_p}.")
     return {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
@@ -144,9 +138,7 @@ def _answer(
     from plphp.tables import report_values, summary
 
     streams = not as_json and options["num_beams"] == 1
-    streamer = (
-        TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    )
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     torch.manual_seed(seed)
     with prune(model, settings) as run, torch.no_grad():
         output: Any = model.generate(**_on_device(inputs, model), **options, streamer=streamer)  # type: ignore[operator]
@@ -175,9 +167,7 @@ def _compare(
     from plphp.tables import comparison_table, comparison_values, layer_table
 
     with progress("comparing", quiet=as_json) as tell:
-        found = compare(
-            model, processor, inputs, settings, rounds=rounds, seed=seed, progress=tell, **options
-        )
+        found = compare(model, processor, inputs, settings, rounds=rounds, seed=seed, progress=tell, **options)
     if as_json:
         print_json(comparison_values(found))
     else:

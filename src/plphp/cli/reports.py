@@ -24,10 +24,9 @@ def inspect(report: ReportArgument, row: RowOption = 0, as_json: JsonOption = Fa
     if as_json:
         print_json(report_values(found))
         return
-    out = console()
-    out.print(f"{found.model_class} ({found.model_type}), {found.tokens} tokens\n{summary(found)}")
-    for prompt in range(max(1, len(found.prompts))):
-        out.print(layer_table(found, prompt, row))
+    tables = [layer_table(found, prompt, row) for prompt in range(max(1, len(found.prompts)))]
+    print(f"{found.model_class} ({found.model_type}), {found.tokens} tokens\n{summary(found)}")
+    console().print(*tables)
 
 
 @app.command()
@@ -35,9 +34,7 @@ def plot(
     report: ReportArgument,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files; made if missing.")],
     image: Annotated[list[str] | None, typer.Option(help="Image file of the prompt, in order.")] = None,
-    layer: Annotated[
-        int | None, typer.Option(help="Layer whose heads are drawn; default: the first one.")
-    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer whose heads are drawn; default: the first one.")] = None,
     row: RowOption = 0,
     prompt: Annotated[int, typer.Option(min=0, help="Prompt (turn of the chat).")] = 0,
     as_json: JsonOption = False,

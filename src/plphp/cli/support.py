@@ -30,10 +30,7 @@ def families(as_json: JsonOption = False) -> None:
     """List the model families that can be pruned."""
     from plphp.registry import families as known
 
-    rows = [
-        {"name": one.name, "model types": list(one.model_types), "notes": one.notes}
-        for one in known().values()
-    ]
+    rows = [{"name": one.name, "model types": list(one.model_types), "notes": one.notes} for one in known().values()]
     _print(rows, as_json)
 
 

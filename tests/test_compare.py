@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unpruned beside pruned: the same as two runs by hand, measured on live tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache
+
+import plphp
+import tiny_hub
+from plphp import ConfigError, PLPHPConfig
+from plphp.compare import compare
+from plphp.prompt import build_inputs
+from plphp.tables import comparison_values
+
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tiny_hub.picture(tmp_path_factory.mktemp("images") / "a.png")
+    return build_inputs(tiny_hub.processor(), "What?", images=[Image.open(path)] * 3)
+
+
+def test_equals_two_runs_by_hand(llava: Any, inputs: dict[str, Any]) -> None:
+    config = PLPHPConfig(method="uniform", retention_rate=0.25)
+    found = compare(llava, tiny_hub.processor(), inputs, config, rounds=2, max_new_tokens=NEW)
+    prompt = inputs["input_ids"].shape[1]
+    stock = llava.generate(**inputs, max_new_tokens=NEW)[:, prompt:].tolist()
+    with plphp.prune(llava, config) as run:
+        pruned = llava.generate(**inputs, max_new_tokens=NEW)[:, prompt:].tolist()
+    assert (found.unpruned.tokens, found.pruned.tokens) == (stock, pruned)
+    assert found.report.prompts == run.report.prompts
+    assert found.same_tokens == (stock == pruned)
+
+
+def test_bytes_are_those_of_live_tensors_after_the_prompt(llava: Any, inputs: dict[str, Any]) -> None:
+    found = compare(llava, tiny_hub.processor(), inputs, PLPHPConfig(), rounds=1, max_new_tokens=NEW)
+    plain = DynamicCache(config=llava.config.get_text_config())
+    cache = plphp.PrunedCache.for_inputs(llava, inputs)
+    with torch.no_grad():
+        llava(**inputs, past_key_values=plain)
+        llava(**inputs, past_key_values=cache)
+    by_hand = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
+    assert found.unpruned.kv_bytes == by_hand == cache.full_nbytes
+    assert found.pruned.kv_bytes == cache.nbytes < by_hand
+    assert found.kv_reduction == pytest.approx(1 - cache.nbytes / by_hand)
+
+
+def test_full_retention_is_equal(llava: Any, inputs: dict[str, Any]) -> None:
+    found = compare(llava, tiny_hub.processor(), inputs, PLPHPConfig(retention_rate=1.0), rounds=1, max_new_tokens=NEW)
+    assert found.same_tokens
+    assert found.unpruned.texts == found.pruned.texts
+
+
+def test_rounds_alternate_and_only_decode_steps_count(llava: Any, inputs: dict[str, Any]) -> None:
+    told: list[str] = []
+    found = compare(llava, tiny_hub.processor(), inputs, rounds=2, max_new_tokens=2, progress=told.append)
+    assert [line.split(", ")[1] for line in told] == ["unpruned", "pruned"] * 2
+    assert found.speedup is not None
+    one = compare(llava, tiny_hub.processor(), inputs, rounds=1, max_new_tokens=1)
+    assert one.unpruned.seconds_per_token is one.speedup is None
+    assert one.unpruned.prefill_seconds > 0
+
+
+def test_sampling_is_the_same_for_both_and_leaves_the_random_state(llava: Any, inputs: dict[str, Any]) -> None:
+    keep_all = PLPHPConfig(method="none")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found = [
+        compare(llava, tiny_hub.processor(), inputs, keep_all, rounds=1, seed=seed, max_new_tokens=NEW, do_sample=True)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(one.same_tokens for one in found)
+    assert found[0].pruned.tokens == found[1].pruned.tokens != found[2].pruned.tokens
+
+
+def test_values_for_json(llava: Any, inputs: dict[str, Any], tmp_path: Path) -> None:
+    found = compare(llava, tiny_hub.processor(), inputs, rounds=1, max_new_tokens=2)
+    values = comparison_values(found)
+    assert values["report"]["kv_bytes"] == found.report.kv_bytes
+    assert len(values["report"]["prompts"][0]["layers"]) == 3
+
+
+@pytest.mark.parametrize("arguments", [{"rounds": 0}, {"past_key_values": None}, {"streamer": None}])
+def test_refusals(llava: Any, inputs: dict[str, Any], arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        compare(llava, tiny_hub.processor(), inputs, **arguments)

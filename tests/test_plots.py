@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the figures show, read back from the drawn arrays, and the tables beside them."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from plphp import BackendUnavailableError, ConfigError, PLPHPConfig, PruneReport
+from plphp.plots import plot_kept, plot_vision_attention
+from plphp.report import ImageReport, LayerReport, PromptReport, RowReport
+from plphp.tables import layer_table, report_values, summary
+
+KEPT = [[[1, 2, 5], [1, 5]], [[2], [2, 9, 10, 11]]]
+"""[layer][head]: image 1 stands at positions 1 to 6 as 2 x 3 tokens, image 2 at 9 to 11 without a grid."""
+
+
+def make_report(**changes: Any) -> PruneReport:
+    images = [ImageReport(list(range(1, 7)), (1, 2, 3)), ImageReport([9, 10, 11], None)]
+    layers = [
+        LayerReport(layer, [RowReport(score, name, 0.4, 9, kept)])
+        for layer, score, name, kept in zip((0, 2), (0.3, 0.05), ("attentive", "indifferent"), KEPT, strict=True)
+    ]
+    values = {
+        "model_type": "llava",
+        "model_class": "Llava",
+        "config": PLPHPConfig().to_dict(),
+        "batch": 1,
+        "tokens": 12,
+        "kv_bytes_full": 2048,
+        "kv_bytes": 1024,
+        "pruning_seconds": 0.001,
+        "prompts": [PromptReport(0, 12, [images], layers)],
+    }
+    return PruneReport(**{**values, **changes})
+
+
+def heat_maps(figure: Any) -> list[Any]:
+    return [axes.images[-1].get_array().tolist() for axes in figure.axes if axes.images]
+
+
+def titles(figure: Any) -> list[str]:
+    return [part.get_suptitle() for part in figure.subfigs]
+
+
+class TestKept:
+    def test_tile_per_layer(self) -> None:
+        figure = plot_kept(make_report())
+        assert heat_maps(figure) == [
+            [[1.0, 0.5, 0.0], [0.0, 1.0, 0.0]],
+            [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]],
+            [[0.0, 0.0, 0.0]],
+            [[0.5, 0.5, 0.5]],
+        ]
+        assert titles(figure)[0] == "image 1 of 2: 2 x 3 tokens"
+        assert "without a grid, by token index" in titles(figure)[1]
+
+    def test_tile_per_head(self) -> None:
+        assert heat_maps(plot_kept(make_report(), layer=2))[:2] == [
+            [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]],
+            [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]],
+        ]
+
+    def test_over_the_image(self) -> None:
+        axes = plot_kept(make_report(), [Image.new("RGB", (600, 400), "red"), Image.new("L", (9, 9))]).axes[0]
+        picture, heat = axes.images
+        assert np.asarray(picture.get_array()).shape == (171, 256)
+        assert picture.get_extent() == heat.get_extent() == [0, 3, 2, 0]
+        assert heat.get_alpha() < 1
+
+    def test_frames_of_a_video_are_averaged(self) -> None:
+        report = make_report()
+        video = ImageReport(list(range(1, 7)), (2, 1, 3))
+        report = make_report(prompts=[PromptReport(0, 12, [[video]], report.prompts[0].layers)])
+        figure = plot_kept(report)
+        assert heat_maps(figure)[0] == [[0.5, 0.75, 0.0]]
+        assert titles(figure) == ["image: 1 x 3 tokens, mean over 2 frames"]
+
+    @pytest.mark.parametrize(
+        "arguments", [{"layer": 1}, {"row": 1}, {"prompt": 1}, {"row": -1}, {"images": [Image.new("L", (1, 1))]}]
+    )
+    def test_refusals(self, arguments: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError):
+            plot_kept(make_report(), **arguments)
+
+    def test_nothing_pruned(self) -> None:
+        with pytest.raises(ConfigError, match="no pruned prompt"):
+            plot_kept(make_report(prompts=[]))
+
+    def test_without_matplotlib(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+            monkeypatch.setitem(sys.modules, name, None)
+        for draw in (plot_kept, plot_vision_attention):
+            with pytest.raises(BackendUnavailableError, match=r"plphp\[plots\]"):
+                draw(make_report())
+
+
+class TestVisionAttention:
+    def test_curve_with_thresholds(self) -> None:
+        axes = plot_vision_attention(make_report()).axes[0]
+        assert axes.lines[0].get_xydata().tolist() == [[0, 0.3], [2, 0.05]]
+        assert {line.get_ydata()[0] for line in axes.lines[1:]} == {0.25, 0.1}
+        assert {text.get_text() for text in axes.get_legend().get_texts()} >= {"attentive", "indifferent"}
+
+    @pytest.mark.parametrize("config", [PLPHPConfig(target_retention=0.4), PLPHPConfig(method="uniform")])
+    def test_no_thresholds_where_none_are_used(self, config: PLPHPConfig) -> None:
+        assert len(plot_vision_attention(make_report(config=config.to_dict())).axes[0].lines) == 1
+
+
+class TestTables:
+    def text(self, report: PruneReport) -> str:
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(layer_table(report))
+        return console.export_text()
+
+    def test_layers(self) -> None:
+        text = self.text(make_report())
+        assert "plphp: 9 vision tokens" in text
+        first, second = (line.split() for line in text.splitlines() if "ttentive" in line or "indiff" in line)
+        assert [cell for cell in first if cell != "│"] == ["0", "0.300", "attentive", "0.40", "3", "2"]
+        assert [cell for cell in second if cell != "│"] == ["2", "0.050", "indifferent", "0.40", "1", "4"]
+
+    def test_totals(self) -> None:
+        report = make_report()
+        assert "2.0 KiB -> 1.0 KiB (-50%)" in summary(report)
+        assert report_values(report)["retention"] == pytest.approx(10 / 36)
+        assert report_values(report)["prompts"][0]["layers"][1]["rows"][0]["kept"] == [1, 4]
