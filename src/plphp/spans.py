@@ -69,12 +69,14 @@ def find_spans(
         segments = family.segments(config, inputs)
         vision, segments = _match_features(vision, past_length, segments, inputs, family, config)
     else:
-        vision, segments = vision_mask.bool().cpu(), None
-        if vision.shape != real.shape:
+        if not isinstance(vision_mask, Tensor) or vision_mask.shape != real.shape:
             raise SpanError(
-                f"vision_mask must have the shape of the prompt {tuple(real.shape)}, got {tuple(vision.shape)}."
+                f"vision_mask must have the shape of the prompt {tuple(real.shape)}, got {_shape(vision_mask)}."
             )
-    segment, grids = _number_segments(vision & real, segments)
+        vision, segments = vision_mask.bool().cpu() & real, None
+    # Features fill placeholders that the mask hides, too.
+    segment, grids = _number_segments(vision if segments else vision & real, segments)
+    segment[~real] = -1
     segment[:, :past_length] = -1
     return VisionSpans(segment=segment, real=real, start=past_length, grids=grids)
 
@@ -106,6 +108,8 @@ def _real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None) -
         ids = inputs.get("inputs_embeds", vision_mask)
     if ids is None:
         raise SpanError(f"The prompt has neither input_ids nor inputs_embeds; got {sorted(inputs)}.")
+    if not isinstance(ids, Tensor) or ids.ndim < 2:
+        raise SpanError(f"input_ids must be [batch, seq], got {_shape(ids)}.")
     batch, length = ids.shape[:2]
     if batch == 0 or length == 0:
         raise SpanError(f"The prompt holds no tokens: input_ids have the shape {tuple(ids.shape[:2])}.")
@@ -113,10 +117,14 @@ def _real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None) -
     if mask is None:
         real = torch.ones(batch, length, dtype=torch.bool)
     elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise SpanError(
             f"attention_mask must be [batch, seq] with the batch of input_ids {(batch, length)} and at least "
-            f"their length, got {shape}."
+            f"their length, got {_shape(mask)}."
+        )
+    elif mask.shape[1] > length + past_length:
+        raise SpanError(
+            f"attention_mask covers {mask.shape[1]} tokens, but input_ids hold {length} and the cache {past_length} "
+            "tokens: pass the mask that belongs to them."
         )
     else:
         real = mask.bool().cpu()
@@ -128,6 +136,10 @@ def _real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None) -
     if not real[:, past_length:].any(1).all():
         raise SpanError("A row of the prompt is all padding: every row needs at least one token.")
     return real, real.shape[1] - length
+
+
+def _shape(value: object) -> str:
+    return f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _match_features(
@@ -183,7 +195,7 @@ def _number_segments(
     grids = []
     for row in segment:
         images = row[row >= 0].unique().tolist()
-        grids.append(tuple(segments[image].grid for image in images))
-        if images:
-            row[row >= 0] -= images[0]
+        first, last = (images[0], images[-1]) if images else (0, -1)
+        grids.append(tuple(segments[image].grid for image in range(first, last + 1)))
+        row[row >= 0] -= first
     return segment, tuple(grids)

@@ -25,9 +25,7 @@ def classes(allocation: list) -> list[str]:
 
 
 def test_class_rule_at_and_beside_the_thresholds() -> None:
-    config = PLPHPConfig(
-        retention_rate=0.4, retention_delta=0.3, attentive_threshold=0.25, indifferent_threshold=0.1
-    )
+    config = PLPHPConfig(retention_rate=0.4, retention_delta=0.3, attentive_threshold=0.25, indifferent_threshold=0.1)
     below = [math.nextafter(0.25, 0), math.nextafter(0.1, 0)]
     scores = [[0.25], [below[0]], [0.1], [below[1]], [1.0], [0.0]]
     result = by_vision_attention(scores, config)
@@ -60,10 +58,7 @@ def test_target_retention_is_the_mean_over_layers_of_every_row(
     layers: int, rows: int, target: float, quantile: float, seed: int, ties: bool
 ) -> None:
     """Also for one layer, which is balanced, and for two, of which a quantile of 0.25 or less classes none."""
-    values = [
-        [((seed + 7 * i * i + 3 * j) % (3 if ties else 101)) / 101 for j in range(rows)]
-        for i in range(layers)
-    ]
+    values = [[((seed + 7 * i * i + 3 * j) % (3 if ties else 101)) / 101 for j in range(rows)] for i in range(layers)]
     config = PLPHPConfig(target_retention=target, class_quantile=quantile)
     result = by_vision_attention(values, config)
     for row in range(rows):
@@ -90,9 +85,7 @@ def test_ties_in_quantile_mode_go_to_the_earlier_layer() -> None:
 
 
 @given(
-    st.integers(1, 4).flatmap(
-        lambda rows: st.lists(st.lists(gammas, min_size=rows, max_size=rows), min_size=1)
-    ),
+    st.integers(1, 4).flatmap(lambda rows: st.lists(st.lists(gammas, min_size=rows, max_size=rows), min_size=1)),
     st.sampled_from([None, 0.3, 0.5]),
 )
 def test_rows_decide_on_their_own(scores: list[list[float]], target: float | None) -> None:

@@ -158,9 +158,7 @@ def test_fraction_that_is_no_number(name: str, value: Any) -> None:
     ],
     ids=str,
 )
-def test_error_names_the_setting_the_value_and_what_was_expected(
-    values: dict[str, Any], parts: list[str]
-) -> None:
+def test_error_names_the_setting_the_value_and_what_was_expected(values: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         PLPHPConfig(**values)
     assert all(part in str(error.value) for part in parts)
@@ -196,9 +194,7 @@ def test_unknown_key_of_a_mapping() -> None:
         PLPHPConfig.from_dict({3: 0.2})  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize(
-    ("rate", "delta"), [(0.4, 0.3), (0.5, 0.3), (1.0, 0.0), (0.0, 0.0), (0.9, 0.1), (0.2, 0.2)]
-)
+@pytest.mark.parametrize(("rate", "delta"), [(0.4, 0.3), (0.5, 0.3), (1.0, 0.0), (0.0, 0.0), (0.9, 0.1), (0.2, 0.2)])
 def test_default_delta_leaves_room_for_all_classes(rate: float, delta: float) -> None:
     assert PLPHPConfig(retention_rate=rate).delta == pytest.approx(delta)
     assert PLPHPConfig(target_retention=rate).delta == pytest.approx(delta)

@@ -32,10 +32,7 @@ seeds = st.integers(0, 2**32)
 def make(numbers: list[list[int]], seed: int) -> tuple[PackedKV, Model]:
     generator = torch.Generator().manual_seed(seed)
     model = [
-        [
-            (torch.randn(n, KEY_DIM, generator=generator), torch.randn(n, VALUE_DIM, generator=generator))
-            for n in row
-        ]
+        [(torch.randn(n, KEY_DIM, generator=generator), torch.randn(n, VALUE_DIM, generator=generator)) for n in row]
         for row in numbers
     ]
     keys, values = (torch.cat([pair[i] for row in model for pair in row]) for i in (0, 1))
@@ -85,9 +82,7 @@ def test_select_and_append(numbers: list[list[int]], seed: int, data: st.DataObj
         packed, model = packed.select(rows), [model[row] for row in rows]
         assert_is(packed, model)
         # Nothing that no row reads is stored.
-        assert packed.keys.shape[0] == sum(
-            len(keys) for row in {id(r): r for r in model}.values() for keys, _ in row
-        )
+        assert packed.keys.shape[0] == sum(len(keys) for row in {id(r): r for r in model}.values() for keys, _ in row)
         if data.draw(st.booleans()):
             more = data.draw(
                 st.lists(
@@ -99,10 +94,7 @@ def test_select_and_append(numbers: list[list[int]], seed: int, data: st.DataObj
             block, added = make(more, seed + 1)
             packed = packed.appended(block)
             model = [
-                [
-                    (torch.cat([k1, k2]), torch.cat([v1, v2]))
-                    for (k1, v1), (k2, v2) in zip(mine, theirs, strict=True)
-                ]
+                [(torch.cat([k1, k2]), torch.cat([v1, v2])) for (k1, v1), (k2, v2) in zip(mine, theirs, strict=True)]
                 for mine, theirs in zip(model, added, strict=True)
             ]
             assert_is(packed, model)

@@ -40,9 +40,7 @@ def naive_keep(
         for head in rank[row].tolist():
             kept = [image == -1 for image in segment]
             for positions in images.values():
-                count = min(
-                    len(positions), max(config.min_kept, math.floor(rates[row] * len(positions) + 0.5))
-                )
+                count = min(len(positions), max(config.min_kept, math.floor(rates[row] * len(positions) + 0.5)))
                 for position in sorted(positions, key=lambda p: (-head[p], p))[:count]:
                     kept[position] = True
             heads.append(kept)
@@ -60,9 +58,7 @@ def batches(draw: st.DrawFn) -> tuple[list[list[int]], Tensor, list[float], PLPH
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     rank = torch.randint(levels, (rows, draw(st.integers(1, 3)), length), generator=generator).float()
     rates = draw(st.lists(st.floats(0, 1), min_size=rows, max_size=rows))
-    config = PLPHPConfig(
-        image_quota=draw(st.sampled_from(["pooled", "per_image"])), min_kept=draw(st.integers(0, 4))
-    )
+    config = PLPHPConfig(image_quota=draw(st.sampled_from(["pooled", "per_image"])), min_kept=draw(st.integers(0, 4)))
     return segments, rank, rates, config
 
 
@@ -132,9 +128,7 @@ def test_shared_gives_all_heads_the_mean_over_query_heads() -> None:
 
 
 def test_random_depends_on_seed_layer_and_head_only() -> None:
-    def ranks(
-        segments: list[list[int]], row: int = 0, seed: int = 0, layer: int = 0, scores: int = 0
-    ) -> Tensor:
+    def ranks(segments: list[list[int]], row: int = 0, seed: int = 0, layer: int = 0, scores: int = 0) -> Tensor:
         made = make_scores(segments, seed=scores, layer=layer)
         return at_random(made, PLPHPConfig(seed=seed))[row][:, made.vision[row]]
 

@@ -102,7 +102,7 @@ def decode_attention(
                     _heads_of(bias, row, heads, q_heads // kv_heads),
                     out[row : row + 1, heads],
                 )
-    return out.permute(0, 3, 1, 2, 4).reshape(batch, length, q_heads, -1)
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, length, q_heads, -1).contiguous()
 
 
 def _heads_of(bias: Tensor | None, row: int, heads: slice, group: int) -> Tensor | None:
