@@ -1,0 +1,64 @@
+# Everything runs in a virtual environment of its own, .venv, made on the first call.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SOURCES = pyproject.toml constraints.txt
+
+.PHONY: help demo test test-oldest lint wheel train clean
+
+help:
+	@echo "make demo         answer questions on images, unpruned and pruned side by side"
+	@echo "make test         run the tests"
+	@echo "make test-oldest  run the tests on the oldest supported transformers"
+	@echo "make lint         ruff and mypy"
+	@echo "make wheel        build the wheel and try it in a clean environment"
+	@echo "make train        train the bundled model again (about an hour on 2 CPU cores)"
+
+demo: $(VENV)/.plphp
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-oldest: .venv-oldest/.dev
+	.venv-oldest/bin/python -m pytest -n auto
+
+# The wheel has to work, with its bundled model, where nothing of this folder is.
+wheel: $(VENV)/.dev
+	rm -rf dist .venv-wheel
+	$(BIN)/pip wheel -q --no-deps -w dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install -q -c constraints.txt dist/*.whl
+	cd / && $(CURDIR)/.venv-wheel/bin/plphp doctor
+	cd / && $(CURDIR)/.venv-wheel/bin/plphp generate --compare \
+		--image "$(CURDIR)/examples/images/$$(ls $(CURDIR)/examples/images | grep png | head -n 1)" \
+		--prompt "What is in row 1?"
+	rm -rf .venv-wheel
+
+train: $(VENV)/.dev
+	$(BIN)/python -m training.train_all --out training/runs/reference --resume
+
+clean:
+	rm -rf .venv .venv-oldest .venv-wheel dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.plphp: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.plphp
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-oldest/.dev: $(SOURCES)
+	$(PYTHON) -m venv .venv-oldest
+	grep -v '^transformers==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e ".[dev]" "transformers==5.17.0"
+	touch $@
