@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -47,13 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="hub id or folder; default: the bundled model")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder with questions.json and its images")
-    parser.add_argument("--config", default="plphp", help="settings, such as 'plphp:retention_rate=0.5'")
+    parser.add_argument("--config", default="plphp:target_retention=0.4", help="settings, as for plphp generate")
     parser.add_argument("--per-kind", type=int, default=2, help="questions of each kind")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each question, unpruned and pruned")
     arguments = parser.parse_args()
 
     started = time.perf_counter()
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     config = PLPHPConfig.parse(arguments.config)
     questions = json.loads((arguments.images / "questions.json").read_text(encoding="utf-8"))
     model, processor = load_model(arguments.model)
@@ -61,7 +63,8 @@ def main() -> None:
     for question in choose(questions, arguments.per_kind):
         images = [load_image(arguments.images / name) for name in question["images"]]
         inputs = build_inputs(processor, question["question"], images=images)
-        found = compare(model, processor, inputs, config, rounds=arguments.rounds, max_new_tokens=192, do_sample=False)
+        generation = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+        found = compare(model, processor, inputs, config, rounds=arguments.rounds, **generation)
         results.append((question, found))
         console.rule(f"{question['kind']}: {', '.join(question['images'])}")
         console.print(f"[bold]{escape(question['question'])}[/bold]\nexpected: {escape(question['answer'])}")

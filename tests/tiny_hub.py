@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import string
+import struct
+import zlib
 from pathlib import Path
 
 from PIL import Image

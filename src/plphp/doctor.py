@@ -105,13 +105,9 @@ def diagnose(model: str | Path | None = None) -> Diagnosis:
         ],
         devices=_devices(),
         attention=_attention(),
-        extras=[
-            Check(check.name, check.ok, f"{check.detail}: {EXTRAS[check.name]}")
-            for check in _versions(EXTRAS)
-        ],
+        extras=[Check(check.name, check.ok, f"{check.detail}: {EXTRAS[check.name]}") for check in _versions(EXTRAS)],
         families=[
-            Check(family.name, True, _family(family.model_types, family.notes))
-            for family in families().values()
+            Check(family.name, True, _family(family.model_types, family.notes)) for family in families().values()
         ],
         unsupported=[Check(name, False, reason) for name, reason in UNSUPPORTED.items()],
         model=_bundled() if model is None else check_model(model),
@@ -130,7 +126,7 @@ def check_model(model: str | Path) -> Check:
         read_model_config(model)
         config = AutoConfig.from_pretrained(str(Path(model).expanduser() if Path(model).exists() else model))
         with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+            empty = AutoModelForImageTextToText.from_config(config)
         lease = Lease.of(empty)
         layers = PrunedCache(lease.attachment, PLPHPConfig()).layers
         lease.end()
@@ -171,9 +167,7 @@ def _versions(packages: Iterable[str]) -> list[Check]:
 
 
 def _devices() -> list[Check]:
-    checks = [
-        Check("cpu", True, f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    ]
+    checks = [Check("cpu", True, f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         checks.append(Check(f"cuda:{index}", True, f"{device.name}, {device.total_memory / 2**30:.0f} GiB"))
@@ -195,9 +189,7 @@ def _attention() -> list[Check]:
     ]
     for name in sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()):
         if name not in SUPPORTED_BASES and not name.startswith(PREFIX):
-            reason = next(
-                (why for key, why in _REASONS.items() if key in name), "plphp does not stand in for it"
-            )
+            reason = next((why for key, why in _REASONS.items() if key in name), "plphp does not stand in for it")
             checks.append(Check(name, False, f"not supported: {reason}"))
     return checks
 

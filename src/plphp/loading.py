@@ -61,7 +61,7 @@ def load_processor(name_or_folder: str | Path | None = None) -> Any:
     read_model_config(name_or_folder)
     source = _source(name_or_folder)
     with _explained(source):
-        return AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
+        return AutoProcessor.from_pretrained(source)
 
 
 def load_weights(
@@ -78,9 +78,7 @@ def load_weights(
     model, loaded = pair
     missing = sorted(loaded["missing_keys"])
     if missing:  # transformers would fill them with random numbers
-        raise LoadError(
-            f"The weights of {source} are incomplete: {len(missing)} missing, such as {missing[0]!r}."
-        )
+        raise LoadError(f"The weights of {source} are incomplete: {len(missing)} missing, such as {missing[0]!r}.")
     placed: PreTrainedModel = model.to(target).eval()
     return placed
 
@@ -143,15 +141,11 @@ def _explained(source: str) -> Iterator[None]:
     except PLPHPError:
         raise
     except ImportError as error:
-        raise BackendUnavailableError(
-            f"Loading {source} needs a package that is missing: {one_line(error)}"
-        ) from error
+        raise BackendUnavailableError(f"Loading {source} needs a package that is missing: {one_line(error)}") from error
     except Exception as error:  # broken files raise whatever their readers run into
         names = {type(cause).__name__ for cause in _causes(error)}
         if "GatedRepoError" in names:
-            reason = (
-                "access to it is restricted: ask for it on the model's page, then log in (hf auth login)."
-            )
+            reason = "access to it is restricted: ask for it on the model's page, then log in (hf auth login)."
         elif "RepositoryNotFoundError" in names or "HFValidationError" in names:
             reason = "there is no such folder here and no such model on the hub."
         elif names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}:
@@ -174,7 +168,5 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise BackendUnavailableError(
-            f"The device {name!r} cannot be used here: {one_line(error)}"
-        ) from error
+        raise BackendUnavailableError(f"The device {name!r} cannot be used here: {one_line(error)}") from error
     return device

@@ -97,5 +97,5 @@ def _quiet_libraries() -> None:
     """Leave standard error to plphp: transformers warns on it and shows bars of its own."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -141,7 +141,7 @@ def _answer(
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     torch.manual_seed(seed)
     with prune(model, settings) as run, torch.no_grad():
-        output: Any = model.generate(**_on_device(inputs, model), **options, streamer=streamer)  # type: ignore[operator]
+        output: Any = model.generate(**_on_device(inputs, model), **options, streamer=streamer)
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
     if as_json:

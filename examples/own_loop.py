@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode without `generate`: a PrunedCache goes wherever transformers takes a cache."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from plphp import PLPHPConfig, PrunedCache
+from plphp.loading import load_model
+from plphp.media import load_image
+from plphp.prompt import build_inputs
+
+model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+image = load_image(Path(__file__).parent / "images" / "page-1.png")
+inputs = build_inputs(processor, "What does line 1 say?", images=[image])
+
+cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig(target_retention=0.4))
+tokens: list[int] = []
+with torch.no_grad():
+    step = inputs
+    while len(tokens) < 32:
+        logits = model(**step, past_key_values=cache).logits
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] == processor.tokenizer.eos_token_id:
+            break
+        step = {"input_ids": torch.tensor([tokens[-1:]])}
+
+print(processor.decode(tokens, skip_special_tokens=True))
+print(f"{cache.get_seq_length()} tokens seen, {cache.nbytes} of {cache.full_nbytes} bytes held")

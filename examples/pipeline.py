@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`plphp.apply` prunes everything that a model generates from then on: pipelines work unchanged."""
+
+import sys
+from pathlib import Path
+
+from transformers import pipeline
+
+import plphp
+from plphp.loading import load_model
+from plphp.media import load_image
+
+model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+images = [load_image(Path(__file__).parent / "images" / name) for name in ("pair-1.png", "pair-2.png")]
+content = [*({"type": "image", "image": image} for image in images)]
+content.append({"type": "text", "text": "Which image shows the star?"})
+
+session = plphp.apply(model, plphp.PLPHPConfig(target_retention=0.4))
+answer = pipeline("image-text-to-text", model=model, processor=processor)
+result = answer(text=[{"role": "user", "content": content}], max_new_tokens=32, return_full_text=False)
+plphp.remove(model)
+
+print(result[0]["generated_text"])
+print(f"{session.report.retention:.0%} of the vision entries kept")

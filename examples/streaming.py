@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stream an answer word by word, from a thread of its own, with a pruned cache."""
+
+import sys
+from pathlib import Path
+from threading import Thread
+
+from transformers import TextIteratorStreamer
+
+import plphp
+from plphp.loading import load_model
+from plphp.media import load_image
+from plphp.prompt import build_inputs
+
+model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+image = load_image(Path(__file__).parent / "images" / "page-2.png")
+inputs = build_inputs(processor, "Please read the whole text, line by line.", images=[image])
+
+streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+with plphp.prune(model, plphp.PLPHPConfig(target_retention=0.4)) as run:
+    thread = Thread(target=model.generate, kwargs={**inputs, "max_new_tokens": 64, "streamer": streamer})
+    thread.start()
+    for text in streamer:
+        print(text, end="", flush=True)
+    thread.join()
+
+print(f"\n{run.report.kv_reduction:.0%} of all KV bytes gone")
