@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .session import Session
 
 ATTRIBUTE = "_plphp_attachment"
+_NO_COPY = (
+    "A model cannot be copied or pickled while plphp is in use on it: leave the session, call plphp.remove, or free "
+    "the PrunedCache first. save_pretrained works at any time."
+)
 _lock = threading.RLock()
 
 
@@ -58,6 +62,9 @@ class Attachment:
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         # A copied cache belongs to the same model.
         return self
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedFeatureError(_NO_COPY)
 
     def retain(self) -> None:
         """Count one more lease; the first one changes the model."""
@@ -97,12 +104,16 @@ class Attachment:
         model = self.model
         names = [(config, register(config._attn_implementation)) for config in _text_configs(model)]
         self._originals = [(config, config._attn_implementation) for config, _ in names]
-        for config, name in names:
-            config._attn_implementation = name
-        model.__dict__[ATTRIBUTE] = self
-        for name, wrapper in (("generate", _generate), ("generate_batch", _refuse_batch)):
-            if hasattr(model, name):
-                _Wrapper(model, name, wrapper)
+        try:
+            for config, name in names:
+                config._attn_implementation = name
+            model.__dict__[ATTRIBUTE] = self
+            for name, wrapper in (("generate", _generate), ("generate_batch", _refuse_batch)):
+                if hasattr(model, name):
+                    _Wrapper(model, name, wrapper)
+        except BaseException:
+            self._detach()
+            raise
 
     def _detach(self) -> None:
         model = self._model()
@@ -187,13 +198,13 @@ class _Wrapper:
         model = self._model()
         assert model is not None
         original = self.before or getattr(type(model), self._name).__get__(model)
-        return self._wrapper(model.__dict__[ATTRIBUTE], original, *args, **kwargs)
+        attachment = model.__dict__.get(ATTRIBUTE)
+        if attachment is None:  # taken from the model inside a session that is over
+            return original(*args, **kwargs)
+        return self._wrapper(attachment, original, *args, **kwargs)
 
     def __reduce__(self) -> Any:
-        raise UnsupportedFeatureError(
-            "A model cannot be copied or pickled while plphp is in use on it: leave the session, call plphp.remove, "
-            "or free the PrunedCache first. save_pretrained works at any time."
-        )
+        raise UnsupportedFeatureError(_NO_COPY)
 
     def take_off(self, model: PreTrainedModel) -> None:
         """Give the model its own method back."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .attachment import Attachment, Lease
-from .config import PLPHPConfig
+from .config import PLPHPConfig, checked
 from .errors import CacheStateError, ConfigError, NonFiniteAttentionError, SpanError
 from .layer import PrunedLayer
 from .plan import PromptPlan
@@ -100,9 +100,14 @@ class PrunedCache(Cache):
         UnsupportedModelError, UnsupportedFeatureError, ConfigError, SpanError
         """
         lease = Lease.of(model)
-        cache = cls(lease.attachment, config or PLPHPConfig())
-        cache._lease = lease
-        cache.plan(inputs, vision_mask=vision_mask)
+        try:
+            cache = cls(lease.attachment, checked(config))
+            cache._lease = lease
+            cache.plan(inputs, vision_mask=vision_mask)
+        except BaseException:
+            # The traceback holds this frame, so the model would stay attached as long as the error is kept.
+            lease.end()
+            raise
         return cache
 
     def plan(self, inputs: Mapping[str, Any], *, vision_mask: Tensor | None = None) -> None:

@@ -191,6 +191,24 @@ class PLPHPConfig:
         return cls.from_dict(values)
 
 
+def checked(config: object) -> PLPHPConfig:
+    """Return a config, the default one for None.
+
+    Raises
+    ------
+    ConfigError
+        If it is anything else.
+    """
+    if config is None:
+        return PLPHPConfig()
+    if not isinstance(config, PLPHPConfig):
+        raise ConfigError(
+            f"config must be a PLPHPConfig, got {type(config).__name__}: use PLPHPConfig.parse for text and "
+            "PLPHPConfig.from_dict for a mapping."
+        )
+    return config
+
+
 def _read_value(key: str, value: str) -> Any:
     """Turn the text of a setting into a number, a tuple or None; words stay text."""
     if key == "exempt_layers":

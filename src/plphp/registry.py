@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from . import families as families_package
 from . import methods as methods_package
-from .errors import ConfigError, UnsupportedModelError, did_you_mean
+from .errors import ConfigError, UnsupportedModelError, did_you_mean, one_line
 from .families.base import Family
 from .families.unsupported import UNSUPPORTED
 from .methods.base import Method
@@ -127,7 +127,13 @@ def _discover(package: Any, attribute: str, kind: type, group: str) -> dict[str,
         found += [getattr(content, attribute)] if hasattr(content, attribute) else []
         found += list(getattr(content, "FAMILIES", ())) if attribute == "FAMILY" else []
     for entry in entry_points(group=group):
-        item = entry.load()
+        try:
+            item = entry.load()
+        except Exception as error:  # a package can fail in any way
+            raise ConfigError(
+                f"The entry point {entry.value!r} of {group} cannot be loaded: {type(error).__name__}: "
+                f"{one_line(error)}. Repair or uninstall its package."
+            ) from error
         if not isinstance(item, kind):
             raise ConfigError(f"The entry point {entry.value!r} of {group} is not a {kind.__name__}.")
         found.append(item)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from .attachment import ATTRIBUTE, Lease
-from .config import PLPHPConfig
-from .errors import CacheStateError, ConfigError
+from .config import PLPHPConfig, checked
+from .errors import CacheStateError
 from .registry import get_method
 from .report import PruneReport
 
@@ -25,12 +25,7 @@ class Session:
     """
 
     def __init__(self, model: PreTrainedModel, config: PLPHPConfig | None) -> None:
-        if config is not None and not isinstance(config, PLPHPConfig):
-            raise ConfigError(
-                f"config must be a PLPHPConfig, got {type(config).__name__}: use PLPHPConfig.parse for text and "
-                "PLPHPConfig.from_dict for a mapping."
-            )
-        self.config = config or PLPHPConfig()
+        self.config = checked(config)
         get_method(self.config.method)
         self._report: PruneReport | None = None
         self._lease = Lease.of(model)

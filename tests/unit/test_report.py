@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports: to JSON and back, and files that are no report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from invariants import pruned
+from tiny_models import TINY
+
+from plphp import ConfigError, PLPHPConfig, PruneReport
+from plphp.report import ImageReport, LayerReport, PromptReport, RowReport
+
+numbers = st.integers(0, 100)
+rows = st.builds(
+    RowReport,
+    vision_score=st.floats(0, 1),
+    layer_class=st.sampled_from(["attentive", "balanced", "no-vision"]),
+    rate=st.floats(0, 1),
+    vision_tokens=numbers,
+    kept_positions=st.lists(st.lists(numbers, max_size=3), min_size=1, max_size=3),
+)
+images = st.builds(
+    ImageReport, positions=st.lists(numbers, max_size=3), grid=st.none() | st.tuples(numbers, numbers, numbers)
+)
+prompts = st.builds(
+    PromptReport,
+    start=numbers,
+    end=numbers,
+    images=st.lists(st.lists(images, max_size=2), max_size=2),
+    layers=st.lists(st.builds(LayerReport, layer=numbers, rows=st.lists(rows, max_size=2)), max_size=2),
+)
+reports = st.builds(
+    PruneReport,
+    model_type=st.text(max_size=5),
+    model_class=st.text(max_size=5),
+    config=st.just(PLPHPConfig(exempt_layers=(0,)).to_dict()),
+    batch=numbers,
+    tokens=numbers,
+    kv_bytes_full=numbers,
+    kv_bytes=numbers,
+    pruning_seconds=st.floats(0, 100),
+    prompts=st.lists(prompts, max_size=2),
+)
+
+
+@given(reports, st.none() | st.integers(0, 4))
+def test_json_reads_back_the_same(report: PruneReport, indent: int | None) -> None:
+    assert PruneReport.from_json(report.to_json(indent=indent)) == report
+
+
+@given(reports)
+def test_fractions_are_those_of_the_counts(report: PruneReport) -> None:
+    kept = total = 0
+    for prompt in report.prompts:
+        for layer in prompt.layers:
+            for row in layer.rows:
+                kept += sum(len(positions) for positions in row.kept_positions)
+                total += row.vision_tokens * len(row.kept_positions)
+    assert report.retention == (kept / total if total else 1.0)
+    full = report.kv_bytes_full
+    assert report.kv_reduction == ((1 - report.kv_bytes / full) if full else 0.0)
+
+
+def test_report_of_a_run_reads_back_from_a_file(tmp_path: Path) -> None:
+    model = tiny_model("qwen2-vl")
+    _, report = pruned(model, TINY["qwen2-vl"].inputs(model, [2, 0]), PLPHPConfig())
+    path = tmp_path / "report.json"
+    assert report.to_json(path) == path.read_text(encoding="utf-8")
+    again = PruneReport.from_json(path)
+    assert again == report
+    assert again.config == PLPHPConfig().to_dict()
+    (prompt,) = again.prompts
+    assert [len(row) for row in prompt.images] == [2, 0]
+    assert all(isinstance(image.grid, tuple) for image in prompt.images[0])
+    assert again.model_class == type(model).__name__
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Not a JSON report"),
+        ("{", "Not a JSON report"),
+        ("[]", "Not a plphp report"),
+        ("3", "Not a plphp report"),
+        ("null", "Not a plphp report"),
+        ("{}", "Not a plphp report: KeyError 'format'"),
+        ('{"format": 99}', "has format 99, expected 1"),
+        ('{"format": 1}', "Not a plphp report: KeyError 'prompts'"),
+        ('{"format": 1, "prompts": []}', "Not a plphp report: TypeError .*model_type"),
+        ('{"format": 1, "prompts": [{}]}', "Not a plphp report: KeyError 'start'"),
+        ('{"format": 1, "prompts": 7}', "Not a plphp report: TypeError"),
+    ],
+)
+def test_text_that_is_no_report(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneReport.from_json(text)
+
+
+def test_unknown_field_of_a_report() -> None:
+    text = PruneReport("a", "b", {}, 1, 1, 1, 1, 0.0, []).to_json()
+    values = {**json.loads(text), "colour": "red"}
+    with pytest.raises(ConfigError, match="Not a plphp report: TypeError .*colour"):
+        PruneReport.from_json(json.dumps(values))
+
+
+def test_file_that_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Cannot read the report .*gone\.json: No such file"):
+        PruneReport.from_json(tmp_path / "gone.json")
+    with pytest.raises(ConfigError, match="Cannot read the report"):
+        PruneReport.from_json(tmp_path)
+    path = tmp_path / "binary.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="Not a JSON report"):
+        PruneReport.from_json(path)
