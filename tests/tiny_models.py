@@ -201,7 +201,7 @@ class TinyFamily:
             if name in first_inputs:
                 middle = first_inputs[name].new_full((len(first_output_ids), answer), name == "attention_mask")
                 inputs[name] = torch.cat([first_inputs[name], middle, turn[name]], dim=1)
-        if with_image and self.token_types == "mm_token_type_ids":
+        if with_image and self.token_types == "mm_token_type_ids" and "image_grid_thw" in inputs:
             inputs["position_ids"] = _mrope_positions(model, first_inputs, inputs)
         return drop_empty(inputs)
 
@@ -579,6 +579,20 @@ def _naflex(config: Any, count: int, first: int, generator: torch.Generator) -> 
     }
 
 
+def _gemma4(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
+    """Patches with (x, y) positions, padded to a fixed number; (-1, -1) marks padding."""
+    vision, longest = config.vision_config, 64
+    pieces, positions = [], torch.full((count, longest, 2), -1)
+    for index in range(count):
+        rows, columns = _cycle(((6, 8), (8, 6), (8, 8), (4, 10)), first + index)
+        pieces.append([START, *[IMAGE] * (rows * columns // vision.pooling_kernel_size**2), END])
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        positions[index, : rows * columns] = torch.stack([x.flatten(), y.flatten()], dim=-1)
+    patches = torch.rand(count, longest, 3 * vision.patch_size**2, generator=generator)
+    real = (positions != -1).all(dim=-1)
+    return pieces, {"pixel_values": patches * real[..., None], "image_position_ids": positions}
+
+
 def _lighton(config: Any, count: int, first: int, generator: torch.Generator) -> Encoded:
     pieces, tensors = _pixtral(config, count, first, generator)
     return [[IMAGE] * piece.count(IMAGE) for piece in pieces], tensors
@@ -666,6 +680,34 @@ _COHERE2 = _text_config(
     layer_types=["sliding_attention", "full_attention"] * 2,
     logit_scale=1.0,
 )
+_GEMMA4 = _text_config(
+    "gemma4_text",
+    num_hidden_layers=4,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    sliding_window=16,
+    global_head_dim=16,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=VOCAB,
+    use_bidirectional_attention="vision",
+)
+_GEMMA4_PARTS = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "patch_size": 4,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    },
+    "audio_config": None,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "boi_token_id": START,
+    "eoi_token_id": END,
+}
 _INTERLEAVED = {"mrope_interleaved": True}
 
 _image_grids = _patches("image", _framed(IMAGE))
@@ -1207,6 +1249,14 @@ TINY: dict[str, TinyFamily] = {
         _video_grids,
         stock=_TILED,
     ),
+    "gemma4": TinyFamily(
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        _config("gemma4", text_config=_GEMMA4, **_GEMMA4_PARTS),
+        _gemma4,
+        token_types="mm_token_type_ids",
+        stock=Stock(chunked_prefill=False),
+    ),
 }
 
 REFUSED: dict[str, TinyFamily] = {
@@ -1233,5 +1283,39 @@ REFUSED: dict[str, TinyFamily] = {
         prefix_types=True,
         stock=_PREFIX,
     ),
+    "gemma4-shared": TinyFamily(  # E2B and E4B
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        _config("gemma4", text_config={**_GEMMA4, "num_kv_shared_layers": 2}, **_GEMMA4_PARTS),
+        _gemma4,
+        token_types="mm_token_type_ids",
+    ),
+    "mistral3-mla": TinyFamily(  # Mistral Small 4
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        _config(
+            "mistral3",
+            text_config=_text_config(
+                "mistral4",
+                head_dim=12,
+                num_key_value_heads=4,
+                q_lora_rank=16,
+                kv_lora_rank=8,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=4,
+                v_head_dim=12,
+                n_routed_experts=2,
+                num_experts_per_tok=1,
+                n_shared_experts=1,
+                moe_intermediate_size=32,
+                n_group=1,
+                topk_group=1,
+            ),
+            vision_config=PIXTRAL,
+            image_token_index=IMAGE,
+            spatial_merge_size=2,
+        ),
+        _pixtral,
+    ),
 }
-"""Models of known families that are refused once they run: Gemma 2 caps its attention scores."""
+"""Models of known families that are refused for their text model: capped scores, shared or latent KV."""

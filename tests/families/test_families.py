@@ -11,10 +11,10 @@ import torch
 
 import plphp
 from plphp import PLPHPConfig
-from plphp.errors import UnsupportedModelError
+from plphp.errors import PLPHPError
 from plphp.families._segments import in_prompt_order
 from plphp.families.base import Family, VisionSegment
-from plphp.families.unsupported import UNSUPPORTED
+from plphp.families.unsupported import UNSUPPORTED, reason_against
 from plphp.registry import families, family_of
 from tiny_models import IMAGE, REFUSED, SPECIAL, TEXT_IDS, TINY, VIDEO
 
@@ -96,13 +96,22 @@ def test_model_types_belong_to_one_family_or_are_unsupported() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_attention_cannot_do_is_refused_by_name(name: str) -> None:
+def test_text_models_of_another_kind_are_refused(name: str) -> None:
     tiny, model = REFUSED[name], REFUSED[name].build()
     inputs = tiny.inputs(model)
-    check(model.config, inputs)
-    with pytest.raises(UnsupportedModelError, match="softcap"), plphp.prune(model, PLPHPConfig()):
+    with pytest.raises(PLPHPError), plphp.prune(model, PLPHPConfig()):
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
+
+
+@pytest.mark.parametrize(("name", "word"), [("gemma4-shared", "earlier layers"), ("mistral3-mla", "MLA")])
+def test_reason_against_a_text_model(name: str, word: str) -> None:
+    assert word in (reason_against(REFUSED[name].config()) or "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_speaks_against_the_supported(name: str) -> None:
+    assert reason_against(TINY[name].config()) is None
 
 
 def test_mixed_modalities_follow_the_prompt() -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from plphp.registry import family_of
-from tiny_models import PINPOINTS, TINY
+from tiny_models import NEWEST, PINPOINTS, TINY
 
 SIZES = ((50, 40), (24, 70), (90, 30), (64, 64), (33, 95), (31, 200), (128, 17))
 """(height, width) in pixels."""
@@ -263,3 +263,13 @@ def test_pixtral(name: str, patch: int) -> None:
     # PixtralProcessor.replace_image_token, which cannot be imported without torchvision
     grids = [(1, int(height) // patch, int(width) // patch) for height, width in images["image_sizes"]]
     assert [segment.grid for segment in segments] == grids
+
+
+@pytest.mark.skipif(not NEWEST, reason="its PIL image processor needs torchvision in 5.17")
+def test_gemma4() -> None:
+    cut = load("gemma4.image_processing_pil_gemma4", "Gemma4ImageProcessorPil")(
+        patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
+    )
+    images = cut(pictures(), return_tensors="pt")
+    processor = bare("gemma4", "Gemma4Processor", boi_token="S", eoi_token="E")
+    compare("gemma4", processor, images, len(SIZES))

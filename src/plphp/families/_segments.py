@@ -42,9 +42,7 @@ def rows_of(value: Any) -> list[tuple[int, ...]]:
     return [tuple(int(number) for number in row) for row in rows]
 
 
-def in_prompt_order(
-    inputs: Inputs, segments: Mapping[int, Sequence[VisionSegment]]
-) -> list[VisionSegment] | None:
+def in_prompt_order(inputs: Inputs, segments: Mapping[int, Sequence[VisionSegment]]) -> list[VisionSegment] | None:
     """Arrange the segments of each placeholder id in the order in which their tokens stand in the prompt.
 
     Models fill the placeholders of a modality in order over the flattened batch, images and videos apart, so
@@ -92,9 +90,7 @@ def in_prompt_order(
 def grid_segments(value: Any, merge: int, kind: Any = "image") -> list[VisionSegment]:
     """Turn ``image_grid_thw`` or ``video_grid_thw`` (items, 3), in patches, into segments."""
     return [
-        VisionSegment(
-            frames * (height // merge) * (width // merge), (frames, height // merge, width // merge), kind
-        )
+        VisionSegment(frames * (height // merge) * (width // merge), (frames, height // merge, width // merge), kind)
         for frames, height, width in rows_of(value)
     ]
 
