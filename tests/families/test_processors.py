@@ -273,3 +273,8 @@ def test_gemma4() -> None:
     images = cut(pictures(), return_tensors="pt")
     processor = bare("gemma4", "Gemma4Processor", boi_token="S", eoi_token="E")
     compare("gemma4", processor, images, len(SIZES))
+    config = TINY["gemma4"].config()
+    segments = family_of(config).segments(config, images) or []
+    for (height, width), segment in zip(SIZES, segments, strict=True):
+        _, rows, columns = segment.grid or (0, 0, 0)
+        assert (rows > columns) == (height > width)
