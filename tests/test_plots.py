@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from typing import Any
@@ -13,9 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from plphp import BackendUnavailableError, ConfigError, PLPHPConfig, PruneReport
+from plphp.compare import Comparison, Run
 from plphp.plots import plot_kept, plot_vision_attention
 from plphp.report import ImageReport, LayerReport, PromptReport, RowReport
-from plphp.tables import layer_table, report_values, summary
+from plphp.tables import comparison_table, layer_table, report_values, summary
 
 KEPT = [[[1, 2, 5], [1, 5]], [[2], [2, 9, 10, 11]]]
 """[layer][head]: image 1 stands at positions 1 to 6 as 2 x 3 tokens, image 2 at 9 to 11 without a grid."""
@@ -125,6 +127,15 @@ class TestTables:
         first, second = (line.split() for line in text.splitlines() if "ttentive" in line or "indiff" in line)
         assert [cell for cell in first if cell != "│"] == ["0", "0.300", "attentive", "0.40", "3", "2"]
         assert [cell for cell in second if cell != "│"] == ["2", "0.050", "indifferent", "0.40", "1", "4"]
+
+    def test_answers_are_not_markup(self) -> None:
+        run = Run(["[bold]a[/bold] [/]"], [[1]], 2048, 0.1, 0.02)
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(comparison_table(Comparison(run, dataclasses.replace(run, kv_bytes=1024), make_report())))
+        text = console.export_text()
+        assert text.count("[bold]a[/bold] [/]") == 2
+        assert "1.0 KiB (-50%)" in text
+        assert "20.00 ms (x 1.00)" in text
 
     def test_totals(self) -> None:
         report = make_report()

@@ -94,9 +94,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise LoadError(f"{path} is not an image: plphp reads {', '.join(IMAGE_FORMATS)}.") from error
     except Image.DecompressionBombError as error:
-        raise LoadError(
-            f"The image {path} has far more than {max_pixels:,} pixels: make it smaller."
-        ) from error
+        raise LoadError(f"The image {path} has far more than {max_pixels:,} pixels: make it smaller.") from error
     except Exception as error:  # readers raise whatever broken bytes make them raise
         raise LoadError(f"Cannot read the image {path}: {one_line(error)}") from error
     with image:
@@ -114,9 +112,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode == "F":
-        raise LoadError(
-            f"The image {path} holds floating-point pixels, whose range is not known: save it with 8 bits."
-        )
+        raise LoadError(f"The image {path} holds floating-point pixels, whose range is not known: save it with 8 bits.")
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
         return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
     if image.has_transparency_data:
@@ -146,9 +142,7 @@ def _decode_video(path: Path, frames: int) -> list[Image.Image]:
             count = sum(1 for _ in container.decode(video=0))
             container.seek(0)
             wanted = set(_spread(count, frames))
-            result = [
-                frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index in wanted
-            ]
+            result = [frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index in wanted]
     except Exception as error:  # decoders raise whatever broken bytes make them raise
         raise LoadError(f"Cannot read the video {path}: {one_line(error)}") from error
     if not result:

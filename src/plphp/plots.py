@@ -77,9 +77,7 @@ def plot_kept(
     if layer is not None and layer not in rows:
         raise ConfigError(f"The report has the layers {', '.join(map(str, rows))}, not {layer}.")
     tiles = _layer_tiles(rows) if layer is None else _head_tiles(rows[layer])
-    what = (
-        "fraction of KV heads that keep the token" if layer is None else f"kept by a KV head of layer {layer}"
-    )
+    what = "fraction of KV heads keeping it" if layer is None else f"kept in layer {layer}"
     return _tile_figure(tiles, shown, images, what)
 
 
@@ -145,10 +143,7 @@ Tile = tuple[str, list[list[int]]]
 
 
 def _layer_tiles(rows: dict[int, RowReport]) -> list[Tile]:
-    return [
-        (f"layer {number}\n{one.layer_class} {one.rate:.2f}", one.kept_positions)
-        for number, one in rows.items()
-    ]
+    return [(f"layer {number}\n{one.layer_class} {one.rate:.2f}", one.kept_positions) for number, one in rows.items()]
 
 
 def _head_tiles(row: RowReport) -> list[Tile]:
@@ -160,9 +155,7 @@ def _tile_figure(
 ) -> Figure:
     columns = min(COLUMNS, len(tiles))
     lines = math.ceil(len(tiles) / columns)
-    figure = _figure(
-        figsize=(1.5 * max(columns, 4) + 1, (1.9 * lines + 0.6) * len(shown)), layout="constrained"
-    )
+    figure = _figure(figsize=(1.5 * max(columns, 4) + 1, (1.9 * lines + 0.6) * len(shown)), layout="constrained")
     parts: Any = figure.subfigures(len(shown), 1, squeeze=False)
     for number, (part, image) in enumerate(zip(parts[:, 0], shown, strict=True)):
         part.suptitle(_image_title(number, len(shown), image), fontsize="medium")

@@ -87,9 +87,7 @@ def build_inputs(
     if (prompt is None) == (messages is None):
         raise ConfigError("Give either a prompt or a chat.")
     if videos and getattr(processor, "video_processor", None) is None:
-        raise UnsupportedFeatureError(
-            f"{type(processor).__name__} takes no videos: give some of its frames as images."
-        )
+        raise UnsupportedFeatureError(f"{type(processor).__name__} takes no videos: give some of its frames as images.")
     if messages is None:
         chat, images = [_user_turn(processor, prompt or "", len(images), len(videos))], list(images)
     else:
@@ -121,14 +119,10 @@ def _normalized(messages: Messages) -> list[dict[str, Any]]:
     result = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ConfigError(
-                f'Message {number} of the chat must be {{"role": ..., "content": ...}}, got {message!r}.'
-            )
+            raise ConfigError(f'Message {number} of the chat must be {{"role": ..., "content": ...}}, got {message!r}.')
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(
-            isinstance(part, Mapping) and "type" in part for part in parts
-        ):
+        if not isinstance(parts, list) or not all(isinstance(part, Mapping) and "type" in part for part in parts):
             raise ConfigError(
                 f'The content of message {number} of the chat must be text or a list of {{"type": ...}} '
                 f"entries, got {content!r}."
@@ -150,9 +144,7 @@ def _with_images(
     for part in _parts(messages):
         source = next((part.pop(key) for key in ("path", "image", "url") if key in part), None)
         if source is None and not left:
-            raise SpanError(
-                f"The chat has more image entries without a path than the {len(given)} images given."
-            )
+            raise SpanError(f"The chat has more image entries without a path than the {len(given)} images given.")
         source = left.pop(0) if source is None else source
         images.append(source if isinstance(source, Image.Image) else load_image(source))
     if left:

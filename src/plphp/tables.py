@@ -106,17 +106,14 @@ def comparison_values(comparison: Comparison) -> dict[str, Any]:
 def report_values(report: PruneReport) -> dict[str, Any]:
     """Return the totals of a report as JSON-ready values, without the kept positions."""
     values = {
-        field.name: getattr(report, field.name)
-        for field in dataclasses.fields(report)
-        if field.name != "prompts"
+        field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "prompts"
     }
     prompts = [
         {
             "start": prompt.start,
             "end": prompt.end,
             "layers": [
-                {"layer": layer.layer, "rows": [_row_values(row) for row in layer.rows]}
-                for layer in prompt.layers
+                {"layer": layer.layer, "rows": [_row_values(row) for row in layer.rows]} for layer in prompt.layers
             ],
         }
         for prompt in report.prompts
