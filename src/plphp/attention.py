@@ -94,6 +94,10 @@ def _stock(base: str, module: nn.Module) -> Callable[..., Result]:
 
 
 def _refuse_unsupported_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    if module.training:
+        raise UnsupportedFeatureError(
+            "The model is in training mode, where dropout changes the attention: call model.eval() first."
+        )
     present = [name for name in UNSUPPORTED_TERMS if kwargs.get(name) is not None]
     if present:
         raise UnsupportedModelError(

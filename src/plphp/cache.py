@@ -21,7 +21,7 @@ from .plan import PromptPlan
 from .registry import family_of, get_method
 from .report import LayerRecord, PruneReport, build_report
 from .selection import keep_mask
-from .spans import find_spans
+from .spans import find_spans, real_tokens
 from .types import RowAllocation
 
 
@@ -60,6 +60,9 @@ class PrunedCache(Cache):
         self.pruning_seconds = 0.0
         self._pruned = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PrunedLayer)}
         self._first, self._last = min(self._pruned), max(self._pruned)
+        dummy = getattr(self, "is_dummy", [False] * len(layers))
+        self._end = max(i for i in range(len(layers)) if not dummy[i])
+        self._reached, self._conv_of = self._end, -1
         self._plan: PromptPlan | None = None
         self._pending: int | None = None
         self._lease: Lease | None = None
@@ -149,21 +152,31 @@ class PrunedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens, see `transformers.Cache.update`."""
-        self.check_alive()
-        if self._pending is not None:
-            self._kill(
-                f"layer {self._pending} did not read it through plphp's attention function (is this model class "
-                "a supported one, and was it compiled or changed while the cache was in use?)"
-            )
         layer = self._pruned.get(layer_idx)
+        new = key_states.shape[2]
+        self._enter(layer_idx, layer.get_seq_length() + new if layer and layer_idx == self._first else 0)
         if layer is None:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return keys, values
-        self._check_in_step(layer_idx, layer.get_seq_length(), key_states.shape[2])
+        if layer.batch_size not in (-1, key_states.shape[0]):
+            self._kill(f"it holds {layer.batch_size} rows and was given {key_states.shape[0]}")
         keys, values = layer.update(key_states, value_states)
         keys.plphp_pending = PendingUpdate(self, layer_idx)  # type: ignore[attr-defined]
         self._pending = layer_idx
         return keys, values
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Update a linear-attention layer, see `transformers.Cache.update_conv_state`."""
+        self._enter(layer_idx)
+        self._conv_of = layer_idx
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Update a linear-attention layer, see `transformers.Cache.update_recurrent_state`."""
+        if self._conv_of != layer_idx:  # decoding may write the conv state in place
+            self._enter(layer_idx)
+        self._conv_of = -1
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
         """Score, allocate, select and compact, once a layer has attended to the end of the prompt.
@@ -256,17 +269,37 @@ class PrunedCache(Cache):
                 "keep `with plphp.prune(model)` open, or make the cache with PrunedCache.for_inputs."
             )
 
+    def check_read(self) -> None:
+        """Raise `CacheStateError` if the last layer to be updated was not read as it has to be."""
+        if self._pending is not None:
+            self._kill(
+                f"layer {self._pending} did not read it through plphp's attention function (is this model class "
+                "a supported one, and was it compiled or changed while the cache was in use?)"
+            )
+
+    def check_prompt(self, inputs: Mapping[str, Any]) -> None:
+        """Raise `SpanError` unless a prompt has the shape of the planned one."""
+        if self._plan is None:
+            return
+        planned, given = self._plan.spans.real.shape, real_tokens(inputs, self.get_seq_length()).shape
+        if given != planned:
+            raise SpanError(
+                f"The cache was planned for {planned[0]} rows of {planned[1]} tokens, got {given[0]} rows of "
+                f"{given[1]}: pass the inputs that it was made for, or make a new one."
+            )
+
     def after_failure(self) -> None:
         """Decide after an exception whether the cache is still whole; if not, mark it as dead."""
-        lengths = {layer.get_seq_length() for layer in self._pruned.values()}
-        half_read = self._plan is not None and max(lengths) > self._plan.spans.start
-        if not self._dead and (len(lengths) > 1 or self._pending is not None or half_read):
+        cut_off = self._reached != self._end or self._conv_of >= 0 or self._pending is not None
+        half_read = self._plan is not None and self._pruned[self._last].get_seq_length() > self._plan.spans.start
+        if not self._dead and (cut_off or half_read):
             self._bury("an error stopped the model in the middle of a step")
 
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
         self.records, self._plan, self._pending = [], None, None
+        self._reached, self._conv_of = self._end, -1
 
     def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
         self._bury(reason)
@@ -277,19 +310,18 @@ class PrunedCache(Cache):
         self.reset()
         self._dead = reason
 
-    def _check_in_step(self, layer_idx: int, seen: int, new: int) -> None:
-        """Before a forward pass all layers have seen the same tokens, or an earlier one was cut off."""
-        if layer_idx == self._first:
-            in_step = seen == self._pruned[self._last].get_seq_length()
-        else:
-            in_step = seen + new == self._pruned[self._first].get_seq_length()
-        if not in_step:
+    def _enter(self, layer_idx: int, length: int = 0) -> None:
+        """Layers are updated in order: a pass that begins before the last was reached follows one that was cut off."""
+        self.check_alive()
+        self.check_read()
+        if layer_idx <= self._reached < self._end:
             self._kill("an error stopped the model in the middle of a step")
-        if layer_idx == self._first and self._plan is not None and seen + new > self._plan.spans.end:
+        if self._plan is not None and length > self._plan.spans.end:
             raise SpanError(
-                f"The cache was planned for a prompt of {self._plan.spans.end} tokens and would hold {seen + new}: "
+                f"The cache was planned for a prompt of {self._plan.spans.end} tokens and would hold {length}: "
                 "pass the inputs that it was made for, or call cache.plan(inputs) first."
             )
+        self._reached, self._conv_of = layer_idx, -1
 
 
 def _layer_bytes(layer: Any) -> int:

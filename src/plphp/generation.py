@@ -52,7 +52,8 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
         bound = inspect.signature(original).bind_partial(*args)
         kwargs = {**bound.arguments, **kwargs}
     model = attachment.model
-    _refuse_unsupported(model, kwargs)
+    config = _effective_config(model, kwargs)
+    _refuse_unsupported(model, config, kwargs)
     if cache is None:
         assert session is not None
         cache = PrunedCache(attachment, session.config)
@@ -64,14 +65,17 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
         )
     elif cache.attachment is not attachment:
         raise UnsupportedFeatureError("This PrunedCache was made for another model.")
-    inputs = _model_inputs(model, kwargs)
-    if not cache.has_custom_plan:
+    inputs = _model_inputs(config, kwargs)
+    if cache.has_custom_plan:
+        cache.check_prompt(inputs)
+    else:
         cache.plan(inputs)
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]
     kwargs["past_key_values"] = cache
     try:
         output = original(**kwargs)
+        cache.check_read()
     except BaseException:
         cache.after_failure()
         raise
@@ -80,28 +84,33 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     return output
 
 
-def _model_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _model_inputs(config: GenerationConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The prompt under the names that the model uses, with the padding mask that ``generate`` would infer."""
     inputs = {name: value for name, value in kwargs.items() if value is not None}
     if "inputs" in inputs:
         inputs["input_ids"] = inputs.pop("inputs")
     ids = inputs.get("input_ids")
     if inputs.get("attention_mask") is None and isinstance(ids, Tensor) and ids.ndim == 2:
-        config = kwargs.get("generation_config") or model.generation_config
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
-        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        pad, eos = config.pad_token_id, config.eos_token_id
         stops = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         if isinstance(pad, int) and pad not in stops:
             inputs["attention_mask"] = (ids != pad).long()
     return inputs
 
 
-def _refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Name what cannot be pruned rightly, with the reason and what to do."""
-    config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
-    if not isinstance(config, GenerationConfig):
-        raise UnsupportedFeatureError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
+def _effective_config(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The settings that ``generate`` will use: arguments, then ``generation_config``, then the model's own."""
+    given = kwargs.get("generation_config")
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise UnsupportedFeatureError(f"generation_config must be a GenerationConfig, got {type(given).__name__}.")
+    config = GenerationConfig() if given is None else copy.deepcopy(given)
+    config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     config.update(**{name: value for name, value in kwargs.items() if hasattr(config, name)})
+    return config
+
+
+def _refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Name what cannot be pruned rightly, with the reason and what to do."""
     if model.training:
         raise UnsupportedFeatureError(
             "The model is in training mode, where dropout changes the attention: call model.eval() first."
@@ -112,10 +121,10 @@ def _refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedFeatureError(
             "use_cache=False leaves no KV cache to prune: leave it out, or call generate outside the session."
         )
-    if config.cache_implementation not in (None, "dynamic"):
+    if config.cache_implementation not in (None, "hybrid"):  # transformers reads "hybrid" of old checkpoints as None
         raise UnsupportedFeatureError(
-            f"cache_implementation={config.cache_implementation!r} cannot hold ragged entries: static, quantized, "
-            "offloaded and paged caches have one length for all heads. Leave it out."
+            f"cache_implementation={config.cache_implementation!r} asks for another cache than a PrunedCache: static, "
+            "quantized, offloaded and paged caches cannot hold ragged entries. Leave it out."
         )
     if config.output_attentions:
         raise UnsupportedFeatureError(

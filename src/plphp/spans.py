@@ -55,7 +55,7 @@ def find_spans(
     SpanError
         If the vision tokens cannot be found or do not match the features.
     """
-    real, offset = _real_tokens(inputs, past_length, vision_mask)
+    real = real_tokens(inputs, past_length, vision_mask)
     if vision_mask is None:
         ids = inputs.get("input_ids")
         if ids is None:
@@ -65,7 +65,8 @@ def find_spans(
             )
         wanted = torch.tensor(family.vision_token_ids(config), device=ids.device)
         vision = torch.isin(ids, wanted)
-        vision = torch.nn.functional.pad(vision, (offset, 0)).cpu()
+        # A later turn's input_ids may leave out what the cache holds.
+        vision = torch.nn.functional.pad(vision, (real.shape[1] - ids.shape[1], 0)).cpu()
         segments = family.segments(config, inputs)
         vision, segments = _match_features(vision, past_length, segments, inputs, family, config)
     else:
@@ -101,8 +102,19 @@ def query_mask(spans: VisionSpans, config: PLPHPConfig) -> Tensor:
     return real & (from_end <= config.query_rows)
 
 
-def _real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None) -> tuple[Tensor, int]:
-    """Padding mask over the whole conversation, and how many of its tokens ``input_ids`` leave out."""
+def real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = None) -> Tensor:
+    """Padding mask over the whole conversation.
+
+    Returns
+    -------
+    Tensor
+        bool [batch, seq]; False on padding.
+
+    Raises
+    ------
+    SpanError
+        If the inputs are no prompt.
+    """
     ids: Any = inputs.get("input_ids")
     if ids is None:
         ids = inputs.get("inputs_embeds", vision_mask)
@@ -135,7 +147,7 @@ def _real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None) -
         )
     if not real[:, past_length:].any(1).all():
         raise SpanError("A row of the prompt is all padding: every row needs at least one token.")
-    return real, real.shape[1] - length
+    return real
 
 
 def _shape(value: object) -> str:

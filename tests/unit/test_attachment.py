@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
-from invariants import assert_same_generation, generate
-from tiny_models import TINY
 from transformers import AutoModelForImageTextToText
 
 import plphp
+from conftest import tiny_model
+from invariants import assert_same_generation, generate
 from plphp import CacheStateError, ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, attachment
-from plphp.attachment import ATTRIBUTE, Lease
+from plphp.attachment import Lease
+from tiny_models import TINY
 
 
 def state(model: Any) -> tuple[Any, ...]:

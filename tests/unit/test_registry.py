@@ -72,9 +72,9 @@ def test_what_is_no_method_is_refused(item: Any) -> None:
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(ConfigError, match="Unknown method 'plphq'. Did you mean 'plphp'?"):
+    with pytest.raises(ConfigError, match=r"Unknown method 'plphq'\. Did you mean 'plphp'\?"):
         registry.get_method("plphq")
-    with pytest.raises(ConfigError, match="Unknown method 'xyz'. Known: none, plphp, random"):
+    with pytest.raises(ConfigError, match=r"Unknown method 'xyz'\. Known: none, plphp, random"):
         registry.get_method("xyz")
 
 
@@ -98,7 +98,7 @@ def test_unsupported_model_gives_its_reason(model_type: str) -> None:
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(UnsupportedModelError, match="does not know 'lava' models. Did you mean 'llava'?"):
+    with pytest.raises(UnsupportedModelError, match=r"does not know 'lava' models\. Did you mean 'llava'\?"):
         registry.family_of(config("lava"))
 
 

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from invariants import pruned
-from tiny_models import TINY
 
+from conftest import tiny_model
+from invariants import pruned
 from plphp import ConfigError, PLPHPConfig, PruneReport
 from plphp.report import ImageReport, LayerReport, PromptReport, RowReport
+from tiny_models import TINY
 
 numbers = st.integers(0, 100)
 rows = st.builds(
@@ -105,7 +105,7 @@ def test_text_that_is_no_report(text: str, message: str) -> None:
 def test_unknown_field_of_a_report() -> None:
     text = PruneReport("a", "b", {}, 1, 1, 1, 1, 0.0, []).to_json()
     values = {**json.loads(text), "colour": "red"}
-    with pytest.raises(ConfigError, match="Not a plphp report: TypeError .*colour"):
+    with pytest.raises(ConfigError, match=r"Not a plphp report: TypeError .*colour"):
         PruneReport.from_json(json.dumps(values))
 
 
