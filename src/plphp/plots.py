@@ -199,7 +199,8 @@ def _draw(axes: Any, fraction: Any, picture: Any) -> Any:
     height, width = fraction.shape
     extent = (0, width, height, 0)
     if picture is not None:
-        axes.imshow(picture, extent=extent, cmap="gray", vmin=0, vmax=255, aspect="equal")
+        # pale, so that the colours above it stay those of the bar
+        axes.imshow(picture, extent=extent, cmap="gray", vmin=-128, vmax=255, aspect="equal")
     return axes.imshow(
         fraction,
         extent=extent,

@@ -93,6 +93,21 @@ def progress(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
         yield lambda now: status.update(now)
 
 
+@contextlib.contextmanager
+def loading_bars(quiet: bool = False) -> Iterator[None]:
+    """Let transformers and the hub show their own bars in a terminal: of a download they tell more than a spinner."""
+    from transformers.utils import logging
+
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable_progress_bar()
+
+
 def _quiet_libraries() -> None:
     """Leave standard error to plphp: transformers warns on it and shows bars of its own."""
     from transformers.utils import logging

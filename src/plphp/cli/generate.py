@@ -11,7 +11,7 @@ import typer
 from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
 
-from ._app import JsonOption, app, console, print_json, progress
+from ._app import JsonOption, app, console, loading_bars, print_json, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +79,7 @@ def generate(
         tell("loading the processor")
         processor = load_processor(model)
         inputs = build_inputs(processor, prompt, messages=messages, images=images, videos=videos, system=system)
-        tell("loading the weights")
+    with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     action = _compare if compare else _answer
     extra = {"rounds": rounds} if compare else {}
