@@ -583,7 +583,7 @@ def test_an_exception_between_the_steps_leaves_a_cache_that_works(
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
     kwargs: dict[str, Any] = {"streamer": FailingStreamer(error)}
     if what == "processor":
-        kwargs, error = {"logits_processor": [FailingProcessor(1)]}, Boom
+        kwargs, error = {"logits_processor": [FailingProcessor(1)]}, BoomError
     elif what == "prompt":
         kwargs = {"streamer": FailingStreamer(error, after=0)}
     with pytest.raises(error):
