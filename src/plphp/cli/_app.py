@@ -109,8 +109,10 @@ def loading_bars(quiet: bool = False) -> Iterator[None]:
 
 
 def _quiet_libraries() -> None:
-    """Leave standard error to plphp: transformers warns on it and shows bars of its own."""
+    """Leave standard error to plphp: transformers and the hub warn on it, and show bars of their own."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
