@@ -28,7 +28,7 @@ def page() -> str:
     """The page's text."""
     families = "".join(
         f"| {family.name} | {', '.join(f'`{name}`' for name in family.model_types)} | {family.notes} |\n"
-        for family in plphp.families().values()
+        for family in plphp.available_families().values()
     )
     return HEAD + families + TAIL + "".join(f"| `{name}` | {reason} |\n" for name, reason in UNSUPPORTED.items())
 

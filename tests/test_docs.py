@@ -64,7 +64,7 @@ def test_extending_runs(scope: dict[str, Any], index: int) -> None:
 
 def test_families_page_lists_what_is_registered() -> None:
     page = (ROOT / "docs" / "families.md").read_text()
-    for family in plphp.families().values():
+    for family in plphp.available_families().values():
         assert f"| {family.name} | {', '.join(f'`{name}`' for name in family.model_types)} | {family.notes} |" in page
     for name, reason in UNSUPPORTED.items():
         assert f"| `{name}` | {reason} |" in page
@@ -72,7 +72,7 @@ def test_families_page_lists_what_is_registered() -> None:
 
 def test_concepts_page_names_every_method() -> None:
     page = (ROOT / "docs" / "concepts.md").read_text()
-    assert all(f"| `{name}` |" in page for name in plphp.methods())
+    assert all(f"| `{name}` |" in page for name in plphp.available_methods())
 
 
 def test_api_page_names_everything_public() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def results() -> dict[str, Any]:
 def growth(result: dict[str, Any]) -> list[int]:
     """Live bytes that each layer but the first adds; what the first allocates besides has a moment to pass."""
     after = result["after_layer"]
-    return [later - earlier for earlier, later in zip(after[1:], after[2:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(after[1:])]
 
 
 def test_dynamic_cache_grows_by_a_full_layer(results: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from .errors import (
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
-from .registry import families, methods, register_family, register_method
+from .registry import available_families, available_methods, register_family, register_method
 from .report import PruneReport
 from .session import Session, apply, prune, remove
 
@@ -40,8 +40,8 @@ __all__ = [
     "UnsupportedModelError",
     "apply",
     "calibrate",
-    "families",
-    "methods",
+    "available_families",
+    "available_methods",
     "prune",
     "register_family",
     "register_method",

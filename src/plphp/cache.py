@@ -58,6 +58,7 @@ class PrunedCache(Cache):
         self.attachment = attachment
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
+        self.rope_deltas: Tensor | None = None
         self._pruned = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PrunedLayer)}
         self._first, self._last = min(self._pruned), max(self._pruned)
         dummy = getattr(self, "is_dummy", [False] * len(layers))
@@ -142,6 +143,11 @@ class PrunedCache(Cache):
         # Text alone: nothing to evict, so nothing to compact either.
         has_vision = bool(spans.vision.any())
         self._plan = PromptPlan.of(spans, self.config, custom=vision_mask is not None) if has_vision else None
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether a prompt with vision tokens was planned and has not been read yet."""
+        return self._plan is not None
 
     @property
     def has_custom_plan(self) -> bool:

@@ -23,7 +23,7 @@ from .errors import PLPHPError, one_line
 from .families.unsupported import UNSUPPORTED
 from .layer import PrunedLayer
 from .loading import bundled_model_path, load_model, read_model_config
-from .registry import families, family_of
+from .registry import available_families, family_of
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
 EXTRAS = {
@@ -107,7 +107,7 @@ def diagnose(model: str | Path | None = None) -> Diagnosis:
         attention=_attention(),
         extras=[Check(check.name, check.ok, f"{check.detail}: {EXTRAS[check.name]}") for check in _versions(EXTRAS)],
         families=[
-            Check(family.name, True, _family(family.model_types, family.notes)) for family in families().values()
+            Check(family.name, True, _family(family.model_types, family.notes)) for family in available_families().values()
         ],
         unsupported=[Check(name, False, reason) for name, reason in UNSUPPORTED.items()],
         model=_bundled() if model is None else check_model(model),

@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .attachment import Attachment
 from .cache import PrunedCache
 from .errors import UnsupportedFeatureError
+from .mrope import TurnPositions
 
 SUPPORTED_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -73,9 +74,12 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]
     kwargs["past_key_values"] = cache
+    positions = TurnPositions(model, cache.rope_deltas)
+    kwargs.update(positions.begin(inputs, cache.get_seq_length(), cache.has_plan))
     try:
         output = original(**kwargs)
         cache.check_read()
+        cache.rope_deltas = positions.end()
     except BaseException:
         cache.after_failure()
         raise

@@ -19,7 +19,7 @@ from . import families as families_package
 from . import methods as methods_package
 from .errors import ConfigError, UnsupportedModelError, did_you_mean, one_line
 from .families.base import Family
-from .families.unsupported import UNSUPPORTED
+from .families.unsupported import reason_against
 from .methods.base import Method
 
 _methods: dict[str, Method] = {}
@@ -55,12 +55,12 @@ def register_family(family: Family, *, replace: bool = False) -> None:
     _add(_families, _builtin_families(), family.name if isinstance(family, Family) else "", family, Family, replace)
 
 
-def methods() -> dict[str, Method]:
+def available_methods() -> dict[str, Method]:
     """All methods by name."""
     return {**_builtin_methods(), **_methods}
 
 
-def families() -> dict[str, Family]:
+def available_families() -> dict[str, Family]:
     """All model families by name."""
     return {**_builtin_families(), **_families}
 
@@ -73,7 +73,7 @@ def get_method(name: str) -> Method:
     ConfigError
         If there is none.
     """
-    known = methods()
+    known = available_methods()
     if name not in known:
         raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, known)}")
     return known[name]
@@ -88,13 +88,14 @@ def family_of(config: PretrainedConfig) -> Family:
         If the model cannot be pruned rightly, with the reason, or is not known.
     """
     model_type = getattr(config, "model_type", type(config).__name__)
+    reason = reason_against(config)
+    if reason is not None:
+        raise UnsupportedModelError(f"plphp does not prune this {model_type!r} model: {reason}")
     # Registered families come last and win, so that a user can correct a built-in one.
-    found = [family for family in families().values() if model_type in family.model_types]
+    found = [family for family in available_families().values() if model_type in family.model_types]
     if found:
         return found[-1]
-    if model_type in UNSUPPORTED:
-        raise UnsupportedModelError(f"plphp does not prune {model_type!r} models: {UNSUPPORTED[model_type]}")
-    known = [name for family in families().values() for name in family.model_types]
+    known = [name for family in available_families().values() for name in family.model_types]
     raise UnsupportedModelError(
         f"plphp does not know {model_type!r} models.{did_you_mean(model_type, known)} A new family is one "
         "small object: see plphp.register_family and docs/extending.md."

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import plphp
 import tiny_hub
 from plphp.cli import app
-from plphp.registry import families, methods
+from plphp.registry import available_families, available_methods
 
 SOURCES = Path(plphp.__file__).parent
 
@@ -274,8 +274,8 @@ class TestReports:
 
 class TestSupport:
     def test_methods_and_families(self) -> None:
-        assert {one["name"] for one in json.loads(ok("methods", "--json"))} == set(methods())
-        assert {one["name"] for one in json.loads(ok("families", "--json"))} == set(families())
+        assert {one["name"] for one in json.loads(ok("methods", "--json"))} == set(available_methods())
+        assert {one["name"] for one in json.loads(ok("families", "--json"))} == set(available_families())
         assert "arXiv:2502.14504" in ok("methods")
         assert "qwen2_5_vl" in ok("families")
 

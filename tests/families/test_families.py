@@ -15,7 +15,7 @@ from plphp.errors import PLPHPError
 from plphp.families._segments import in_prompt_order
 from plphp.families.base import Family, VisionSegment
 from plphp.families.unsupported import UNSUPPORTED, reason_against
-from plphp.registry import families, family_of
+from plphp.registry import available_families, family_of
 from tiny_models import IMAGE, REFUSED, SPECIAL, TEXT_IDS, TINY, VIDEO
 
 ROWS = ([1], [3], [2, 1], [0, 2, 1], [0])
@@ -89,7 +89,7 @@ def test_every_model_type_has_a_tiny_model(name: str) -> None:
 
 
 def test_model_types_belong_to_one_family_or_are_unsupported() -> None:
-    types = [model_type for found in families().values() for model_type in found.model_types]
+    types = [model_type for found in available_families().values() for model_type in found.model_types]
     assert len(types) == len(set(types))
     assert not set(types) & set(UNSUPPORTED)
     assert all(reason.endswith(".") and reason[0].islower() for reason in UNSUPPORTED.values())

@@ -17,7 +17,7 @@ from plphp.families.base import Family
 from plphp.families.unsupported import UNSUPPORTED
 from plphp.methods.base import Method
 
-PLPHP = plphp.methods()["plphp"]
+PLPHP = plphp.available_methods()["plphp"]
 
 
 class Config(PretrainedConfig):
@@ -44,7 +44,7 @@ def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_builtin_methods_carry_their_name_and_their_source() -> None:
-    known = plphp.methods()
+    known = plphp.available_methods()
     assert {"plphp", "uniform", "shared", "random", "none"} <= known.keys()
     for name, method in known.items():
         assert name == method.name
@@ -132,7 +132,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_entry_points_of_installed_packages(install: Callable[..., None]) -> None:
     theirs, toy = dataclasses.replace(PLPHP, name="theirs"), family("toy", "unheard-of")
     install(methods=theirs, families=toy)
-    assert plphp.methods()["theirs"] is theirs
+    assert plphp.available_methods()["theirs"] is theirs
     assert registry.family_of(config("unheard-of")) is toy
     with pytest.raises(ConfigError, match="The name 'theirs' is taken"):
         plphp.register_method(theirs)
@@ -149,4 +149,4 @@ def test_entry_points_of_installed_packages(install: Callable[..., None]) -> Non
 def test_entry_point_that_is_no_method(install: Callable[..., None], item: Any, message: str) -> None:
     install(methods=item)
     with pytest.raises(ConfigError, match=message):
-        plphp.methods()
+        plphp.available_methods()

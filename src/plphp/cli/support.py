@@ -19,7 +19,7 @@ UNUSABLE = 1
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
     """List the pruning methods."""
-    from plphp.registry import methods as known
+    from plphp.registry import available_methods as known
 
     rows = [{"name": one.name, "summary": one.summary, "paper": one.paper} for one in known().values()]
     _print(rows, as_json)
@@ -28,7 +28,7 @@ def methods(as_json: JsonOption = False) -> None:
 @app.command()
 def families(as_json: JsonOption = False) -> None:
     """List the model families that can be pruned."""
-    from plphp.registry import families as known
+    from plphp.registry import available_families as known
 
     rows = [{"name": one.name, "model types": list(one.model_types), "notes": one.notes} for one in known().values()]
     _print(rows, as_json)
