@@ -6,29 +6,56 @@
 ...     output = model.generate(**inputs)
 """
 
-from .cache import PrunedCache
-from .calibration import calibrate
-from .config import PLPHPConfig
-from .errors import (
-    BackendUnavailableError,
-    CacheStateError,
-    ConfigError,
-    NonFiniteAttentionError,
-    PLPHPError,
-    SpanError,
-    UnsupportedFeatureError,
-    UnsupportedModelError,
-)
-from .registry import available_families, available_methods, register_family, register_method
-from .report import PruneReport
-from .session import Session, apply, prune, remove
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import PrunedCache
+    from .calibration import calibrate
+    from .config import PLPHPConfig
+    from .errors import (
+        BackendUnavailableError,
+        CacheStateError,
+        ConfigError,
+        LoadError,
+        NonFiniteAttentionError,
+        PLPHPError,
+        SpanError,
+        UnsupportedFeatureError,
+        UnsupportedModelError,
+    )
+    from .registry import available_families, available_methods, register_family, register_method
+    from .report import PruneReport
+    from .session import Session, apply, prune, remove
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "cache": ("PrunedCache",),
+    "calibration": ("calibrate",),
+    "config": ("PLPHPConfig",),
+    "errors": (
+        "BackendUnavailableError",
+        "CacheStateError",
+        "ConfigError",
+        "LoadError",
+        "NonFiniteAttentionError",
+        "PLPHPError",
+        "SpanError",
+        "UnsupportedFeatureError",
+        "UnsupportedModelError",
+    ),
+    "registry": ("available_families", "available_methods", "register_family", "register_method"),
+    "report": ("PruneReport",),
+    "session": ("Session", "apply", "prune", "remove"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BackendUnavailableError",
     "CacheStateError",
     "ConfigError",
+    "LoadError",
     "NonFiniteAttentionError",
     "PLPHPConfig",
     "PLPHPError",
@@ -39,11 +66,22 @@ __all__ = [
     "UnsupportedFeatureError",
     "UnsupportedModelError",
     "apply",
-    "calibrate",
     "available_families",
     "available_methods",
+    "calibrate",
     "prune",
     "register_family",
     "register_method",
     "remove",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: torch and transformers take seconds, which `plphp --help` need not.
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

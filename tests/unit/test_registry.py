@@ -94,7 +94,7 @@ def test_a_registered_family_wins_over_a_builtin_one() -> None:
 def test_unsupported_model_gives_its_reason(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         registry.family_of(config(model_type))
-    assert f"does not prune {model_type!r} models: {UNSUPPORTED[model_type]}" in str(error.value)
+    assert f"does not prune this {model_type!r} model: {UNSUPPORTED[model_type]}" in str(error.value)
 
 
 def test_unknown_model() -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from plphp.report import PruneReport
 
+DEFAULT_TARGET = 0.4
+"""Target retention where no rate is given: thresholds that fit any model and prompt are not to be had."""
+
 PROMPT, PRUNING, GENERATION, OUTPUT = "Prompt", "Pruning", "Generation", "Output"
 
 
@@ -43,7 +46,7 @@ def generate(
         float | None, _option(PRUNING, "Fraction of vision tokens that a balanced layer keeps.")
     ] = None,
     target_retention: Annotated[
-        float | None, _option(PRUNING, "Mean fraction of vision tokens kept over all layers.")
+        float | None, _option(PRUNING, "Mean fraction of vision tokens kept over all layers; default 0.4.")
     ] = None,
     max_new_tokens: Annotated[int, _option(GENERATION, "Length of the answer; default 128.", min=1)] = 128,
     temperature: Annotated[float | None, _option(GENERATION, "Sample, with this temperature.")] = None,
@@ -106,7 +109,11 @@ def read_settings(
         raise ConfigError("--retention-rate and --target-retention contradict each other: give one of them.")
     if config is not None:
         return PLPHPConfig.parse(config)
-    return PLPHPConfig.from_dict(given) if config_file is None else PLPHPConfig.from_toml(config_file)
+    if config_file is not None:
+        return PLPHPConfig.from_toml(config_file)
+    if retention_rate is None:
+        given.setdefault("target_retention", DEFAULT_TARGET)
+    return PLPHPConfig.from_dict(given)
 
 
 def sampling_options(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
