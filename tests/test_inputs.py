@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
-from invariants import assert_same_generation, evicted_entries_masked, generate, pruned
-from test_invariants import FAMILIES, config
-from tiny_models import TINY
 from transformers import DynamicCache
 
 import plphp
+from conftest import tiny_model
+from invariants import assert_same_generation, evicted_entries_masked, generate, pruned
 from plphp import PLPHPConfig, PrunedCache
+from test_invariants import FAMILIES, config
+from tiny_models import TINY
 
 VIDEO = [family for family in FAMILIES if TINY[family].videos is not None]
 

@@ -107,7 +107,8 @@ def diagnose(model: str | Path | None = None) -> Diagnosis:
         attention=_attention(),
         extras=[Check(check.name, check.ok, f"{check.detail}: {EXTRAS[check.name]}") for check in _versions(EXTRAS)],
         families=[
-            Check(family.name, True, _family(family.model_types, family.notes)) for family in available_families().values()
+            Check(family.name, True, _family(family.model_types, family.notes))
+            for family in available_families().values()
         ],
         unsupported=[Check(name, False, reason) for name, reason in UNSUPPORTED.items()],
         model=_bundled() if model is None else check_model(model),

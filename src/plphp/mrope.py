@@ -71,8 +71,8 @@ class TurnPositions:
         types = inputs.get("mm_token_type_ids")
         if types is None:
             raise UnsupportedFeatureError(
-                "A new image in a later turn of a model with m-RoPE needs mm_token_type_ids, which the processor returns, "
-                "or position_ids for the whole conversation."
+                "A new image in a later turn of a model with m-RoPE needs mm_token_type_ids, which the processor "
+                "returns, or position_ids for the whole conversation."
             )
         new = mask.shape[1] - past_length
         positions, _ = self._holder.get_rope_index(

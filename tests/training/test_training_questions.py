@@ -56,9 +56,7 @@ def test_which_image_names_the_only_one() -> None:
         asked += 1
         match = re.fullmatch(r"The (?:digit )?(\w+) is in image (\d)\.", question.answer)
         assert match is not None
-        holders = [
-            k for k, s in enumerate(drawn, 1) for i in s.items if s.kind == "grid" and i.value == match[1]
-        ]
+        holders = [k for k, s in enumerate(drawn, 1) for i in s.items if s.kind == "grid" and i.value == match[1]]
         assert set(holders) == {int(match[2])}
     assert asked > 10
 

@@ -119,13 +119,14 @@ def test_span_error_that_the_caller_keeps_does_not_keep_the_model_attached(llava
     assert error.value is not None
 
 
-def test_copies_and_pickles_of_an_attached_model_are_refused(llava: Any, tmp_path: Path) -> None:
-    with plphp.prune(llava):
+def test_copies_and_pickles_of_an_attached_model_are_refused(tmp_path: Path) -> None:
+    model = TINY["llava"].build()  # one that never ran: older transformers leave hooks that no pickle takes
+    with plphp.prune(model):
         for attempt in (copy.deepcopy, pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
             with pytest.raises(UnsupportedFeatureError, match=r"leave the session, call plphp.remove"):
-                attempt(llava)
-    assert names(copy.deepcopy(llava)) == {"sdpa"}
-    assert names(pickle.loads(pickle.dumps(llava))) == {"sdpa"}
+                attempt(model)
+    assert names(copy.deepcopy(model)) == {"sdpa"}
+    assert names(pickle.loads(pickle.dumps(model))) == {"sdpa"}
 
 
 def test_state_dict_and_save_pretrained_of_an_attached_model_are_clean(llava: Any, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class VisionSegment:
 
 def no_segments(config: PretrainedConfig, inputs: Inputs) -> None:
     """Say that the inputs do not tell the segments: each contiguous run of vision tokens counts as one."""
-    return None
+    return
 
 
 @dataclass(frozen=True)
