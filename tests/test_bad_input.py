@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import plphp
 from conftest import tiny_model
-from invariants import assert_same_generation, evicted_entries_masked, generate, pruned
+from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import (
     CacheStateError,
     ConfigError,
@@ -512,7 +512,7 @@ def assert_right_or_dead(model: Any, inputs: dict[str, Any], cache: PrunedCache,
     try:
         cache.check_alive()
     except CacheStateError:
-        assert cache.nbytes == 0
+        assert live_bytes(cache) == 0
         with pytest.raises(CacheStateError, match=r"cannot be used any more: .*(middle of a step|attention of layer)"):
             generate(model, inputs, past_key_values=cache)
         return False

@@ -304,6 +304,10 @@ class PrunedCache(Cache):
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes the entries and goes on behind them
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         self.records, self._plan, self._pending = [], None, None
         self._reached, self._conv_of = self._end, -1
 
@@ -336,5 +340,5 @@ def _layer_bytes(layer: Any) -> int:
         return layer.nbytes
     tensors = [getattr(layer, name, None) for name in ("keys", "values")]
     for states in ("conv_states", "recurrent_states"):
-        tensors += list(getattr(layer, states, None) or ())
+        tensors += list(getattr(layer, states, {}).values())
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
