@@ -597,6 +597,16 @@ def test_an_exception_between_the_steps_leaves_a_cache_that_works(
     assert_as_before(llava, before)
 
 
+def test_a_failure_between_the_chunks_of_a_prompt(llava: Any) -> None:
+    """Every layer is whole, but the vision tokens of the first chunk could not be pruned any more."""
+    inputs = llava_inputs((1,))
+    expected, _ = pruned(llava, inputs, SETTINGS)
+    cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
+    with failing(llava.get_decoder(), after=1, pre=True), pytest.raises(BoomError):
+        generate(llava, inputs, past_key_values=cache, prefill_chunk_size=20)
+    assert not assert_right_or_dead(llava, inputs, cache, expected)
+
+
 def test_an_interrupt_inside_a_layer(llava: Any) -> None:
     inputs, before = llava_inputs((1,)), model_state(llava)
     expected, _ = pruned(llava, inputs, SETTINGS)

@@ -85,6 +85,25 @@ def test_threads_that_come_and_go(llava: Any) -> None:
     assert state(llava) == before
 
 
+def test_each_thread_uses_its_own_session(llava: Any) -> None:
+    inputs, opened, reports = TINY["llava"].inputs(llava), threading.Event(), []
+
+    def work() -> None:
+        with plphp.prune(llava, PLPHPConfig(retention_rate=1.0)) as run:
+            opened.wait()
+            generate(llava, inputs)
+            reports.append(run.report)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with plphp.prune(llava, PLPHPConfig(method="uniform", retention_rate=0.5)) as run:  # the newest of all
+        opened.set()
+        thread.join()
+        assert [report.retention for report in reports] == [1.0]
+        generate(llava, inputs)
+    assert run.report.retention == 0.5
+
+
 def test_a_failure_in_the_middle_of_attaching_changes_nothing(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before, signature = state(llava), inspect.signature
     monkeypatch.setattr(attachment.inspect, "signature", lambda method: 1 / 0)

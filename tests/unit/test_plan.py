@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of a prompt that follows another and comes in chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from plphp import PLPHPConfig
+from plphp.layer import PrunedLayer
+from plphp.plan import PromptPlan
+from plphp.types import VisionSpans
+
+PAST, END = 4, 11
+
+
+@pytest.mark.parametrize("cuts", [[], [7], [5, 9, 10]], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, "text"])
+def test_scores_of_a_later_prompt_are_naive_softmax_mass(rows: int | str, cuts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 1, END, 6, generator=generator) for _ in range(2))
+    query = torch.randn(2, 2, END, 6, generator=generator)
+    keep = torch.rand(2, 1, PAST, generator=generator) < 0.5
+    layer = PrunedLayer()
+    layer.update(keys[:, :, :PAST], values[:, :, :PAST])
+    layer.compact(keep)
+    real = torch.ones(2, END, dtype=torch.bool)
+    real[1, PAST : PAST + 2] = False
+    segment = torch.full((2, END), -1)
+    segment[:, 6:8] = 0
+    spans = VisionSpans(segment, real, PAST, ((None,), (None,)))
+    plan = PromptPlan.of(spans, PLPHPConfig(query_rows=rows), custom=False)  # type: ignore[arg-type]
+    for begin, end in zip([PAST, *cuts], [*cuts, END], strict=True):
+        layer.update(keys[:, :, begin:end], values[:, :, begin:end])
+        plan.gather(3, query[:, :, begin:end], begin)
+    plan.score(3, layer, 0.7)
+    (scores,) = plan.scores.values()
+
+    wanted = [10] if rows == 1 else [8, 9, 10]
+    seen_before = torch.cat([keep[:, 0], real[:, PAST:]], dim=1)
+    for row in range(2):
+        for head in range(2):
+            expected = torch.zeros(END, dtype=torch.float64)
+            for position in wanted:
+                seen = (seen_before[row] & (torch.arange(END) <= position)).nonzero()[:, 0]
+                logits = keys[row, 0, seen].double() @ query[row, head, position].double() * 0.7
+                expected[seen] += logits.softmax(0) / len(wanted)
+            torch.testing.assert_close(scores.attention[row, head].double(), expected[PAST:], atol=1e-6, rtol=1e-5)
+    assert (scores.layer, scores.kv_heads) == (3, 1)
+    assert torch.equal(scores.segment, segment[:, PAST:])
+    assert torch.equal(scores.real, real[:, PAST:])
