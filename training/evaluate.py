@@ -94,9 +94,7 @@ def answer(model, processor, batch: Sequence[Sample], *, blank: bool = False) ->
         Replace every image by a uniform dark one: what can be answered without seeing.
     """
     if blank:
-        batch = [
-            Sample(tuple(Image.new("RGB", i.size, (20, 20, 20)) for i in s.images), s.turns) for s in batch
-        ]
+        batch = [Sample(tuple(Image.new("RGB", i.size, (20, 20, 20)) for i in s.images), s.turns) for s in batch]
     inputs = processor.apply_chat_template(
         [sample.messages() for sample in batch],
         add_generation_prompt=True,

@@ -28,9 +28,7 @@ def _matmul_attention(module, query, key, value, attention_mask=None, scaling=No
     grouped = query.reshape(batch, kv_heads, groups * seq, dim) * scaling
     scores = torch.matmul(grouped, key.transpose(-1, -2))
     if attention_mask is not None:
-        scores = scores.view(batch, kv_heads, groups, seq, kv_seq) + attention_mask[:, :, None].to(
-            scores.dtype
-        )
+        scores = scores.view(batch, kv_heads, groups, seq, kv_seq) + attention_mask[:, :, None].to(scores.dtype)
         scores = scores.view(batch, kv_heads, groups * seq, kv_seq)
     out = torch.matmul(torch.softmax(scores, -1).to(value.dtype), value).view(batch, q_heads, seq, dim)
     return out.transpose(1, 2).contiguous(), None

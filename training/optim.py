@@ -13,9 +13,7 @@ def make(
     modules: Iterable[nn.Module], *, muon: float, adamw: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Return [AdamW, Muon] over the trainable parameters, with peak rates ``adamw`` and ``muon``."""
-    named = {
-        id(p): (name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad
-    }
+    named = {id(p): (name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad}
     matrices = [p for name, p in named.values() if p.ndim == 2 and "layers." in name]
     taken = {id(p) for p in matrices}
     rest = [p for key, (_, p) in named.items() if key not in taken]
@@ -23,9 +21,7 @@ def make(
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=adamw, betas=(0.9, 0.98), fused=True)
-    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=adamw, betas=(0.9, 0.98), fused=True)]
     if matrices:
         optimizers.append(
             torch.optim.Muon(

@@ -179,9 +179,7 @@ def ask(rng: random.Random, scenes: Sequence[Scene], task: str | None = None) ->
         thing = _thing(value)
         text = rng.choice(PHRASINGS["which_image"]).format(thing=thing)
         return Question("which_image", text, f"The {thing} is in image {k}.")
-    candidates = [
-        k for k, s in enumerate(scenes) if task is None or (task in GRID_TASKS) == (s.kind == "grid")
-    ]
+    candidates = [k for k, s in enumerate(scenes) if task is None or (task in GRID_TASKS) == (s.kind == "grid")]
     if not candidates:
         return None
     k = rng.choice(candidates)

@@ -37,6 +37,7 @@ def record(
     samples: int,
     blank_samples: int,
     threads: int,
+    train_seed: int = 0,
 ) -> dict:
     """Return everything that is said about a run: figures, versions, hardware, time.
 
@@ -50,6 +51,8 @@ def record(
         Of the evaluation; samples are per task.
     threads
         CPU threads used in training.
+    train_seed
+        Seed of the training run.
     """
     import sklearn
     import transformers
@@ -66,6 +69,7 @@ def record(
             "transformers": transformers.__version__,
             "scikit-learn": sklearn.__version__,
         },
+        "seed": train_seed,
         "vision_stage": {
             "minutes": round(vision["seconds"] / 60, 1),
             "steps": vision["steps"],
@@ -114,6 +118,7 @@ def model_card(record: dict) -> str:
         "VISION_STEPS": vision["steps"],
         "PATCH_GRID": f"{vision['held_out_patch_accuracy']['grid']:.3f}",
         "PATCH_TEXT": f"{vision['held_out_patch_accuracy']['text']:.3f}",
+        "TRAIN_SEED": record["seed"],
         "TEXT_MINUTES": text["minutes"],
         "TEXT_STEPS": text["steps"],
         "TEXT_ROWS": f"{text['rows']:,}",

@@ -96,9 +96,7 @@ class Scene:
             region *= 1 - opacity
             region += opacity * np.asarray(item.rgb, np.float32)
         if self.noise:
-            canvas += (
-                np.random.default_rng(self.noise_seed).standard_normal(canvas.shape, np.float32) * self.noise
-            )
+            canvas += np.random.default_rng(self.noise_seed).standard_normal(canvas.shape, np.float32) * self.noise
         return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
 
     def patch_labels(self) -> np.ndarray:
@@ -182,9 +180,7 @@ def make_grid(rng: random.Random, split: str, max_side: int = 4, empty: float = 
             else:
                 value = rng.choice(sprites.SHAPES)
                 builder, key = "shape", (value, rng.randrange(sprites.VARIANTS), size)
-            items.append(
-                Item(builder, key, value, colour, _colour(rng, colour), row, col, round(x), round(y))
-            )
+            items.append(Item(builder, key, value, colour, _colour(rng, colour), row, col, round(x), round(y)))
     return Scene("grid", rows, cols, items=tuple(items), **_common(rng))
 
 
@@ -212,9 +208,7 @@ def make_text(rng: random.Random, split: str = "train", max_lines: int = 3) -> S
     return Scene("text", lines, MAX_COLS, items=tuple(items), **_common(rng))
 
 
-def make_scenes(
-    rng: random.Random, split: str, n: int = 1, *, grids: float = 0.6, easy: bool = False
-) -> list[Scene]:
+def make_scenes(rng: random.Random, split: str, n: int = 1, *, grids: float = 0.6, easy: bool = False) -> list[Scene]:
     """Draw ``n`` scenes for one prompt; among several, each one holds less."""
     small = easy or n > 1
     scenes = []

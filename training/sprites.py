@@ -92,9 +92,7 @@ def _shape_mask(name: str, variant: int, size: int) -> Image.Image:
     elif name == "triangle":
         draw.polygon([point(-math.pi / 2 + i * 2 * math.pi / 3, 1.1) for i in range(3)], fill=255)
     elif name == "star":
-        draw.polygon(
-            [point(-math.pi / 2 + i * math.pi / 5, 0.45 if i % 2 else 1.15) for i in range(10)], fill=255
-        )
+        draw.polygon([point(-math.pi / 2 + i * math.pi / 5, 0.45 if i % 2 else 1.15) for i in range(10)], fill=255)
     elif name == "cross":
         w = r * 0.32
         for angle in (rot, rot + math.pi / 2):

@@ -28,8 +28,13 @@ CHECKPOINT = "text.pt"
 
 
 def several_images(progress: float) -> float:
-    """Return the share of batches with several images at a progress from 0 to 1 (none at first)."""
-    return 0.0 if progress < 0.1 else 0.35
+    """Return the share of batches with several images at a progress from 0 to 1.
+
+    None at first; more at the end, when single images are learned and several still lag.
+    """
+    if progress < 0.1:
+        return 0.0
+    return 0.35 if progress < 0.75 else 0.55
 
 
 class _Stream(IterableDataset):
@@ -48,8 +53,7 @@ class _Stream(IterableDataset):
             made = [rows.make_row(rng, n, slot, easy=progress < 0.08) for _ in range(count)]
             pixels = torch.from_numpy(np.concatenate([row.pixels for row in made]))
             stacked = [
-                np.stack([getattr(row, name) for row in made])
-                for name in ("ids", "labels", "blocks", "positions")
+                np.stack([getattr(row, name) for row in made]) for name in ("ids", "labels", "blocks", "positions")
             ]
             yield n, [pixels, *map(torch.from_numpy, stacked)]
 
@@ -135,9 +139,7 @@ def train(
         logger.info("resumed at step %d, %.1f minutes", step, spent / 60)
     total = minutes * 60
     progress = multiprocessing.Value("d", spent / total)
-    stream = DataLoader(
-        _Stream(seed + 1000 + step, progress), batch_size=None, num_workers=1, prefetch_factor=4
-    )
+    stream = DataLoader(_Stream(seed + 1000 + step, progress), batch_size=None, num_workers=1, prefetch_factor=4)
     batches = iter(stream)
     log = (out / "log.jsonl").open("a")
     start = last_log = last_save = time.monotonic()

@@ -28,17 +28,13 @@ def _restart_with_allocator() -> None:
 def main() -> None:
     """Run the stages that are not done yet: vision tower, text model, export, evaluation, results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="run folder for checkpoints, log and the export"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="run folder for checkpoints, log and the export")
     parser.add_argument("--minutes", type=float, default=70.0, help="training time of both stages together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=200, help="held-out samples per task")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="run the forward pass without torch.compile"
-    )
+    parser.add_argument("--no-compile", action="store_true", help="run the forward pass without torch.compile")
     parser.add_argument("--no-evaluation", action="store_true", help="stop after the export")
     args = parser.parse_args()
     _restart_with_allocator()
@@ -79,6 +75,7 @@ def main() -> None:
             samples=args.samples,
             blank_samples=blank,
             threads=args.threads,
+            train_seed=args.seed,
         )
         results.write(args.out, folder, record)
 
