@@ -58,6 +58,9 @@ class Session:
 def prune(model: PreTrainedModel, config: PLPHPConfig | None = None) -> Iterator[Session]:
     """Prune whatever the model generates inside the block.
 
+    Sessions may be nested, the innermost counts. A thread that has no session of its own uses the newest one of any
+    thread, so that ``generate`` may run in a thread beside a streamer: threads that share a model open one each.
+
     Parameters
     ----------
     model : PreTrainedModel
