@@ -20,7 +20,7 @@ class VisionSegment:
     Parameters
     ----------
     tokens : int
-        Vision tokens that the segment takes in the text model's prompt.
+        Vision tokens that the segment takes in the text model's prompt, in one run or in several.
     grid : tuple of int, optional
         ``(frames, height, width)`` in tokens with ``frames * height * width == tokens``; None where the tokens
         of the segment do not form one grid (several tiles, newline tokens).

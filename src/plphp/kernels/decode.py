@@ -85,23 +85,25 @@ def decode_attention(
     if bias is not None:
         bias = bias.to(query.device).expand(batch, q_heads if bias.shape[1] > 1 else 1, -1, -1)
     grouped = (query * scaling).unflatten(1, (kv_heads, q_heads // kv_heads))
-    out = torch.empty(
-        batch, kv_heads, q_heads // kv_heads, length, tail_values.shape[-1], dtype=query.dtype, device=query.device
-    )
     if prefix.dense is not None:
-        _attend(grouped, *prefix.dense, tail_keys, tail_values, bias, out)
+        out = _attend(grouped, *prefix.dense, tail_keys, tail_values, bias)
     else:
+        rows = []
         for row in range(batch):
-            for heads, (keys, values) in prefix.row(row):
+            one = slice(row, row + 1)
+            parts = [
                 _attend(
-                    grouped[row : row + 1, heads],
+                    grouped[one, heads],
                     keys[None],
                     values[None],
-                    tail_keys[row : row + 1, heads],
-                    tail_values[row : row + 1, heads],
+                    tail_keys[one, heads],
+                    tail_values[one, heads],
                     _heads_of(bias, row, heads, q_heads // kv_heads),
-                    out[row : row + 1, heads],
                 )
+                for heads, (keys, values) in prefix.row(row)
+            ]
+            rows.append(torch.cat(parts, dim=1))
+        out = torch.cat(rows)
     return out.permute(0, 3, 1, 2, 4).reshape(batch, length, q_heads, -1).contiguous()
 
 
@@ -114,20 +116,15 @@ def _heads_of(bias: Tensor | None, row: int, heads: slice, group: int) -> Tensor
 
 
 def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Fill ``out`` for query [batch, kv_heads, group, query, dim] and keys [batch, kv_heads, kept, dim]."""
+    query: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Attend with query [batch, kv_heads, group, query, dim] to keys [batch, kv_heads, kept, dim] and the tail."""
     batch, kv_heads, group, length, _ = query.shape
     kept, tail = keys.shape[2], tail_keys.shape[2]
     step = max(1, MAX_LOGITS // max(1, batch * kv_heads * group * (kept + tail)))
+    parts = []
     for start in range(0, length, step):
-        part = query[:, :, :, start : start + step]
+        part = query if step >= length else query[:, :, :, start : start + step]
         rows = part.flatten(2, 3)
         logits = torch.cat([rows @ keys.mT, rows @ tail_keys.mT], dim=-1).float()
         if bias is not None:
@@ -135,4 +132,5 @@ def _attend(
             shown += bias[:, :, start : start + step].unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
         weights = logits.softmax(-1).to(values.dtype)
         mixed = weights[..., :kept] @ values + weights[..., kept:] @ tail_values
-        out[:, :, :, start : start + step] = mixed.view(batch, kv_heads, group, part.shape[3], -1)
+        parts.append(mixed.unflatten(2, (group, -1)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
