@@ -38,10 +38,10 @@ class PLPHPConfig:
     indifferent_threshold : float
         Vision attention score below which a layer is vision-indifferent (the paper's beta), in [0, 1].
     target_retention : float, optional
-        Mean retention rate over the layers of each prompt that are not exempt. It takes the place of ``retention_rate``, and
-        quantiles of the prompt's own vision attention scores take the place of both thresholds: the
-        ``class_quantile`` of layers with the highest score are attentive, as many with the lowest are
-        indifferent. All layers stay in memory until the last one has been scored.
+        Mean retention rate over the layers of each prompt, exempt ones aside. It takes the place of
+        ``retention_rate``, and quantiles of the prompt's own vision attention scores take the place of both
+        thresholds: the ``class_quantile`` of layers with the highest score are attentive, as many with the
+        lowest are indifferent. All layers stay in memory until the last one has been scored.
     class_quantile : float
         See ``target_retention``; in (0, 0.5].
     exempt_layers : tuple of int
