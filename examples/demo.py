@@ -48,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="hub id or folder; default: the bundled model")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder with questions.json and its images")
-    parser.add_argument("--config", default="plphp:target_retention=0.4", help="settings, as for plphp generate")
+    parser.add_argument(
+        "--config", default="plphp:target_retention=0.4,query_rows=text", help="settings, as for plphp generate"
+    )
     parser.add_argument("--per-kind", type=int, default=2, help="questions of each kind")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each question, unpruned and pruned")
