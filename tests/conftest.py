@@ -8,23 +8,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from transformers.utils import logging
 
-from tiny_models import TINY
+from tiny_models import tiny_model
 
 logging.set_verbosity_error()
 torch.set_num_threads(1)
-
-
-@cache
-def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The tiny model of a family, shared by all tests of a process."""
-    return TINY[name].build(dtype=dtype)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Static
 from transformers.generation.streamers import BaseStreamer
 
 import plphp
-from conftest import tiny_model
 from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import (
     CacheStateError,
@@ -27,7 +26,7 @@ from plphp import (
     UnsupportedModelError,
 )
 from test_invariants import config
-from tiny_models import IMAGE, PAD, TINY
+from tiny_models import IMAGE, PAD, TINY, tiny_model
 
 SETTINGS = config("plphp", retention_rate=0.3)
 

@@ -8,10 +8,9 @@ import dataclasses
 import pytest
 
 import plphp
-from conftest import tiny_model
 from invariants import pruned
 from plphp import PLPHPConfig
-from tiny_models import TINY
+from tiny_models import TINY, tiny_model
 
 
 def test_quantiles_within_the_prompt_meet_the_target() -> None:

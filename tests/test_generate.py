@@ -13,12 +13,11 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import plphp
-from conftest import tiny_model
 from invariants import assert_same_generation, evicted_entries_masked, generate, max_difference, pruned
 from plphp import PLPHPConfig, PrunedCache
 from plphp.layer import PrunedLayer
 from test_invariants import config
-from tiny_models import TINY
+from tiny_models import TINY, tiny_model
 
 SOME = ("llava", "qwen2-vl", "gemma3", "idefics3")
 KEEP_ALL = PLPHPConfig(retention_rate=1.0)

@@ -10,11 +10,10 @@ import torch
 from transformers import DynamicCache
 
 import plphp
-from conftest import tiny_model
 from invariants import assert_same_generation, evicted_entries_masked, generate, pruned
 from plphp import PLPHPConfig, PrunedCache
 from test_invariants import FAMILIES, config
-from tiny_models import TINY
+from tiny_models import TINY, tiny_model
 
 VIDEO = [family for family in FAMILIES if TINY[family].videos is not None]
 

@@ -10,7 +10,6 @@ import torch
 from transformers import DynamicCache
 
 import plphp
-from conftest import tiny_model
 from invariants import (
     assert_kept_are_top,
     assert_same_generation,
@@ -21,7 +20,7 @@ from invariants import (
     pruned,
 )
 from plphp import PLPHPConfig, PrunedCache
-from tiny_models import TINY
+from tiny_models import TINY, tiny_model
 
 FAMILIES = sorted(TINY)
 METHODS = ("plphp", "uniform", "shared", "random", "none")

@@ -66,10 +66,9 @@ def test_target_retention_holds_all_layers_until_the_last(results: dict[str, Any
 
 
 def test_nothing_outlives_the_cache() -> None:
-    from conftest import tiny_model
     from invariants import generate
     from plphp import PrunedCache
-    from tiny_models import TINY
+    from tiny_models import TINY, tiny_model
 
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])

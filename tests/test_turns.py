@@ -10,11 +10,10 @@ import torch
 from transformers import DynamicCache
 
 import plphp
-from conftest import tiny_model
 from invariants import assert_same_generation, evicted_entries_masked, generate
 from plphp import PLPHPConfig, PrunedCache, SpanError
 from test_invariants import FAMILIES, config
-from tiny_models import TINY
+from tiny_models import TINY, tiny_model
 
 
 def two_turns(model: Any, family: str, cache: Any, with_image: bool, rows: tuple[int, ...]) -> tuple[Any, Any]:

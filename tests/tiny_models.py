@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -1319,3 +1320,9 @@ REFUSED: dict[str, TinyFamily] = {
     ),
 }
 """Models of known families that are refused for their text model: capped scores, shared or latent KV."""
+
+
+@functools.cache
+def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the tiny model of a name, shared by all tests of a process."""
+    return TINY[name].build(dtype=dtype)

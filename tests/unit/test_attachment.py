@@ -17,11 +17,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import plphp
-from conftest import tiny_model
 from invariants import assert_same_generation, generate
 from plphp import CacheStateError, ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, attachment
 from plphp.attachment import Lease
-from tiny_models import TINY
+from tiny_models import TINY, tiny_model
 
 
 def state(model: Any) -> tuple[Any, ...]:

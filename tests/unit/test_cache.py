@@ -7,7 +7,6 @@ import pytest
 from torch import Tensor
 from transformers import DynamicCache
 
-from conftest import tiny_model
 from invariants import (
     assert_kept_are_top,
     assert_same_generation,
@@ -18,7 +17,7 @@ from invariants import (
     pruned,
 )
 from plphp import PLPHPConfig, PrunedCache
-from tiny_models import TINY
+from tiny_models import TINY, tiny_model
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3.5"])

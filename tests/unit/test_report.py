@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import tiny_model
 from invariants import pruned
 from plphp import ConfigError, PLPHPConfig, PruneReport
 from plphp.report import ImageReport, LayerReport, PromptReport, RowReport
-from tiny_models import TINY
+from tiny_models import TINY, tiny_model
 
 numbers = st.integers(0, 100)
 rows = st.builds(
