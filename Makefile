@@ -59,6 +59,6 @@ $(VENV)/.dev: $(VENV)/.plphp
 
 .venv-oldest/.dev: $(SOURCES)
 	$(PYTHON) -m venv .venv-oldest
-	grep -v '^transformers==' constraints.txt > .venv-oldest/constraints.txt
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e ".[dev]" "transformers==5.17.0"
 	touch $@

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate
@@ -184,4 +185,75 @@ def test_text_turn_is_right_after_another_prompt(family: str) -> None:
         if interrupt:
             generate(model, tiny.inputs(model, [3]))
         results.append(generate(model, tiny.second_turn(model, inputs, first.sequences), past_key_values=cache))
+    assert_same_generation(*results)
+
+
+class OtherPrompt(BaseStreamer):
+    """Runs another prompt on the same model in the middle of an answer, as another thread would."""
+
+    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+        self.model, self.inputs, self.calls = model, inputs, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            generate(self.model, self.inputs)
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("family", MROPE)
+def test_another_prompt_in_the_middle_of_an_answer_spoils_no_later_turn(family: str) -> None:
+    model, tiny = tiny_model(family), TINY[family]
+    inputs, other = tiny.inputs(model, [2]), tiny.inputs(model, [3])
+    results = []
+    for streamer in (None, OtherPrompt(model, other)):
+        cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
+        first = generate(model, inputs, past_key_values=cache, streamer=streamer)
+        results.append(generate(model, tiny.second_turn(model, inputs, first.sequences), past_key_values=cache))
+    assert_same_generation(*results)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "reset"])
+@torch.no_grad()
+def test_positions_of_a_first_turn_without_generate(again: bool) -> None:
+    model, tiny = tiny_model("qwen2-vl"), TINY["qwen2-vl"]
+    inputs = tiny.inputs(model, [2])
+    results = []
+    for direct in (False, True):
+        cache = PrunedCache.for_inputs(model, tiny.inputs(model, [3]) if again else inputs, config("plphp"))
+        if again:
+            generate(model, tiny.inputs(model, [3]), past_key_values=cache)
+            cache.reset()
+            cache.plan(inputs)
+        if direct:
+            model(**inputs, past_key_values=cache)
+            generate(model, tiny.inputs(model, [1]))
+        else:
+            generate(model, inputs, past_key_values=cache, max_new_tokens=1)
+        turn = tiny.second_turn(model, inputs, inputs["input_ids"])
+        results.append(generate(model, turn, past_key_values=cache))
+    assert_same_generation(*results)
+
+
+def test_a_cache_of_beams_is_not_continued() -> None:
+    model, tiny = tiny_model("llava"), TINY["llava"]
+    inputs = tiny.inputs(model, [1])
+    cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
+    first = generate(model, inputs, past_key_values=cache, num_beams=2)
+    with pytest.raises(plphp.UnsupportedFeatureError, match="beams that were running"):
+        generate(model, tiny.second_turn(model, inputs, first.sequences), past_key_values=cache)
+
+
+def test_a_turn_under_inference_mode_and_one_outside() -> None:
+    model, tiny = tiny_model("llava"), TINY["llava"]
+    inputs = tiny.inputs(model, [1])
+    results = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
+        with mode():
+            first = generate(model, inputs, past_key_values=cache)
+        turn = tiny.second_turn(model, inputs, first.sequences.clone())
+        results.append(generate(model, turn, past_key_values=cache))
     assert_same_generation(*results)

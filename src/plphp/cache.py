@@ -15,8 +15,16 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .attachment import Attachment, Lease
 from .config import PLPHPConfig, checked
-from .errors import CacheStateError, ConfigError, NonFiniteAttentionError, SpanError
-from .layer import PrunedLayer
+from .errors import (
+    CacheStateError,
+    ConfigError,
+    NonFiniteAttentionError,
+    SpanError,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+)
+from .layer import PrunedLayer, layer_nbytes
+from .mrope import TurnPositions, turn_positions
 from .plan import PromptPlan
 from .registry import family_of, get_method
 from .report import LayerRecord, PruneReport, build_report
@@ -58,8 +66,13 @@ class PrunedCache(Cache):
         self.attachment = attachment
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
-        self.rope_deltas: Tensor | None = None
+        self._turn: TurnPositions | None = None
         self._pruned = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PrunedLayer)}
+        if not self._pruned:
+            raise UnsupportedModelError(
+                f"No text layer of this {attachment.model.config.model_type!r} model has full attention (all have a "
+                "sliding window, chunks or no KV cache), so there is nothing to prune."
+            )
         self._first, self._last = min(self._pruned), max(self._pruned)
         dummy = getattr(self, "is_dummy", [False] * len(layers))
         self._end = max(i for i in range(len(layers)) if not dummy[i])
@@ -67,7 +80,7 @@ class PrunedCache(Cache):
         self._plan: PromptPlan | None = None
         self._pending: int | None = None
         self._lease: Lease | None = None
-        self._dead = ""
+        self._dead = self._spent = ""
 
     @classmethod
     def for_inputs(
@@ -132,6 +145,8 @@ class PrunedCache(Cache):
             If the vision tokens cannot be found.
         """
         self.check_alive()
+        if self._spent and self.get_seq_length():
+            raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
         model = self.attachment.model
         spans = find_spans(
             family_of(model.config),
@@ -142,12 +157,15 @@ class PrunedCache(Cache):
         )
         # Text alone: nothing to evict, so nothing to compact either.
         has_vision = bool(spans.vision.any())
+        turn = self._turn
+        before = None if turn is None else turn.before if turn.start == spans.start else turn.after
+        self._turn = turn_positions(model, inputs, spans.real, spans.start, before, has_vision)
         self._plan = PromptPlan.of(spans, self.config, custom=vision_mask is not None) if has_vision else None
 
     @property
-    def has_plan(self) -> bool:
-        """Whether a prompt with vision tokens was planned and has not been read yet."""
-        return self._plan is not None
+    def turn(self) -> TurnPositions | None:
+        """Positions of the newest turn of a model with m-RoPE."""
+        return self._turn
 
     @property
     def has_custom_plan(self) -> bool:
@@ -256,13 +274,13 @@ class PrunedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all key and value tensors that are alive in the cache, reserved room included."""
-        return sum(_layer_bytes(layer) for layer in self.layers)
+        return sum(layer_nbytes(layer) for layer in self.layers)
 
     @property
     def full_nbytes(self) -> int:
         """Bytes that a dynamic cache would hold for the same tokens."""
         return sum(
-            layer.full_nbytes if isinstance(layer, PrunedLayer) else _layer_bytes(layer) for layer in self.layers
+            layer.full_nbytes if isinstance(layer, PrunedLayer) else layer_nbytes(layer) for layer in self.layers
         )
 
     def check_alive(self) -> None:
@@ -274,6 +292,10 @@ class PrunedCache(Cache):
                 "This PrunedCache is used outside the session that made it, where the model would read it wrongly: "
                 "keep `with plphp.prune(model)` open, or make the cache with PrunedCache.for_inputs."
             )
+
+    def end_here(self, reason: str) -> None:
+        """Refuse further turns, for a reason that completes "cannot be continued: "."""
+        self._spent = reason
 
     def check_read(self) -> None:
         """Raise `CacheStateError` if the last layer to be updated was not read as it has to be."""
@@ -309,6 +331,7 @@ class PrunedCache(Cache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self.records, self._plan, self._pending = [], None, None
+        self._turn, self.pruning_seconds, self._spent = None, 0.0, ""
         self._reached, self._conv_of = self._end, -1
 
     def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
@@ -332,13 +355,3 @@ class PrunedCache(Cache):
                 "pass the inputs that it was made for, or call cache.plan(inputs) first."
             )
         self._reached, self._conv_of = layer_idx, -1
-
-
-def _layer_bytes(layer: Any) -> int:
-    """Bytes that a layer of any kind holds."""
-    if isinstance(layer, PrunedLayer):
-        return layer.nbytes
-    tensors = [getattr(layer, name, None) for name in ("keys", "values")]
-    for states in ("conv_states", "recurrent_states"):
-        tensors += list(getattr(layer, states, {}).values())
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))

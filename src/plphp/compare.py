@@ -16,6 +16,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from .cache import PrunedCache
 from .config import PLPHPConfig
 from .errors import ConfigError
+from .layer import layer_nbytes
 from .report import PruneReport
 
 OWN_ARGUMENTS = ("past_key_values", "logits_processor", "streamer", "return_dict_in_generate")
@@ -100,7 +101,7 @@ def compare(
     processor : ProcessorMixin
         Decodes the answers.
     inputs : mapping
-        For ``generate``, see `plphp.loading.build_inputs`.
+        For ``generate``, see `plphp.prompt.build_inputs`.
     config : PLPHPConfig, optional
         Default: ``PLPHPConfig()``.
     rounds : int
@@ -201,8 +202,5 @@ class _Meter(LogitsProcessor):
 
 
 def kv_bytes(cache: Any) -> int:
-    """Bytes of the live key and value tensors of a `PrunedCache` or of transformers' ``DynamicCache``."""
-    if isinstance(cache, PrunedCache):
-        return cache.nbytes
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
+    """Bytes of the live tensors of a `PrunedCache` or of transformers' ``DynamicCache``."""
+    return sum(layer_nbytes(layer) for layer in cache.layers)

@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .attachment import Attachment
 from .cache import PrunedCache
 from .errors import UnsupportedFeatureError
-from .mrope import TurnPositions
+from .mrope import position_holder
 
 SUPPORTED_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -74,18 +74,33 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]
     kwargs["past_key_values"] = cache
-    positions = TurnPositions(model, cache.rope_deltas)
-    kwargs.update(positions.begin(inputs, cache.get_seq_length(), cache.has_plan))
+    kwargs.update(_positions(model, cache, config))
+    if session is not None:
+        session.note(None)
     try:
         output = original(**kwargs)
         cache.check_read()
-        cache.rope_deltas = positions.end()
     except BaseException:
         cache.after_failure()
         raise
+    if (config.num_beams or 1) > 1:
+        cache.end_here("it holds the beams that were running at the end, not the answer that was returned")
     if session is not None:
         session.note(cache.report())
     return output
+
+
+def _positions(model: PreTrainedModel, cache: PrunedCache, config: GenerationConfig) -> dict[str, Any]:
+    """Positions of a later turn of a model with m-RoPE."""
+    turn = cache.turn
+    if turn is None or turn.before is None:
+        return {}
+    expanded = max(config.num_beams or 1, config.num_return_sequences or 1) > 1
+    if expanded and torch.equal(turn.before, turn.after):
+        # transformers 5.17 cannot repeat positions; text alone is placed by the deltas, too.
+        position_holder(model).rope_deltas = turn.before
+        return {}
+    return {"position_ids": turn.positions}
 
 
 def _model_inputs(config: GenerationConfig, kwargs: dict[str, Any]) -> dict[str, Any]:

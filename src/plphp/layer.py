@@ -113,7 +113,9 @@ class PrunedLayer(CacheLayerMixin):
         keep : Tensor
             bool [batch, kv_heads, tail].
         """
-        block = compact_kv(*self.tail(), keep)
+        keys, values = self.tail()
+        # Without no_grad the graph would keep the full keys and values alive.
+        block = compact_kv(keys.detach(), values.detach(), keep)
         self.prefix = block if self.prefix is None else self.prefix.appended(block)
         self.prefix_length += self.tail_length
         self.tail_length = 0
@@ -182,5 +184,17 @@ def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
         if buffer is not None:
             grown[:, :, :used] = buffer[:, :, :used]
         buffer = grown
+    elif buffer.is_inference() and not torch.is_inference_mode_enabled():
+        buffer = buffer.clone()  # a turn under inference_mode, then one outside of it
     buffer[:, :, used:needed] = new
     return buffer
+
+
+def layer_nbytes(layer: Any) -> int:
+    """Bytes that a layer of any kind holds."""
+    if isinstance(layer, PrunedLayer):
+        return layer.nbytes
+    tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+    for states in ("conv_states", "recurrent_states"):
+        tensors += list(getattr(layer, states, {}).values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))

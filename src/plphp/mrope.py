@@ -3,12 +3,13 @@
 
 Models with m-RoPE place the tokens of an image in frame, row and column, so that positions run behind the number of
 tokens by ``rope_deltas``. Transformers keeps that number on the model, where the next prompt of anybody overwrites it,
-and cannot place a new image in a later turn: 5.17 gives it wrong positions, 5.23 stops. Here the number belongs to the
-cache, and positions of a later turn are counted on from it.
+and cannot place a new image in a later turn: 5.17 gives it wrong positions, 5.23 stops. Here it is worked out from the
+inputs of every turn and belongs to the cache.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,82 +17,102 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedFeatureError
+from .families.base import Inputs
 
 
+@dataclass(frozen=True)
 class TurnPositions:
-    """Positions of one ``generate`` of a model with m-RoPE; does nothing for other models.
+    """Positions of one turn of a model with m-RoPE.
+
+    Parameters
+    ----------
+    start : int
+        Tokens of the turns before.
+    before, after : Tensor
+        int64 [batch, 1]; ``rope_deltas`` before and after the turn.
+    positions : Tensor, optional
+        int64 [4, batch, seq]; text, frame, row and column of the whole conversation. Those of earlier turns are not
+        read any more. None in the first turn, which transformers places by itself.
+    """
+
+    start: int
+    before: Tensor | None
+    after: Tensor
+    positions: Tensor | None
+
+
+def turn_positions(
+    model: PreTrainedModel, inputs: Inputs, real: Tensor, start: int, before: Tensor | None, has_vision: bool
+) -> TurnPositions | None:
+    """Place the tokens of a turn.
 
     Parameters
     ----------
     model : PreTrainedModel
         The model.
-    deltas : Tensor, optional
-        int64 [batch, 1]; what the cache kept of the turn before.
+    inputs : mapping
+        Of ``generate``; ``mm_token_type_ids`` and the grids where the turn has vision tokens.
+    real : Tensor
+        bool [batch, seq]; padding mask of the whole conversation.
+    start : int
+        Tokens that the cache holds.
+    before : Tensor, optional
+        ``rope_deltas`` of the turn before.
+    has_vision : bool
+        Whether there are vision tokens among the new ones.
+
+    Returns
+    -------
+    TurnPositions or None
+        None for a model without m-RoPE.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If the positions of an image cannot be told.
     """
+    holder = position_holder(model)
+    if holder is None or (start and before is None):
+        return None
+    if start == 0 and has_vision and (inputs.get("input_ids") is None or inputs.get("mm_token_type_ids") is None):
+        return None  # transformers refuses such a prompt, or places embeddings as text
+    mask = real.to(model.device).long()
+    offset = mask[:, :start].sum(1, keepdim=True) + (0 if before is None else before.to(mask.device))
+    given = inputs.get("position_ids")
+    if given is not None:
+        new = given[-3:, :, start - given.shape[2] :] if start else given[-3:]
+    elif has_vision:
+        new = _placed(holder, inputs, mask[:, start:]) + offset
+    else:
+        new = ((mask[:, start:].cumsum(1) - 1).clamp(min=0) + offset).expand(3, -1, -1)
+    after = new.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
+    if start == 0:
+        return TurnPositions(start, before, after, None)
+    text = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = torch.cat([text[None], torch.cat([new.new_zeros(3, len(mask), start), new], dim=2)])
+    return TurnPositions(start, before, after, positions)
 
-    def __init__(self, model: PreTrainedModel, deltas: Tensor | None) -> None:
-        holders = (model, getattr(model, "model", None))
-        self._holder: Any = next((holder for holder in holders if hasattr(holder, "rope_deltas")), None)
-        # A first turn given to the model itself, without generate, has left them there.
-        self._before = deltas if deltas is not None else getattr(self._holder, "rope_deltas", None)
-        self._after: Tensor | None = None
 
-    def begin(self, inputs: dict[str, Any], past_length: int, has_new_vision: bool) -> dict[str, Any]:
-        """Put the deltas on the model, and return the arguments that ``generate`` needs beside the inputs.
+def position_holder(model: PreTrainedModel) -> Any:
+    """The module that keeps ``rope_deltas``, or None for a model without m-RoPE."""
+    holders = (model, getattr(model, "model", None))
+    return next((one for one in holders if hasattr(one, "rope_deltas") and hasattr(one, "get_rope_index")), None)
 
-        Parameters
-        ----------
-        inputs : dict
-            Of ``generate``.
-        past_length : int
-            Tokens that the cache holds.
-        has_new_vision : bool
-            Whether there are vision tokens among the new ones.
 
-        Raises
-        ------
-        UnsupportedFeatureError
-            If the positions of a new image cannot be told.
-        """
-        if self._before is None or past_length == 0:
-            return {}
-        self._holder.rope_deltas = self._before
-        positions = inputs.get("position_ids")
-        if positions is None and not has_new_vision:
-            return {}
-        mask = inputs["attention_mask"]
-        if positions is None:
-            positions = self._count_on(inputs, mask, past_length, self._before)
-        end = positions[-3:, :, -1].amax(0)[:, None] + 1
-        self._after = end - mask.sum(1, keepdim=True)
-        return {"position_ids": positions}
-
-    def _count_on(self, inputs: dict[str, Any], mask: Tensor, past_length: int, deltas: Tensor) -> Tensor:
-        """Positions [4, batch, seq] of the whole conversation; those of earlier turns are not read any more."""
-        types = inputs.get("mm_token_type_ids")
-        if types is None:
-            raise UnsupportedFeatureError(
-                "A new image in a later turn of a model with m-RoPE needs mm_token_type_ids, which the processor "
-                "returns, or position_ids for the whole conversation."
-            )
-        new = mask.shape[1] - past_length
-        positions, _ = self._holder.get_rope_index(
-            inputs["input_ids"][:, -new:],
-            types[:, -new:],
-            image_grid_thw=inputs.get("image_grid_thw"),
-            video_grid_thw=inputs.get("video_grid_thw"),
-            attention_mask=mask[:, -new:],
+def _placed(holder: Any, inputs: Inputs, mask: Tensor) -> Tensor:
+    """Positions [3, batch, new] of the new tokens, from 0."""
+    ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
+    if ids is None or types is None:
+        raise UnsupportedFeatureError(
+            "A prompt with images of a model with m-RoPE needs input_ids and mm_token_type_ids, which the processor "
+            "returns, or position_ids."
         )
-        offset = mask[:, :past_length].sum(1, keepdim=True) + deltas.to(mask.device)
-        earlier = positions.new_zeros(3, len(mask), past_length)
-        text = (mask.cumsum(1) - 1).clamp(min=0)
-        return torch.cat([text[None], torch.cat([earlier, positions + offset], dim=2)])
-
-    def end(self) -> Tensor | None:
-        """Return what the cache has to keep for the next turn."""
-        if self._holder is None:
-            return None
-        if self._after is not None:
-            self._holder.rope_deltas = self._after
-        deltas: Tensor | None = self._holder.rope_deltas
-        return deltas
+    new = mask.shape[1]
+    positions, _ = holder.get_rope_index(
+        ids[:, -new:],
+        types[:, -new:],
+        image_grid_thw=inputs.get("image_grid_thw"),
+        video_grid_thw=inputs.get("video_grid_thw"),
+        attention_mask=mask,
+    )
+    return positions

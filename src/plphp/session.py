@@ -44,8 +44,8 @@ class Session:
             raise CacheStateError("There is no report yet: call model.generate inside the session first.")
         return self._report
 
-    def note(self, report: PruneReport) -> None:
-        """Keep the report of a finished ``generate``."""
+    def note(self, report: PruneReport | None) -> None:
+        """Keep the report of a finished ``generate``; None while one is running."""
         self._report = report
 
     def close(self) -> None:
