@@ -11,7 +11,7 @@ from plphp.media import load_image
 IMAGES = Path(__file__).parent / "images"
 QUESTIONS = [
     (["grid-1.png"], "Look at row 2, column 1. What is there?"),
-    (["pair-1.png", "pair-2.png"], "Which image shows the star?"),
+    (["duo-1.png", "duo-2.png"], "Look at image 1. Read line 1."),
 ]
 model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
 processor.tokenizer.padding_side = "left"

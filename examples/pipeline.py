@@ -11,9 +11,9 @@ from plphp.loading import load_model
 from plphp.media import load_image
 
 model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
-images = [load_image(Path(__file__).parent / "images" / name) for name in ("pair-1.png", "pair-2.png")]
+images = [load_image(Path(__file__).parent / "images" / name) for name in ("duo-1.png", "duo-2.png")]
 content = [*({"type": "image", "image": image} for image in images)]
-content.append({"type": "text", "text": "Which image shows the star?"})
+content.append({"type": "text", "text": "Look at image 1. Read line 1."})
 
 session = plphp.apply(model, plphp.PLPHPConfig(target_retention=0.4))
 answer = pipeline("image-text-to-text", model=model, processor=processor)

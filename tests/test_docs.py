@@ -50,7 +50,7 @@ def test_readme_runs(scope: dict[str, Any]) -> None:
     code = "\n".join(blocks("README.md"))
     assert HUB_NAME in code
     # The hub cannot be reached from the tests; the bundled model stands in for the one that the page names.
-    code = code.replace(HUB_NAME, str(bundled_model_path())).replace(', device_map="auto"', "")
+    code = code.replace(HUB_NAME, str(bundled_model_path()))
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["run"].report.retention == pytest.approx(0.4, abs=0.05)

@@ -62,8 +62,6 @@ def test_padded_row_is_the_row_alone(family: str, method: str) -> None:
     counts = [2, 0, 1]
     together, report = pruned(model, tiny.inputs(model, counts), config(method))
     for row, inputs in enumerate(tiny.rows(model, counts)):
-        if not getattr(tiny, "stock_padding_exact", True):
-            pytest.skip("stock transformers itself depends on padding")
         alone, one = pruned(model, inputs, config(method))
         for batched, single in zip(together.logits, alone.logits, strict=True):
             assert (batched[row] - single[0]).abs().max() < 2e-5

@@ -27,6 +27,9 @@ _NO_COPY = (
     "A model cannot be copied or pickled while plphp is in use on it: leave the session, call plphp.remove, or free "
     "the PrunedCache first. save_pretrained works at any time."
 )
+WRAPPED = ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods of a model that are stood in for."""
+
 _lock = threading.RLock()
 
 
@@ -108,9 +111,9 @@ class Attachment:
             for config, name in names:
                 config._attn_implementation = name
             model.__dict__[ATTRIBUTE] = self
-            for name, wrapper in (("generate", _generate), ("generate_batch", _refuse_batch)):
+            for name in WRAPPED:
                 if hasattr(model, name):
-                    _Wrapper(model, name, wrapper)
+                    _Wrapper(model, name, _generate if name == "generate" else _refuse_batch)
         except BaseException:
             self._detach()
             raise
@@ -122,7 +125,7 @@ class Attachment:
                 config._attn_implementation = name
         self._originals = []
         if model is not None:
-            for name in ("generate", "generate_batch"):
+            for name in WRAPPED:
                 wrapper = model.__dict__.get(name)
                 if isinstance(wrapper, _Wrapper):
                     wrapper.take_off(model)
@@ -196,7 +199,8 @@ class _Wrapper:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
-        assert model is not None
+        if model is None:
+            raise CacheStateError(f"The model of this {self._name} was freed.")
         original = self.before or getattr(type(model), self._name).__get__(model)
         attachment = model.__dict__.get(ATTRIBUTE)
         if attachment is None:  # taken from the model inside a session that is over
@@ -225,6 +229,6 @@ def _refuse_batch(attachment: Attachment, original: Callable[..., Any], *args: A
     if attachment.current_session() is None:
         return original(*args, **kwargs)
     raise UnsupportedFeatureError(
-        "plphp does not prune continuous batching (generate_batch): its paged cache has one block table for all "
+        "plphp does not prune continuous batching: its paged cache has one block table for all "
         "layers. Call generate, or leave the plphp session."
     )

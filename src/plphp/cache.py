@@ -256,6 +256,11 @@ class PrunedCache(Cache):
         if judged:
             chosen = self.method.allocate([gammas[layer] for layer in judged], self.config)
             allocation.update(zip(judged, chosen, strict=True))
+            rates = [row.rate for rows in chosen for row in rows]
+            if not all(0 <= rate <= 1 for rate in rates):
+                self._kill(
+                    f"the method {self.method.name!r} gave retention rates outside of [0, 1]: {rates}", ConfigError
+                )
         for row, has_vision in enumerate(plan.spans.vision.any(1).tolist()):
             if not has_vision:
                 for rows in allocation.values():

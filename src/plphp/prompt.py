@@ -127,6 +127,9 @@ def _normalized(messages: Messages) -> list[dict[str, Any]]:
                 f'The content of message {number} of the chat must be text or a list of {{"type": ...}} '
                 f"entries, got {content!r}."
             )
+        for part in parts:
+            if part["type"] == "image" and not isinstance(part.get("path", ""), str):
+                raise ConfigError(f"The path of an image in message {number} of the chat must be text, got {part!r}.")
         result.append({**message, "content": [dict(part) for part in parts]})
     return result
 

@@ -170,9 +170,33 @@ class PruneReport:
             if version != FORMAT:
                 raise ConfigError(f"The report has format {version}, expected {FORMAT}.")
             prompts = [_read_prompt(prompt) for prompt in values.pop("prompts")]
-            return cls(prompts=prompts, **values)
-        except (AttributeError, KeyError, TypeError) as error:
+            report = cls(prompts=prompts, **values)
+            _check_numbers(report, ("batch", "tokens", "kv_bytes_full", "kv_bytes", "pruning_seconds"))
+            return report
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"Not a plphp report: {type(error).__name__} {error}.") from error
+
+
+def _check_numbers(report: object, names: tuple[str, ...]) -> None:
+    """Raise TypeError where a field of a report that was read is no number."""
+    for name in names:
+        value = getattr(report, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _positions(values: Any) -> list[int]:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError(f"positions must be a list of integers, got {values!r:.60}")
+    return values
+
+
+def _read_row(values: dict[str, Any]) -> RowReport:
+    row = RowReport(**values)
+    _check_numbers(row, ("vision_score", "rate", "vision_tokens"))
+    return dataclasses.replace(row, kept_positions=[_positions(head) for head in row.kept_positions])
 
 
 def _read_prompt(values: dict[str, Any]) -> PromptReport:
@@ -180,10 +204,13 @@ def _read_prompt(values: dict[str, Any]) -> PromptReport:
         start=values["start"],
         end=values["end"],
         images=[
-            [ImageReport(image["positions"], tuple(image["grid"]) if image["grid"] else None) for image in row]
+            [
+                ImageReport(_positions(image["positions"]), tuple(image["grid"]) if image["grid"] else None)
+                for image in row
+            ]
             for row in values["images"]
         ],
-        layers=[LayerReport(layer["layer"], [RowReport(**row) for row in layer["rows"]]) for layer in values["layers"]],
+        layers=[LayerReport(layer["layer"], [_read_row(row) for row in layer["rows"]]) for layer in values["layers"]],
     )
 
 

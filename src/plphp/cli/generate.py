@@ -66,6 +66,8 @@ def generate(
     options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling}
     if report is not None and not report.parent.is_dir():
         raise ConfigError(f"There is no folder {report.parent} to write the report to.")
+    if report is not None and report.is_dir():
+        raise ConfigError(f"{report} is a folder: name the file to write the report to.")
     if (prompt is None) == (chat is None):
         raise ConfigError("Give either --prompt or --chat.")
     with progress("loading plphp", quiet=as_json) as tell:

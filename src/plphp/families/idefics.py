@@ -26,7 +26,13 @@ def _shuffled(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
 
 
 FAMILIES = (
-    Family("idefics2", ("idefics2",), token_ids("image_token_id"), _resampled),
+    Family(
+        "idefics2",
+        ("idefics2",),
+        token_ids("image_token_id"),
+        _resampled,
+        notes="Refused where the Mistral text model has a sliding window, which all of its layers share.",
+    ),
     Family(
         "idefics3",
         ("idefics3", "smolvlm"),

@@ -24,5 +24,5 @@ FAMILY = Family(
     model_types=("paligemma",),
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,
-    notes="The whole prompt is read bidirectionally. In PaliGemma 2 every other layer slides: not pruned.",
+    notes="The whole prompt is read bidirectionally. PaliGemma 2 soft-caps its attention and is refused.",
 )

@@ -11,6 +11,8 @@ _LATENT = "its layers cache one compressed latent for all heads (MLA), so there 
 _INDEXED = "its sparse attention picks entries of the KV cache by an index of its own, which eviction would shift."
 _SHARED = "its last layers read the keys and values of earlier layers, which would be pruned before they are read."
 
+_SOFTCAP = "its text model soft-caps the attention (attn_logit_softcapping), which plphp's attention does not."
+
 UNSUPPORTED: dict[str, str] = {
     "mllama": _CROSS_ATTENTION,
     "idefics": _CROSS_ATTENTION,
@@ -47,6 +49,8 @@ def reason_against(config: PretrainedConfig) -> str | None:
     text = config.get_text_config(decoder=True)
     if getattr(text, "num_kv_shared_layers", 0):
         return _SHARED
+    if getattr(text, "attn_logit_softcapping", None):
+        return _SOFTCAP
     if getattr(text, "index_topk", None):
         return _INDEXED
     if getattr(text, "kv_lora_rank", None):
