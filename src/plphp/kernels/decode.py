@@ -119,8 +119,10 @@ def _attend(
     query: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Attend with query [batch, kv_heads, group, query, dim] to keys [batch, kv_heads, kept, dim] and the tail."""
-    batch, kv_heads, group, length, _ = query.shape
+    batch, kv_heads, group, length, dim = query.shape
     kept, tail = keys.shape[2], tail_keys.shape[2]
+    if length == 1 and bias is None and kept and query.device.type == "cpu" and values.shape[-1] == dim:
+        return _attend_one(query[:, :, :, 0], keys, values, tail_keys, tail_values)[:, :, :, None]
     step = max(1, MAX_LOGITS // max(1, batch * kv_heads * group * (kept + tail)))
     parts = []
     for start in range(0, length, step):
@@ -134,3 +136,16 @@ def _attend(
         mixed = weights[..., :kept] @ values + weights[..., kept:] @ tail_values
         parts.append(mixed.unflatten(2, (group, -1)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+
+
+def _attend_one(query: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor) -> Tensor:
+    """Attend with one query per head on a CPU: query [batch, kv_heads, group, dim], nothing masked.
+
+    Each part goes through torch's fused kernel, and the two are merged by their log-sum-exps. On a CPU no public
+    function returns these.
+    """
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    first, first_lse = fused(query, keys, values, scale=1.0)
+    second, second_lse = fused(query, tail_keys, tail_values, scale=1.0)
+    share = torch.sigmoid(first_lse - second_lse)[..., None]
+    return torch.lerp(second.float(), first.float(), share).to(query.dtype)
