@@ -257,3 +257,37 @@ def test_a_turn_under_inference_mode_and_one_outside() -> None:
         turn = tiny.second_turn(model, inputs, first.sequences.clone())
         results.append(generate(model, turn, past_key_values=cache))
     assert_same_generation(*results)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
+def test_turns_after_several_sequences_and_after_a_choice_of_rows(family: str) -> None:
+    """Two sequences for each of two prompts; then one of them goes on alone."""
+    model, tiny = tiny_model(family), TINY[family]
+    inputs = tiny.inputs(model, [1, 1])
+    sampling = {"do_sample": True, "num_return_sequences": 2, "temperature": 1.5}
+    cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig(retention_rate=1.0))
+    torch.manual_seed(3)
+    first = generate(model, inputs, past_key_values=cache, **sampling)
+    repeated = {k: v.repeat_interleave(2, 0) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    types = {k: v.repeat_interleave(2, 0) for k, v in inputs.items() if k.endswith("token_type_ids")}
+    generate(model, tiny.inputs(model, [3]))
+    second = generate(
+        model, tiny.second_turn(model, {**repeated, **types}, first.sequences), past_key_values=cache
+    ).sequences
+    cache.batch_select_indices(torch.tensor([2]))
+    mask = torch.cat([repeated["attention_mask"], torch.ones(4, second.shape[1] - inputs["input_ids"].shape[1])], 1)
+    text = torch.tensor([[5, 6, 7]])
+    ids = torch.cat([second[2:3], text], 1)
+    whole_mask = torch.cat([mask[2:3], torch.ones(1, 3)], 1).long()
+    grown = {k: torch.nn.functional.pad(v[2:3], (0, ids.shape[1] - v.shape[1])) for k, v in types.items()}
+    third = generate(model, {"input_ids": ids, "attention_mask": whole_mask, **grown}, past_key_values=cache)
+
+    row = tiny.rows(model, [1, 1])[1]
+    answer = ids[:, inputs["input_ids"].shape[1] :]
+    longer = torch.cat([row["input_ids"], answer], 1)
+    whole = {**row, "input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    for name in types:
+        whole[name] = torch.nn.functional.pad(row[name], (0, answer.shape[1]))
+    expected = generate(model, whole)
+    for got, wanted in zip(third.logits, expected.logits, strict=True):
+        assert (got[0] - wanted[0]).abs().max() < 1e-4

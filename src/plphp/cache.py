@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -327,6 +327,13 @@ class PrunedCache(Cache):
         half_read = self._plan is not None and self._pruned[self._last].get_seq_length() > self._plan.spans.start
         if not self._dead and (cut_off or half_read):
             self._bury("an error stopped the model in the middle of a step")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (numbers, or a bool mask)."""
+        super().batch_select_indices(indices)
+        if self._turn is not None:
+            after = self._turn.after
+            self._turn = replace(self._turn, after=after[indices.to(after.device)], before=None, start=-1)
 
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""

@@ -77,6 +77,9 @@ def turn_positions(
     if start == 0 and has_vision and (inputs.get("input_ids") is None or inputs.get("mm_token_type_ids") is None):
         return None  # transformers refuses such a prompt, or places embeddings as text
     mask = real.to(model.device).long()
+    if before is not None and len(before) != len(mask):
+        # The turn before returned several sequences of each prompt.
+        before = before.repeat_interleave(len(mask) // len(before), dim=0)
     offset = mask[:, :start].sum(1, keepdim=True) + (0 if before is None else before.to(mask.device))
     given = inputs.get("position_ids")
     if given is not None:
