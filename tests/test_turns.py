@@ -224,8 +224,11 @@ def test_positions_of_a_first_turn_without_generate(again: bool) -> None:
     for direct in (False, True):
         cache = PrunedCache.for_inputs(model, tiny.inputs(model, [3]) if again else inputs, config("plphp"))
         if again:
-            generate(model, tiny.inputs(model, [3]), past_key_values=cache)
+            other = tiny.inputs(model, [3])
+            answer = generate(model, other, past_key_values=cache).sequences
+            generate(model, tiny.second_turn(model, other, answer, with_image=True), past_key_values=cache)
             cache.reset()
+            assert (cache.nbytes, cache.pruning_seconds, cache.records, cache.turn) == (0, 0.0, [], None)
             cache.plan(inputs)
         if direct:
             model(**inputs, past_key_values=cache)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from .config import PLPHPConfig, checked
 from .errors import (
     CacheStateError,
     ConfigError,
-    NonFiniteAttentionError,
+    PLPHPError,
     SpanError,
     UnsupportedFeatureError,
     UnsupportedModelError,
@@ -30,7 +29,6 @@ from .registry import family_of, get_method
 from .report import LayerRecord, PruneReport, build_report
 from .selection import keep_mask
 from .spans import find_spans, real_tokens
-from .types import RowAllocation
 
 
 @dataclass(frozen=True)
@@ -236,36 +234,15 @@ class PrunedCache(Cache):
 
     def _evict(self, plan: PromptPlan) -> None:
         """Allocate rates over the scored layers, select and compact in each of them."""
-        for layer_idx, rows in self._allocate(plan).items():
+        try:
+            allocation = plan.allocate(self.method, self.config, len(self.layers))
+        except PLPHPError as error:
+            self._kill(str(error), type(error))
+        for layer_idx, rows in allocation.items():
             scores, layer = plan.scores.pop(layer_idx), self._pruned[layer_idx]
             keep = keep_mask(self.method.rank(scores, self.config), scores, [row.rate for row in rows], self.config)
             self.records.append(LayerRecord.of(plan.spans, layer.prefix_length, scores, rows, keep))
             layer.compact(keep)
-
-    def _allocate(self, plan: PromptPlan) -> dict[int, list[RowAllocation]]:
-        """Layer level: an allocation for each row of each scored layer."""
-        gammas = {layer: scores.vision_score().tolist() for layer, scores in plan.scores.items()}
-        for layer, gamma in gammas.items():
-            if not all(map(math.isfinite, gamma)):
-                self._kill(
-                    f"the attention of layer {layer} is {gamma}, expected finite numbers", NonFiniteAttentionError
-                )
-        exempt = {layer % len(self.layers) for layer in self.config.exempt_layers} & gammas.keys()
-        judged = [layer for layer in gammas if layer not in exempt]
-        allocation = {layer: [RowAllocation(gamma, "exempt", 1.0) for gamma in gammas[layer]] for layer in exempt}
-        if judged:
-            chosen = self.method.allocate([gammas[layer] for layer in judged], self.config)
-            allocation.update(zip(judged, chosen, strict=True))
-            rates = [row.rate for rows in chosen for row in rows]
-            if not all(0 <= rate <= 1 for rate in rates):
-                self._kill(
-                    f"the method {self.method.name!r} gave retention rates outside of [0, 1]: {rates}", ConfigError
-                )
-        for row, has_vision in enumerate(plan.spans.vision.any(1).tolist()):
-            if not has_vision:
-                for rows in allocation.values():
-                    rows[row] = RowAllocation(0.0, "no-vision", 1.0)
-        return allocation
 
     def report(self) -> PruneReport:
         """What was kept and evicted so far, and the bytes that the cache holds now.

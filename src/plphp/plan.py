@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .config import PLPHPConfig
+from .errors import ConfigError, NonFiniteAttentionError
 from .kernels import window_scores
 from .layer import PrunedLayer
+from .methods.base import Method
 from .spans import query_mask
-from .types import LayerScores, VisionSpans
+from .types import LayerScores, RowAllocation, VisionSpans
 
 
 @dataclass
@@ -86,3 +89,41 @@ class PromptPlan:
         )
         segment = self.spans.segment[:, tail].to(keys.device)
         self.scores[layer_idx] = LayerScores(attention, segment, real, layer_idx, keys.shape[1])
+
+    def allocate(self, method: Method, config: PLPHPConfig, layers: int) -> dict[int, list[RowAllocation]]:
+        """Layer level: an allocation for each row of each scored layer.
+
+        Parameters
+        ----------
+        method : Method
+            Gives the rates.
+        config : PLPHPConfig
+            Its settings, and the exempt layers.
+        layers : int
+            Decoder layers of the model, from which negative exempt layers count.
+
+        Raises
+        ------
+        NonFiniteAttentionError
+            If the vision attention score of a layer is not finite.
+        ConfigError
+            If the method gives a rate outside of [0, 1].
+        """
+        gammas = {layer: scores.vision_score().tolist() for layer, scores in self.scores.items()}
+        for layer, gamma in gammas.items():
+            if not all(map(math.isfinite, gamma)):
+                raise NonFiniteAttentionError(f"the attention of layer {layer} is {gamma}, expected finite numbers")
+        exempt = {layer % layers for layer in config.exempt_layers} & gammas.keys()
+        judged = [layer for layer in gammas if layer not in exempt]
+        allocation = {layer: [RowAllocation(gamma, "exempt", 1.0) for gamma in gammas[layer]] for layer in exempt}
+        if judged:
+            chosen = method.allocate([gammas[layer] for layer in judged], config)
+            allocation.update(zip(judged, chosen, strict=True))
+            rates = [row.rate for rows in chosen for row in rows]
+            if not all(0 <= rate <= 1 for rate in rates):
+                raise ConfigError(f"the method {method.name!r} gave retention rates outside of [0, 1]: {rates}")
+        for row, has_vision in enumerate(self.spans.vision.any(1).tolist()):
+            if not has_vision:
+                for rows in allocation.values():
+                    rows[row] = RowAllocation(0.0, "no-vision", 1.0)
+        return allocation
