@@ -77,6 +77,7 @@ def make(
     seq: int = 9,
     kept: str = "ragged",
     dtype: torch.dtype = torch.float32,
+    value_dim: int = VALUE_DIM,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(batch, kv_heads, seq, generator=generator) < 0.5
@@ -92,10 +93,10 @@ def make(
     return Case(
         noise(generator, batch, kv_heads * group, length, KEY_DIM, dtype=dtype),
         noise(generator, batch, kv_heads, seq, KEY_DIM, dtype=dtype),
-        noise(generator, batch, kv_heads, seq, VALUE_DIM, dtype=dtype),
+        noise(generator, batch, kv_heads, seq, value_dim, dtype=dtype),
         keep,
         noise(generator, batch, kv_heads, tail, KEY_DIM, dtype=dtype),
-        noise(generator, batch, kv_heads, tail, VALUE_DIM, dtype=dtype),
+        noise(generator, batch, kv_heads, tail, value_dim, dtype=dtype),
     )
 
 
@@ -120,6 +121,15 @@ def test_attention_is_naive_attention(
     kv_heads: int, group: int, length: int, tail: int, kept: str, dtype: torch.dtype
 ) -> None:
     case = make(1, 3, kv_heads, group, length, tail, kept=kept, dtype=dtype)
+    assert_attention(attend(case), case.naive(case.visible()), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("tail", [1, 9])
+def test_one_query_with_values_as_wide_as_keys(tail: int, kept: str, dtype: torch.dtype) -> None:
+    """The case of ordinary decoding, which goes through torch's fused kernel on a CPU."""
+    case = make(2, 3, 2, 3, 1, tail, kept=kept, dtype=dtype, value_dim=KEY_DIM)
     assert_attention(attend(case), case.naive(case.visible()), dtype)
 
 
