@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .attachment import Attachment, Lease
-from .config import PLPHPConfig, checked
+from .config import PLPHPConfig, checked, warn_if_calibrated_elsewhere
 from .errors import (
     CacheStateError,
     ConfigError,
@@ -59,6 +59,7 @@ class PrunedCache(Cache):
                 raise ConfigError(
                     f"exempt_layers names layer {layer}, but the model has the layers 0 to {len(layers) - 1}."
                 )
+        warn_if_calibrated_elsewhere(config, len(layers))
         self.config = config
         self.method = get_method(config.method)
         self.attachment = attachment

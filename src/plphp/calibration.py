@@ -4,15 +4,75 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from .cache import PrunedCache
 from .config import PLPHPConfig
 from .errors import ConfigError
-from .session import prune
+from .registry import get_method
+from .report import PruneReport, RowReport
+
+Rows = list[tuple[int, RowReport]]
+"""Layer numbers with what each layer did to one row."""
+
+
+@dataclass(frozen=True)
+class RetentionMeasurement:
+    """What pruned caches kept of some prompts; each row of a batch counts as a prompt.
+
+    Parameters
+    ----------
+    config : PLPHPConfig
+        The settings.
+    retentions : tuple of float
+        Per prompt, vision entries kept as a fraction of all, over heads and all layers but the exempt ones: what
+        ``target_retention`` is about.
+    retentions_all_layers : tuple of float
+        The same with the exempt layers, which keep everything.
+    vision_tokens : tuple of int
+        Per prompt.
+    classes : dict
+        Per layer, how many prompts put it in each class.
+    """
+
+    config: PLPHPConfig
+    retentions: tuple[float, ...]
+    retentions_all_layers: tuple[float, ...]
+    vision_tokens: tuple[int, ...]
+    classes: dict[int, dict[str, int]]
+
+    @property
+    def mean(self) -> float:
+        """Mean of ``retentions``."""
+        return statistics.fmean(self.retentions)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of ``retentions`` over the prompts (of the sample); 0 for one prompt."""
+        return statistics.stdev(self.retentions) if len(self.retentions) > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values, with mean, spread and extremes."""
+        return {
+            "prompts": len(self.retentions),
+            "mean": self.mean,
+            "std": self.std,
+            "min": min(self.retentions),
+            "max": max(self.retentions),
+            "mean_all_layers": statistics.fmean(self.retentions_all_layers),
+            "vision_tokens_min": min(self.vision_tokens),
+            "vision_tokens_max": max(self.vision_tokens),
+            "retentions": list(self.retentions),
+            "vision_tokens": list(self.vision_tokens),
+            "classes": {str(layer): dict(counts) for layer, counts in self.classes.items()},
+        }
 
 
 def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], config: PLPHPConfig) -> PLPHPConfig:
@@ -36,23 +96,31 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     PLPHPConfig
         With ``retention_rate`` in the place of ``target_retention`` and both thresholds set: layers are compacted
         one by one during prefill again. The mean retention of one prompt may be off the target; over the prompts
-        given it is met but for ties.
+        given it is met but for ties. `measure_retention` tells what it is on others.
 
     Raises
     ------
     ConfigError
-        If ``target_retention`` is not set, or no prompt has a vision token.
+        If ``target_retention`` is not set, the method has no layer classes, or no prompt has a vision token.
     """
     if config.target_retention is None:
         raise ConfigError("calibrate needs a config with target_retention, got None.")
-    exempt = {layer % model.config.get_text_config().num_hidden_layers for layer in config.exempt_layers}
+    if not get_method(config.method).uses_class_rule:
+        raise ConfigError(
+            f"The method {config.method!r} does not sort layers by thresholds, so there is nothing to calibrate: set "
+            "its retention_rate."
+        )
+    # Rate 1 evicts nothing, and the method still looks at what it judges layers by.
+    everything = {"retention_rate": 1.0, "retention_delta": None, "target_retention": None, "calibrated_layers": None}
+    observe = dataclasses.replace(config, **everything)
     scores: list[float] = []
-    observe = dataclasses.replace(config, method="none", target_retention=None, exempt_layers=())
+    layers = 0
     for inputs in prompts:
-        with prune(model, observe) as run:
-            model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        layers = [layer for prompt in run.report.prompts for layer in prompt.layers if layer.layer not in exempt]
-        scores += [row.vision_score for layer in layers for row in layer.rows if row.vision_tokens]
+        cache = PrunedCache.for_inputs(model, inputs, observe)
+        read_prompt(model, inputs, cache)
+        layers = len(cache.layers)
+        scores += [row.vision_score for rows in _rows(cache.report()) for _, row in rows if row.layer_class != "exempt"]
+        del cache  # the model is as it was when no cache is left
     if not scores:
         raise ConfigError("No prompt with a vision token was given: calibrate needs at least one.")
     ranked = torch.tensor(sorted(scores), dtype=torch.float64)
@@ -66,4 +134,68 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
         target_retention=None,
         indifferent_threshold=min(1.0, max(0.0, low.item())),
         attentive_threshold=min(1.0, max(0.0, high.item())),
+        calibrated_layers=layers,
     )
+
+
+def measure_retention(
+    model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], config: PLPHPConfig
+) -> RetentionMeasurement:
+    """Prune some prompts and read from the reports of the caches how much of them is left.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A supported vision-language model.
+    prompts : iterable of mapping
+        Inputs of ``generate``; each is read once. Rows without a vision token are left out.
+    config : PLPHPConfig
+        Such as `calibrate` returns.
+
+    Returns
+    -------
+    RetentionMeasurement
+
+    Raises
+    ------
+    ConfigError
+        If no prompt has a vision token.
+    """
+    judged, whole, tokens = [], [], []
+    classes: dict[int, Counter[str]] = {}
+    for inputs in prompts:
+        cache = PrunedCache.for_inputs(model, inputs, config)
+        read_prompt(model, inputs, cache)
+        for rows in _rows(cache.report()):
+            judged.append(_kept([row for _, row in rows if row.layer_class != "exempt"]))
+            whole.append(_kept([row for _, row in rows]))
+            tokens.append(rows[0][1].vision_tokens)
+            for layer, row in rows:
+                classes.setdefault(layer, Counter())[row.layer_class] += 1
+        del cache  # as above
+    if not tokens:
+        raise ConfigError("No prompt with a vision token was given: there is no retention to measure.")
+    counts = {layer: dict(counter) for layer, counter in sorted(classes.items())}
+    return RetentionMeasurement(config, tuple(judged), tuple(whole), tuple(tokens), counts)
+
+
+def read_prompt(model: PreTrainedModel, inputs: Mapping[str, Any], cache: PrunedCache) -> None:
+    """Read a prompt into a cache that was made for it, and no more."""
+    generate: Any = model.generate
+    generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1)
+
+
+def _rows(report: PruneReport) -> list[Rows]:
+    """Per row with vision tokens, what each layer did to it."""
+    return [
+        rows
+        for prompt in report.prompts
+        for number in range(report.batch)
+        if (rows := [(layer.layer, layer.rows[number]) for layer in prompt.layers]) and rows[0][1].vision_tokens
+    ]
+
+
+def _kept(rows: list[RowReport]) -> float:
+    """Vision entries kept as a fraction of all; 1 where there are none."""
+    total = sum(row.vision_tokens * len(row.kept) for row in rows)
+    return sum(sum(row.kept) for row in rows) / total if total else 1.0

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import tomllib
 from collections.abc import Mapping
@@ -14,6 +16,8 @@ from typing import Any, Literal
 from .errors import ConfigError, did_you_mean
 
 DEFAULT_DELTA = 0.3
+
+_logger = logging.getLogger("plphp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,9 @@ class PLPHPConfig:
         Vision tokens that each KV head keeps at least (per image with ``image_quota="per_image"``).
     seed : int
         Seed of the method ``random``.
+    calibrated_layers : int, optional
+        Decoder layers of the model that the thresholds were calibrated on, see `plphp.calibrate`. Used on a model
+        with another number, a warning is logged once.
 
     Raises
     ------
@@ -82,6 +89,7 @@ class PLPHPConfig:
     image_quota: Literal["pooled", "per_image"] = "pooled"
     min_kept: int = 1
     seed: int = 0
+    calibrated_layers: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not self.method:
@@ -113,6 +121,8 @@ class PLPHPConfig:
         _check_choice("image_quota", self.image_quota, ("pooled", "per_image"))
         _check_int("min_kept", self.min_kept, minimum=0)
         _check_int("seed", self.seed, minimum=0)
+        if self.calibrated_layers is not None:
+            _check_int("calibrated_layers", self.calibrated_layers, minimum=1, other="None")
 
     @property
     def base_rate(self) -> float:
@@ -207,6 +217,26 @@ def checked(config: object) -> PLPHPConfig:
             "PLPHPConfig.from_dict for a mapping."
         )
     return config
+
+
+@functools.lru_cache
+def warn_if_calibrated_elsewhere(config: PLPHPConfig, layers: int) -> None:
+    """Log a warning, once, where thresholds meet a model of another depth than that they were calibrated on.
+
+    Parameters
+    ----------
+    config : PLPHPConfig
+        The settings.
+    layers : int
+        Decoder layers of the model.
+    """
+    if config.calibrated_layers not in (None, layers):
+        _logger.warning(
+            "The thresholds were calibrated on a model with %d decoder layers and are used on one with %d: calibrate "
+            "again with this model.",
+            config.calibrated_layers,
+            layers,
+        )
 
 
 def _read_value(key: str, value: str) -> Any:

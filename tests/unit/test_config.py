@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import plphp
 from plphp import ConfigError, PLPHPConfig, PLPHPError
+from tiny_models import TINY, tiny_model
 
 fractions = st.floats(0, 1)
 
@@ -174,7 +176,7 @@ def test_error_names_the_setting_the_value_and_what_was_expected(values: dict[st
         ("plphp:retention_rate=0.5,retention_rate=0.6", "'retention_rate' is given twice"),
         ("plphp:method=random", "'method' is given twice"),
         ("plphp:retention_rat=0.5", "Unknown setting 'retention_rat'. Did you mean 'retention_rate'?"),
-        ("plphp:qqq=1", "Unknown setting 'qqq'. Known: attentive_threshold, class_quantile,"),
+        ("plphp:qqq=1", "Unknown setting 'qqq'. Known: attentive_threshold, calibrated_layers,"),
         ("plphp:retention_rate=half", "retention_rate must be a number between 0 and 1, got 'half'"),
         ("plphp:retention_rate=nan", "retention_rate must be between 0 and 1, got nan"),
         ("plphp:retention_rate=true", "retention_rate must be a number between 0 and 1, got 'true'"),
@@ -219,3 +221,15 @@ def test_config_is_frozen_hashable_and_keyword_only() -> None:
         config.retention_rate = 0.5  # type: ignore[misc]
     with pytest.raises(TypeError):
         PLPHPConfig("plphp")  # type: ignore[misc]
+
+
+def test_thresholds_of_a_model_of_another_depth_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llava")
+    inputs = TINY["llava"].inputs(model)
+    for layers, warnings in ((3, 0), (5, 1), (5, 0)):
+        caplog.clear()
+        with plphp.prune(model, PLPHPConfig(calibrated_layers=layers, seed=71)):
+            model.generate(**inputs, max_new_tokens=1)
+        assert ["5 decoder layers" in record.message for record in caplog.records] == [True] * warnings
+    with pytest.raises(ConfigError, match="calibrated_layers"):
+        PLPHPConfig(calibrated_layers=0)
