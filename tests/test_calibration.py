@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Target retention: quantiles within the prompt, and thresholds calibrated on other prompts."""
+"""Target retention: quantiles within the prompt, thresholds calibrated on other prompts, and what they keep."""
 
 from __future__ import annotations
 
 import dataclasses
+import tomllib
+from pathlib import Path
 
 import pytest
 
 import plphp
 from invariants import pruned
 from plphp import PLPHPConfig
+from plphp.presets import write_preset
 from tiny_models import TINY, tiny_model
 
 
@@ -51,3 +54,76 @@ def test_calibrate_needs_a_target_and_images() -> None:
     text = TINY["llava"].inputs(model, [0])
     with pytest.raises(plphp.ConfigError, match="vision token"):
         plphp.calibrate(model, [text], dataclasses.replace(PLPHPConfig(), target_retention=0.4))
+
+
+@pytest.mark.parametrize("family", ["llava-next", "qwen2-vl", "gemma3", "internvl"])
+def test_measured_retention_is_that_of_the_reports(family: str) -> None:
+    model = tiny_model(family)
+    prompts = [TINY[family].inputs(model, [count, 1], seed=count) for count in (1, 2, 3)]
+    config = plphp.calibrate(model, prompts, PLPHPConfig(target_retention=0.5, exempt_layers=(-1,)))
+    measured = plphp.measure_retention(model, iter(prompts), config)
+    assert "generate" not in model.__dict__
+    whole, tokens, exempt = [], [], 0
+    for inputs in prompts:
+        _, report = pruned(model, inputs, config)
+        for row in range(2):
+            rows = [layer.rows[row] for layer in report.prompts[0].layers]
+            whole.append(sum(sum(one.kept) for one in rows) / sum(one.vision_tokens * len(one.kept) for one in rows))
+            tokens.append(rows[0].vision_tokens)
+            exempt += sum(one.layer_class == "exempt" for one in rows)
+    assert measured.retentions_all_layers == pytest.approx(whole)
+    assert measured.vision_tokens == tuple(tokens)
+    assert sum(counts.get("exempt", 0) for counts in measured.classes.values()) == exempt
+    assert all(sum(counts.values()) == 6 for counts in measured.classes.values())
+    values = measured.summary()
+    assert values["retention_mean"] == pytest.approx(sum(measured.retentions) / 6)
+    assert values["retention_min"] <= values["retention_mean"] <= values["retention_max"]
+    # the exempt layer is aside, and with these few tokens only rounding is between the rate and what is kept
+    assert measured.mean == pytest.approx(0.5, abs=0.06)
+    if exempt:
+        assert values["retention_mean_all_layers"] > measured.mean
+
+
+def test_one_prompt_has_no_spread_and_text_no_retention() -> None:
+    model = tiny_model("llava")
+    one, text = (TINY["llava"].inputs(model, [count]) for count in (1, 0))
+    measured = plphp.measure_retention(model, [one, text], PLPHPConfig(method="uniform", retention_rate=0.25))
+    assert (measured.retentions, measured.std) == ((0.25,), 0.0)
+    assert measured.classes == {layer: {"uniform": 1} for layer in range(3)}
+    with pytest.raises(plphp.ConfigError, match="vision token"):
+        plphp.measure_retention(model, [text], PLPHPConfig())
+
+
+def test_methods_without_classes_are_not_calibrated() -> None:
+    with pytest.raises(plphp.ConfigError, match="'uniform' does not sort layers"):
+        plphp.calibrate(tiny_model("llava"), [], PLPHPConfig(method="uniform", target_retention=0.4))
+
+
+def test_thresholds_of_any_choice_of_query_rows() -> None:
+    model = tiny_model("llava")
+    prompts = [TINY["llava"].inputs(model, [2], seed=seed) for seed in range(4)]
+    first, text = (
+        plphp.calibrate(model, prompts, PLPHPConfig(target_retention=0.4, query_rows=rows)) for rows in (1, "text")
+    )
+    assert first.attentive_threshold != text.attentive_threshold
+    scores = plphp.profile(model, prompts, ["text"]).layer_scores("text")
+    assert (scores >= text.attentive_threshold).sum() == (scores < text.indifferent_threshold).sum() == 4
+
+
+def test_a_preset_reads_back_and_knows_the_models_depth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llava")
+    prompts = [TINY["llava"].inputs(model, [1], seed=seed) for seed in range(3)]
+    config = plphp.calibrate(model, prompts, PLPHPConfig(target_retention=0.4, query_rows="text", exempt_layers=(0,)))
+    assert config.calibrated_layers == 3
+    record = {"model": 'a "name"\\\n', "none": None, "held out": {"retention_mean": 1e-7, "list": [1, 2]}}
+    write_preset(tmp_path / "preset.toml", config, record)
+    loaded = PLPHPConfig.from_toml(tmp_path / "preset.toml")
+    assert loaded == dataclasses.replace(config, retention_delta=config.delta)
+    written = tomllib.loads((tmp_path / "preset.toml").read_text())
+    assert written["calibration"] == {"model": 'a "name"\\\n', "held out": {"retention_mean": 1e-7, "list": [1, 2]}}
+    pruned(model, prompts[0], loaded)
+    assert caplog.records == []
+    other = tiny_model("qwen3-vl")
+    pruned(other, TINY["qwen3-vl"].inputs(other), loaded)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "with 3 decoder layers and are used on one with 4" in caplog.text

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import PrunedCache
-    from .calibration import calibrate
+    from .calibration import RetentionMeasurement, calibrate, measure_retention
     from .config import PLPHPConfig
     from .errors import (
         BackendUnavailableError,
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         UnsupportedFeatureError,
         UnsupportedModelError,
     )
+    from .profile_report import AttentionProfile
+    from .profiling import profile
     from .registry import available_families, available_methods, register_family, register_method
     from .report import PruneReport
     from .session import Session, apply, prune, remove
@@ -32,7 +34,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "cache": ("PrunedCache",),
-    "calibration": ("calibrate",),
+    "calibration": ("RetentionMeasurement", "calibrate", "measure_retention"),
     "config": ("PLPHPConfig",),
     "errors": (
         "BackendUnavailableError",
@@ -45,6 +47,8 @@ _MODULES = {
         "UnsupportedFeatureError",
         "UnsupportedModelError",
     ),
+    "profile_report": ("AttentionProfile",),
+    "profiling": ("profile",),
     "registry": ("available_families", "available_methods", "register_family", "register_method"),
     "report": ("PruneReport",),
     "session": ("Session", "apply", "prune", "remove"),
@@ -52,6 +56,7 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "AttentionProfile",
     "BackendUnavailableError",
     "CacheStateError",
     "ConfigError",
@@ -61,6 +66,7 @@ __all__ = [
     "PLPHPError",
     "PruneReport",
     "PrunedCache",
+    "RetentionMeasurement",
     "Session",
     "SpanError",
     "UnsupportedFeatureError",
@@ -69,6 +75,8 @@ __all__ = [
     "available_families",
     "available_methods",
     "calibrate",
+    "measure_retention",
+    "profile",
     "prune",
     "register_family",
     "register_method",

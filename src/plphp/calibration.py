@@ -58,18 +58,26 @@ class RetentionMeasurement:
         """Standard deviation of ``retentions`` over the prompts (of the sample); 0 for one prompt."""
         return statistics.stdev(self.retentions) if len(self.retentions) > 1 else 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-ready values, with mean, spread and extremes."""
+    def summary(self) -> dict[str, float]:
+        """Return the number of prompts with mean, spread and extremes, JSON-ready."""
         return {
             "prompts": len(self.retentions),
-            "mean": self.mean,
-            "std": self.std,
-            "min": min(self.retentions),
-            "max": max(self.retentions),
-            "mean_all_layers": statistics.fmean(self.retentions_all_layers),
             "vision_tokens_min": min(self.vision_tokens),
             "vision_tokens_max": max(self.vision_tokens),
+            "retention_mean": self.mean,
+            "retention_std": self.std,
+            "retention_min": min(self.retentions),
+            "retention_max": max(self.retentions),
+            "retention_mean_all_layers": statistics.fmean(self.retentions_all_layers),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values, the summary among them."""
+        return {
+            **self.summary(),
+            "config": self.config.to_dict(),
             "retentions": list(self.retentions),
+            "retentions_all_layers": list(self.retentions_all_layers),
             "vision_tokens": list(self.vision_tokens),
             "classes": {str(layer): dict(counts) for layer, counts in self.classes.items()},
         }
@@ -103,16 +111,11 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     ConfigError
         If ``target_retention`` is not set, the method has no layer classes, or no prompt has a vision token.
     """
-    if config.target_retention is None:
-        raise ConfigError("calibrate needs a config with target_retention, got None.")
-    if not get_method(config.method).uses_class_rule:
-        raise ConfigError(
-            f"The method {config.method!r} does not sort layers by thresholds, so there is nothing to calibrate: set "
-            "its retention_rate."
-        )
+    target = check_calibratable(config)
     # Rate 1 evicts nothing, and the method still looks at what it judges layers by.
-    everything = {"retention_rate": 1.0, "retention_delta": None, "target_retention": None, "calibrated_layers": None}
-    observe = dataclasses.replace(config, **everything)
+    observe = dataclasses.replace(
+        config, retention_rate=1.0, retention_delta=None, target_retention=None, calibrated_layers=None
+    )
     scores: list[float] = []
     layers = 0
     for inputs in prompts:
@@ -130,12 +133,30 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     high = (ranked[-share - 1] + ranked[-share]) / 2 if share else ranked[-1] + 1e-6
     return dataclasses.replace(
         config,
-        retention_rate=config.target_retention,
+        retention_rate=target,
         target_retention=None,
         indifferent_threshold=min(1.0, max(0.0, low.item())),
         attentive_threshold=min(1.0, max(0.0, high.item())),
         calibrated_layers=layers,
     )
+
+
+def check_calibratable(config: PLPHPConfig) -> float:
+    """Return the target of a config that `calibrate` takes.
+
+    Raises
+    ------
+    ConfigError
+        If ``target_retention`` is not set, or the method has no layer classes.
+    """
+    if config.target_retention is None:
+        raise ConfigError("calibrate needs a config with target_retention, got None.")
+    if not get_method(config.method).uses_class_rule:
+        raise ConfigError(
+            f"The method {config.method!r} does not sort layers by thresholds, so there is nothing to calibrate: set "
+            "its retention_rate."
+        )
+    return config.target_retention
 
 
 def measure_retention(

@@ -103,7 +103,7 @@ def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0)
         If matplotlib is not installed.
     """
     layers = layer_rows(report, prompt, row)
-    figure = _figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(
         [n for n, _ in layers],
@@ -127,7 +127,14 @@ def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0)
     return figure
 
 
-def _figure(**options: Any) -> Figure:
+def new_figure(**options: Any) -> Figure:
+    """Make a figure that is drawn without a display.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -155,7 +162,7 @@ def _tile_figure(
 ) -> Figure:
     columns = min(COLUMNS, len(tiles))
     lines = math.ceil(len(tiles) / columns)
-    figure = _figure(figsize=(1.5 * max(columns, 4) + 1, (1.9 * lines + 0.6) * len(shown)), layout="constrained")
+    figure = new_figure(figsize=(1.5 * max(columns, 4) + 1, (1.9 * lines + 0.6) * len(shown)), layout="constrained")
     parts: Any = figure.subfigures(len(shown), 1, squeeze=False)
     for number, (part, image) in enumerate(zip(parts[:, 0], shown, strict=True)):
         part.suptitle(_image_title(number, len(shown), image), fontsize="medium")

@@ -35,11 +35,22 @@ def read_chat(path: str | Path) -> list[dict[str, Any]]:
         raise LoadError(f"The chat {path} is not JSON: {error}.") from error
     if not isinstance(messages, list):
         raise LoadError(f"The chat {path} must be a list of messages, got a {type(messages).__name__}.")
-    messages = _normalized(messages)
-    for part in _parts(messages):
+    return chat_in(path.parent, messages)
+
+
+def chat_in(folder: Path, messages: Messages) -> list[dict[str, Any]]:
+    """Copy a chat, with the relative paths of its images from ``folder``.
+
+    Raises
+    ------
+    ConfigError
+        If it is not a chat.
+    """
+    chat = _normalized(messages)
+    for part in _parts(chat):
         if "path" in part:
-            part["path"] = str(path.parent / part["path"])
-    return messages
+            part["path"] = str(folder / part["path"])
+    return chat
 
 
 def build_inputs(

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts from files: what is read, and what is said of a file that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_hub
+from plphp import SpanError
+from plphp.errors import LoadError
+from plphp.prompts_file import Prompt, prompt_inputs, read_prompts
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "images" / "questions.json"
+TURNS = [
+    {"role": "user", "content": [{"type": "image", "path": "b.png"}, {"type": "text", "text": "one"}]},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "three"}]},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images in a folder of their own."""
+    (tmp_path / "images").mkdir()
+    tiny_hub.picture(tmp_path / "images" / "a.png")
+    tiny_hub.picture(tmp_path / "b.png", seed=9)
+    return tmp_path
+
+
+def write(folder: Path, *lines: Any) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_lines_are_read(folder: Path) -> None:
+    question = {"images": ["images/a.png", "b.png"], "question": "a\u2028b?", "answer": "c"}
+    path = write(folder, json.dumps(question, ensure_ascii=False), "", {"images": ["b.png"], "turns": TURNS})
+    first, second = read_prompts(path)
+    assert first == Prompt((folder / "images/a.png", folder / "b.png"), "a\u2028b?", None, f"{path}, line 1")
+    assert second.origin == f"{path}, line 3"
+    assert second.turns is not None
+    assert second.turns[0]["content"][0]["path"] == str(folder / "b.png")
+
+
+def test_a_json_list_is_read() -> None:
+    prompts = read_prompts(EXAMPLES)
+    values = json.loads(EXAMPLES.read_text())
+    assert [prompt.question for prompt in prompts] == [value["question"] for value in values]
+    assert [len(prompt.images) for prompt in prompts] == [len(value["images"]) for value in values]
+
+
+def test_inputs_are_made_when_they_are_asked_for(folder: Path) -> None:
+    path = write(
+        folder,
+        {"images": ["images/a.png", "b.png"], "question": "a?"},
+        {"images": ["images/a.png"], "turns": TURNS},
+        {"images": ["b.png"], "question": "<image> and <image>?"},
+    )
+    inputs = prompt_inputs(tiny_hub.processor(), read_prompts(path))
+    for _ in range(2):
+        assert next(inputs)["pixel_values"].shape[0] == 2
+    with pytest.raises(SpanError, match=r"line 3: The prompt has 2 image slot\(s\), but 1"):
+        next(inputs)
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("{", "line 2: not JSON"),
+        ("3", 'line 2: expected an object with "question" and "images", got 3'),
+        ({"images": ["b.png"]}, 'line 2: expected either "question" or "turns", got images'),
+        ({}, "got nothing"),
+        ({"images": ["b.png"], "question": "a", "turns": []}, 'either "question" or "turns"'),
+        ({"images": ["b.png"], "question": ["a"]}, '"question" must be text'),
+        ({"images": ["b.png"], "question": " "}, '"question" must be text'),
+        ({"question": "a"}, 'line 2: "images" is missing'),
+        ({"images": "b.png", "question": "a"}, '"images" must be a list'),
+        ({"images": [1], "question": "a"}, '"images" must be a list'),
+        ({"images": [], "question": "a"}, '"images" is empty'),
+        ({"images": ["none.png"], "question": "a"}, "line 2: there is no image file .*none.png"),
+        ({"turns": []}, '"turns" must be a list of messages'),
+        ({"turns": "a"}, '"turns" must be a list of messages'),
+        ({"turns": [{"role": "user"}]}, "line 2: The content of message 1"),
+        ({"turns": [{"role": "user", "content": [{"type": "image", "path": "c.png"}]}]}, "no image file .*c.png"),
+    ],
+)
+def test_a_wrong_line_is_named(folder: Path, line: Any, part: str) -> None:
+    with pytest.raises(LoadError, match=part):
+        read_prompts(write(folder, {"images": ["b.png"], "question": "a"}, line))
+
+
+def test_a_wrong_file(folder: Path) -> None:
+    with pytest.raises(LoadError, match=r"none\.jsonl: No such file"):
+        read_prompts(folder / "none.jsonl")
+    with pytest.raises(LoadError, match="not UTF-8"):
+        read_prompts(folder / "b.png")
+    with pytest.raises(LoadError, match="holds no prompts"):
+        read_prompts(write(folder, "", ""))
+    with pytest.raises(LoadError, match="holds no prompts"):
+        read_prompts(write(folder, "[]"))
+    with pytest.raises(LoadError, match="neither JSON Lines nor a JSON list"):
+        read_prompts(write(folder, "[{]"))
+    with pytest.raises(LoadError, match="entry 2: expected an object"):
+        read_prompts(write(folder, '[{"question": "a", "images": ["b.png"]}, 1]'))
