@@ -41,7 +41,7 @@ def test_soft_capped_text_model() -> None:
 @pytest.mark.parametrize("rate", [float("nan"), -0.5, 1.5])
 def test_a_method_with_impossible_rates(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(scores: Any, settings: Any) -> Any:
-        return [[plphp.types.RowAllocation(one, "uniform", rate) for one in layer] for layer in scores]
+        return [[plphp.types.RowAllocation(one, "uniform", rate) for one in layer.vision_score] for layer in scores]
 
     monkeypatch.setattr(registry, "_methods", {})
     broken = dataclasses.replace(plphp.available_methods()["uniform"], name="broken", allocate=allocate)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer level: from vision attention scores to retention rates. Pure functions.
 
-Every allocator takes the scores of one or more layers, ``[layer][row]``, and returns a `RowAllocation` for each.
+Every allocator takes one or more scored layers, all of a prompt where the method needs them at once, and returns a
+`RowAllocation` for each of their rows.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from .config import PLPHPConfig
-from .types import LayerClass, RowAllocation
+from .types import LayerClass, RowAllocation, ScoredLayer
 
-Scores = Sequence[Sequence[float]]
+Layers = Sequence[ScoredLayer]
 Allocation = list[list[RowAllocation]]
-Allocator = Callable[[Scores, PLPHPConfig], Allocation]
+Allocator = Callable[[Layers, PLPHPConfig], Allocation]
 
 
 def classify(score: float, config: PLPHPConfig) -> LayerClass:
@@ -32,7 +33,7 @@ def rate_of(layer_class: LayerClass, config: PLPHPConfig) -> float:
     return min(1.0, max(0.0, config.base_rate + shift))
 
 
-def by_vision_attention(scores: Scores, config: PLPHPConfig) -> Allocation:
+def by_vision_attention(layers: Layers, config: PLPHPConfig) -> Allocation:
     """Layer-level retention rate allocation of PLPHP.
 
     With ``target_retention`` the thresholds are the quantiles of each row's own scores over the given layers,
@@ -40,8 +41,8 @@ def by_vision_attention(scores: Scores, config: PLPHPConfig) -> Allocation:
 
     Parameters
     ----------
-    scores : sequence of sequence of float
-        Vision attention scores, ``[layer][row]``; all layers of the prompt where ``target_retention`` is set.
+    layers : sequence of ScoredLayer
+        All layers of the prompt where ``target_retention`` is set.
     config : PLPHPConfig
         Rates and thresholds.
 
@@ -50,6 +51,7 @@ def by_vision_attention(scores: Scores, config: PLPHPConfig) -> Allocation:
     list of list of RowAllocation
         ``[layer][row]``.
     """
+    scores = [layer.vision_score for layer in layers]
     if config.target_retention is None:
         classes = [[classify(score, config) for score in layer] for layer in scores]
     else:
@@ -73,14 +75,56 @@ def _by_rank(scores: Sequence[float], config: PLPHPConfig) -> list[LayerClass]:
     return classes
 
 
-def uniform(scores: Scores, config: PLPHPConfig) -> Allocation:
+def uniform(layers: Layers, config: PLPHPConfig) -> Allocation:
     """The same rate in every layer: the ablation without the layer level."""
-    return [[RowAllocation(score, "uniform", config.base_rate) for score in layer] for layer in scores]
+    return with_rates(layers, [[config.base_rate] * len(layer.vision_score) for layer in layers])
 
 
-def keep_all(scores: Scores, config: PLPHPConfig) -> Allocation:
+def keep_all(layers: Layers, config: PLPHPConfig) -> Allocation:
     """Rate 1 in every layer."""
-    return [[RowAllocation(score, "uniform", 1.0) for score in layer] for layer in scores]
+    return with_rates(layers, [[1.0] * len(layer.vision_score) for layer in layers])
+
+
+def with_rates(layers: Layers, rates: Sequence[Sequence[float]]) -> Allocation:
+    """An allocation without classes, from rates ``[layer][row]``."""
+    return [
+        [RowAllocation(score, "uniform", rate) for score, rate in zip(layer.vision_score, row, strict=True)]
+        for layer, row in zip(layers, rates, strict=True)
+    ]
+
+
+def proportional(weights: Sequence[float], mean: float) -> list[float]:
+    """Rates in proportion to weights, whose mean is given.
+
+    What would be above 1 is cut to 1, and the rest of it goes to the others in proportion to their weights; where
+    these are 0, in equal parts.
+
+    Parameters
+    ----------
+    weights : sequence of float
+        At least 0.
+    mean : float
+        In [0, 1].
+
+    Examples
+    --------
+    >>> proportional([1, 3], 0.25), proportional([1, 9, 0], 0.5)
+    ([0.125, 0.375], [0.5, 1.0, 0.0])
+    """
+    rates = [0.0] * len(weights)
+    open_layers, budget = list(range(len(weights))), mean * len(weights)
+    while open_layers:
+        total = sum(weights[layer] for layer in open_layers)
+        for layer in open_layers:
+            rates[layer] = budget * (weights[layer] / total if total > 0 else 1 / len(open_layers))
+        full = [layer for layer in open_layers if rates[layer] >= 1]
+        if not full:
+            break
+        for layer in full:
+            rates[layer] = 1.0
+        open_layers = [layer for layer in open_layers if layer not in full]
+        budget -= len(full)
+    return [min(1.0, max(0.0, rate)) for rate in rates]
 
 
 def kept_count(rate: float, tokens: int, min_kept: int) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -65,6 +66,9 @@ def _attention_over(base: str) -> Callable[..., Result]:
         _refuse_unsupported_terms(module, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        hidden = pending.cache.hidden(pending.layer)
+        if hidden is not None:
+            attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2], query.dtype)
         prefix = pending.cache.layers[pending.layer].prefix
         if prefix is None:
             output, _ = _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
@@ -75,6 +79,36 @@ def _attention_over(base: str) -> Callable[..., Result]:
 
     plphp_attention.__name__ = f"plphp_over_{base}"
     return plphp_attention
+
+
+def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dtype) -> Tensor:
+    """Hide entries of the tail from every query but their own.
+
+    Parameters
+    ----------
+    mask : Tensor, optional
+        What transformers made, bool or additive [batch or 1, q_heads or 1, query, tail]; None is causal.
+    hidden : Tensor
+        bool [batch, tail]. A hidden token sees itself, or its attention would be that of an empty row.
+    query_length : int
+        The queries are the last ``query_length`` positions of the tail.
+    dtype : torch.dtype
+        Of an additive mask.
+
+    Returns
+    -------
+    Tensor
+        bool or additive [batch, q_heads or 1, query, tail].
+    """
+    tail = hidden.shape[1]
+    place = torch.arange(tail, device=hidden.device)
+    query = place[tail - query_length :, None]
+    shown = ~hidden[:, None, None] | (place == query)
+    if mask is None:
+        return shown & (place <= query)
+    if mask.dtype is torch.bool:
+        return mask & shown
+    return torch.where(shown, mask, torch.finfo(dtype).min)
 
 
 def _stock(base: str, module: nn.Module) -> Callable[..., Result]:

@@ -25,9 +25,8 @@ from .errors import (
 from .layer import PrunedLayer, layer_nbytes
 from .mrope import TurnPositions, turn_positions
 from .plan import PromptPlan
-from .registry import family_of, get_method
+from .registry import family_of, resolve
 from .report import LayerRecord, PruneReport, build_report
-from .selection import keep_mask
 from .spans import find_spans, real_tokens
 
 
@@ -61,7 +60,9 @@ class PrunedCache(Cache):
                 )
         warn_if_calibrated_elsewhere(config, len(layers))
         self.config = config
-        self.method = get_method(config.method)
+        self.method = resolve(config)
+        self.method.check(config, len(layers))
+        self._refuse_unanswered()
         self.attachment = attachment
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
@@ -73,6 +74,10 @@ class PrunedCache(Cache):
                 "sliding window, chunks or no KV cache), so there is nothing to prune."
             )
         self._first, self._last = min(self._pruned), max(self._pruned)
+        exempt = {layer % len(layers) for layer in config.exempt_layers}
+        self.judged = [layer for layer in self._pruned if layer not in exempt]
+        if self.method.stage is not None:
+            self._refuse_prompt_stage(attachment)
         dummy = getattr(self, "is_dummy", [False] * len(layers))
         self._end = max(i for i in range(len(layers)) if not dummy[i])
         self._reached, self._conv_of = self._end, -1
@@ -159,7 +164,10 @@ class PrunedCache(Cache):
         turn = self._turn
         before = None if turn is None else turn.before if turn.start == spans.start else turn.after
         self._turn = turn_positions(model, inputs, spans.real, spans.start, before, has_vision)
-        self._plan = PromptPlan.of(spans, self.config, custom=vision_mask is not None) if has_vision else None
+        self._plan = None
+        if has_vision:
+            evidence = self.method.evidence(self.config)
+            self._plan = PromptPlan.of(spans, self.config, evidence, custom=vision_mask is not None)
 
     @property
     def turn(self) -> TurnPositions | None:
@@ -224,9 +232,13 @@ class PrunedCache(Cache):
             plan.repeat(times)
         plan.gather(layer_idx, query, layer.get_seq_length() - query.shape[2])
         if layer.get_seq_length() < plan.spans.end:
+            if self.method.stage is not None:
+                reason = f"{self.method.name} ranks inside prefill and needs the prompt in one piece: leave out chunks"
+                self._kill(reason, UnsupportedFeatureError)
             return
         started = time.perf_counter()
         plan.score(layer_idx, layer, scaling)
+        plan.withdraw(layer_idx, self.method, self.config, len(self.layers))
         if layer_idx == self._last or not self.method.needs_all_layers(self.config):
             self._evict(plan)
         if layer_idx == self._last:
@@ -236,14 +248,20 @@ class PrunedCache(Cache):
     def _evict(self, plan: PromptPlan) -> None:
         """Allocate rates over the scored layers, select and compact in each of them."""
         try:
-            allocation = plan.allocate(self.method, self.config, len(self.layers))
+            for scores, rows, keep in plan.choose(self.method, self.config, self.judged):
+                layer = self._pruned[scores.layer]
+                self.records.append(LayerRecord.of(plan.spans, layer.prefix_length, scores, rows, keep))
+                layer.compact(keep)
         except PLPHPError as error:
             self._kill(str(error), type(error))
-        for layer_idx, rows in allocation.items():
-            scores, layer = plan.scores.pop(layer_idx), self._pruned[layer_idx]
-            keep = keep_mask(self.method.rank(scores, self.config), scores, [row.rate for row in rows], self.config)
-            self.records.append(LayerRecord.of(plan.spans, layer.prefix_length, scores, rows, keep))
-            layer.compact(keep)
+        plan.scores.clear()
+
+    def hidden(self, layer_idx: int) -> Tensor | None:
+        """Which entries of a layer's tail have left the prompt before it, bool [batch, tail]; None if none has."""
+        plan = self._plan
+        if plan is None or plan.hidden is None or layer_idx < plan.hidden_from:
+            return None
+        return plan.hidden[:, self._pruned[layer_idx].prefix_length :]
 
     def report(self) -> PruneReport:
         """What was kept and evicted so far, and the bytes that the cache holds now.
@@ -323,6 +341,26 @@ class PrunedCache(Cache):
         self.records, self._plan, self._pending = [], None, None
         self._turn, self.pruning_seconds, self._spent = None, 0.0, ""
         self._reached, self._conv_of = self._end, -1
+
+    def _refuse_unanswered(self) -> None:
+        if self.method.needs_answer:
+            raise UnsupportedFeatureError(
+                f"The method {self.method.name!r} ranks by the queries of the answer, which is not there yet: it is "
+                "for plphp.branch(..., answer_ids=...) only."
+            )
+
+    def _refuse_prompt_stage(self, attachment: Attachment) -> None:
+        model = attachment.model
+        if len(self._pruned) != len(self.layers):
+            raise UnsupportedModelError(
+                f"{self.method.name} takes tokens out of all later layers, and some text layers of this "
+                f"{model.config.model_type!r} model have no full attention, where they would still be seen."
+            )
+        if "flash" in (model.config.get_text_config(decoder=True)._attn_implementation or ""):
+            raise UnsupportedFeatureError(
+                f"{self.method.name} hides tokens by a mask per layer, which flash attention does not take: call "
+                "model.set_attn_implementation('sdpa') first."
+            )
 
     def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
         self._bury(reason)

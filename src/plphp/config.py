@@ -9,13 +9,15 @@ import logging
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError, did_you_mean
+from .options import Options, Value
 
 DEFAULT_DELTA = 0.3
+QueryRows = int | Literal["text"]
 
 _logger = logging.getLogger("plphp")
 
@@ -32,7 +34,8 @@ class PLPHPConfig:
     method : str
         Name of the method, see ``plphp methods``.
     retention_rate : float
-        Retention rate of a vision-balanced layer (the paper's r).
+        Retention rate of a vision-balanced layer (the paper's r). For methods without layer classes it is the mean
+        over the layers.
     retention_delta : float, optional
         What a vision-attentive layer keeps more and a vision-indifferent layer keeps less (the paper's delta r).
         Default: 0.3, or less where ``retention_rate`` leaves less room in [0, 1]; so ``retention_rate=1.0``
@@ -50,17 +53,22 @@ class PLPHPConfig:
         See ``target_retention``; in (0, 0.5].
     exempt_layers : tuple of int
         Decoder layers that keep all vision tokens; negative numbers count from the last layer.
-    query_rows : int or "text"
-        Which rows of the prompt's attention rank the vision tokens: the last n prompt tokens (1 is the
-        paper's), or all text after the last image.
+    query_rows : int or "text", optional
+        Which rows of the prompt's attention rank the vision tokens: the last n prompt tokens, or all text after the
+        last image. Default: the method's own; 1 for ``plphp``, as in the paper.
     gqa_reduction : {"mean", "max"}
         How the query heads that share a KV head are combined.
     image_quota : {"pooled", "per_image"}
         Whether the images of a prompt compete for the kept places, or each keeps its own share.
+    score_pool : int
+        Odd number of neighbouring vision tokens of an image, in prompt order, over which the ranking is averaged;
+        1 leaves it as it is.
     min_kept : int
         Vision tokens that each KV head keeps at least (per image with ``image_quota="per_image"``).
     seed : int
-        Seed of the method ``random``.
+        Seed of what is drawn at random.
+    options : mapping
+        Options of the method itself, see ``plphp methods``; immutable.
     calibrated_layers : int, optional
         Decoder layers of the model that the thresholds were calibrated on, see `plphp.calibrate`. Used on a model
         with another number, a warning is logged once.
@@ -84,11 +92,13 @@ class PLPHPConfig:
     target_retention: float | None = None
     class_quantile: float = 1 / 3
     exempt_layers: tuple[int, ...] = ()
-    query_rows: int | Literal["text"] = 1
+    query_rows: QueryRows | None = None
     gqa_reduction: Literal["mean", "max"] = "mean"
     image_quota: Literal["pooled", "per_image"] = "pooled"
+    score_pool: int = 1
     min_kept: int = 1
     seed: int = 0
+    options: Mapping[str, Value] = field(default_factory=lambda: Options({}))
     calibrated_layers: int | None = None
 
     def __post_init__(self) -> None:
@@ -115,12 +125,16 @@ class PLPHPConfig:
                 f"{base} -/+ {delta}: use a retention_delta of at most {min(base, 1 - base):g}."
             )
         object.__setattr__(self, "exempt_layers", _int_tuple(self.exempt_layers))
-        if self.query_rows != "text":
+        if self.query_rows not in (None, "text"):
             _check_int("query_rows", self.query_rows, minimum=1, other="'text'")
         _check_choice("gqa_reduction", self.gqa_reduction, ("mean", "max"))
         _check_choice("image_quota", self.image_quota, ("pooled", "per_image"))
+        _check_int("score_pool", self.score_pool, minimum=1)
+        if self.score_pool % 2 == 0:
+            raise ConfigError(f"score_pool must be odd, so that it has a middle, got {self.score_pool}.")
         _check_int("min_kept", self.min_kept, minimum=0)
         _check_int("seed", self.seed, minimum=0)
+        object.__setattr__(self, "options", Options(self.options))
         if self.calibrated_layers is not None:
             _check_int("calibrated_layers", self.calibrated_layers, minimum=1, other="None")
 
@@ -138,9 +152,8 @@ class PLPHPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as JSON-ready values; ``from_dict`` reads them back."""
-        values = dataclasses.asdict(self)
-        values["exempt_layers"] = list(self.exempt_layers)
-        return values
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "exempt_layers": list(self.exempt_layers), "options": dict(self.options)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PLPHPConfig:
@@ -149,13 +162,16 @@ class PLPHPConfig:
         Raises
         ------
         ConfigError
-            If a key is unknown or a value is not valid.
+            If a key is unknown or a value is not valid, options of the method included.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
                 raise ConfigError(f"Unknown setting {key!r}.{did_you_mean(str(key), known)}")
-        return cls(**values)
+        config = cls(**values)
+        if config.options:
+            _method_of(config)
+        return config
 
     @classmethod
     def from_toml(cls, path: str | Path) -> PLPHPConfig:
@@ -182,13 +198,17 @@ class PLPHPConfig:
     def parse(cls, text: str) -> PLPHPConfig:
         """Read a config from one line, ``"method"`` or ``"method:key=value,key=value"``.
 
-        Several values of one key are joined by ``+``, as in ``exempt_layers=0+1``.
+        Several values of one key are joined by ``+``, as in ``exempt_layers=0+1``. A key that is no setting is an
+        option of the method.
 
         Examples
         --------
         >>> PLPHPConfig.parse("plphp:retention_rate=0.5,gqa_reduction=max").retention_rate
         0.5
+        >>> PLPHPConfig.parse("snapkv:kernel=7,retention_rate=0.3").options
+        {'kernel': 7}
         """
+        settings = {field.name for field in dataclasses.fields(cls)} - {"options"}
         method, _, rest = text.strip().partition(":")
         values: dict[str, Any] = {"method": method.strip()}
         for part in filter(None, (part.strip() for part in rest.split(","))):
@@ -198,7 +218,13 @@ class PLPHPConfig:
             if key.strip() in values:
                 raise ConfigError(f"{key.strip()!r} is given twice in {text!r}.")
             values[key.strip()] = _read_value(key.strip(), value.strip())
-        return cls.from_dict(values)
+        options = {key: values.pop(key) for key in list(values) if key not in settings}
+        config = cls(**values)
+        known = settings.union(_method_of(config).options) if options else settings
+        for key in options:
+            if key not in known:
+                raise ConfigError(f"Unknown setting {key!r}.{did_you_mean(key, known)}")
+        return cls.from_dict({**values, "options": options})
 
 
 def checked(config: object) -> PLPHPConfig:
@@ -237,6 +263,13 @@ def warn_if_calibrated_elsewhere(config: PLPHPConfig, layers: int) -> None:
             config.calibrated_layers,
             layers,
         )
+
+
+def _method_of(config: PLPHPConfig) -> Any:
+    # Against the one-way flow, and only for configs with options: a wrong one is to be told where it is written.
+    from .registry import resolve
+
+    return resolve(config)
 
 
 def _read_value(key: str, value: str) -> Any:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +15,15 @@ from .errors import ConfigError, NonFiniteAttentionError
 from .kernels import window_scores
 from .layer import PrunedLayer
 from .methods.base import Method
+from .selection import keep_mask, pooled
 from .spans import query_mask
-from .types import LayerScores, RowAllocation, VisionSpans
+from .types import Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
+
+PLAIN = Evidence()
+Gathered = tuple[Tensor, Tensor]
+"""Queries [batch, q_heads, columns, dim] and their logical positions, int64 [columns]."""
+Chosen = tuple[LayerScores, list[RowAllocation], Tensor]
+"""Scores of a layer, the allocation of its rows, and what its heads keep, bool [batch, kv_heads, seq]."""
 
 
 @dataclass
@@ -30,18 +38,29 @@ class PromptPlan:
         bool [batch, seq]; the prompt tokens whose attention ranks them.
     custom : bool
         Whether the caller named the vision tokens with a mask.
+    evidence : Evidence
+        What is worked out of their attention.
+    gqa_reduction : {"mean", "max"}
+        For the evidence that combines query heads row by row.
+    hidden : Tensor, optional
+        bool [batch, seq]; vision tokens that have left, from the layer ``hidden_from`` on.
     """
 
     spans: VisionSpans
     queries: Tensor
     custom: bool
+    evidence: Evidence
+    gqa_reduction: str = "mean"
+    hidden: Tensor | None = None
+    hidden_from: int = 0
     scores: dict[int, LayerScores] = field(default_factory=dict)
-    _gathered: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _gathered: dict[int, list[Gathered]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, spans: VisionSpans, config: PLPHPConfig, *, custom: bool) -> PromptPlan:
-        """Plan a prompt with the config's ``query_rows``."""
-        return cls(spans, query_mask(spans, config), custom)
+    def of(cls, spans: VisionSpans, config: PLPHPConfig, evidence: Evidence = PLAIN, *, custom: bool) -> PromptPlan:
+        """Plan a prompt with the evidence that a method asks for, and the config's ``query_rows`` if set."""
+        rows = evidence.rows if config.query_rows is None else config.query_rows
+        return cls(spans, query_mask(spans, rows), custom, replace(evidence, rows=rows), config.gqa_reduction)
 
     @property
     def batch(self) -> int:
@@ -65,20 +84,28 @@ class PromptPlan:
         begin : int
             Logical position of the chunk's first token.
         """
-        columns = self.queries[:, begin : begin + query.shape[2]].any(0).nonzero()[:, 0]
-        if len(columns):
-            chosen = query[:, :, columns.to(query.device)]
-            self._gathered.setdefault(layer_idx, []).append((chosen, columns + begin))
+        gathered = gather(self.queries, query, begin)
+        if gathered is not None:
+            self._gathered.setdefault(layer_idx, []).append(gathered)
 
     def score(self, layer_idx: int, layer: PrunedLayer, scaling: float) -> None:
         """Note the scores of a layer that has read the whole prompt."""
-        queries, columns = zip(*self._gathered.pop(layer_idx), strict=True)
+        self.score_with(self._gathered.pop(layer_idx), layer_idx, layer, scaling)
+
+    def score_with(self, gathered: Sequence[Gathered], layer_idx: int, layer: PrunedLayer, scaling: float) -> None:
+        """The same with queries from elsewhere; those that the plan does not ask for are left out."""
+        queries, columns = zip(*gathered, strict=True)
         position = torch.cat(columns)
         wanted = self.queries[:, position].float()
-        keys, _ = layer.tail()
+        keys, values = layer.tail()
         tail = slice(layer.prefix_length, self.spans.end)
-        real = self.spans.real[:, tail].to(keys.device)
-        attention = window_scores(
+        real = self.spans.real[:, tail]
+        if self.hidden is not None and layer_idx >= self.hidden_from:
+            real = real & ~self.hidden[:, tail]
+        real = real.to(keys.device)
+        segment = self.spans.segment[:, tail].to(keys.device)
+        asked = self.queries[:, tail].to(keys.device)
+        found = window_scores(
             torch.cat(queries, dim=2),
             (wanted / wanted.sum(1, keepdim=True)).to(keys.device),
             (position - layer.prefix_length).to(keys.device),
@@ -86,11 +113,43 @@ class PromptPlan:
             real,
             layer.prefix,
             scaling,
+            evidence=self.evidence,
+            vision=segment >= 0,
+            gqa_reduction=self.gqa_reduction,
         )
-        segment = self.spans.segment[:, tail].to(keys.device)
-        self.scores[layer_idx] = LayerScores(attention, segment, real, layer_idx, keys.shape[1])
+        evictable = None
+        if self.evidence.candidates == "prompt":
+            new = torch.arange(tail.start, tail.stop, device=keys.device) >= self.spans.start
+            evictable = real & new & (asked.cumsum(1) == 0)
+        self.scores[layer_idx] = LayerScores(
+            found.attention,
+            segment,
+            real,
+            layer_idx,
+            keys.shape[1],
+            queries=asked,
+            evictable=evictable,
+            peak=found.peak,
+            best_rank=found.best_rank,
+            density=found.density,
+            value_norm=torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+            if self.evidence.value_norm
+            else None,
+        )
 
-    def allocate(self, method: Method, config: PLPHPConfig, layers: int) -> dict[int, list[RowAllocation]]:
+    def withdraw(self, layer_idx: int, method: Method, config: PLPHPConfig, layers: int) -> None:
+        """Let a method of the prompt stage take vision tokens out, once the layer before has been scored."""
+        if method.stage is None or layer_idx != method.stage.first(config, layers) - 1:
+            return
+        scores = self.scores[layer_idx]
+        leaves = scores.vision & ~method.stage.stays(scores, config, layers)
+        # The answer goes on from the last token, whatever it is.
+        leaves &= ~query_mask(self.spans, 1)[:, -leaves.shape[1] :].to(leaves.device)
+        kept_before = self.spans.end - leaves.shape[1]
+        self.hidden = torch.nn.functional.pad(leaves, (kept_before, 0)).cpu()
+        self.hidden_from = layer_idx + 1
+
+    def allocate(self, method: Method, config: PLPHPConfig, judged: Sequence[int]) -> dict[int, list[RowAllocation]]:
         """Layer level: an allocation for each row of each scored layer.
 
         Parameters
@@ -98,9 +157,9 @@ class PromptPlan:
         method : Method
             Gives the rates.
         config : PLPHPConfig
-            Its settings, and the exempt layers.
-        layers : int
-            Decoder layers of the model, from which negative exempt layers count.
+            Its settings.
+        judged : sequence of int
+            The layers of the model that share the budget: those that are pruned and not exempt.
 
         Raises
         ------
@@ -113,12 +172,16 @@ class PromptPlan:
         for layer, gamma in gammas.items():
             if not all(map(math.isfinite, gamma)):
                 raise NonFiniteAttentionError(f"the attention of layer {layer} is {gamma}, expected finite numbers")
-        exempt = {layer % layers for layer in config.exempt_layers} & gammas.keys()
-        judged = [layer for layer in gammas if layer not in exempt]
+        exempt = gammas.keys() - set(judged)
         allocation = {layer: [RowAllocation(gamma, "exempt", 1.0) for gamma in gammas[layer]] for layer in exempt}
-        if judged:
-            chosen = method.allocate([gammas[layer] for layer in judged], config)
-            allocation.update(zip(judged, chosen, strict=True))
+        layers = [
+            ScoredLayer(judged.index(layer), len(judged), gamma, self.scores[layer])
+            for layer, gamma in gammas.items()
+            if layer not in exempt
+        ]
+        if layers:
+            chosen = method.allocate(layers, config)
+            allocation.update(zip([layer.scores.layer for layer in layers], chosen, strict=True))
             rates = [row.rate for rows in chosen for row in rows]
             if not all(0 <= rate <= 1 for rate in rates):
                 raise ConfigError(f"the method {method.name!r} gave retention rates outside of [0, 1]: {rates}")
@@ -127,3 +190,19 @@ class PromptPlan:
                 for rows in allocation.values():
                     rows[row] = RowAllocation(0.0, "no-vision", 1.0)
         return allocation
+
+    def choose(self, method: Method, config: PLPHPConfig, judged: Sequence[int]) -> Iterator[Chosen]:
+        """Both levels for every scored layer, see `allocate`."""
+        for layer, rows in self.allocate(method, config, judged).items():
+            scores = self.scores[layer]
+            if method.stage is not None:
+                yield scores, rows, scores.real[:, None].expand(-1, scores.kv_heads, -1)
+                continue
+            rank = pooled(method.rank(scores, config), scores, config)
+            yield scores, rows, keep_mask(rank, scores, [row.rate for row in rows], config, method.mix(config))
+
+
+def gather(wanted: Tensor, query: Tensor, begin: int) -> Gathered | None:
+    """Copy the queries [batch, q_heads, chunk, dim] of a chunk that ``wanted``, bool [batch, seq], marks in any row."""
+    columns = wanted[:, begin : begin + query.shape[2]].any(0).nonzero()[:, 0]
+    return (query[:, :, columns.to(query.device)], columns + begin) if len(columns) else None

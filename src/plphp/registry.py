@@ -17,10 +17,12 @@ from transformers import PretrainedConfig
 
 from . import families as families_package
 from . import methods as methods_package
+from .config import PLPHPConfig
 from .errors import ConfigError, UnsupportedModelError, did_you_mean, one_line
 from .families.base import Family
 from .families.unsupported import reason_against
 from .methods.base import Method
+from .options import check_options
 
 _methods: dict[str, Method] = {}
 _families: dict[str, Family] = {}
@@ -77,6 +79,19 @@ def get_method(name: str) -> Method:
     if name not in known:
         raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, known)}")
     return known[name]
+
+
+def resolve(config: PLPHPConfig) -> Method:
+    """The method of a config.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name, or the config's options are not those of the method.
+    """
+    method = get_method(config.method)
+    check_options(method.name, method.options, config.options)
+    return method
 
 
 def family_of(config: PretrainedConfig) -> Family:

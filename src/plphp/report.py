@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class RowReport:
         Vision tokens of the prompt.
     kept_positions : list of list of int
         Per KV head, the logical positions of the vision tokens that stayed.
+    evicted_text : list of list of int
+        Per KV head, the logical positions of the text tokens that were evicted; empty for methods that keep all.
     """
 
     vision_score: float
@@ -61,6 +63,7 @@ class RowReport:
     rate: float
     vision_tokens: int
     kept_positions: list[list[int]]
+    evicted_text: list[list[int]] = field(default_factory=list)
 
     @property
     def kept(self) -> list[int]:
@@ -196,7 +199,11 @@ def _positions(values: Any) -> list[int]:
 def _read_row(values: dict[str, Any]) -> RowReport:
     row = RowReport(**values)
     _check_numbers(row, ("vision_score", "rate", "vision_tokens"))
-    return dataclasses.replace(row, kept_positions=[_positions(head) for head in row.kept_positions])
+    return dataclasses.replace(
+        row,
+        kept_positions=[_positions(head) for head in row.kept_positions],
+        evicted_text=[_positions(head) for head in row.evicted_text],
+    )
 
 
 def _read_prompt(values: dict[str, Any]) -> PromptReport:
@@ -223,13 +230,17 @@ class LayerRecord:
     spans: VisionSpans
     allocation: list[RowAllocation]
     kept_vision: Tensor
+    evicted_text: Tensor | None = None
 
     @classmethod
     def of(
         cls, spans: VisionSpans, start: int, scores: LayerScores, allocation: list[RowAllocation], keep: Tensor
     ) -> LayerRecord:
         """Note down the mask ``keep``, bool [batch, kv_heads, seq], of a tail that begins at ``start``."""
-        return cls(scores.layer, start, spans, allocation, (keep & scores.vision[:, None]).cpu())
+        evicted = None
+        if scores.evictable is not None:
+            evicted = (~keep & (scores.evictable & ~scores.vision)[:, None]).cpu()
+        return cls(scores.layer, start, spans, allocation, (keep & scores.vision[:, None]).cpu(), evicted)
 
     def report(self) -> LayerReport:
         """Spell the masks out as positions."""
@@ -240,11 +251,16 @@ class LayerRecord:
                 layer_class=one.layer_class,
                 rate=one.rate,
                 vision_tokens=tokens[row],
-                kept_positions=[(mask.nonzero()[:, 0] + self.start).tolist() for mask in self.kept_vision[row]],
+                kept_positions=self._positions(self.kept_vision[row]),
+                evicted_text=[] if self.evicted_text is None else self._positions(self.evicted_text[row]),
             )
             for row, one in enumerate(self.allocation)
         ]
         return LayerReport(self.layer, rows)
+
+    def _positions(self, masks: Tensor) -> list[list[int]]:
+        """Logical positions of a mask [kv_heads, seq] per head."""
+        return [(mask.nonzero()[:, 0] + self.start).tolist() for mask in masks]
 
 
 def build_report(cache: PrunedCache, model: PreTrainedModel) -> PruneReport:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .attachment import ATTRIBUTE, Lease
 from .config import PLPHPConfig, checked
 from .errors import CacheStateError
-from .registry import get_method
+from .registry import resolve
 from .report import PruneReport
 
 
@@ -26,7 +26,7 @@ class Session:
 
     def __init__(self, model: PreTrainedModel, config: PLPHPConfig | None) -> None:
         self.config = checked(config)
-        get_method(self.config.method)
+        resolve(self.config)
         self._report: PruneReport | None = None
         self._lease = Lease.of(model)
         self._lease.attachment.open(self)

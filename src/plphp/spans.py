@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .config import PLPHPConfig
+from .config import QueryRows
 from .errors import SpanError
 from .families.base import Family, Inputs, VisionSegment
 from .types import VisionSpans
@@ -82,24 +82,24 @@ def find_spans(
     return VisionSpans(segment=segment, real=real, start=past_length, grids=grids)
 
 
-def query_mask(spans: VisionSpans, config: PLPHPConfig) -> Tensor:
+def query_mask(spans: VisionSpans, rows: QueryRows) -> Tensor:
     """Mark the prompt tokens whose attention ranks the vision tokens.
 
     Returns
     -------
     Tensor
-        bool [batch, seq]; the last ``query_rows`` tokens of each row's new prompt, or with ``"text"`` all its
+        bool [batch, seq]; the last ``rows`` tokens of each row's new prompt, or with ``"text"`` all its
         tokens after the last vision token. At least one token in each row.
     """
     real = spans.real.clone()
     real[:, : spans.start] = False
     from_end = real.flip(1).cumsum(1).flip(1)
-    if config.query_rows == "text":
+    if rows == "text":
         vision_later = spans.vision.flip(1).cumsum(1).flip(1) > 0
         text = real & ~vision_later
         has_text = text.any(1, keepdim=True)
         return torch.where(has_text, text, real & (from_end == 1))
-    return real & (from_end <= config.query_rows)
+    return real & (from_end <= rows)
 
 
 def real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = None) -> Tensor:

@@ -6,10 +6,14 @@ Axis names: batch, layer, q_heads, kv_heads, seq, dim, kept. A *row* is one prom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from torch import Tensor
+
+from .config import QueryRows
+from .errors import ConfigError
 
 LayerClass = Literal["attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision"]
 
@@ -56,8 +60,38 @@ class VisionSpans:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a method wants to know of a layer beside the mean attention; what nobody asks for is not computed.
+
+    Parameters
+    ----------
+    rows : int or "text"
+        The method's own query rows, for a config that leaves ``query_rows`` open.
+    candidates : {"vision", "prompt"}
+        Entries that may be evicted: the vision tokens, or all tokens of the prompt before the first query row.
+    peak : bool
+        Ask for `LayerScores.peak`.
+    best_rank : bool
+        Ask for `LayerScores.best_rank`.
+    density : float, optional
+        Ask for `LayerScores.density` at this fraction of a row's maximum.
+    value_norm : bool
+        Ask for `LayerScores.value_norm`.
+    """
+
+    rows: QueryRows = 1
+    candidates: Literal["vision", "prompt"] = "vision"
+    peak: bool = False
+    best_rank: bool = False
+    density: float | None = None
+    value_norm: bool = False
+
+
+@dataclass(frozen=True)
 class LayerScores:
     """What a layer's prefill attention says about the entries that may be evicted.
+
+    What follows ``kv_heads`` is there where the method's `Evidence` asks for it.
 
     Parameters
     ----------
@@ -71,6 +105,20 @@ class LayerScores:
         Number of the decoder layer.
     kv_heads : int
         KV heads of the layer; ``q_heads`` is a multiple of it.
+    queries : Tensor, optional
+        bool [batch, seq]; the query rows.
+    evictable : Tensor, optional
+        bool [batch, seq]; the candidates, where they are others than the vision tokens.
+    peak : Tensor, optional
+        float32 [batch, q_heads, seq]; largest softmax mass that any query row gives to an entry.
+    best_rank : Tensor, optional
+        int64 [batch, kv_heads, seq]; the best place (0 is the first) that any query row gives to an entry among
+        the vision tokens, after the query heads of a KV head were combined. ``seq`` where no query row sees it.
+    density : Tensor, optional
+        float32 [batch, q_heads]; share of the entries seen by a query row that get at least a given fraction of
+        the row's maximum, averaged over the query rows.
+    value_norm : Tensor, optional
+        float32 [batch, kv_heads, seq]; L2 norm of the values.
     """
 
     attention: Tensor
@@ -78,16 +126,66 @@ class LayerScores:
     real: Tensor
     layer: int
     kv_heads: int
+    queries: Tensor | None = None
+    evictable: Tensor | None = None
+    peak: Tensor | None = None
+    best_rank: Tensor | None = None
+    density: Tensor | None = None
+    value_norm: Tensor | None = None
 
     @property
     def vision(self) -> Tensor:
         """bool [batch, seq]; True on vision tokens."""
         return self.segment >= 0
 
+    @property
+    def candidates(self) -> Tensor:
+        """bool [batch, seq]; True on the entries that may be evicted."""
+        return self.vision if self.evictable is None else self.evictable
+
+    def need(self, name: str) -> Tensor:
+        """Return a piece of evidence.
+
+        Raises
+        ------
+        ConfigError
+            If the method did not ask for it.
+        """
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ConfigError(f"The method ranks by {name!r}, which its evidence does not ask for: see Evidence.")
+        return value
+
+    def first(self, entries: int) -> LayerScores:
+        """The scores of the first ``entries`` entries alone."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
+        cut: dict[str, Any] = {name: v[..., :entries] for name, v in tensors.items() if isinstance(v, Tensor)}
+        return replace(self, **cut)
+
     def vision_score(self) -> Tensor:
         """float32 [batch]; the layer's vision attention score gamma, in [0, 1]."""
         masked = self.attention.masked_fill(~self.vision[:, None], 0)
         return masked.sum(-1).mean(-1)
+
+
+@dataclass(frozen=True)
+class ScoredLayer:
+    """A layer whose retention rate is to be decided.
+
+    Parameters
+    ----------
+    index, count : int
+        Its place among the layers that share the budget (those that are pruned and not exempt), and their number.
+    vision_score : sequence of float
+        Vision attention score gamma of each row, in [0, 1].
+    scores : LayerScores
+        Everything that is known of the layer.
+    """
+
+    index: int
+    count: int
+    vision_score: Sequence[float]
+    scores: LayerScores
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,34 @@ import math
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plphp import PLPHPConfig
-from plphp.allocation import by_vision_attention, keep_all, kept_count, uniform
+from plphp import PLPHPConfig, allocation
+from plphp.allocation import kept_count
+from plphp.types import LayerScores, RowAllocation, ScoredLayer
 
 gammas = st.floats(0, 1)
+
+NOTHING_ELSE = LayerScores(*[torch.zeros(0)] * 3, 0, 1)
+
+
+def layers_of(scores: list[list[float]]) -> list[ScoredLayer]:
+    """Layers of which only the vision attention scores are known."""
+    return [ScoredLayer(index, len(scores), layer, NOTHING_ELSE) for index, layer in enumerate(scores)]
+
+
+def by_vision_attention(scores: list[list[float]], config: PLPHPConfig) -> list[list[RowAllocation]]:
+    return allocation.by_vision_attention(layers_of(scores), config)
+
+
+def uniform(scores: list[list[float]], config: PLPHPConfig) -> list[list[RowAllocation]]:
+    return allocation.uniform(layers_of(scores), config)
+
+
+def keep_all(scores: list[list[float]], config: PLPHPConfig) -> list[list[RowAllocation]]:
+    return allocation.keep_all(layers_of(scores), config)
 
 
 def rates(allocation: list) -> list[list[float]]:

@@ -35,9 +35,10 @@ def configs(draw: st.DrawFn) -> PLPHPConfig:
         target_retention=target,
         class_quantile=draw(st.floats(0.001, 0.5)),
         exempt_layers=tuple(draw(st.lists(st.integers(-50, 50), max_size=4))),
-        query_rows=draw(st.just("text") | st.integers(1, 1000)),
+        query_rows=draw(st.none() | st.just("text") | st.integers(1, 1000)),
         gqa_reduction=draw(st.sampled_from(["mean", "max"])),
         image_quota=draw(st.sampled_from(["pooled", "per_image"])),
+        score_pool=2 * draw(st.integers(0, 50)) + 1,
         min_kept=draw(st.integers(0, 1000)),
         seed=draw(st.integers(0, 2**40)),
     )
@@ -48,6 +49,7 @@ def one_line(config: PLPHPConfig) -> str:
     values = config.to_dict()
     method = values.pop("method")
     values["exempt_layers"] = "+".join(map(str, values["exempt_layers"]))
+    values.update(values.pop("options"))
     return f"{method}:" + ",".join(f"{key}={value}" for key, value in values.items())
 
 

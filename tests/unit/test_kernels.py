@@ -310,7 +310,7 @@ def test_scores_are_naive_softmax_mass(
     case = make(9, 3, kv_heads, group, length, tail, kept=kept or "ragged", dtype=dtype)
     weight, position, real = window(case)
     prefix = case.prefix if kept else None
-    actual = window_scores(case.query, weight, position, case.tail_keys, real, prefix, SCALING)
+    actual = window_scores(case.query, weight, position, case.tail_keys, real, prefix, SCALING).attention
     expected = naive_scores(case, weight, position, real, kept is not None)
     assert actual.dtype == torch.float32
     # Half-precision inputs are exact in float32, so the error does not grow with them.
@@ -323,9 +323,9 @@ def test_scores_are_naive_softmax_mass(
 def test_scores_read_the_keys_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(10, length=3, tail=17)
     arguments = (case.query, *window(case)[:2], case.tail_keys, window(case)[2], case.prefix, SCALING)
-    whole = window_scores(*arguments)
+    whole = window_scores(*arguments).attention
     monkeypatch.setattr(scores, "KEYS_AT_ONCE", 4)
-    torch.testing.assert_close(window_scores(*arguments), whole)
+    torch.testing.assert_close(window_scores(*arguments).attention, whole)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -336,7 +336,7 @@ def test_scores_do_not_read_padding_or_later_keys(bad: float) -> None:
     expected = naive_scores(case, weight, position, real, True)
     case.tail_keys.transpose(1, 2)[~real] = bad
     case.tail_keys[:, :, 5] = bad
-    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING)
+    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
     assert (actual.double() - expected).abs().max() < 1e-6
     assert (actual[:, :, 5] == 0).all()
 
@@ -349,7 +349,7 @@ def test_rows_without_a_query_in_a_column_take_nothing_from_it() -> None:
     position = torch.tensor([3, 4])
     expected = naive_scores(case, weight, position, real, True)
     case.query[0, :, 0] = torch.nan
-    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING)
+    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
     assert (actual.double() - expected).abs().max() < 1e-6
 
 
@@ -363,6 +363,6 @@ def test_nan_that_is_seen_shows_in_the_scores(where: str) -> None:
         case.tail_keys[0, 0, -1, 0] = torch.nan
     else:
         case.keys[0, 0, case.keep[0, 0].nonzero()[0, 0], 0] = torch.nan
-    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING)
+    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
     assert actual[0, 0].isnan().any()
     assert actual[1].isfinite().all()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PretrainedConfig
 
-from plphp import PLPHPConfig, SpanError
+from plphp import SpanError
 from plphp.families.base import Family, VisionSegment
 from plphp.spans import find_spans, query_mask
 from plphp.types import VisionSpans
@@ -243,11 +243,10 @@ def test_query_mask(rows: list[list[int]], query_rows: int | str, data: st.DataO
     rows = [row if any(row[start:]) else [*row[:-1], TEXT] for row in rows]
     spans = spans_of(rows, past_length=start)
     expected = [naive_query_mask(row, start, query_rows) for row in rows]
-    assert query_mask(spans, PLPHPConfig(query_rows=query_rows)).tolist() == expected  # type: ignore[arg-type]
+    assert query_mask(spans, query_rows).tolist() == expected  # type: ignore[arg-type]
 
 
 def test_prompt_that_ends_in_an_image_is_ranked_by_its_last_vision_token() -> None:
     spans = spans_of([[TEXT, IMAGE, IMAGE]])
     for rows in (1, "text"):
-        config = PLPHPConfig(query_rows=rows)  # type: ignore[arg-type]
-        assert query_mask(spans, config).tolist() == [[False, False, True]]
+        assert query_mask(spans, rows).tolist() == [[False, False, True]]

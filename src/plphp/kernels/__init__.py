@@ -3,6 +3,6 @@
 
 from .compact import compact_kv
 from .decode import decode_attention
-from .scores import window_scores
+from .scores import WindowScores, window_scores
 
-__all__ = ["compact_kv", "decode_attention", "window_scores"]
+__all__ = ["compact_kv", "decode_attention", "WindowScores", "window_scores"]

@@ -3,13 +3,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..packed import PackedKV
+from ..types import Evidence
 
 KEYS_AT_ONCE = 2048
 """Keys that are held in float32 at once."""
+
+PLAIN = Evidence()
+
+
+@dataclass
+class WindowScores:
+    """What some query rows say about every entry; see `plphp.types.LayerScores` for what each tensor is.
+
+    Parameters
+    ----------
+    attention : Tensor
+        float32 [batch, q_heads, seq].
+    peak : Tensor, optional
+        float32 [batch, q_heads, seq].
+    best_rank : Tensor, optional
+        int64 [batch, kv_heads, seq].
+    density : Tensor, optional
+        float32 [batch, q_heads].
+    """
+
+    attention: Tensor
+    peak: Tensor | None = None
+    best_rank: Tensor | None = None
+    density: Tensor | None = None
 
 
 def window_scores(
@@ -20,7 +47,11 @@ def window_scores(
     real: Tensor,
     prefix: PackedKV | None,
     scaling: float,
-) -> Tensor:
+    *,
+    evidence: Evidence = PLAIN,
+    vision: Tensor | None = None,
+    gqa_reduction: str = "mean",
+) -> WindowScores:
     """Softmax mass that a few query rows give to every entry of the tail, over prefix and tail together.
 
     Parameters
@@ -39,17 +70,30 @@ def window_scores(
         Kept entries of earlier turns, seen by every query.
     scaling : float
         Factor on the logits.
+    evidence : Evidence
+        What to work out beside the mean.
+    vision : Tensor, optional
+        bool [batch, seq]; the entries that are ranked for ``best_rank``.
+    gqa_reduction : {"mean", "max"}
+        How the query heads of a KV head are combined for ``best_rank``.
 
     Returns
     -------
-    Tensor
-        float32 [batch, q_heads, seq]; computed in float32. NaN where a query or a visible key is NaN.
+    WindowScores
+        Computed in float32. NaN where a query or a visible key is NaN.
     """
     batch, q_heads, window, _ = query.shape
     kv_heads, seq = keys.shape[1:3]
     grouped = (query.float() * scaling).unflatten(1, (kv_heads, -1))
     seen = real[:, None] & (torch.arange(seq, device=keys.device) <= position[:, None])
     total = torch.zeros(batch, q_heads, seq, dtype=torch.float32, device=keys.device)
+    result = WindowScores(total)
+    if evidence.peak:
+        result.peak = torch.zeros_like(total)
+    if evidence.best_rank:
+        result.best_rank = torch.full((batch, kv_heads, seq), seq, device=keys.device)
+    if evidence.density is not None:
+        result.density = torch.zeros_like(total[..., 0])
     for row in range(window):
         if not weight[:, row].any():
             continue
@@ -61,8 +105,31 @@ def window_scores(
             lse = torch.logaddexp(lse, _prefix_lse(one, prefix))
         mass = (logits - lse[..., None]).exp().flatten(1, 2)
         # A row that is all padding up to here has no mass to give; its weight is 0.
-        total += torch.where(weight[:, row, None, None] > 0, mass * weight[:, row, None, None], 0)
-    return total
+        share = weight[:, row, None, None]
+        total += torch.where(share > 0, mass * share, 0)
+        if result.peak is not None:
+            result.peak = torch.where(share > 0, torch.maximum(result.peak, mass), result.peak)
+        if result.best_rank is not None:
+            candidates = seen[:, row] if vision is None else seen[:, row] & vision
+            rank = _ranks(mass.unflatten(1, (kv_heads, -1)), candidates, gqa_reduction)
+            result.best_rank = torch.where(share > 0, torch.minimum(result.best_rank, rank), result.best_rank)
+        if result.density is not None and evidence.density is not None:
+            reached = (mass >= evidence.density * mass.amax(-1, keepdim=True)) & seen[:, None, row]
+            dense = reached.sum(-1) / seen[:, row].sum(-1, keepdim=True)
+            result.density += torch.where(share[..., 0] > 0, dense * share[..., 0], 0)
+    return result
+
+
+def _ranks(mass: Tensor, candidates: Tensor, gqa_reduction: str) -> Tensor:
+    """Place of each candidate by the mass [batch, kv_heads, group, seq] of its heads, seq for the others.
+
+    Of two with the same mass the earlier one is first.
+    """
+    score = mass.amax(2) if gqa_reduction == "max" else mass.mean(2)
+    seq = score.shape[-1]
+    order = score.masked_fill(~candidates[:, None], -1).sort(dim=-1, descending=True, stable=True).indices
+    place = torch.arange(seq, device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place).masked_fill_(~candidates[:, None], seq)
 
 
 def _prefix_lse(query: Tensor, prefix: PackedKV) -> Tensor:

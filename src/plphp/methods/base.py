@@ -3,11 +3,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from ..allocation import Allocator
 from ..config import PLPHPConfig
-from ..selection import Ranker
+from ..options import Option, settings
+from ..selection import Mix, Ranker
+from ..types import Evidence, LayerScores
+
+
+@dataclass(frozen=True)
+class PromptStage:
+    """Vision tokens leave inside prefill: from a layer on no other token sees them, and their KV is not stored.
+
+    Parameters
+    ----------
+    first : callable
+        ``(config, layers) -> int``: the first decoder layer without them, from 1 to ``layers``.
+    stays : callable
+        ``(scores, config, layers) -> bool [batch, seq]``: the vision tokens that stay, from the scores of the layer
+        before.
+    """
+
+    first: Callable[[PLPHPConfig, int], int]
+    stays: Callable[[LayerScores, PLPHPConfig, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,12 +46,28 @@ class Method:
     paper : str
         arXiv id with the section or equation, or "control".
     allocate : Allocator
-        Layer level: vision attention scores to retention rates, see `plphp.allocation`.
+        Layer level: scored layers to retention rates, see `plphp.allocation`.
     rank : Ranker
         Head level: a score for every entry of every KV head, see `plphp.selection`.
     uses_class_rule : bool
         Whether ``target_retention`` sorts the layers of a prompt by their scores, so that none may be compacted
         before all have been scored.
+    options : mapping of str to Option
+        Its own options, given in `PLPHPConfig.options`.
+    evidence : callable
+        ``config -> Evidence``: what it wants to know of a layer beside the mean attention.
+    all_layers : callable
+        ``config -> bool``: whether the rates of any layer depend on the scores of all, for another reason than
+        ``uses_class_rule``.
+    mix : callable
+        ``config -> Mix``: which part of each head's places does not go by rank.
+    stage : PromptStage, optional
+        For a method that acts inside prefill; then ``rank`` is not used.
+    check : callable
+        ``(config, layers) -> None``: raise `ConfigError` for settings that the method cannot meet on a model with
+        this number of decoder layers.
+    needs_answer : bool
+        Whether it ranks by the queries of the answer, which only `plphp.branch` has.
     """
 
     name: str
@@ -37,7 +76,18 @@ class Method:
     allocate: Allocator
     rank: Ranker
     uses_class_rule: bool = False
+    options: Mapping[str, Option] = field(default_factory=dict, hash=False)
+    evidence: Callable[[PLPHPConfig], Evidence] = lambda config: Evidence()
+    all_layers: Callable[[PLPHPConfig], bool] = lambda config: False
+    mix: Callable[[PLPHPConfig], Mix] = lambda config: Mix()
+    stage: PromptStage | None = None
+    check: Callable[[PLPHPConfig, int], None] = lambda config, layers: None
+    needs_answer: bool = False
 
     def needs_all_layers(self, config: PLPHPConfig) -> bool:
         """Whether the rates of any layer depend on the scores of all."""
-        return self.uses_class_rule and config.target_retention is not None
+        return (self.uses_class_rule and config.target_retention is not None) or self.all_layers(config)
+
+    def settings(self, config: PLPHPConfig) -> dict[str, Any]:
+        """All options by name: those of the config, else the defaults."""
+        return settings(self.options, config.options)

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods of the prompt stage have in common."""
+
+from __future__ import annotations
+
+from ..config import PLPHPConfig
+from ..errors import ConfigError
+
+
+def refuse_exempt_layers(config: PLPHPConfig) -> None:
+    """A token that has left is missing in all later layers."""
+    if config.exempt_layers:
+        raise ConfigError(
+            f"{config.method} takes tokens out of all later layers, so none of them can be exempt: leave out "
+            f"exempt_layers, got {list(config.exempt_layers)}."
+        )

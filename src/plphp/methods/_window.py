@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SnapKV's ranking, which several methods share: attention of an observation window, pooled along the sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from ..config import PLPHPConfig
+from ..options import Option, settings
+from ..selection import per_head
+from ..types import Evidence, LayerScores
+
+OPTIONS = {
+    "window": Option(16, low=1),
+    "kernel": Option(5, low=1, odd=True),
+    "pool": Option("avg", choices=("avg", "max")),
+}
+
+
+def window_evidence(config: PLPHPConfig) -> Evidence:
+    """The last ``window`` prompt tokens are the query rows."""
+    return Evidence(rows=settings(OPTIONS, config.options)["window"])
+
+
+def by_window(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+    """Rank what stands before the window by its pooled attention; the window itself comes first of all."""
+    chosen = settings(OPTIONS, config.options)
+    in_window = scores.need("queries").cumsum(1) > 0
+    # Pooling takes what is not there, at the ends and for padding, as zero attention.
+    before = per_head(scores, config).masked_fill(in_window[:, None], 0)
+    pool = avg_pool1d if chosen["pool"] == "avg" else max_pool1d
+    rank = pool(before, chosen["kernel"], stride=1, padding=chosen["kernel"] // 2)
+    return rank.masked_fill(in_window[:, None], torch.inf)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastV (arXiv:2403.06764, section 4): vision tokens leave the prompt after an early layer.
+
+The vision tokens are ranked by the attention that the last prompt token gives them in decoder layer ``layer`` - 1
+(counted from 0), averaged over all heads. The lower ones are seen by no other token in the layers from ``layer`` on,
+in prefill too, and their KV in these layers is not stored. The layers before keep everything.
+
+``retention_rate`` r is the mean over all L layers, so with K = ``layer`` the later layers keep
+``(L r - K) / (L - K)`` of the vision tokens: K / L is the least that can be asked for.
+
+Default: layer 2, the paper's. Prefill computes what it did: the tokens are masked, not skipped, so FastV's saving of
+prefill time is not there. Positions stay as they were.
+"""
+
+import math
+
+from torch import Tensor
+
+from ..allocation import Allocation, Layers, with_rates
+from ..config import PLPHPConfig
+from ..errors import ConfigError
+from ..options import Option, settings
+from ..selection import keep_mask, pooled, shared_by_heads
+from ..types import LayerScores
+from ._stage import refuse_exempt_layers
+from .base import Method, PromptStage
+
+OPTIONS = {"layer": Option(2, low=1)}
+
+
+def first_layer(config: PLPHPConfig, layers: int) -> int:
+    """The first layer without the lower vision tokens."""
+    first: int = settings(OPTIONS, config.options)["layer"]
+    return first
+
+
+def later_rate(config: PLPHPConfig, layers: int) -> float:
+    """Retention rate of the layers from ``layer`` on, for the mean over all layers that the config asks for."""
+    first = first_layer(config, layers)
+    return min(1.0, max(0.0, (layers * config.base_rate - first) / (layers - first)))
+
+
+def check(config: PLPHPConfig, layers: int) -> None:
+    """Refuse a rate that the full layers alone are above."""
+    refuse_exempt_layers(config)
+    first = first_layer(config, layers)
+    if first >= layers:
+        raise ConfigError(f"fastv's layer must be below the number of decoder layers, {layers}, got {first}.")
+    if layers * config.base_rate - first < -1e-9:
+        least = math.ceil(first / layers * 1e4) / 1e4
+        raise ConfigError(
+            f"fastv keeps everything in its first {first} of {layers} layers, so the least retention_rate is "
+            f"{least:g}, got {config.base_rate:g}: ask for more, or set its option layer lower."
+        )
+
+
+def stays(scores: LayerScores, config: PLPHPConfig, layers: int) -> Tensor:
+    """The best vision tokens of each row by the mean over all heads, bool [batch, seq]."""
+    rank = pooled(shared_by_heads(scores, config)[:, :1], scores, config)
+    rates = [later_rate(config, layers)] * len(scores.segment)
+    return keep_mask(rank, scores, rates, config)[:, 0]
+
+
+def allocate(layers: Layers, config: PLPHPConfig) -> Allocation:
+    """Rate 1 before ``layer``, and the same one from there on."""
+    rates = [
+        1.0 if layer.index < first_layer(config, layer.count) else later_rate(config, layer.count) for layer in layers
+    ]
+    return with_rates(layers, [[rate] * len(layer.vision_score) for rate, layer in zip(rates, layers, strict=True)])
+
+
+METHOD = Method(
+    name="fastv",
+    summary="inside prefill: the vision tokens that an early layer attends to least leave all later layers",
+    paper="arXiv:2403.06764, section 4",
+    allocate=allocate,
+    rank=shared_by_heads,
+    options=OPTIONS,
+    stage=PromptStage(first_layer, stays),
+    check=check,
+)

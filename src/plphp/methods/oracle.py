@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ceiling: vision tokens ranked by the queries of the answer itself, which no method can have beforehand.
+
+The query rows are those of the answer tokens that read the pruned cache, all but the last one. ``reduce`` combines
+them for each KV head: the largest attention (``peak``), the mean, or the best place (``best_rank``, see
+`plphp.methods.recall_rank`). Only `plphp.branch` with ``answer_ids`` has an answer.
+"""
+
+from torch import Tensor
+
+from ..allocation import uniform
+from ..config import PLPHPConfig
+from ..options import Option, settings
+from ..selection import by_best_rank, by_peak, per_head
+from ..types import Evidence, LayerScores
+from .base import Method
+
+RANKERS = {"best_rank": by_best_rank, "peak": by_peak, "mean": per_head}
+OPTIONS = {"reduce": Option("best_rank", choices=tuple(RANKERS))}
+
+
+def evidence(config: PLPHPConfig) -> Evidence:
+    """What the option ``reduce`` looks at."""
+    reduce = settings(OPTIONS, config.options)["reduce"]
+    return Evidence(peak=reduce == "peak", best_rank=reduce == "best_rank")
+
+
+def rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+    """By the option ``reduce``."""
+    return RANKERS[settings(OPTIONS, config.options)["reduce"]](scores, config)
+
+
+METHOD = Method(
+    name="oracle",
+    summary="ranked by the answer's own queries: the ceiling, for plphp.branch only",
+    paper="control",
+    allocate=uniform,
+    rank=rank,
+    options=OPTIONS,
+    evidence=evidence,
+    needs_answer=True,
+)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SnapKV (arXiv:2404.14469, section 4), as published: text is evicted like anything else.
+
+The queries of an observation window, the last ``window`` prompt tokens, vote for the entries before it: with A their
+softmax attention, ``s_g[j] = pool(mean_window(A_g))[j]``, where ``pool`` is a 1-D pooling of width ``kernel`` along
+the sequence. Each KV head keeps the best of s_g; the window is always kept.
+
+Defaults: window 16, kernel 5, average pooling (``pool="max"`` is the other form that is in use).
+
+Changed for comparison: each layer and head keeps as many entries as a method that keeps all text and
+``retention_rate`` of the vision tokens, so that both hold equal memory. Query heads of a KV head are combined with
+``gqa_reduction``; the paper's models have one each.
+"""
+
+import dataclasses
+
+from ..allocation import uniform
+from ..config import PLPHPConfig
+from ..errors import ConfigError
+from ..types import Evidence
+from ._window import OPTIONS, by_window, window_evidence
+from .base import Method
+
+
+def evidence(config: PLPHPConfig) -> Evidence:
+    """The window's rows, with all of the prompt before them as candidates."""
+    return dataclasses.replace(window_evidence(config), candidates="prompt")
+
+
+def check(config: PLPHPConfig, layers: int) -> None:
+    """Text has no image whose quota it could count for."""
+    if config.image_quota == "per_image":
+        raise ConfigError(
+            "snapkv ranks text and images together, so image_quota='per_image' means nothing: use snapkv_vision."
+        )
+
+
+METHOD = Method(
+    name="snapkv",
+    summary="text and vision tokens before an observation window compete, by its pooled attention",
+    paper="arXiv:2404.14469, section 4",
+    allocate=uniform,
+    rank=by_window,
+    options=OPTIONS,
+    evidence=evidence,
+    check=check,
+)

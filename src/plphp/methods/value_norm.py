@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank by the L2 norm of the values alone: a control for methods that weight their evidence with it."""
+
+from ..allocation import uniform
+from ..selection import by_value_norm
+from ..types import Evidence
+from .base import Method
+
+METHOD = Method(
+    name="value_norm",
+    summary="the vision tokens with the largest values, without a look at attention",
+    paper="control",
+    allocate=uniform,
+    rank=by_value_norm,
+    evidence=lambda config: Evidence(value_norm=True),
+)

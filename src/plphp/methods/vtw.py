@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Visual Tokens Withdrawal (arXiv:2405.05803, section 3): all vision tokens leave the prompt after some layer.
+
+From decoder layer K on no other token sees a vision token, in prefill too, and none of their KV is stored; the
+layers before keep everything. With r the ``retention_rate`` and L layers, ``K = max(1, round(r L))``: what is kept is
+K / L. The paper looks for K on a calibration set; here the retention says it.
+
+Prefill computes what it did: the tokens are masked, not skipped, so the saving of prefill time is not there. A
+prompt that ends in a vision token keeps that one, since the answer goes on from it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..allocation import Allocation, Layers, with_rates
+from ..config import PLPHPConfig
+from ..selection import shared_by_heads
+from ..types import LayerScores
+from ._stage import refuse_exempt_layers
+from .base import Method, PromptStage
+
+
+def first_layer(config: PLPHPConfig, layers: int) -> int:
+    """The first layer without vision tokens."""
+    return max(1, math.floor(config.base_rate * layers + 0.5))
+
+
+def nothing_stays(scores: LayerScores, config: PLPHPConfig, layers: int) -> Tensor:
+    """No vision token stays."""
+    return torch.zeros_like(scores.vision)
+
+
+def allocate(layers: Layers, config: PLPHPConfig) -> Allocation:
+    """Rate 1 before layer K, and 0 from there on."""
+    rates = [float(layer.index < first_layer(config, layer.count)) for layer in layers]
+    return with_rates(layers, [[rate] * len(layer.vision_score) for rate, layer in zip(rates, layers, strict=True)])
+
+
+METHOD = Method(
+    name="vtw",
+    summary="inside prefill: all vision tokens leave the later layers",
+    paper="arXiv:2405.05803, section 3",
+    allocate=allocate,
+    rank=shared_by_heads,
+    stage=PromptStage(first_layer, nothing_stays),
+    check=lambda config, layers: refuse_exempt_layers(config),
+)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer budgets of ZipVL (arXiv:2410.08584, section 4.1): as many tokens as carry a given attention mass.
+
+In each layer, with a the attention to the vision tokens (mean over heads and query rows, normalised to 1 over them)
+in falling order: ``k = min { n : a_1 + ... + a_n >= tau }``. With ``tau`` (0.975 in the paper) the retention is what
+comes out. Without, which is the default, tau is the one for which the mean rate over the layers of this prompt is
+``target_retention`` or ``retention_rate``: the n tokens with the least mass before them, over all layers together.
+
+Only the allocation is taken: ZipVL also leaves the other tokens out of prefill's attention and takes all heads
+together, here each KV head ranks its own. The query rows are the text after the last image, in the place of ZipVL's
+probe tokens, and the mass is that of the vision tokens, since all text is kept.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..allocation import Allocation, Layers, with_rates
+from ..config import PLPHPConfig
+from ..options import Option, settings
+from ..selection import per_head
+from ..types import Evidence, LayerScores
+from .base import Method
+
+OPTIONS = {"tau": Option(None, low=0, high=1)}
+
+
+def mass_before(scores: LayerScores, row: int) -> Tensor:
+    """float64 [vision tokens]; of each vision token in falling order of attention, the share of those before it."""
+    attention = scores.attention[row].double().mean(0)[scores.vision[row]]
+    share = attention.sort(descending=True).values / attention.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.nn.functional.pad(share.cumsum(0), (1, 0))[:-1]
+
+
+def by_mass(layers: Layers, config: PLPHPConfig) -> Allocation:
+    """Rates by cumulative attention mass, for every row of the batch by itself."""
+    tau = settings(OPTIONS, config.options)["tau"]
+    rows = []
+    for row in range(len(layers[0].vision_score)):
+        before = torch.stack([mass_before(layer.scores, row).cpu() for layer in layers])
+        if tau is None:
+            wanted = math.floor(config.base_rate * before.numel() + 0.5)
+            kept = torch.zeros(before.numel(), dtype=torch.bool)
+            kept[before.flatten().sort(stable=True).indices[:wanted]] = True
+            kept = kept.view_as(before)
+        else:
+            kept = before < tau
+        rows.append([count / max(1, before.shape[1]) for count in kept.sum(1).tolist()])
+    return with_rates(layers, list(zip(*rows, strict=True)))
+
+
+METHOD = Method(
+    name="zipvl",
+    summary="each layer keeps as many tokens as carry a share of its attention mass, per KV head",
+    paper="arXiv:2410.08584, section 4.1 (the allocation)",
+    allocate=by_mass,
+    rank=per_head,
+    options=OPTIONS,
+    evidence=lambda config: Evidence(rows="text"),
+    all_layers=lambda config: settings(OPTIONS, config.options)["tau"] is None,
+)
