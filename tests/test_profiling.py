@@ -82,8 +82,9 @@ def test_what_cannot_be_profiled() -> None:
         plphp.profile(model, [image], ["all"])
     with pytest.raises(ConfigError, match="different choices"):
         plphp.profile(model, [image], [1, 1])
-    with pytest.raises(ConfigError, match="different choices"):
-        plphp.profile(model, [image], [])
+    for none in ([], [None]):
+        with pytest.raises(ConfigError, match="different choices"):
+            plphp.profile(model, [image], none)
     with pytest.raises(ConfigError, match="not 8"):
         plphp.profile(model, [image]).layer_scores(8)
     with pytest.raises(plphp.UnsupportedModelError):

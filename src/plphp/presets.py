@@ -41,7 +41,7 @@ def _table(name: str, values: Mapping[str, Any]) -> list[str]:
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
     lines = ["", f"[{name}]", *(f"{_key(key)} = {_value(value)}" for key, value in plain.items())]
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             lines += _table(f"{name}.{_key(key)}", value)
     return lines
 

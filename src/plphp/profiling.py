@@ -24,11 +24,17 @@ class _WatchedCache(PrunedCache):
     """A cache that evicts nothing and scores every layer once for each choice of query rows."""
 
     choices: Sequence[PLPHPConfig] = ()
+    watched: tuple[PromptPlan, ...] = ()
 
     def plan(self, inputs: Mapping[str, Any], *, vision_mask: Tensor | None = None) -> None:
+        own, plans = self.config, []
+        for choice in self.choices:
+            self.config = choice
+            super().plan(inputs, vision_mask=vision_mask)
+            plans.append(self._plan)
+        self.watched = tuple(plan for plan in plans if plan is not None)
+        self.config = own
         super().plan(inputs, vision_mask=vision_mask)
-        spans = None if self._plan is None else self._plan.spans
-        self.watched = [] if spans is None else [PromptPlan.of(spans, choice, custom=False) for choice in self.choices]
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
         # Before the layer is packed: its tail holds the keys of the whole prompt.
@@ -80,7 +86,7 @@ def profile(
     >>> found.layer_scores("text").mean(0)  # doctest: +SKIP
     """
     rows = tuple(query_rows) if isinstance(query_rows, (list, tuple)) else (query_rows,)
-    if not rows or len(set(rows)) != len(rows):
+    if not rows or None in rows or len(set(rows)) != len(rows):
         raise ConfigError(f"query_rows must be different choices, at least one, got {query_rows!r}.")
     keep_all = PLPHPConfig(method="none")
     choices = [PLPHPConfig(method="none", query_rows=choice) for choice in rows]
