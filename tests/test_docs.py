@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -60,6 +61,15 @@ def test_readme_runs(scope: dict[str, Any]) -> None:
 @pytest.mark.parametrize("index", [0, 1], ids=["method", "family"])
 def test_extending_runs(scope: dict[str, Any], index: int) -> None:
     exec(blocks("docs/extending.md")[index], scope)
+
+
+def test_calibration_runs(scope: dict[str, Any]) -> None:
+    prompts = [{"images": ["photo.png"], "question": f"What is in row {row}?"} for row in (1, 2, 3, 4)]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (code,) = blocks("docs/calibration.md")
+    exec(code, scope)
+    assert scope["config"] == plphp.PLPHPConfig.from_toml("preset.toml")
+    assert len(scope["measured"].retentions) == 2
 
 
 def test_families_page_lists_what_is_registered() -> None:

@@ -102,9 +102,9 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     Returns
     -------
     PLPHPConfig
-        With ``retention_rate`` in the place of ``target_retention`` and both thresholds set: layers are compacted
-        one by one during prefill again. The mean retention of one prompt may be off the target; over the prompts
-        given it is met but for ties. `measure_retention` tells what it is on others.
+        With ``retention_rate`` in the place of ``target_retention``, and its delta and both thresholds set: layers
+        are compacted one by one during prefill again. The mean retention of one prompt may be off the target; over
+        the prompts given it is met but for ties. `measure_retention` tells what it is on others.
 
     Raises
     ------
@@ -134,6 +134,7 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     return dataclasses.replace(
         config,
         retention_rate=target,
+        retention_delta=config.delta,
         target_retention=None,
         indifferent_threshold=min(1.0, max(0.0, low.item())),
         attentive_threshold=min(1.0, max(0.0, high.item())),

@@ -17,7 +17,7 @@ def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:
     Parameters
     ----------
     config : PLPHPConfig
-        Goes to the table ``[plphp]``; its ``retention_delta`` is spelled out, so that it outlives a new default.
+        Goes to the table ``[plphp]``.
     calibration : mapping
         Goes to the table ``[calibration]``, and nested mappings to tables under it. Nothing reads it but people:
         what settings need to know of it, such as ``calibrated_layers``, is among them.
@@ -27,9 +27,8 @@ def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:
     str
         TOML; None is left out.
     """
-    settings = {**config.to_dict(), "retention_delta": config.delta}
     lines = ["# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml."]
-    return "\n".join([*lines, *_table("plphp", settings), *_table("calibration", calibration)]) + "\n"
+    return "\n".join([*lines, *_table("plphp", config.to_dict()), *_table("calibration", calibration)]) + "\n"
 
 
 def write_preset(path: str | Path, config: PLPHPConfig, calibration: Mapping[str, Any]) -> None:

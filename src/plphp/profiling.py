@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache import PrunedCache
 from .calibration import read_prompt
-from .config import PLPHPConfig
+from .config import PLPHPConfig, QueryRows
 from .errors import ConfigError
 from .plan import PromptPlan
 from .profile_report import AttentionProfile, ProfiledPrompt
 from .provenance import provenance
-
-QueryRows = int | Literal["text"]
 
 
 class _WatchedCache(PrunedCache):
