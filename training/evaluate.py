@@ -1,77 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 4: exact match of greedy ``generate`` on unseen scenes, through PNG files and the real processor."""
+"""Stage 4: exact match of greedy ``generate`` on the held-out tasks, through the real processor."""
 
 from __future__ import annotations
 
-import io
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from training import questions, scenes
-
-SEED = 777
-TASKS: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {
-    "cell": (("cell",), (1,), 1),
-    "digit_of_colour": (("digit_of_colour",), (1,), 1),
-    "colour_of": (("colour_of",), (1,), 1),
-    "list_row": (("list_row",), (1,), 1),
-    "list_grid": (("list_grid",), (1,), 1),
-    "read_line": (("read_line",), (1,), 1),
-    "read_colour": (("read_colour",), (1,), 1),
-    "read_page": (("read_page",), (1,), 1),
-    "dialogue": (("cell", "digit_of_colour", "colour_of", "list_row", "read_line", "read_colour"), (1,), 2),
-    "which_image": (("which_image",), (2, 3, 4), 1),
-    "several_cell": (("cell", "digit_of_colour", "colour_of"), (2, 3, 4), 1),
-    "several_row": (("list_row",), (2, 3, 4), 1),
-    "several_text": (("read_line", "read_colour"), (2, 3, 4), 1),
-    "several_page": (("read_page",), (2, 3, 4), 1),
-    "six_images": (("which_image", "cell", "colour_of", "read_line"), (5, 6), 1),
-}
-"""Name -> (question kinds, numbers of images, turns). The last is beyond the 1 to 4 images of training."""
+from plphp.evaluation.tasks import Sample, Split, Task, available_tasks
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Images and the turns of one conversation; the last turn is the one to answer."""
-
-    images: tuple[Image.Image, ...]
-    turns: tuple[questions.Question, ...]
-
-    def messages(self) -> list[dict]:
-        """Return the conversation up to the last question, in the chat template's form."""
-        content: list[dict] = [{"type": "image", "image": image} for image in self.images]
-        messages: list[dict] = []
-        for turn in self.turns:
-            messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.text}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-            content = []
-        return messages[:-1]
-
-
-def _through_png(image: Image.Image) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return Image.open(io.BytesIO(buffer.getvalue()))
-
-
-def samples(task: str, n: int, seed: int = SEED, *, scale: int = 4) -> Iterator[Sample]:
-    """Yield ``n`` samples of a task from the test split, drawn at ``80 * scale`` pixels a side."""
-    kinds, numbers, turn_count = TASKS[task]
-    rng = random.Random(f"{seed}-{task}")
-    made = 0
-    while made < n:
-        drawn = scenes.make_scenes(rng, "test", rng.choice(numbers))
-        asked = [questions.ask(rng, drawn, rng.choice(kinds)) for _ in range(turn_count)]
-        if None in asked or len({turn.text for turn in asked if turn}) < turn_count:
-            continue
-        made += 1
-        yield Sample(tuple(_through_png(scene.draw(scale)) for scene in drawn), tuple(t for t in asked if t))
+def messages(sample: Sample, *, blank: bool = False) -> list[dict]:
+    """Return the conversation up to the last question, with the true earlier answers, for the chat template."""
+    images = [Image.new("RGB", image.size, (20, 20, 20)) if blank else image for image in sample.images]
+    content: list[dict] = [{"type": "image", "image": image} for image in images]
+    listed: list[dict] = []
+    for turn in sample.turns:
+        listed.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
+        listed.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        content = []
+    return listed[:-1]
 
 
 def load(folder: Path):
@@ -93,10 +44,8 @@ def answer(model, processor, batch: Sequence[Sample], *, blank: bool = False) ->
     blank
         Replace every image by a uniform dark one: what can be answered without seeing.
     """
-    if blank:
-        batch = [Sample(tuple(Image.new("RGB", i.size, (20, 20, 20)) for i in s.images), s.turns) for s in batch]
     inputs = processor.apply_chat_template(
-        [sample.messages() for sample in batch],
+        [messages(sample, blank=blank) for sample in batch],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -107,9 +56,11 @@ def answer(model, processor, batch: Sequence[Sample], *, blank: bool = False) ->
     return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def exact_match(model, processor, task: str, n: int, *, blank: bool = False, batch: int = 20) -> float:
-    """Return the share of ``n`` samples whose whole answer is right to the character (fraction)."""
-    made = list(samples(task, n))
+def exact_match(
+    model, processor, task: Task, n: int, *, split: Split = "test", blank: bool = False, batch: int = 20
+) -> float:
+    """Return the share of ``n`` samples whose whole last answer is right to the character (fraction)."""
+    made = list(task.samples(split, n))
     right = 0
     for at in range(0, n, batch):
         chunk = made[at : at + batch]
@@ -118,13 +69,13 @@ def exact_match(model, processor, task: str, n: int, *, blank: bool = False, bat
     return right / n
 
 
-def evaluate(folder: Path, n: int, n_blank: int) -> dict[str, dict[str, float]]:
+def evaluate(folder: Path, n: int, n_blank: int, *, split: Split = "test") -> dict[str, dict[str, float]]:
     """Return exact match by task, with the images and with blank images."""
     model, processor = load(folder)
     result = {}
-    for task in TASKS:
-        result[task] = {"exact_match": exact_match(model, processor, task, n)}
+    for name, task in available_tasks().items():
+        result[name] = {"exact_match": exact_match(model, processor, task, n, split=split)}
         if n_blank:
-            result[task]["blank_images"] = exact_match(model, processor, task, n_blank, blank=True)
-        print(task, result[task], flush=True)
+            result[name]["blank_images"] = exact_match(model, processor, task, n_blank, split=split, blank=True)
+        print(name, result[name], flush=True)
     return result

@@ -14,11 +14,11 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from training import questions, scenes
-from training.scenes import Scene
+from plphp.evaluation.synthetic import questions, scenes
+from plphp.evaluation.synthetic.scenes import Scene
 
 SEED = 4242
-PLAN: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+PLAN: tuple[tuple[str, str, tuple[scenes.Kind, ...], str], ...] = (
     ("single", "grid-1", ("grid",), "cell"),
     ("single", "grid-2", ("grid",), "digit_of_colour"),
     ("single", "page-1", ("text",), "read_line"),
@@ -35,17 +35,14 @@ PLAN: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 """(kind, name of the image set, kinds of scenes, task). Two tasks that the model has only begun to learn are last."""
 
 
-def _scenes(name: str, kinds: Sequence[str]) -> list[Scene]:
+def _scenes(name: str, kinds: Sequence[scenes.Kind]) -> list[Scene]:
     """Return the scenes of one set: test digits, a seed that no training or evaluation stream uses."""
     rng = random.Random(f"{SEED}-{name}")
     several = len(kinds) > 1
     made = []
     for kind in kinds:
         while True:
-            if kind == "grid":
-                scene = scenes.make_grid(rng, "test", max_side=3)
-            else:
-                scene = scenes.make_text(rng, "test", max_lines=2 if several else 3)
+            scene = scenes.make_scene(rng, "test", kind, small=several)
             # A page of one line would make a poor multi-line example.
             if kind == "grid" or scene.rows > 1:
                 break
@@ -55,7 +52,7 @@ def _scenes(name: str, kinds: Sequence[str]) -> list[Scene]:
 
 
 def write(folder: Path) -> list[dict]:
-    """Write the PNG files (320 x 320) and ``questions.json``; return the questions."""
+    """Write the PNG files (448 x 448) and ``questions.json``; return the questions."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for kind, name, kinds, task in PLAN:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,27 +18,89 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from training import scenes
+from plphp.evaluation.synthetic import scenes
 
 IMAGE_TOKENS = scenes.PATCHES**2
 
 
-def _matmul_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-    """Attention as two matrix products: on a CPU in bf16 its backward is several times faster than SDPA's."""
-    batch, q_heads, seq, dim = query.shape
-    kv_heads, kv_seq = key.shape[1], key.shape[2]
+@dataclass(frozen=True)
+class Structure:
+    """Who sees whom in packed rows (``rows.py``): a causal prefix, then blocks that see the prefix and themselves.
+
+    Attributes
+    ----------
+    pads
+        Additive, shape (rows, 1, 1, prefix): hides the padding of the prefix.
+    inner
+        Additive, shape (rows, 1, blocks, 1, width, width): what the tokens of a block see of each other.
+    """
+
+    pads: Tensor
+    inner: Tensor
+
+    @classmethod
+    def of(cls, blocks: Tensor, start: int, width: int, dtype: torch.dtype) -> Structure:
+        """Read it from the block numbers, int64 (rows, seq), of rows whose blocks begin at ``start``."""
+        rows = blocks.shape[0]
+        pads = torch.zeros(rows, 1, 1, start, dtype=dtype).masked_fill((blocks[:, None, None, :start] != 0), HIDDEN)
+        text = blocks[:, start:].view(rows, 1, -1, 1, width)
+        causal = torch.ones(width, width, dtype=torch.bool).tril()
+        seen = causal & (text[..., :, None] == text[..., None, :])
+        return cls(pads, torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, HIDDEN))
+
+
+HIDDEN, CLAMP, TINY = -1e4, 60.0, 1e-20
+PREFIX_PARTS = 3
+
+
+def _exponentials(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return exp(logits) and its sum over the last axis, kept, in float32.
+
+    The maximum is not subtracted: that costs two passes over the largest tensors of the model, and the logits of one
+    this small stay far from the clamp.
+    """
+    powers = logits.float().clamp(max=CLAMP).exp()
+    return powers.to(dtype), powers.sum(-1, keepdim=True)
+
+
+def _structured_attention(module, query, key, value, attention_mask=None, scaling=None, structure=None, **kwargs):
+    """Attention of packed rows as matrix products over what is visible at all.
+
+    On a CPU in bf16 the backward of matrix products is several times faster than SDPA's, and a dense mask over whole
+    rows would spend half of the time on pairs that are hidden.
+    """
+    rows, q_heads, seq, dim = query.shape
+    kv_heads, start = key.shape[1], structure.pads.shape[-1]
     groups = q_heads // kv_heads
-    grouped = query.reshape(batch, kv_heads, groups * seq, dim) * scaling
-    scores = torch.matmul(grouped, key.transpose(-1, -2))
-    if attention_mask is not None:
-        scores = scores.view(batch, kv_heads, groups, seq, kv_seq) + attention_mask[:, :, None].to(scores.dtype)
-        scores = scores.view(batch, kv_heads, groups * seq, kv_seq)
-    out = torch.matmul(torch.softmax(scores, -1).to(value.dtype), value).view(batch, q_heads, seq, dim)
+    query = (query * scaling).view(rows, kv_heads, groups, seq, dim)
+    done = []
+    cuts = [start * i // PREFIX_PARTS for i in range(PREFIX_PARTS + 1)]
+    for begin, end in pairwise(cuts):
+        mask = structure.pads[..., :end] + torch.full((end - begin, end), HIDDEN, dtype=query.dtype).triu(begin + 1)
+        logits = query[:, :, :, begin:end].flatten(2, 3) @ key[:, :, :end].mT
+        logits = logits.view(rows, kv_heads, groups, end - begin, end) + mask[:, :, None]
+        powers, total = _exponentials(logits, value.dtype)
+        part = (powers.flatten(2, 3) @ value[:, :, :end]).view(rows, kv_heads, groups, end - begin, dim)
+        # Padding sees nothing.
+        done.append(part / total.clamp(min=TINY))
+    blocks, width = structure.inner.shape[2], structure.inner.shape[-1]
+    text = query[:, :, :, start:].unflatten(3, (blocks, width)).transpose(2, 3)
+    outer, outer_total = _exponentials(text.flatten(2, 4) @ key[:, :, :start].mT + structure.pads, value.dtype)
+    inner = text.flatten(3, 4) @ key[:, :, start:].unflatten(2, (blocks, width)).mT
+    inner, inner_total = _exponentials(inner.unflatten(3, (groups, width)) + structure.inner, value.dtype)
+    own = inner.flatten(3, 4) @ value[:, :, start:].unflatten(2, (blocks, width))
+    shape = rows, kv_heads, blocks, groups, width
+    mixed = (outer @ value[:, :, :start]).view(*shape, dim) + own.view(*shape, dim)
+    mixed = mixed / (outer_total.view(*shape, 1) + inner_total).clamp(min=TINY)
+    done.append(mixed.transpose(2, 3).flatten(3, 4))
+    out = torch.cat(done, 3).to(query.dtype).reshape(rows, q_heads, seq, dim)
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("training_matmul", _matmul_attention)
-AttentionMaskInterface.register("training_matmul", eager_mask)
+ATTENTION = "plphp_training"
+IMPLEMENTATIONS = {"text_config": ATTENTION, "vision_config": "sdpa", "": "sdpa"}
+AttentionInterface.register(ATTENTION, _structured_attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 def build(
@@ -87,7 +152,9 @@ def build(
         eos_token_id=end_id,
         pad_token_id=pad_id,
     )
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="training_matmul")
+    model = LlavaForConditionalGeneration._from_config(
+        config, attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa", "": "sdpa"}
+    )
     model.tie_weights()
     return model
 
@@ -100,12 +167,12 @@ def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Ten
     model
         The model.
     pixels
-        uint8, shape (images, 80, 80, 3).
+        uint8, shape (images, 112, 112, 3).
 
     Returns
     -------
     Tensor
-        Shape (images, 100, dim).
+        Shape (images, 196, dim).
     """
     values = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     tower = model.model.vision_tower
@@ -141,9 +208,9 @@ class PatchHead(nn.Module):
         Parameters
         ----------
         features
-            Shape (images, 100, dim).
+            Shape (images, 196, dim).
         labels
-            int64, shape (images, 10, 10, 4), from ``Scene.patch_labels``.
+            int64, shape (images, 14, 14, 4), from ``Scene.patch_labels``.
         """
         logits = self.linear(features).float().flatten(0, 1).split(self.sizes, -1)
         target = labels.reshape(-1, 4)
@@ -199,33 +266,34 @@ class AnswerLoss(nn.Module):
         features: Tensor,
         ids: Tensor,
         labels: Tensor,
-        blocks: Tensor,
         positions: Tensor,
-        text_start: int,
+        structure: Structure,
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss over answer tokens and the share of answer tokens that are right.
 
         Parameters
         ----------
         features
-            Tower output, shape (images, 100, dim); the images of a row follow one another.
-        ids, labels, blocks, positions
+            Tower output, shape (images, 196, dim); the images of a row follow one another.
+        ids, labels, positions
             int64, shape (rows, seq); see ``training.rows.Row``.
-        text_start
-            First position that can carry a label (everything before is the shared prefix).
+        structure
+            Who sees whom. No label stands before the last position of the prefix.
         """
-        rows, seq = ids.shape
         embeds = self.model.get_input_embeddings()(ids)
         images = self.model.model.multi_modal_projector(features)
         is_image = (ids == self.model.config.image_token_id).unsqueeze(-1)
         embeds = embeds.to(images.dtype).masked_scatter(is_image, images)
-        causal = torch.ones(seq, seq, dtype=torch.bool, device=ids.device).tril()
-        visible = causal & ((blocks[:, :, None] == blocks[:, None, :]) | (blocks == 0)[:, None, :])
-        mask = torch.zeros(rows, 1, seq, seq, dtype=images.dtype, device=ids.device)
-        mask = mask.masked_fill(~visible[:, None], -1e4)
+        # Masks by layer type: there is nothing for transformers to make.
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state[:, text_start:]
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": None},
+            position_ids=positions,
+            use_cache=False,
+            structure=structure,
+        ).last_hidden_state
+        text_start = structure.pads.shape[-1] - 1
+        hidden = hidden[:, text_start:]
         logits = self.model.lm_head(hidden).float()
         target = labels[:, text_start:]
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)

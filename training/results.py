@@ -10,23 +10,7 @@ from pathlib import Path
 
 import torch
 
-LABELS = {
-    "cell": "what is in a cell (grid of 2 to 4 rows and columns)",
-    "digit_of_colour": "which digit has a colour",
-    "colour_of": "the colour of a shape or digit",
-    "list_row": "list a row",
-    "list_grid": "list the whole grid, one line per row",
-    "read_line": "read one line of printed code",
-    "read_colour": "read the code of a colour",
-    "read_page": "read all lines (1 to 3)",
-    "dialogue": "second question, after a first one and its answer",
-    "which_image": "which of 2 to 4 images shows a thing",
-    "several_cell": "cell, digit or colour in one of 2 to 4 images",
-    "several_row": "list a row of one of 2 to 4 images",
-    "several_text": "one line of text in one of 2 to 4 images",
-    "several_page": "all lines of text in one of 2 to 4 images",
-    "six_images": "mixed questions, 5 or 6 images (trained on at most 4)",
-}
+from plphp.evaluation.tasks import available_tasks
 
 
 def record(
@@ -62,7 +46,7 @@ def record(
     return {
         "script": "python -m training.train_all",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{threads} CPU cores ({platform.machine()}), no GPU, shared with other work",
+        "hardware": f"{threads} CPU cores ({platform.machine()}), no GPU",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -93,11 +77,14 @@ def record(
 
 def table(record: dict) -> str:
     """Return the figures of a record as a Markdown table."""
-    lines = ["| task | what is asked | exact match | images blanked |", "|---|---|---|---|"]
-    for task, values in record["evaluation"]["tasks"].items():
-        blank = values.get("blank_images")
-        blanked = "" if blank is None else f"{blank:.3f}"
-        lines.append(f"| `{task}` | {LABELS[task]} | {values['exact_match']:.3f} | {blanked} |")
+    lines = ["| task | group | what is asked | exact match | images blanked | chance |", "|---|---|---|---|---|---|"]
+    tasks = available_tasks()
+    for name, values in record["evaluation"]["tasks"].items():
+        task = tasks[name]
+        shown = f"{values['exact_match']:.3f} | {values['blank_images']:.3f} | {task.chance:.3f}"
+        lines.append(f"| `{name}` | {task.group.replace('_', ' ')} | {task.summary} | {shown} |")
+    scored = [values["exact_match"] for name, values in record["evaluation"]["tasks"].items() if tasks[name].scored]
+    lines.append(f"| mean of {len(scored)} scored tasks | | | {sum(scored) / len(scored):.3f} | | |")
     return "\n".join(lines)
 
 
@@ -116,8 +103,7 @@ def model_card(record: dict) -> str:
         "VERSIONS": versions,
         "VISION_MINUTES": vision["minutes"],
         "VISION_STEPS": vision["steps"],
-        "PATCH_GRID": f"{vision['held_out_patch_accuracy']['grid']:.3f}",
-        "PATCH_TEXT": f"{vision['held_out_patch_accuracy']['text']:.3f}",
+        "PATCHES": ", ".join(f"{value:.3f} on {kind}s" for kind, value in vision["held_out_patch_accuracy"].items()),
         "TRAIN_SEED": record["seed"],
         "TEXT_MINUTES": text["minutes"],
         "TEXT_STEPS": text["steps"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed training rows: one shared prefix (system text, images) and many independent question blocks."""
+"""Packed training rows: one shared prefix (system text, images) and many independent conversations."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from plphp.evaluation.synthetic import questions, scenes
+from plphp.evaluation.synthetic.scenes import Scene
 from training import model as models
-from training import questions, scenes, tokenizer
-from training.scenes import Scene
+from training import tokenizer
 
 SYSTEM_SLOT = max(len(tokenizer.encode(f"<|system|>{text}<|end|>\n")) for text in questions.SYSTEMS)
 PER_IMAGE = len(tokenizer.encode("Image 1: ")) + models.IMAGE_TOKENS + 1
 PAD, END, IMAGE = range(3)
+WIDTH = 88
+"""Tokens of a block. A conversation lies in one block; those of a block do not see each other."""
 PREFIX_BLOCK, PAD_BLOCK = 0, -1
 
 
@@ -26,16 +29,16 @@ class Row:
     Attributes
     ----------
     pixels
-        uint8, shape (images, 80, 80, 3).
+        uint8, shape (images, 112, 112, 3).
     ids
-        int64, shape (seq,): left padding, prefix, question blocks, right padding.
+        int64, shape (seq,): left padding, prefix, then blocks of ``WIDTH`` tokens.
     labels
         int64, shape (seq,): the next token where it belongs to an answer, else -100.
     blocks
-        int64, shape (seq,): 0 for the prefix (visible to all), 1, 2, ... for blocks (each visible to itself),
-        -1 for pads.
+        int64, shape (seq,): 0 for the prefix (visible to all), 1, 2, ... for conversations (each visible to
+        itself), -1 for pads.
     positions
-        int64, shape (seq,): every block continues from the end of the prefix.
+        int64, shape (seq,): every conversation continues from the end of the prefix.
     """
 
     pixels: np.ndarray
@@ -46,7 +49,7 @@ class Row:
 
 
 def prefix_length(n_images: int) -> int:
-    """Return the fixed number of positions before the first question block, padding included."""
+    """Return the fixed number of positions before the first block, padding included."""
     return SYSTEM_SLOT + 1 + n_images * PER_IMAGE
 
 
@@ -75,9 +78,9 @@ def block_ids(turns: Sequence[questions.Question]) -> tuple[list[int], list[int]
 
 
 def draw_turns(rng: random.Random, drawn: Sequence[Scene], *, dialogues: float) -> list[questions.Question]:
-    """Ask one question, or two with probability ``dialogues``; an empty list where none was found."""
-    wanted = 2 if rng.random() < dialogues else 1
-    turns = [questions.ask(rng, drawn) for _ in range(wanted)]
+    """Ask one question, or two or three with probability ``dialogues``; none where the scenes allow none."""
+    wanted = rng.choice((2, 2, 3)) if rng.random() < dialogues else 1
+    turns = [questions.ask_any(rng, drawn) for _ in range(wanted)]
     return [turn for turn in turns if turn is not None]
 
 
@@ -86,15 +89,15 @@ def draw_system(rng: random.Random) -> str:
     draw = rng.random()
     if draw < 0.5:
         return questions.DEFAULT_SYSTEM
-    return "" if draw < 0.62 else rng.choice(questions.SYSTEMS[1:])
+    return "" if draw < 0.6 else rng.choice(questions.SYSTEMS[1:])
 
 
-def make_row(rng: random.Random, n_images: int, text_slot: int, *, easy: bool = False) -> Row:
-    """Draw scenes and as many question blocks about them as fit ``text_slot`` tokens (training split)."""
+def make_row(rng: random.Random, n_images: int, n_blocks: int, *, easy: bool = False) -> Row:
+    """Draw scenes (training split) and as many conversations about them as fit into ``n_blocks`` blocks."""
     drawn = scenes.make_scenes(rng, "train", n_images, easy=easy)
     prefix = prefix_ids(n_images, draw_system(rng))
     start = prefix_length(n_images)
-    length = start + text_slot
+    length = start + n_blocks * WIDTH
     ids = np.full(length, PAD, np.int64)
     labels = np.full(length, -100, np.int64)
     blocks = np.full(length, PAD_BLOCK, np.int64)
@@ -102,21 +105,25 @@ def make_row(rng: random.Random, n_images: int, text_slot: int, *, easy: bool = 
     ids[start - len(prefix) : start] = prefix
     blocks[start - len(prefix) : start] = PREFIX_BLOCK
     positions[start - len(prefix) : start] = np.arange(len(prefix))
-    at, block, misses = start, 1, 0
+    used = [0] * n_blocks
+    conversation, misses = 1, 0
     seen: set[str] = set()
-    while misses < 5:
-        turns = draw_turns(rng, drawn, dialogues=0.12)
-        if not turns or turns[0].text in seen:
+    while misses < 10:
+        turns = draw_turns(rng, drawn, dialogues=0.15)
+        if not turns or turns[0].answer in seen:
             misses += 1
             continue
         turn_ids, turn_labels = block_ids(turns)
-        end = at + len(turn_ids)
-        if end > length:
+        roomy = [i for i in range(n_blocks) if used[i] + len(turn_ids) <= WIDTH]
+        if not roomy:
             misses += 1
             continue
-        seen.add(turns[0].text)
-        ids[at:end], labels[at:end], blocks[at:end] = turn_ids, turn_labels, block
+        seen.add(turns[0].answer)
+        at = start + roomy[0] * WIDTH + used[roomy[0]]
+        end = at + len(turn_ids)
+        ids[at:end], labels[at:end], blocks[at:end] = turn_ids, turn_labels, conversation
         positions[at:end] = len(prefix) + np.arange(len(turn_ids))
-        at, block = end, block + 1
+        used[roomy[0]] += len(turn_ids)
+        conversation += 1
     pixels = np.stack([scenes.training_pixels(rng, scene) for scene in drawn])
     return Row(pixels, ids, labels, blocks, positions)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from training import questions, scenes, sprites
+from plphp.evaluation.synthetic import questions, scenes, sprites
 
 PAD, END, IMAGE, SYSTEM, USER, ASSISTANT = (
     "<|pad|>",
@@ -24,13 +24,15 @@ SPECIAL = (PAD, END, IMAGE, SYSTEM, USER, ASSISTANT)
 WORDS = """
 a an and the this that these is are was it in on of to for from with not no yes there here you me I one two
 three four five six image images picture pictures says say said shows show nothing digit row rows line lines
-column columns left right top bottom number letter letters shape colour color empty grid
+column columns left right top bottom number letter letters shape colour color empty grid value table key things all
+first comes so where which what how many count compare difference above below
 """
 
 
 def _words() -> list[str]:
     """Return every word of the questions, answers and system texts, in a fixed order."""
-    texts = [WORDS, *questions.SYSTEMS, *questions.IN_IMAGE, *scenes.COLOURS, *sprites.SHAPES]
+    texts = [WORDS, *questions.SYSTEMS, *questions.IN_IMAGE, *questions.BEFORE, *questions.AFTER, *questions.SIDES]
+    texts += [*scenes.COLOURS, *sprites.SHAPES]
     texts += [phrase for group in questions.PHRASINGS.values() for phrase in group]
     words: dict[str, None] = {}
     for text in texts:
@@ -86,7 +88,7 @@ def chat_template() -> str:
 
 
 def build_processor() -> LlavaProcessor:
-    """Return the processor: any image is converted to RGB and resized to 80 x 80."""
+    """Return the processor: any image is converted to RGB and resized to 112 x 112."""
     side = {"height": scenes.SIDE, "width": scenes.SIDE}
     return LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size=side),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import multiprocessing
 import os
 import random
 import time
@@ -17,40 +16,41 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from plphp.evaluation.synthetic import scenes
 from training import model as models
-from training import optim, rows, scenes
+from training import optim, rows
 
 logger = logging.getLogger("training.text")
 
-# Images per prompt -> (rows per batch, text tokens per row): about the same number of tokens in every batch.
-SHAPES = {1: (18, 224), 2: (12, 160), 3: (9, 160), 4: (7, 160)}
+# Images per prompt -> (rows per batch, blocks per row): about the same number of tokens in every batch.
+SHAPES = {1: (11, 4), 2: (7, 4), 3: (5, 4), 4: (4, 4)}
 CHECKPOINT = "text.pt"
 
 
 def several_images(progress: float) -> float:
     """Return the share of batches with several images at a progress from 0 to 1.
 
-    None at first; more at the end, when single images are learned and several still lag.
+    None at first: single images are learned sooner, and carry over.
     """
     if progress < 0.1:
         return 0.0
-    return 0.35 if progress < 0.75 else 0.55
+    return 0.4 if progress < 0.5 else 0.55
 
 
 class _Stream(IterableDataset):
-    """Endless packed batches; what they hold follows the training's progress."""
+    """Packed batches from a step on, each drawn from its own seed: a resumed run reads what it would have."""
 
-    def __init__(self, seed: int, progress) -> None:
-        self.seed, self.progress = seed, progress
+    def __init__(self, seed: int, first: int, steps: int) -> None:
+        self.seed, self.first, self.steps = seed, first, steps
 
     def __iter__(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
         torch.set_num_threads(1)
-        rng = random.Random(self.seed)
-        while True:
-            progress = self.progress.value
+        for step in range(self.first, self.steps):
+            rng = random.Random(f"{self.seed}-{step}")
+            progress = step / self.steps
             n = rng.choice((2, 2, 3, 4)) if rng.random() < several_images(progress) else 1
-            count, slot = SHAPES[n]
-            made = [rows.make_row(rng, n, slot, easy=progress < 0.08) for _ in range(count)]
+            count, blocks = SHAPES[n]
+            made = [rows.make_row(rng, n, blocks, easy=progress < 0.06) for _ in range(count)]
             pixels = torch.from_numpy(np.concatenate([row.pixels for row in made]))
             stacked = [
                 np.stack([getattr(row, name) for row in made]) for name in ("ids", "labels", "blocks", "positions")
@@ -89,31 +89,28 @@ def train(
     model,
     out: Path,
     *,
-    minutes: float,
+    steps: int,
     seed: int = 0,
     resume: bool = False,
     compiled: bool = True,
     every: float = 120,
 ) -> dict[str, float]:
-    """Train until ``minutes`` of training time are spent, all runs together.
-
-    The schedule follows the share of the time that is spent, so a run that is resumed with fewer minutes ends
-    sooner and properly annealed.
+    """Train for ``steps`` batches, all runs together.
 
     Parameters
     ----------
     model
         Prepared by ``prepare``; changed in place.
     out
-        Folder for ``text.pt`` (the checkpoint) and ``log.jsonl``.
-    minutes
+        Folder for ``text.pt`` (the checkpoint) and ``log.jsonl`` (the curves).
+    steps
         Length of the schedule.
     seed
-        Of the data stream.
+        Of the data.
     resume
         Continue from ``out / "text.pt"``.
     compiled
-        Compile the forward pass.
+        Compile the forward and backward passes.
     every
         Seconds between checkpoints.
 
@@ -128,59 +125,47 @@ def train(
     optimizers = optim.make([loss_fn], muon=3e-3, adamw=1.5e-3, weight_decay=0.05)
     trainable = [p for p in loss_fn.parameters() if p.requires_grad]
     checkpoint = out / CHECKPOINT
-    step, row_count, spent = 0, 0, 0.0
+    first, row_count, before = 0, 0, 0.0
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         model.tie_weights()
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, row_count, spent = state["step"], state["rows"], state["seconds"]
-        logger.info("resumed at step %d, %.1f minutes", step, spent / 60)
-    total = minutes * 60
-    progress = multiprocessing.Value("d", spent / total)
-    stream = DataLoader(_Stream(seed + 1000 + step, progress), batch_size=None, num_workers=1, prefetch_factor=4)
-    batches = iter(stream)
+        first, row_count, before = state["step"], state["rows"], state["seconds"]
+        logger.info("resumed at step %d, %.1f minutes", first, before / 60)
+    stream = DataLoader(_Stream(seed + 1000, first, steps), batch_size=None, num_workers=1, prefetch_factor=4)
     log = (out / "log.jsonl").open("a")
     start = last_log = last_save = time.monotonic()
-    before = spent
     window: dict[str, list[tuple[float, float]]] = {"one": [], "several": []}
 
-    def save() -> None:
+    def save(step: int) -> None:
         _save(
             checkpoint,
             model=model.state_dict(),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
             step=step,
             rows=row_count,
-            seconds=spent,
-            minutes=minutes,
+            seconds=before + time.monotonic() - start,
+            steps=steps,
         )
 
-    while True:
-        spent = before + time.monotonic() - start
-        done = spent / total
-        if done >= 1:
-            break
-        progress.value = done
-        optim.set_rate(optimizers, _factor(done, step))
-        n, (pixels, ids, labels, blocks, positions) = next(batches)
+    for step, (n, (pixels, ids, labels, blocks, positions)) in enumerate(stream, start=first):
+        optim.set_rate(optimizers, _factor(step / steps, step))
+        structure = models.Structure.of(blocks, rows.prefix_length(n), rows.WIDTH, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 features = tower(pixels)
-            # Only the most frequent shape is worth its compile time.
-            loss, right = (forward if n == 1 else loss_fn)(
-                features, ids, labels, blocks, positions, rows.prefix_length(n) - 1
-            )
+            loss, right = forward(features, ids, labels, positions, structure)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optim.step(optimizers)
-        step, row_count = step + 1, row_count + len(ids)
+        row_count += len(ids)
         window["one" if n == 1 else "several"].append((loss.item(), right.item()))
         now = time.monotonic()
-        if now - last_log > 20:
+        if now - last_log > 20 or step + 1 == steps:
             last_log = now
-            record = {"seconds": round(spent), "step": step, "rows": row_count}
+            record = {"seconds": round(before + now - start), "step": step + 1, "rows": row_count}
             for name, values in window.items():
                 if values:
                     mean = np.mean(values, axis=0)
@@ -191,7 +176,7 @@ def train(
             log.flush()
         if now - last_save > every:
             last_save = now
-            save()
-    save()
+            save(step + 1)
+    save(steps)
     log.close()
-    return {"steps": step, "rows": row_count, "seconds": spent}
+    return {"steps": steps, "rows": row_count, "seconds": before + time.monotonic() - start}

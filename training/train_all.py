@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the shipped model: ``python -m training.train_all --out DIR [--minutes M] [--resume]``."""
+"""Train the shipped model: ``python -m training.train_all --out DIR [--text-steps N] [--resume]``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
     "OMP_WAIT_POLICY": "passive",
 }
-VISION_SHARE = 0.13
+VISION_STEPS, TEXT_STEPS = 1500, 4000
 
 
 def _restart_with_allocator() -> None:
@@ -29,7 +29,8 @@ def main() -> None:
     """Run the stages that are not done yet: vision tower, text model, export, evaluation, results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="run folder for checkpoints, log and the export")
-    parser.add_argument("--minutes", type=float, default=70.0, help="training time of both stages together")
+    parser.add_argument("--vision-steps", type=int, default=VISION_STEPS, help="batches of stage 1")
+    parser.add_argument("--text-steps", type=int, default=TEXT_STEPS, help="batches of stage 2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=200, help="held-out samples per task")
@@ -53,13 +54,13 @@ def main() -> None:
     vision = args.out / "vision.pt"
     if not (args.resume and vision.exists()):
         model = export.new_model(args.seed)
-        pretrain_vision.pretrain(model, args.out, minutes=args.minutes * VISION_SHARE, seed=args.seed)
+        pretrain_vision.pretrain(model, args.out, steps=args.vision_steps, seed=args.seed, compiled=not args.no_compile)
     model = export.new_model(args.seed + 1)
     train.prepare(model, vision)
     train.train(
         model,
         args.out,
-        minutes=args.minutes * (1 - VISION_SHARE),
+        steps=args.text_steps,
         seed=args.seed,
         resume=args.resume,
         compiled=not args.no_compile,
@@ -71,7 +72,7 @@ def main() -> None:
         record = results.record(
             args.out,
             figures,
-            seed=evaluate.SEED,
+            seed=0,
             samples=args.samples,
             blank_samples=blank,
             threads=args.threads,

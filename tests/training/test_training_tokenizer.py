@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import questions, rows, scenes, tokenizer
+from plphp.evaluation.synthetic import questions, scenes
+from training import rows, tokenizer
 
 TOKENIZER = tokenizer.build_tokenizer()
 PLAIN = st.text().filter(lambda text: not any(special in text for special in tokenizer.SPECIAL))
@@ -44,9 +45,8 @@ def test_the_default_system_text_is_that_of_the_template() -> None:
 @pytest.mark.parametrize("system", [questions.DEFAULT_SYSTEM, "", questions.SYSTEMS[1]])
 def test_packed_rows_equal_the_chat_template(n_images: int, system: str) -> None:
     rng = random.Random(21)
-    drawn = scenes.make_scenes(rng, "test", n_images, grids=1.0)
-    turns = [questions.ask_one(rng, drawn[0], task) for task in ("cell", "list_row")]
-    turns = [questions.Question("", *turn) for turn in turns]
+    drawn = scenes.make_scenes(rng, "test", n_images, kinds=("grid",))
+    turns = [questions.ask(rng, drawn, kind) for kind in ("cell", "list_row")]
     images = [{"type": "image", "image": scene.draw()} for scene in drawn]
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}]
     for i, turn in enumerate(turns):

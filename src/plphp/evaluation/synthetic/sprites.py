@@ -11,39 +11,65 @@ import math
 import random
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ...errors import BackendUnavailableError
+
+Key = tuple[Any, ...]
+Mask = NDArray[np.float32]
+NEEDED = "The tasks draw digits of scikit-learn and fonts of matplotlib: pip install 'plphp[eval]'."
 SUPERSAMPLE = 4
 DIGITS = tuple("0123456789")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "heart")
 CHARACTERS = tuple("ACEFHJKLMNPRTUVWXY234679")
 """Characters of printed codes: look-alikes (O/0, I/1, B/8, S/5, Z/2, ...) are left out."""
-FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSans.ttf", "DejaVuSansMono-Bold.ttf")
+FONTS = {
+    "train": (
+        "DejaVuSans-Bold.ttf",
+        "DejaVuSans.ttf",
+        "DejaVuSansMono-Bold.ttf",
+        "DejaVuSerif-Bold.ttf",
+        "DejaVuSerif.ttf",
+        "STIXGeneralBol.ttf",
+    ),
+    "dev": ("DejaVuSansMono-BoldOblique.ttf", "DejaVuSans-Oblique.ttf"),
+    "test": ("DejaVuSansMono.ttf", "DejaVuSans-BoldOblique.ttf"),
+}
+"""Printed characters of every split: no two share a font file."""
+LETTERS = tuple(c for c in CHARACTERS if c.isalpha())
 VARIANTS = 12
-TEST_FRACTION = 0.2
+HELD_OUT = {"dev": 0.1, "test": 0.2}
+"""Share of the handwritten digits that each held-out split takes."""
 
 
-@lru_cache(maxsize=2)
-def _digit_images(split: str) -> dict[int, np.ndarray]:
+@lru_cache(maxsize=3)
+def _digit_images(split: str) -> dict[int, NDArray[np.uint8]]:
     """Return the handwritten digits of one split as ``{label: uint8 (n, 8, 8)}`` (a fixed random split)."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise BackendUnavailableError(NEEDED) from error
 
     data = load_digits()
     order = np.random.RandomState(20).permutation(len(data.target))
-    n_test = int(len(order) * TEST_FRACTION)
-    chosen = order[:n_test] if split == "test" else order[n_test:]
+    test, dev = (int(len(order) * HELD_OUT[name]) for name in ("test", "dev"))
+    chosen = {"test": order[:test], "dev": order[test : test + dev], "train": order[test + dev :]}[split]
     images = (data.images[chosen] * (255 / 16)).astype(np.uint8)
     labels = data.target[chosen]
     return {k: images[labels == k] for k in range(10)}
 
 
-@lru_cache(maxsize=len(FONTS))
-def _font_path(index: int) -> str:
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / FONTS[index])
+@lru_cache(maxsize=16)
+def _font_path(file: str) -> str:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise BackendUnavailableError(NEEDED) from error
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / file)
 
 
 def _affine(image: Image.Image, rng: random.Random, strength: float) -> Image.Image:
@@ -110,8 +136,8 @@ def _shape_mask(name: str, variant: int, size: int) -> Image.Image:
 
 
 @lru_cache(maxsize=20_000)
-def _character_mask(character: str, font_index: int, size: int) -> Image.Image:
-    font = ImageFont.truetype(_font_path(font_index), size * SUPERSAMPLE)
+def _character_mask(character: str, font_file: str, size: int) -> Image.Image:
+    font = ImageFont.truetype(_font_path(font_file), size * SUPERSAMPLE)
     left, top, right, bottom = font.getbbox(character)
     # Sizes are multiples of SUPERSAMPLE, so that the box filter below has whole pixels.
     width = -(-int(right - left) // SUPERSAMPLE) * SUPERSAMPLE
@@ -122,7 +148,7 @@ def _character_mask(character: str, font_index: int, size: int) -> Image.Image:
 
 
 @lru_cache(maxsize=60_000)
-def _as_array(builder: str, key: tuple, scale: int) -> np.ndarray:
+def _as_array(builder: str, key: Key, scale: int) -> Mask:
     image = {"digit": _digit_mask, "shape": _shape_mask, "character": _character_mask}[builder](*key)
     if scale != SUPERSAMPLE:
         factor = SUPERSAMPLE // scale
@@ -131,18 +157,18 @@ def _as_array(builder: str, key: tuple, scale: int) -> np.ndarray:
 
 
 def digit_count(split: str, label: int) -> int:
-    """Return how many samples of a digit one split (``"train"`` or ``"test"``) holds."""
+    """Return how many samples of a digit one split (``"train"``, ``"dev"`` or ``"test"``) holds."""
     return len(_digit_images(split)[label])
 
 
-def mask(builder: str, key: tuple, scale: int = 1) -> np.ndarray:
+def mask(builder: str, key: Key, scale: int = 1) -> Mask:
     """Return the opacity of one sprite.
 
     Parameters
     ----------
     builder
         ``"digit"`` with key (split, label, index, variant, size), ``"shape"`` with key (name, variant, size)
-        or ``"character"`` with key (character, font index, size); sizes in pixels at scale 1.
+        or ``"character"`` with key (character, font file, size); sizes in pixels at scale 1.
     key
         The arguments of the builder.
     scale

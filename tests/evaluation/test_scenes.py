@@ -8,7 +8,10 @@ import random
 import numpy as np
 import pytest
 
-from training import scenes, sprites
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from plphp.evaluation.synthetic import scenes, sprites
 
 
 def _scenes(seed: int, n: int = 20) -> list[scenes.Scene]:
@@ -28,7 +31,7 @@ def test_another_seed_draws_other_scenes() -> None:
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
 def test_size_follows_the_scale(scale: int) -> None:
-    assert _scenes(1, 1)[0].draw(scale).size == (80 * scale, 80 * scale)
+    assert _scenes(1, 1)[0].draw(scale).size == (scenes.SIDE * scale,) * 2
 
 
 def test_a_large_drawing_resized_looks_like_a_small_one() -> None:
@@ -59,13 +62,23 @@ def test_filled_cells_are_coloured_as_told_and_empty_cells_are_dark() -> None:
                 assert names[int(np.argmin(distances))] == colour
 
 
-def test_lines_of_text_hold_three_to_five_known_characters() -> None:
+def test_lines_of_text_hold_three_to_six_known_characters() -> None:
     rng = random.Random(8)
     for _ in range(50):
-        scene = scenes.make_text(rng)
+        scene = scenes.make_text(rng, "train")
         for row in range(1, scene.rows + 1):
-            assert 3 <= len(scene.line(row)) <= 5
+            assert 3 <= len(scene.line(row)) <= scenes.MAX_COLS
             assert set(scene.line(row)) <= set(sprites.CHARACTERS)
+
+
+def test_the_keys_of_a_table_are_different_letters() -> None:
+    rng = random.Random(8)
+    for _ in range(50):
+        scene = scenes.make_table(rng, "train")
+        keys = [scene.line(row)[0] for row in range(1, scene.rows + 1)]
+        assert len(set(keys)) == len(keys) == scene.rows
+        assert all(key.isalpha() for key in keys)
+        assert all(2 <= len(scene.line(row, 2)) <= 3 for row in range(1, scene.rows + 1))
 
 
 def test_every_item_labels_at_least_one_patch() -> None:
@@ -77,10 +90,24 @@ def test_every_item_labels_at_least_one_patch() -> None:
             assert (scenes.OBJECTS.index(item.value), colour, item.row, item.col) in found
 
 
-def test_training_and_test_digits_are_disjoint() -> None:
-    for label in range(10):
-        train, test = (sprites._digit_images(split)[label] for split in ("train", "test"))
-        assert len(train) > 100
-        assert len(test) > 20
-        seen = {image.tobytes() for image in train}
-        assert not any(image.tobytes() in seen for image in test)
+def test_no_split_shows_what_another_does() -> None:
+    digits = {
+        split: {image.tobytes() for images in sprites._digit_images(split).values() for image in images}
+        for split in ("train", "dev", "test")
+    }
+    assert len(digits["train"]) > 1000
+    for first, second in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        assert len(digits[first]) > 100
+        assert not digits[first] & digits[second]
+        assert not set(sprites.FONTS[first]) & set(sprites.FONTS[second])
+
+
+def test_training_never_shows_the_held_out_layouts() -> None:
+    rng = random.Random(10)
+    layouts = {split: set() for split in ("train", "test")}
+    for split, found in layouts.items():
+        for _ in range(300):
+            scene = scenes.make_grid(rng, split)
+            found.add((scene.rows, scene.cols))
+    assert not layouts["train"] & scenes.UNSEEN_LAYOUTS
+    assert layouts["test"] >= scenes.UNSEEN_LAYOUTS

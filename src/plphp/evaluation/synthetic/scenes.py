@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded synthetic scenes with known content: grids of coloured digits and shapes, pages of printed codes.
+"""Seeded synthetic scenes with known content: grids of coloured things, pages of printed codes, tables.
 
-A scene is a layout in units of 1/80 of the image side. ``Scene.draw(scale)`` renders it at three sizes,
-so that training images (80 x 80), held-out images and example files (320 x 320) are the same kind of scene.
+A scene is a layout in units of 1/112 of the image side. ``Scene.draw(scale)`` renders it at three sizes,
+so that training images (112 x 112), held-out images and example files (448 x 448) are the same kind of scene.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from __future__ import annotations
 import io
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from training import sprites
+from . import sprites
 
-SIDE = 80
+Split = Literal["train", "dev", "test"]
+Kind = Literal["grid", "text", "table"]
+Colour = tuple[int, int, int]
+
+SIDE = 112
 PATCH = 8
 PATCHES = SIDE // PATCH
-COLOURS = {
+COLOURS: dict[str, Colour] = {
     "red": (230, 40, 40),
     "green": (40, 200, 60),
     "blue": (50, 90, 240),
@@ -32,7 +39,11 @@ COLOURS = {
 }
 OBJECTS = ("background", "nothing", *sprites.DIGITS, *sprites.SHAPES, *sprites.CHARACTERS[:18])
 """Classes of the patch labels; the digits of printed codes share the class of the handwritten ones."""
-MAX_ROWS, MAX_COLS = 4, 5
+MAX_ROWS, MAX_COLS = 5, 6
+LARGEST_THING = 26
+"""Side of the largest thing of a grid, in pixels at scale 1: a few patches."""
+UNSEEN_LAYOUTS = frozenset({(2, 4), (3, 5), (4, 3), (5, 2), (5, 4)})
+"""Grids of (rows, columns) that no training scene has."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,10 @@ class Item:
     """One drawn thing: what it is, its colour, its cell or place in a line (1-based), where it is drawn."""
 
     builder: str
-    key: tuple
+    key: sprites.Key
     value: str
     colour: str
-    rgb: tuple[int, int, int]
+    rgb: Colour
     row: int
     col: int
     x: int
@@ -52,12 +63,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """A grid (``kind="grid"``, some cells empty) or a page of codes (``kind="text"``, one per line)."""
+    """A grid (some cells empty), a page of codes (``"text"``, one per line), or a ``"table"`` of keys and values."""
 
-    kind: str
+    kind: Kind
     rows: int
     cols: int
-    background: tuple[int, int, int]
+    background: Colour
     items: tuple[Item, ...]
     line_shade: int = 0
     noise: float = 0.0
@@ -72,12 +83,12 @@ class Scene:
         item = self.at.get((row, col))
         return f"{item.colour} {item.value}" if item else "nothing"
 
-    def line(self, row: int) -> str:
-        """Return the code printed on a line of a text scene."""
-        return "".join(self.at[row, col].value for col in range(1, MAX_COLS + 1) if (row, col) in self.at)
+    def line(self, row: int, start: int = 1) -> str:
+        """Return what is printed on a line from a place on: of a table, the key stands at 1 and the value from 2."""
+        return "".join(self.at[row, col].value for col in range(start, MAX_COLS + 1) if (row, col) in self.at)
 
     def draw(self, scale: int = 1) -> Image.Image:
-        """Render the scene as an RGB image of ``80 * scale`` pixels a side (scale 1, 2 or 4)."""
+        """Render the scene as an RGB image of ``112 * scale`` pixels a side (scale 1, 2 or 4)."""
         side = SIDE * scale
         canvas = np.empty((side, side, 3), np.float32)
         canvas[:] = self.background
@@ -99,8 +110,8 @@ class Scene:
             canvas += np.random.default_rng(self.noise_seed).standard_normal(canvas.shape, np.float32) * self.noise
         return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
 
-    def patch_labels(self) -> np.ndarray:
-        """Return int64 (10, 10, 4): class in ``OBJECTS``, colour, row and column (0: none) of every patch."""
+    def patch_labels(self) -> NDArray[np.int64]:
+        """Return int64 (14, 14, 4): class in ``OBJECTS``, colour, row and column (0: none) of every patch."""
         labels = np.zeros((PATCHES, PATCHES, 4), np.int64)
 
         def fill(x0: float, y0: float, x1: float, y1: float, value: tuple[int, int, int, int]) -> None:
@@ -120,7 +131,7 @@ class Scene:
             for row in range(1, self.rows + 1):
                 for col in range(1, self.cols + 1):
                     x, y = (col - 0.5) * width, (row - 0.5) * height
-                    fill(x - 6, y - 6, x + 6, y + 6, (1, 0, row, col))
+                    fill(x - 7, y - 7, x + 7, y + 7, (1, 0, row, col))
         for item in self.items:
             height, width = sprites.mask(item.builder, item.key).shape
             x, y = item.x + width / 2, item.y + height / 2
@@ -131,12 +142,12 @@ class Scene:
         return labels
 
 
-def _colour(rng: random.Random, name: str) -> tuple[int, int, int]:
+def _colour(rng: random.Random, name: str) -> Colour:
     r, g, b = (min(255, max(0, c + rng.randint(-15, 15))) for c in COLOURS[name])
     return r, g, b
 
 
-def _common(rng: random.Random) -> dict:
+def _common(rng: random.Random) -> dict[str, Any]:
     shade = rng.randint(0, 35)
     background = tuple(min(255, max(0, shade + rng.randint(-8, 8))) for _ in range(3))
     noise = rng.random() * 5 if rng.random() < 0.6 else 0.0
@@ -148,21 +159,30 @@ def _common(rng: random.Random) -> dict:
     }
 
 
-def make_grid(rng: random.Random, split: str, max_side: int = 4, empty: float = 0.2) -> Scene:
-    """Draw a random grid layout of 2 to ``max_side`` rows and columns.
+def _layout(rng: random.Random, split: Split, max_side: int) -> tuple[int, int]:
+    sides = range(2, max_side + 1)
+    layouts = [(r, c) for r in sides for c in sides if split != "train" or (r, c) not in UNSEEN_LAYOUTS]
+    unseen = [layout for layout in layouts if layout in UNSEEN_LAYOUTS]
+    return rng.choice(unseen if unseen and rng.random() < 0.5 else layouts)
+
+
+def make_grid(rng: random.Random, split: Split, max_side: int = 5, empty: float = 0.2) -> Scene:
+    """Draw a random grid of 2 to ``max_side`` rows and columns.
+
+    Held-out splits take a layout that training never shows half of the time.
 
     Parameters
     ----------
     rng
         The only source of chance: the same state gives the same scene.
     split
-        ``"train"`` or ``"test"``: which handwritten digits may appear.
+        Which handwritten digits and layouts may appear.
     max_side
-        Most rows and columns (at most 4).
+        Most rows and columns (at most 5).
     empty
         Probability that a cell is empty (a fraction).
     """
-    rows, cols = rng.randint(2, max_side), rng.randint(2, max_side)
+    rows, cols = _layout(rng, split, max_side)
     height, width = SIDE / rows, SIDE / cols
     items = []
     for row in range(1, rows + 1):
@@ -170,13 +190,14 @@ def make_grid(rng: random.Random, split: str, max_side: int = 4, empty: float = 
             if rng.random() < empty:
                 continue
             colour = rng.choice(list(COLOURS))
-            size = int(min(height, width, 34) * (0.78 + 0.14 * rng.random()))
+            size = int(min(height, width, LARGEST_THING) * (0.78 + 0.14 * rng.random()))
             x = (col - 1) * width + (width - size) * (0.5 + (rng.random() - 0.5) * 0.7)
             y = (row - 1) * height + (height - size) * (0.5 + (rng.random() - 0.5) * 0.7)
             if rng.random() < 0.45:
                 value = rng.choice(sprites.DIGITS)
                 index = rng.randrange(sprites.digit_count(split, int(value)))
-                builder, key = "digit", (split, int(value), index, rng.randrange(sprites.VARIANTS), size)
+                builder: str = "digit"
+                key: sprites.Key = (split, int(value), index, rng.randrange(sprites.VARIANTS), size)
             else:
                 value = rng.choice(sprites.SHAPES)
                 builder, key = "shape", (value, rng.randrange(sprites.VARIANTS), size)
@@ -184,53 +205,83 @@ def make_grid(rng: random.Random, split: str, max_side: int = 4, empty: float = 
     return Scene("grid", rows, cols, items=tuple(items), **_common(rng))
 
 
-def make_text(rng: random.Random, split: str = "train", max_lines: int = 3) -> Scene:
-    """Draw a random page of 1 to ``max_lines`` lines, each a code of 3 to 5 characters in its own colour."""
+def _print_line(
+    rng: random.Random, text: str, font: str, size: int, colour: str, row: int, lines: int, gap: float = 0.0
+) -> list[Item]:
+    """Set a line of characters at a random place of its strip; ``gap`` pixels follow the first character."""
+    keys = [(character, font, size) for character in text]
+    shapes = [sprites.mask("character", key).shape for key in keys]
+    widest, tallest = max(w for _, w in shapes), max(h for h, _ in shapes)
+    advance = min((SIDE - 2 - gap) / len(text), widest + 1 + rng.random() * 2.5)
+    left = 1 + rng.random() * max(0.0, SIDE - 2 - gap - advance * len(text))
+    height = SIDE / lines
+    top = (row - 1) * height + 1 + rng.random() * max(0.0, height - tallest - 2)
+    rgb = _colour(rng, colour)
+    items = []
+    for col, (key, (h, w)) in enumerate(zip(keys, shapes, strict=True), start=1):
+        x = left + (col - 1) * advance + (gap if col > 1 else 0.0) + max(0.0, (advance - w) / 2)
+        place = min(SIDE - w, max(0, round(x))), min(SIDE - h, round(top + tallest - h))
+        items.append(Item("character", key, key[0], colour, rgb, row, col, *place))
+    return items
+
+
+def make_text(rng: random.Random, split: Split, max_lines: int = 4) -> Scene:
+    """Draw a random page of 1 to ``max_lines`` lines, each a code of 3 to 6 characters in its own colour."""
     lines = rng.randint(1, max_lines)
     colours = rng.sample(list(COLOURS), lines)
-    height = SIDE / lines
     items = []
     for row in range(1, lines + 1):
-        length = rng.randint(3, MAX_COLS)
-        font, size = rng.randrange(len(sprites.FONTS)), rng.randint(14, 17)
-        keys = [(rng.choice(sprites.CHARACTERS), font, size) for _ in range(length)]
-        shapes = [sprites.mask("character", key).shape for key in keys]
-        widest, tallest = max(w for _, w in shapes), max(h for h, _ in shapes)
-        advance = min((SIDE - 2) / length, widest + 1 + rng.random() * 2.5)
-        left = 1 + rng.random() * max(0.0, SIDE - 2 - advance * length)
-        top = (row - 1) * height + 1 + rng.random() * max(0.0, height - tallest - 2)
-        rgb = _colour(rng, colours[row - 1])
-        for col, (key, (h, w)) in enumerate(zip(keys, shapes, strict=True), start=1):
-            x = left + (col - 1) * advance + max(0.0, (advance - w) / 2)
-            x = min(SIDE - w, max(0, round(x)))
-            y = min(SIDE - h, round(top + tallest - h))
-            items.append(Item("character", key, key[0], colours[row - 1], rgb, row, col, x, y))
+        text = "".join(rng.choice(sprites.CHARACTERS) for _ in range(rng.randint(3, MAX_COLS)))
+        font, size = rng.choice(sprites.FONTS[split]), rng.randint(14, 17)
+        items += _print_line(rng, text, font, size, colours[row - 1], row, lines)
     return Scene("text", lines, MAX_COLS, items=tuple(items), **_common(rng))
 
 
-def make_scenes(rng: random.Random, split: str, n: int = 1, *, grids: float = 0.6, easy: bool = False) -> list[Scene]:
-    """Draw ``n`` scenes for one prompt; among several, each one holds less."""
-    small = easy or n > 1
-    scenes = []
-    for _ in range(n):
-        if rng.random() < grids:
-            scenes.append(make_grid(rng, split, max_side=3 if small else 4))
-        else:
-            scenes.append(make_text(rng, split, max_lines=2 if small else 3))
-    return scenes
+def make_table(rng: random.Random, split: Split, max_lines: int = 5) -> Scene:
+    """Draw a random table of 2 to ``max_lines`` lines: a letter that no other has, and a value of 2 or 3 places."""
+    lines = rng.randint(2, max_lines)
+    keys = rng.sample(sprites.LETTERS, lines)
+    items = []
+    font = rng.choice(sprites.FONTS[split])
+    for row, key in enumerate(keys, start=1):
+        value = "".join(rng.choice(sprites.CHARACTERS) for _ in range(rng.randint(2, 3)))
+        colour, size, gap = rng.choice(list(COLOURS)), rng.randint(14, 16), 14 + rng.random() * 12
+        items += _print_line(rng, key + value, font, size, colour, row, lines, gap)
+    return Scene("table", lines, MAX_COLS, items=tuple(items), **_common(rng))
 
 
-def training_pixels(rng: random.Random, scene: Scene) -> np.ndarray:
+def make_scene(rng: random.Random, split: Split, kind: Kind, *, small: bool = False) -> Scene:
+    """Draw one scene of a kind; a small one holds less."""
+    if kind == "grid":
+        return make_grid(rng, split, max_side=4 if small else 5)
+    if kind == "text":
+        return make_text(rng, split, max_lines=3 if small else 4)
+    return make_table(rng, split, max_lines=4 if small else 5)
+
+
+def make_scenes(
+    rng: random.Random,
+    split: Split,
+    n: int = 1,
+    *,
+    easy: bool = False,
+    kinds: Sequence[Kind] = ("grid", "grid", "grid", "grid", "text", "text", "table"),
+) -> list[Scene]:
+    """Draw ``n`` scenes for one prompt, each of a kind out of ``kinds``; among several, each one holds less."""
+    return [make_scene(rng, split, rng.choice(kinds), small=easy or n > 1) for _ in range(n)]
+
+
+def training_pixels(rng: random.Random, scene: Scene) -> NDArray[np.uint8]:
     """Draw a scene as the image processor would deliver it, with light augmentation.
 
     Returns
     -------
     numpy.ndarray
-        uint8 of shape (80, 80, 3).
+        uint8 of shape (112, 112, 3).
     """
-    image = scene.draw(rng.choice((1, 1, 1, 2, 4)))
+    image = scene.draw(rng.choice((1, 1, 1, 1, 2, 4)))
     if image.size[0] == SIDE and rng.random() < 0.2:
-        side = rng.randint(60, 160)
+        side = rng.randint(84, 224)
         image = image.resize((side, side), rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)))
     if rng.random() < 0.05:
         buffer = io.BytesIO()

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built-in tasks: what is asked about which synthetic images, in four groups that are never averaged together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from PIL import Image
+
+from ..errors import ConfigError, did_you_mean
+from .synthetic import questions, scenes
+from .synthetic.questions import Question
+from .synthetic.scenes import Kind, Scene
+
+Split = Literal["dev", "test"]
+SPLITS: tuple[Split, ...] = ("dev", "test")
+GROUPS = ("one_image", "several_images", "several_regions", "dialogue")
+SCALE = 4
+"""Images are drawn at 448 x 448 pixels; the processor brings them to the model's size."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question of a conversation.
+
+    Parameters
+    ----------
+    question : str
+        What the user says.
+    answer : str
+        The only right answer.
+    scored : bool
+        Whether the answer counts; earlier turns of a dialogue do not.
+    """
+
+    question: str
+    answer: str
+    scored: bool = True
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images and a conversation about them.
+
+    Parameters
+    ----------
+    id : str
+        Unique within its task.
+    task : str
+        Name of the task.
+    images : tuple of PIL.Image.Image
+        All stand before the first question.
+    turns : tuple of Turn
+        In order.
+    system : str, optional
+        System text; None for the chat template's own.
+    """
+
+    id: str
+    task: str
+    images: tuple[Image.Image, ...]
+    turns: tuple[Turn, ...]
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question, with everything that a table has to say about it.
+
+    Parameters
+    ----------
+    name : str
+        Unique name.
+    group : str
+        One of ``GROUPS``.
+    summary : str
+        One line.
+    chance : float
+        Share of right answers of a guesser who knows the form of the answer, but sees nothing (a fraction).
+    kinds : tuple of str
+        Kinds of questions, see `synthetic.questions.PHRASINGS`; one is drawn for each turn.
+    scenes : tuple of str
+        Kinds of scenes that an image may show.
+    images : tuple of int
+        How many images a prompt may have.
+    turns : int
+        Questions of a conversation; all but the first are scored, if there is more than one.
+    metric : str
+        "exact_match" of the whole answer.
+    scored : bool
+        Whether it counts in the mean of its group.
+    """
+
+    name: str
+    group: str
+    summary: str
+    chance: float
+    kinds: tuple[str, ...]
+    scenes: tuple[Kind, ...] = ("grid",)
+    images: tuple[int, ...] = (1,)
+    turns: int = 1
+    metric: str = field(default="exact_match")
+    scored: bool = True
+
+    def samples(self, split: Split, count: int, seed: int = 0) -> Iterator[Sample]:
+        """Draw the first ``count`` samples of a split; the same seed always gives the same ones.
+
+        Parameters
+        ----------
+        split : {"dev", "test"}
+            Each has handwritten digits, fonts and layouts that training did not show, and its own seeds.
+        count : int
+            How many.
+        seed : int
+            Of the draw.
+        """
+        if split not in SPLITS:
+            raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+        for number in range(count):
+            rng = random.Random(f"{split}-{self.name}-{seed}-{number}")
+            drawn, asked = self._draw(rng, split)
+            yield Sample(
+                id=f"{split}-{seed}-{number}",
+                task=self.name,
+                images=tuple(scene.draw(SCALE) for scene in drawn),
+                turns=tuple(
+                    Turn(question.text, question.answer, scored=self.turns == 1 or turn > 0)
+                    for turn, question in enumerate(asked)
+                ),
+            )
+
+    def _draw(self, rng: random.Random, split: Split) -> tuple[list[Scene], list[Question]]:
+        while True:
+            drawn = scenes.make_scenes(rng, split, rng.choice(self.images), kinds=self.scenes)
+            asked = [questions.ask(rng, drawn, rng.choice(self.kinds)) for _ in range(self.turns)]
+            found = [question for question in asked if question is not None and _tells(question)]
+            if len(found) == self.turns and len({question.answer for question in found}) == self.turns:
+                return drawn, found
+
+
+def _tells(question: Question) -> bool:
+    """Whether the answer is more than that there is nothing, that nothing differs, or a page of one line."""
+    if question.kind == "compare":
+        first, second = (part.split("shows ")[1].rstrip(".") for part in question.answer.split(" there, and "))
+        return first != second
+    if question.kind in ("cell", "relation"):
+        return "nothing" not in question.answer
+    if question.kind == "read_page":
+        return "\n" in question.answer
+    return True
+
+
+SEVERAL = 2, 3, 4
+THING, CODE, DIGIT, COLOUR, WHICH = 1 / 80, 0.001, 0.1, 1 / 8, 0.36
+TASKS = (
+    Task("cell", "one_image", "what a cell of a grid shows", THING, ("cell",)),
+    Task("digit_of_colour", "one_image", "the handwritten digit of a colour", DIGIT, ("digit_of_colour",)),
+    Task("colour_of", "one_image", "the colour of a thing", COLOUR, ("colour_of",)),
+    Task("relation", "one_image", "what is beside, above or below a thing", THING, ("relation",)),
+    Task("lookup", "one_image", "the value of a key in a table", CODE, ("lookup",), ("table",)),
+    Task("read_line", "one_image", "the code on a line of a page", CODE, ("read_line",), ("text",)),
+    Task("read_colour", "one_image", "the code printed in a colour", CODE, ("read_colour",), ("text",)),
+    Task("which_image", "several_images", "which image shows a thing", WHICH, ("which_image",), ("grid",), SEVERAL),
+    Task("cell_in", "several_images", "what a cell of one image shows", THING, ("cell",), ("grid", "text"), SEVERAL),
+    Task("find_in", "several_images", "a thing of one image by its colour, or its colour", DIGIT,
+         ("digit_of_colour", "colour_of"), ("grid", "table"), SEVERAL),
+    Task("read_in", "several_images", "a code of one image", CODE,
+         ("read_line", "read_colour", "lookup"), ("grid", "text", "table"), SEVERAL),
+    Task("compare", "several_images", "what a cell shows in two images", 0.001, ("compare",), ("grid",), SEVERAL),
+    Task("order", "several_images", "which of two things comes first", 0.15, ("order",), ("grid",), SEVERAL),
+    Task("list_row", "several_regions", "everything in a row of a grid", 0.001, ("list_row",)),
+    Task("list_grid", "several_regions", "everything in a grid, row by row", 0.001, ("list_grid",)),
+    Task("read_page", "several_regions", "every line of a page", CODE, ("read_page",), ("text",)),
+    Task("count", "several_regions", "the things of a colour in every row, and their number", 0.01, ("count",)),
+    Task("second_grid", "dialogue", "a second question about another part of a grid", THING,
+         ("cell", "digit_of_colour", "colour_of", "list_row"), turns=2),
+    Task("second_page", "dialogue", "a second question about another line of a page or a table", CODE,
+         ("read_line", "read_colour", "lookup"), ("text", "table"), turns=2),
+    Task("third_in", "dialogue", "a second and a third question about several images", THING,
+         ("cell", "digit_of_colour", "colour_of", "read_line", "lookup"), ("grid", "text", "table"), (2, 3), turns=3),
+)  # fmt: skip
+"""All built-in tasks. The chance levels are rounded; the table of results has the measured score with blank images."""
+
+
+def available_tasks() -> dict[str, Task]:
+    """All built-in tasks by name, in the order of their groups."""
+    return {task.name: task for task in TASKS}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """Return the tasks of some names, where the name of a group stands for all its tasks and "all" for all.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown.
+    """
+    chosen: dict[str, Task] = {}
+    for name in names:
+        found = [task for task in TASKS if name in (task.name, task.group, "all")]
+        if not found:
+            known = [*GROUPS, *available_tasks()]
+            raise ConfigError(f"Unknown task or group {name!r}.{did_you_mean(name, known)}")
+        chosen.update((task.name, task) for task in found)
+    return list(chosen.values())
