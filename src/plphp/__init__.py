@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .branching import Branches, branch
     from .cache import PrunedCache
     from .calibration import RetentionMeasurement, calibrate, measure_retention
     from .config import PLPHPConfig
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "branching": ("Branches", "branch"),
     "cache": ("PrunedCache",),
     "calibration": ("RetentionMeasurement", "calibrate", "measure_retention"),
     "config": ("PLPHPConfig",),
@@ -58,6 +60,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "AttentionProfile",
     "BackendUnavailableError",
+    "Branches",
     "CacheStateError",
     "ConfigError",
     "LoadError",
@@ -74,6 +77,7 @@ __all__ = [
     "apply",
     "available_families",
     "available_methods",
+    "branch",
     "calibrate",
     "measure_retention",
     "profile",

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .attachment import Attachment, Lease
-from .config import PLPHPConfig, checked, warn_if_calibrated_elsewhere
+from .config import PLPHPConfig, checked
 from .errors import (
     CacheStateError,
-    ConfigError,
     PLPHPError,
     SpanError,
     UnsupportedFeatureError,
@@ -25,9 +24,10 @@ from .errors import (
 from .layer import PrunedLayer, layer_nbytes
 from .mrope import TurnPositions, turn_positions
 from .plan import PromptPlan
-from .registry import family_of, resolve
+from .registry import family_of
 from .report import LayerRecord, PruneReport, build_report
 from .spans import find_spans, real_tokens
+from .suitability import method_for, refuse_prompt_stage, refuse_unanswered
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,9 @@ class PrunedCache(Cache):
         text_config = attachment.model.config.get_text_config(decoder=True)
         layers = DynamicCache(config=text_config).layers
         super().__init__(layers=[PrunedLayer() if type(layer) is DynamicLayer else layer for layer in layers])
-        for layer in config.exempt_layers:
-            if not -len(layers) <= layer < len(layers):
-                raise ConfigError(
-                    f"exempt_layers names layer {layer}, but the model has the layers 0 to {len(layers) - 1}."
-                )
-        warn_if_calibrated_elsewhere(config, len(layers))
         self.config = config
-        self.method = resolve(config)
-        self.method.check(config, len(layers))
-        self._refuse_unanswered()
+        self.method = method_for(config, len(layers))
+        refuse_unanswered(self.method)
         self.attachment = attachment
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
@@ -74,10 +67,7 @@ class PrunedCache(Cache):
                 "sliding window, chunks or no KV cache), so there is nothing to prune."
             )
         self._first, self._last = min(self._pruned), max(self._pruned)
-        exempt = {layer % len(layers) for layer in config.exempt_layers}
-        self.judged = [layer for layer in self._pruned if layer not in exempt]
-        if self.method.stage is not None:
-            self._refuse_prompt_stage(attachment)
+        refuse_prompt_stage(self.method, attachment.model, len(self._pruned) == len(layers))
         dummy = getattr(self, "is_dummy", [False] * len(layers))
         self._end = max(i for i in range(len(layers)) if not dummy[i])
         self._reached, self._conv_of = self._end, -1
@@ -248,13 +238,18 @@ class PrunedCache(Cache):
     def _evict(self, plan: PromptPlan) -> None:
         """Allocate rates over the scored layers, select and compact in each of them."""
         try:
-            for scores, rows, keep in plan.choose(self.method, self.config, self.judged):
+            for scores, rows, keep in plan.choose(self.method, self.config, self.judged(self.config)):
                 layer = self._pruned[scores.layer]
                 self.records.append(LayerRecord.of(plan.spans, layer.prefix_length, scores, rows, keep))
                 layer.compact(keep)
         except PLPHPError as error:
             self._kill(str(error), type(error))
         plan.scores.clear()
+
+    def judged(self, config: PLPHPConfig) -> list[int]:
+        """The layers that share the budget of a config: those that are pruned and not exempt."""
+        exempt = {layer % len(self.layers) for layer in config.exempt_layers}
+        return [layer for layer in self._pruned if layer not in exempt]
 
     def hidden(self, layer_idx: int) -> Tensor | None:
         """Which entries of a layer's tail have left the prompt before it, bool [batch, tail]; None if none has."""
@@ -341,26 +336,6 @@ class PrunedCache(Cache):
         self.records, self._plan, self._pending = [], None, None
         self._turn, self.pruning_seconds, self._spent = None, 0.0, ""
         self._reached, self._conv_of = self._end, -1
-
-    def _refuse_unanswered(self) -> None:
-        if self.method.needs_answer:
-            raise UnsupportedFeatureError(
-                f"The method {self.method.name!r} ranks by the queries of the answer, which is not there yet: it is "
-                "for plphp.branch(..., answer_ids=...) only."
-            )
-
-    def _refuse_prompt_stage(self, attachment: Attachment) -> None:
-        model = attachment.model
-        if len(self._pruned) != len(self.layers):
-            raise UnsupportedModelError(
-                f"{self.method.name} takes tokens out of all later layers, and some text layers of this "
-                f"{model.config.model_type!r} model have no full attention, where they would still be seen."
-            )
-        if "flash" in (model.config.get_text_config(decoder=True)._attn_implementation or ""):
-            raise UnsupportedFeatureError(
-                f"{self.method.name} hides tokens by a mask per layer, which flash attention does not take: call "
-                "model.set_attn_implementation('sdpa') first."
-            )
 
     def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
         self._bury(reason)

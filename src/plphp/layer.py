@@ -121,6 +121,12 @@ class PrunedLayer(CacheLayerMixin):
         self.tail_length = 0
         self.keys = self.values = None
 
+    def begin_with(self, prefix: PackedKV, source: PrunedLayer) -> None:
+        """Take over a prefix that was compacted elsewhere, from the tokens that the layer ``source`` has seen."""
+        keys, values = source.tail()
+        self.lazy_initialization(keys, values)
+        self.prefix, self.prefix_length = prefix, source.get_seq_length()
+
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included."""
         return self.prefix_length + self.tail_length

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -99,6 +100,17 @@ class PackedKV:
             torch.cat([self.values[piece] for piece in pieces]),
             tuple(self.counts[row] for row in live),
             tuple(live.index(row) for row in wanted),
+        )
+
+    @classmethod
+    def stacked(cls, blocks: Sequence[PackedKV]) -> PackedKV:
+        """Put the rows of several blocks below each other."""
+        starts = [0, *accumulate(len(block.counts) for block in blocks)]
+        return cls(
+            torch.cat([block.keys for block in blocks]),
+            torch.cat([block.values for block in blocks]),
+            tuple(row for block in blocks for row in block.counts),
+            tuple(start + row for start, block in zip(starts, blocks, strict=False) for row in block.rows),
         )
 
     def appended(self, other: PackedKV) -> PackedKV:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .errors import ConfigError
@@ -241,6 +243,23 @@ class LayerRecord:
         if scores.evictable is not None:
             evicted = (~keep & (scores.evictable & ~scores.vision)[:, None]).cpu()
         return cls(scores.layer, start, spans, allocation, (keep & scores.vision[:, None]).cpu(), evicted)
+
+    @classmethod
+    def stacked(cls, records: Sequence[LayerRecord]) -> LayerRecord:
+        """Put several records of the same layer and the same prompt, each of one row, below each other."""
+        first = records[0]
+        evicted = None
+        if any(record.evicted_text is not None for record in records):
+            none = torch.zeros_like(first.kept_vision)
+            evicted = torch.cat([none if one.evicted_text is None else one.evicted_text for one in records])
+        return cls(
+            first.layer,
+            first.start,
+            first.spans.repeated(len(records)),
+            [row for record in records for row in record.allocation],
+            torch.cat([record.kept_vision for record in records]),
+            evicted,
+        )
 
     def report(self) -> LayerReport:
         """Spell the masks out as positions."""

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a config, its method and a model go together."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from .config import PLPHPConfig, warn_if_calibrated_elsewhere
+from .errors import ConfigError, UnsupportedFeatureError, UnsupportedModelError
+from .methods.base import Method
+from .registry import resolve
+
+
+def method_for(config: PLPHPConfig, layers: int) -> Method:
+    """The method of a config, for a model with ``layers`` decoder layers.
+
+    Raises
+    ------
+    ConfigError
+        If the config names a layer, an option or a rate that cannot be.
+    """
+    for layer in config.exempt_layers:
+        if not -layers <= layer < layers:
+            raise ConfigError(f"exempt_layers names layer {layer}, but the model has the layers 0 to {layers - 1}.")
+    warn_if_calibrated_elsewhere(config, layers)
+    method = resolve(config)
+    method.check(config, layers)
+    return method
+
+
+def refuse_unanswered(method: Method) -> None:
+    """Raise `UnsupportedFeatureError` for a method that ranks by the answer, where there is none."""
+    if method.needs_answer:
+        raise UnsupportedFeatureError(
+            f"The method {method.name!r} ranks by the queries of the answer, which is not there yet: it is for "
+            "plphp.branch(..., answer_ids=...) only."
+        )
+
+
+def refuse_prompt_stage(method: Method, model: PreTrainedModel, all_full: bool) -> None:
+    """Raise for a method of the prompt stage on a model where tokens cannot leave.
+
+    Parameters
+    ----------
+    method : Method
+        Any method; those without a prompt stage pass.
+    model : PreTrainedModel
+        The model.
+    all_full : bool
+        Whether all of its text layers have full attention.
+
+    Raises
+    ------
+    UnsupportedModelError, UnsupportedFeatureError
+    """
+    if method.stage is None:
+        return
+    if not all_full:
+        raise UnsupportedModelError(
+            f"{method.name} takes tokens out of all later layers, and some text layers of this "
+            f"{model.config.model_type!r} model have no full attention, where they would still be seen."
+        )
+    if "flash" in (model.config.get_text_config(decoder=True)._attn_implementation or ""):
+        raise UnsupportedFeatureError(
+            f"{method.name} hides tokens by a mask per layer, which flash attention does not take: call "
+            "model.set_attn_implementation('sdpa') first."
+        )
