@@ -144,19 +144,24 @@ class TestReAttention:
         assert (found.layer, found.after, found.appears) == (1, 2, True)
 
     def test_a_valley_of_some_prompts_only(self) -> None:
-        flat, valley = (curves(*means, prompts=12).prompts for means in ((0.4, 0.4, 0.4), (0.5, 0.2, 0.5)))
-        for flats, appears in ((0, True), (1, True), (2, False)):
-            mixed = AttentionProfile((1,), (0, 1, 2), (*flat[:flats], *valley[flats:]), {})
-            found = mixed.re_attention(1)
-            assert (found.prompts_with_both, found.appears) == (12 - flats, appears)
+        valley = curves(0.5, 0.2, 0.5, prompts=12).prompts
+        for means in ((0.4, 0.4, 0.4), (0.5, 0.4, 0.4), (0.4, 0.4, 0.5)):
+            other = curves(*means, prompts=12).prompts
+            for others, appears in ((0, True), (1, True), (2, False)):
+                mixed = AttentionProfile((1,), (0, 1, 2), (*other[:others], *valley[others:]), {})
+                found = mixed.re_attention(1)
+                assert (found.prompts_with_both, found.appears) == (12 - others, appears)
 
     def test_a_rise_within_its_spread(self) -> None:
-        scores = [((0.5,), (0.4,), (0.4 + 0.02 * 3**number / 20,)) for number in range(10)]
-        prompts = tuple(ProfiledPrompt(9, 5, (one,)) for one in scores)
-        found = AttentionProfile((1,), (0, 1, 2), prompts, {}).re_attention(1)
-        assert found.prompts_with_both == 10
-        assert found.rise < found.rise_spread
-        assert found.appears is False
+        # one prompt rises by a lot and nine by little, which would be enough of a mean
+        for mirrored in (False, True):
+            scores = [((0.5,), (0.3,), (0.32 if number else 1.0,))[:: -1 if mirrored else 1] for number in range(10)]
+            prompts = tuple(ProfiledPrompt(9, 5, (one,)) for one in scores)
+            found = AttentionProfile((1,), (0, 1, 2), prompts, {}).re_attention(1)
+            small, spread = (found.fall, found.fall_spread) if mirrored else (found.rise, found.rise_spread)
+            assert found.prompts_with_both == 10
+            assert 0.25 * found.range < small < spread
+            assert found.appears is False
 
     def test_too_few_prompts(self) -> None:
         found = curves(0.5, 0.2, 0.5, prompts=7).re_attention(1)
