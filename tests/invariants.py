@@ -43,10 +43,11 @@ def assert_same_generation(first: Any, second: Any, tolerance: float = 2e-5) -> 
 
 
 @contextmanager
-def evicted_entries_masked(model: Any, report: PruneReport) -> Iterator[None]:
+def evicted_entries_masked(model: Any, report: PruneReport, inside_prefill: bool = False) -> Iterator[None]:
     """Make a full cache behave as the report says: what was evicted is masked for every later query.
 
-    Naive float64 attention over all entries, sharing no code with plphp.
+    ``inside_prefill`` masks it for the prompt's own queries as well, but for itself. Naive float64 attention over all
+    entries, sharing no code with plphp.
     """
     keep = _keep_masks(report)
 
@@ -58,10 +59,12 @@ def evicted_entries_masked(model: Any, report: PruneReport) -> Iterator[None]:
             logits = logits + mask.double()
         keys, queries = logits.shape[-1], logits.shape[-2]
         for end, seen in keep.get(getattr(module, "layer_idx", -1), ()):
-            later = torch.arange(keys - queries, keys) >= end
+            position = torch.arange(keys - queries, keys)
+            later = (position >= end) | inside_prefill
             if not later.any():
                 continue
             hidden = ~seen.repeat_interleave(groups, 1)[:, :, None] & later[:, None]
+            hidden &= position[:, None] != torch.arange(seen.shape[-1])
             logits[..., : seen.shape[-1]].masked_fill_(hidden, -torch.inf)
         output = logits.softmax(-1) @ value
         return output.transpose(1, 2).to(query.dtype).contiguous(), None
@@ -92,17 +95,24 @@ def _keep_masks(report: PruneReport) -> dict[int, list[tuple[int, Tensor]]]:
                 keep[row, :, vision] = False
                 for head, kept in enumerate(one.kept_positions):
                     keep[row, head, kept] = True
+                for head, evicted in enumerate(one.evicted_text):
+                    keep[row, head, evicted] = False
             masks.setdefault(layer.layer, []).append((prompt.end, keep))
     return masks
 
 
 def last_row_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """Attention of the last prompt token in every layer, from transformers' own eager attention.
+    """Attention of the last prompt token in every layer, per layer [batch, q_heads, seq]."""
+    return [attention[:, :, -1] for attention in eager_attention(model, inputs)]
+
+
+def eager_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """Attention of all prompt tokens in every layer, from transformers' own eager attention.
 
     Returns
     -------
     list of Tensor
-        Per layer, [batch, q_heads, seq].
+        Per layer, float32 [batch, q_heads, seq, seq].
     """
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation("eager")
@@ -111,7 +121,7 @@ def last_row_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
             attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
     finally:
         model.set_attn_implementation(before)
-    return [attention[:, :, -1].float() for attention in attentions]
+    return [attention.float() for attention in attentions]
 
 
 def assert_kept_are_top(report: PruneReport, attentions: list[Tensor], kv_heads: int, tolerance: float = 1e-6) -> None:

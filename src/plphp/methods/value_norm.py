@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank by the L2 norm of the values alone: a control for methods that weight their evidence with it."""
+"""Rank by the L2 norm of the values alone: a control for methods that weight their evidence with it.
+
+Models that normalise their values (Gemma 4) give all tokens the same norm, so that the ranking means nothing there.
+"""
 
 from ..allocation import uniform
 from ..selection import by_value_norm
