@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Controls that change the images in the place of the cache: uniform grey, and smaller ones."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from ..errors import UnsupportedFeatureError
+from ..registry import family_of
+from ..spans import find_spans
+from .conversation import prompt_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .tasks import Sample
+
+GREY = (128, 128, 128)
+
+
+def blank(sample: Sample) -> Sample:
+    """The same sample with every image replaced by uniform grey of the same size."""
+    return dataclasses.replace(sample, images=tuple(Image.new("RGB", image.size, GREY) for image in sample.images))
+
+
+def vision_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
+    """Vision tokens of a prompt.
+
+    Raises
+    ------
+    SpanError
+        If they cannot be found.
+    """
+    return int(find_spans(family_of(model.config), model.config, inputs).vision.sum())
+
+
+def smaller_inputs(
+    model: PreTrainedModel, processor: Any, sample: Sample, retention: float, turns: int = 1
+) -> dict[str, Any]:
+    """Inputs for a sample whose images take about ``retention`` of their vision tokens.
+
+    Where the number of vision tokens follows the size of an image, each image is resized to ``sqrt(retention)`` of
+    its sides. Where a tower has one size, its input is made smaller and its position embeddings are interpolated;
+    run the model inside `interpolated_positions` with such inputs.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    processor : ProcessorMixin
+    sample : Sample
+    retention : float
+        In (0, 1].
+    turns : int
+        See `plphp.evaluation.conversation.prompt_inputs`.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If the images of this model cannot be made to take fewer tokens.
+    """
+    full = prompt_inputs(processor, sample, turns)
+    if retention == 1:
+        return full
+    before, factor = vision_tokens(model, full), math.sqrt(retention)
+    resized = dataclasses.replace(sample, images=tuple(_resized(image, factor) for image in sample.images))
+    inputs = prompt_inputs(processor, resized, turns)
+    if vision_tokens(model, inputs) < before:
+        return inputs
+    with _smaller_tower_input(model, processor, factor):
+        inputs = prompt_inputs(processor, sample, turns)
+    if vision_tokens(model, inputs) >= before:
+        raise _refusal(model, "its processor makes as many vision tokens of smaller images")
+    return inputs
+
+
+@contextmanager
+def interpolated_positions(model: PreTrainedModel) -> Iterator[None]:
+    """Let the vision tower take inputs of another size than it was trained with, by interpolated positions."""
+
+    def ask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "interpolate_pos_encoding": True}
+
+    embeddings = [module for module in model.modules() if hasattr(type(module), "interpolate_pos_encoding")]
+    hooks = [module.register_forward_pre_hook(ask, with_kwargs=True) for module in embeddings]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _smaller_tower_input(model: PreTrainedModel, processor: Any, factor: float) -> Iterator[None]:
+    """Give the image processor a smaller square size, a multiple of the patch, for a while."""
+    cut = processor.image_processor
+    vision = getattr(model.config, "vision_config", None)
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    can_interpolate = any(hasattr(type(module), "interpolate_pos_encoding") for module in model.modules())
+    if not (isinstance(side, int) and isinstance(patch, int) and can_interpolate):
+        raise _refusal(model, "its vision tower takes one size")
+    new = max(1, round(side * factor / patch)) * patch
+    names = [name for name in ("size", "crop_size") if getattr(cut, name, None) is not None]
+    before = {name: copy.copy(getattr(cut, name)) for name in names}
+    try:
+        for name in names:
+            keys = dict(before[name]).items()
+            setattr(cut, name, {key: new for key, value in keys if value is not None})
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(cut, name, value)
+
+
+def _resized(image: Image.Image, factor: float) -> Image.Image:
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
+        f"downsample does not work with this {model.config.model_type!r} model: {reason}. Leave it out."
+    )

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks from the user's own data: a JSON Lines file, a folder with ``metadata.jsonl``, or what ``datasets`` loads."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import BackendUnavailableError, ConfigError, LoadError, did_you_mean, one_line
+from ..media import load_image
+from .metrics import get_metric
+from .tasks import Sample, Turn
+
+METADATA = "metadata.jsonl"
+COLUMNS = {"image": "image", "question": "question", "answer": "answer", "split": "test", "name": "", "group": ""}
+"""Options of a data set that the ``datasets`` library loads, with their defaults."""
+
+
+@dataclass(frozen=True)
+class DataSample(Sample):
+    """A sample with several accepted answers to its last question.
+
+    Parameters
+    ----------
+    accepted : tuple of str
+        Any of them is right; the turn's own answer is the first.
+    """
+
+    accepted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataTask:
+    """Samples of a file or data set, with the attributes of a built-in task.
+
+    Parameters
+    ----------
+    name, group, summary, metric : str
+        As of a built-in `Task`.
+    makers : tuple of callable
+        Make one sample each, in order: images are read when they are needed.
+    several : bool
+        Whether a sample has more than one accepted answer, so that no single text can be verified.
+    """
+
+    name: str
+    group: str
+    summary: str
+    metric: str
+    makers: tuple[Callable[[], Sample], ...] = field(repr=False)
+    several: bool = False
+    chance: float = 0.0
+    scored: bool = True
+
+    def samples(self, split: str, count: int, seed: int = 0) -> Iterator[Sample]:
+        """Yield the first ``count`` samples; the data has one split, and an order of its own."""
+        return (make() for make in self.makers[:count])
+
+
+def read_data(source: str, metric: str = "exact_match") -> list[DataTask]:
+    """Read tasks from a file, a folder or a data set.
+
+    Parameters
+    ----------
+    source : str
+        A ``.jsonl`` file, a folder with ``metadata.jsonl``, or what ``datasets.load_dataset`` takes (a hub name, a
+        ``.parquet`` file, a folder of images) with options, as in
+        ``"lmms-lab/ChartQA:split=test,question=question,answer=answer,image=image"``.
+
+        A line of a file is an object with ``"images"`` (paths beside the file; ``"image"`` or ``"file_name"`` for
+        one), ``"question"``, and ``"answer"`` (text) or ``"answers"`` (a list of accepted ones); or ``"turns"``, a
+        list of ``{"question", "answer", "scored"}``, in the place of both. ``"id"``, ``"group"`` and ``"system"``
+        may be added. Each group is a task of its own.
+    metric : str
+        Name of the metric.
+
+    Raises
+    ------
+    LoadError
+        If it cannot be read, holds nothing, or a line or an image is not as it has to be.
+    BackendUnavailableError
+        If the ``datasets`` library is needed and not installed.
+    """
+    get_metric(metric)
+    path = Path(source)
+    file = path / METADATA if path.is_dir() else path
+    if file.is_file() and file.suffix == ".jsonl":
+        return _tasks(path.stem, metric, list(_lines(file)), str(file))
+    return _tasks(*_loaded(source, metric))
+
+
+Entry = tuple[str, Callable[[], Sample], bool]
+"""Group, maker, and whether there are several accepted answers."""
+
+
+def _tasks(name: str, metric: str, entries: list[Entry], source: str) -> list[DataTask]:
+    if not entries:
+        raise LoadError(f"{source} holds no samples.")
+    groups = list(dict.fromkeys(group for group, _, _ in entries))
+    tasks = []
+    for group in groups:
+        mine = [(maker, several) for other, maker, several in entries if other == group]
+        tasks.append(
+            DataTask(
+                name=name if len(groups) == 1 else f"{name}-{group}",
+                group=group or "data",
+                summary=f"{len(mine)} samples of {source}",
+                metric=metric,
+                makers=tuple(maker for maker, _ in mine),
+                several=any(several for _, several in mine),
+            )
+        )
+    return tasks
+
+
+def _lines(file: Path) -> Iterator[Entry]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"Cannot read the data {file}: {one_line(error)}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise LoadError(f"{where}: not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise LoadError(f'{where}: expected an object with "images", "question" and "answer", got {line:.60}')
+        yield _entry(values, where, file.parent, f"{file.stem}-{number}")
+
+
+def _entry(values: Mapping[str, Any], where: str, folder: Path, default_id: str) -> Entry:
+    names = next((values[key] for key in ("images", "image", "file_name") if values.get(key)), None)
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LoadError(f'{where}: "images" must be a list of image files, got {names!r:.60}.')
+    paths = [folder / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise LoadError(f"{where}: there is no image file {path}.")
+    turns, accepted = _turns(values, where)
+    sample_id, system = str(values.get("id", default_id)), values.get("system")
+
+    def make() -> Sample:
+        return DataSample(sample_id, folder.name, tuple(map(load_image, paths)), turns, system, accepted)
+
+    return str(values.get("group", "")), make, len(accepted) > 1
+
+
+def _turns(values: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """Turns of a line, and the accepted answers of its last one."""
+    listed = values.get("turns")
+    if listed is None:
+        listed = [{key: values[key] for key in ("question", "answer", "answers") if key in values}]
+    if not isinstance(listed, list) or not listed or not all(isinstance(turn, dict) for turn in listed):
+        raise LoadError(f'{where}: "turns" must be a list of objects with "question" and "answer", got {listed!r:.60}.')
+    turns: list[Turn] = []
+    accepted: tuple[str, ...] = ()
+    for turn in listed:
+        question = turn.get("question")
+        if not isinstance(question, str) or not question.strip():
+            raise LoadError(f'{where}: "question" must be text, got {question!r:.60}.')
+        accepted = _accepted(turn.get("answers", turn.get("answer")), where)
+        turns.append(Turn(question, accepted[0], bool(turn.get("scored", True))))
+    return tuple(turns), accepted
+
+
+def _accepted(given: Any, where: str) -> tuple[str, ...]:
+    answers = [given] if isinstance(given, (str, int, float)) else list(given or [])
+    texts = tuple(dict.fromkeys(str(answer).strip() for answer in answers))
+    if not texts or not all(texts):
+        raise LoadError(f'{where}: "answer" is missing or empty (got {given!r:.60}): a sample needs one to be scored.')
+    return texts
+
+
+def _loaded(source: str, metric: str) -> tuple[str, str, list[Entry], str]:
+    """Entries of a data set that the ``datasets`` library loads."""
+    name, options = _options(source)
+    try:
+        import datasets  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        if Path(name).suffix == ".jsonl" or name.startswith(("/", ".", "~")):
+            raise LoadError(
+                f"{source} is neither a .jsonl file nor a folder with {METADATA}; for anything else the `datasets` "
+                "library is needed (pip install 'plphp[eval]')."
+            ) from error
+        raise BackendUnavailableError(
+            f"Reading the data set {name!r} needs the `datasets` library: pip install 'plphp[eval]'. A .jsonl file or "
+            f"a folder with {METADATA} needs nothing more."
+        ) from error
+    split = options["split"]
+    try:
+        if Path(name).is_file():
+            # a file has no splits
+            data = datasets.load_dataset(Path(name).suffix.lstrip("."), data_files=name, split="train")
+        elif Path(name).is_dir():
+            data = datasets.load_dataset("imagefolder", data_dir=name, split=split)
+        else:
+            data = datasets.load_dataset(name, options["name"] or None, split=split)
+    except Exception as error:  # the library raises whatever its readers run into
+        raise LoadError(f"Cannot load the data set {name!r}, split {split!r}: {one_line(error)}") from error
+    known = data.column_names
+    for column in (options["image"], options["question"], options["answer"], *filter(None, [options["group"]])):
+        if column not in known:
+            raise ConfigError(f"The data set {name!r} has no column {column!r}.{did_you_mean(column, known)}")
+    wanted = [options[key] for key in ("question", "answer", "group") if options[key]]
+    texts = data.select_columns(wanted)  # without decoding the images
+    return Path(name).stem, metric, [_row_entry(data, row, texts[row], options, name) for row in range(len(data))], name
+
+
+def _options(source: str) -> tuple[str, dict[str, str]]:
+    name, _, rest = source.partition(":")
+    options = dict(COLUMNS)
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or key not in options:
+            raise ConfigError(f"Unknown option {part!r} of the data set {name!r}.{did_you_mean(key, COLUMNS)}")
+        options[key] = value
+    return name, options
+
+
+def _row_entry(data: Any, row: int, texts: Mapping[str, Any], options: Mapping[str, str], name: str) -> Entry:
+    where = f"{name}, row {row}"
+    turns, accepted = _turns({key: texts[options[key]] for key in ("question", "answer")}, where)
+    group = str(texts[options["group"]]) if options["group"] else ""
+
+    def make() -> Sample:
+        found = data[row][options["image"]]
+        images = [_image(one, where) for one in (found if isinstance(found, list) else [found])]
+        return DataSample(f"{row}", name, tuple(images), turns, None, accepted)
+
+    return group, make, len(accepted) > 1
+
+
+def _image(value: Any, where: str) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
+    if isinstance(value, str):
+        return load_image(value)
+    raise LoadError(f"{where}: expected an image, got a {type(value).__name__}.")

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teacher forcing on pruned caches: what each variant would say next at every place of one and the same text.
+
+A greedy answer is a given text if and only if the most probable token is the text's next one at each of its places.
+So one pass over a draft tells, for many variants at once, what ``generate`` would have found out token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..branching import Branches, branch
+from .controls import blank, interpolated_positions, smaller_inputs, vision_tokens
+from .conversation import prompt_inputs
+from .variants import Variant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .tasks import Sample
+
+MAX_LOGITS = 2**25
+"""Logits that may be alive at a time (128 MiB in float32); a longer draft is fed in pieces."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variants that read the same inputs.
+
+    Parameters
+    ----------
+    inputs : dict
+        Inputs of the model.
+    variants : tuple of Variant
+        They differ in their configs.
+    share : float
+        Vision tokens of the inputs, over those of the sample as it is.
+    interpolated : bool
+        Whether the vision tower takes another size than its own.
+    """
+
+    inputs: dict[str, Any]
+    variants: tuple[Variant, ...]
+    share: float = 1.0
+    interpolated: bool = False
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What one variant would say at the places that were asked for.
+
+    Parameters
+    ----------
+    tokens : tuple of int
+        The most probable token at each place.
+    kl : tuple of float
+        Kullback-Leibler divergence of the variant's distribution from that of the full cache, in nats, at each.
+    kept : float
+        Vision entries kept, over those of a full cache for the sample as it is; mean over layers and KV heads.
+    """
+
+    tokens: tuple[int, ...]
+    kl: tuple[float, ...]
+    kept: float
+
+
+def groups_of(
+    model: PreTrainedModel, processor: Any, sample: Sample, variants: Sequence[Variant], rows: int
+) -> list[Group]:
+    """Sort variants by the inputs that they read, at most ``rows`` in a group, in their order."""
+    plain = prompt_inputs(processor, sample)
+    groups = []
+    kept_as_is = [variant for variant in variants if variant.images == "as they are"]
+    for start in range(0, len(kept_as_is), rows):
+        groups.append(Group(plain, tuple(kept_as_is[start : start + rows])))
+    for variant in variants:
+        if variant.images == "blank":
+            groups.append(Group(prompt_inputs(processor, blank(sample)), (variant,)))
+        elif variant.images == "smaller":
+            inputs = smaller_inputs(model, processor, sample, variant.retention or 1.0)
+            share = vision_tokens(model, inputs) / vision_tokens(model, plain)
+            groups.append(Group(inputs, (variant,), share, interpolated=True))
+    return groups
+
+
+@torch.inference_mode()
+def force(model: PreTrainedModel, groups: Sequence[Group], draft: Tensor, places: Sequence[int]) -> dict[str, Forced]:
+    """Feed a draft to every variant and note what each would say next.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    groups : sequence of Group
+        The first variant of the first group is the full cache, from which the divergences are measured.
+    draft : Tensor
+        int64 [draft]; the text after the prompt.
+    places : sequence of int
+        Ascending; place p comes after the prompt and the first p tokens of the draft.
+
+    Returns
+    -------
+    dict
+        By the name of the variant.
+    """
+    draft = draft[: places[-1]].to(model.device)
+    reference: dict[int, Tensor] = {}
+    found: dict[str, Forced] = {}
+    for group in groups:
+        branches = _read(model, group, draft)
+        tokens, divergences = [], []
+        for place, logits in _next_logits(model, branches, draft, places, len(group.variants)):
+            probabilities = logits.float().log_softmax(-1)
+            full = reference.setdefault(place, probabilities[0].clone())
+            tokens.append(logits.argmax(-1))
+            divergences.append((full.exp() * (full - probabilities)).sum(-1).clamp(min=0))
+        token_rows = torch.stack(tokens, 1).tolist()
+        divergence_rows = torch.stack(divergences, 1).tolist()
+        for row, variant in enumerate(group.variants):
+            kept = branches.vision_kept[row] * group.share
+            found[variant.name] = Forced(tuple(token_rows[row]), tuple(divergence_rows[row]), kept)
+    return found
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    group: Group,
+    history: Tensor,
+    answer: Tensor,
+    ends: Sequence[int],
+    max_new_tokens: int,
+) -> dict[str, tuple[list[int], float]]:
+    """Let the variants of a group answer, all rows of one cache, each with its own greedy tokens.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    group : Group
+        What is read.
+    history : Tensor
+        int64 [history]; what follows the prompt before the answer: empty for a first turn.
+    answer : Tensor
+        int64 [answer]; the reference, which only the method ``oracle`` looks at.
+    ends : sequence of int
+        Tokens that end an answer.
+    max_new_tokens : int
+        Longest answer.
+
+    Returns
+    -------
+    dict
+        By the name of the variant: tokens without the end token, and the fraction of vision entries kept.
+    """
+    history, rows = history.to(model.device), len(group.variants)
+    branches = _read(model, group, torch.cat([history, answer.to(model.device)]))
+    logits = branches.logits
+    if len(history):
+        [(_, logits)] = _next_logits(model, branches, history, [len(history)], rows)
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    running = set(range(rows))
+    for step in range(max_new_tokens):
+        chosen = logits.argmax(-1)
+        tokens = chosen.tolist()
+        running -= {row for row in running if tokens[row] in ends}
+        for row in running:
+            answers[row].append(tokens[row])
+        if not running or step == max_new_tokens - 1:
+            break
+        output: Any = model(input_ids=chosen[:, None], past_key_values=branches.cache)
+        logits = output.logits[:, -1]
+    kept = [share * group.share for share in branches.vision_kept]
+    return {one.name: (answers[row], kept[row]) for row, one in enumerate(group.variants)}
+
+
+def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> Branches:
+    """Read the prompt of a group once, with a row for each of its variants.
+
+    All tokens of ``answer`` read the cache, so that the method ``oracle`` may rank by all of them: the last one of
+    ``answer_ids`` would not be read, and is one too many.
+    """
+    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in group.inputs.items()}
+    with interpolated_positions(model) if group.interpolated else nullcontext():
+        configs = [variant.config for variant in group.variants]
+        return branch(model, inputs, configs, answer_ids=torch.cat([answer, answer[-1:]]) if len(answer) else None)
+
+
+def _next_logits(
+    model: PreTrainedModel, branches: Branches, draft: Tensor, places: Sequence[int], rows: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Logits [rows, vocab] at each place, in order."""
+    wanted = set(places)
+    if 0 in wanted:
+        yield 0, branches.logits
+    piece = max(1, MAX_LOGITS // (rows * branches.logits.shape[-1]))
+    for start in range(0, len(draft), piece):
+        ids = draft[start : start + piece].expand(rows, -1)
+        output: Any = model(input_ids=ids, past_key_values=branches.cache)
+        for offset in range(ids.shape[1]):
+            if start + offset + 1 in wanted:
+                yield start + offset + 1, output.logits[:, offset]
+
+
+def greedy_answer(model: PreTrainedModel, inputs: Mapping[str, Any], max_new_tokens: int) -> list[int]:
+    """What the model answers with a full cache: greedy tokens, the end token included."""
+    on_device = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    generate: Any = model.generate
+    with torch.inference_mode():
+        output = generate(**on_device, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+    tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens

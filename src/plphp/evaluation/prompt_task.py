@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts without answers as a task, for the label-free measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from ..errors import UnsupportedFeatureError
+from ..media import load_image
+from ..prompts_file import Prompt, read_prompts
+from .tasks import Sample, Turn
+
+
+@dataclass(frozen=True)
+class PromptTask:
+    """Prompts of a file, with the attributes of a built-in task."""
+
+    name: str
+    summary: str
+    makers: tuple[Callable[[], Sample], ...] = field(repr=False)
+    group: str = "prompts"
+    metric: str = "none"
+    chance: float = 0.0
+    scored: bool = False
+
+    def samples(self, split: str, count: int, seed: int = 0) -> Iterator[Sample]:
+        """Yield the first ``count`` prompts."""
+        return (make() for make in self.makers[:count])
+
+
+def read_prompt_task(path: str | Path) -> PromptTask:
+    """Read a file of prompts, see `plphp.prompts_file.read_prompts`.
+
+    Raises
+    ------
+    LoadError
+        If it cannot be read or one of its lines is not a prompt.
+    UnsupportedFeatureError
+        If a prompt is a chat: give its question and images.
+    """
+    prompts = read_prompts(path)
+    for prompt in prompts:
+        if prompt.question is None:
+            raise UnsupportedFeatureError(f'{prompt.origin}: the label-free measures take a "question", not "turns".')
+    makers = tuple(partial(_sample, prompt) for prompt in prompts)
+    return PromptTask(Path(path).stem, f"{len(prompts)} prompts of {path}", makers)
+
+
+def _sample(prompt: Prompt) -> Sample:
+    images = tuple(load_image(image) for image in prompt.images)
+    return Sample(prompt.origin, "prompts", images, (Turn(prompt.question or "", "", True),), None)

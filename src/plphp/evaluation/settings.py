@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one evaluation does: model, methods, retentions, tasks; everything that its numbers depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import ConfigError, did_you_mean
+from .datasets import DataTask, read_data
+from .metrics import get_metric
+from .prompt_task import PromptTask, read_prompt_task
+from .scoring import ROWS
+from .tasks import SPLITS, Split, Task, available_tasks, find_tasks
+
+RETENTION = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+METHODS = ("plphp", "uniform", "shared", "random", "zero", "blank")
+MODES = ("auto", "verify", "decode", "generate", "label-free")
+
+AnyTask = Task | DataTask | PromptTask
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Settings of an evaluation.
+
+    Parameters
+    ----------
+    model : str, optional
+        Hub id or folder; default: the bundled model.
+    methods : tuple of str
+        Methods with their settings and labels, see `plphp.evaluation.variants.make_variants`.
+    retention : tuple of float
+        Fractions of the vision tokens to keep.
+    tasks : tuple of str
+        Built-in tasks and groups of tasks; empty for all that are scored, unless ``data`` or ``prompts`` are given.
+    data : tuple of str
+        The user's own data, see `plphp.evaluation.datasets.read_data`.
+    metric : str
+        Metric of ``data``.
+    prompts : str, optional
+        File of prompts without answers, see `plphp.prompts_file.read_prompts`; for ``mode="label-free"``.
+    split : {"dev", "test"}
+        Of the built-in tasks.
+    samples : int
+        Samples of each task.
+    seed : int
+        Of the samples.
+    mode : {"auto", "verify", "decode", "generate", "label-free"}
+        How samples are scored: "verify" from one pass over the reference (exact match), "decode" from greedy answers
+        of all variants side by side, "generate" from the model's own ``generate``, one variant after the other.
+        "auto" verifies where it can and decodes elsewhere. "label-free" compares with the full cache, and reads no
+        answers.
+    dtype, device : str
+        See `plphp.loading.load_model`; a device of None is a GPU if there is one.
+    rows : int
+        Variants whose caches are alive at a time.
+    batch : int
+        Samples in a batch, for ``mode="generate"``.
+    max_new_tokens : int, optional
+        Longest answer. Default: by the reference's length; 128 for ``mode="label-free"``.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not one of those that it can have.
+    """
+
+    model: str | None = None
+    methods: tuple[str, ...] = METHODS
+    retention: tuple[float, ...] = RETENTION
+    tasks: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    metric: str = "exact_match"
+    prompts: str | None = None
+    split: Split = "dev"
+    samples: int = 500
+    seed: int = 0
+    mode: Literal["auto", "verify", "decode", "generate", "label-free"] = "auto"
+    dtype: str = "auto"
+    device: str | None = None
+    rows: int = ROWS
+    batch: int = 8
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "retention", "tasks", "data"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, known in (("split", SPLITS), ("mode", MODES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        for name in ("samples", "rows", "batch", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}.")
+        get_metric(self.metric)
+        if self.prompts is not None and self.mode != "label-free":
+            raise ConfigError("A file of prompts has no answers to score: use the label-free mode with it.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as JSON-ready values."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EvalSettings:
+        """Make settings from what `to_dict` returned.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown or a value is not valid.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"Unknown setting {key!r} of an evaluation.{did_you_mean(str(key), known)}")
+        return cls(**values)
+
+
+def resolve_tasks(settings: EvalSettings) -> list[AnyTask]:
+    """The tasks that the settings name, in order.
+
+    Raises
+    ------
+    ConfigError
+        If a task or group is not known, or two have the same name.
+    LoadError
+        If data or prompts cannot be read.
+    """
+    tasks: list[AnyTask] = [*_built_in(settings)]
+    for source in settings.data:
+        tasks += read_data(source, settings.metric)
+    if settings.prompts is not None:
+        tasks.append(read_prompt_task(settings.prompts))
+    names = [task.name for task in tasks]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"Two tasks have the name {twice[0]!r}: rename one of the files.")
+    return tasks
+
+
+def mode_of(task: AnyTask, mode: str) -> str:
+    """How the samples of a task are scored.
+
+    Raises
+    ------
+    ConfigError
+        If the task cannot be scored in this mode.
+    """
+    verifiable = task.metric == "exact_match" and not getattr(task, "several", False)
+    if mode == "auto":
+        return "verify" if verifiable else "decode"
+    if mode == "verify" and not verifiable:
+        raise ConfigError(
+            f"The task {task.name!r} cannot be verified (metric {task.metric}, or several accepted answers): use "
+            "the mode decode or generate for it."
+        )
+    return mode
+
+
+def task_size(task: AnyTask, samples: int) -> int:
+    """Samples that a task yields when ``samples`` are asked for."""
+    return samples if isinstance(task, Task) else min(samples, len(task.makers))
+
+
+def _built_in(settings: EvalSettings) -> Iterable[Task]:
+    if not settings.tasks and not settings.data and settings.prompts is None:
+        return [task for task in available_tasks().values() if task.scored]
+    return find_tasks(settings.tasks)

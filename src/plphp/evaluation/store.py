@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of an evaluation: its configuration, a line for every finished sample, and the figures.
+
+::
+
+    DIR/config.json                  settings, variants, model with a hash of its weights, versions, hardware, date
+    DIR/predictions/<task>.jsonl     a line per finished sample; lines are only ever added
+    DIR/metrics.json                 the figures
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, LoadError, one_line
+
+FORMAT = 1
+COMPARED = ("format", "settings", "variants", "model", "versions")
+"""What has to be the same for a folder to be gone on with; date and hardware may differ."""
+
+
+class Store:
+    """The folder of one evaluation.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is missing.
+    config : mapping
+        What the run is, JSON-ready.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds another evaluation; the message says what differs.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"{folder} is a file: name a folder to write the results to.")
+        (self.folder / "predictions").mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.json"
+        if path.exists():
+            differences = _differences(read_config(self.folder), json.loads(json.dumps(config)))
+            if differences:
+                raise ConfigError(
+                    f"{folder} holds another evaluation: {'; '.join(differences)}. Name another folder, or ask for "
+                    "the same again to go on with it."
+                )
+        else:
+            write_json(path, config)
+
+    def finished(self, task: str) -> set[int]:
+        """Numbers of the samples of a task that are done. A line that was cut off is removed."""
+        path = self._path(task)
+        if path.exists():
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                with path.open("r+b") as file:
+                    file.truncate(whole)
+        return {record["index"] for record in read_records(self.folder, task)}
+
+    def add(self, task: str, record: Mapping[str, Any]) -> None:
+        """Write down a finished sample at once."""
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        with self._path(task).open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def _path(self, task: str) -> Path:
+        return records_path(self.folder, task)
+
+
+def records_path(folder: Path, task: str) -> Path:
+    """The file of a task's finished samples."""
+    return folder / "predictions" / f"{task}.jsonl"
+
+
+def read_records(folder: Path, task: str) -> list[dict[str, Any]]:
+    """Finished samples of a task, in the order of the samples; none where there is no file.
+
+    Raises
+    ------
+    LoadError
+        If a line is broken.
+    """
+    path = records_path(folder, task)
+    if not path.exists():
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line:
+            try:
+                record = json.loads(line)
+                found[record["index"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise LoadError(f"{path}, line {number} is broken ({one_line(error)}): remove the line.") from error
+    return [found[index] for index in sorted(found)]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an evaluation.
+
+    Raises
+    ------
+    LoadError
+        If the folder holds none.
+    """
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of an evaluation.
+
+    Raises
+    ------
+    LoadError
+        If there is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoadError(f"Cannot read {path} ({error.strerror or error}): is it the folder of a run?") from error
+    except ValueError as error:
+        raise LoadError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise LoadError(f"{path} is not of an evaluation of this version's format ({FORMAT}).")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object so that a reader never sees half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two configurations, in words."""
+    found = []
+    for key in COMPARED:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            for name in dict.fromkeys([*old, *new]):
+                if old.get(name) != new.get(name):
+                    found.append(f"{key}.{name} is {_short(old.get(name))} there and {_short(new.get(name))} now")
+        elif old != new:
+            found.append(f"{key} are others")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
