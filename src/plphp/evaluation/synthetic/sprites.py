@@ -36,8 +36,8 @@ FONTS = {
         "DejaVuSerif.ttf",
         "STIXGeneralBol.ttf",
     ),
-    "dev": ("DejaVuSansMono-BoldOblique.ttf", "DejaVuSans-Oblique.ttf"),
-    "test": ("DejaVuSansMono.ttf", "DejaVuSans-BoldOblique.ttf"),
+    "dev": ("cmss10.ttf",),
+    "test": ("DejaVuSansMono.ttf", "STIXGeneral.ttf"),
 }
 """Printed characters of every split: no two share a font file."""
 LETTERS = tuple(c for c in CHARACTERS if c.isalpha())
