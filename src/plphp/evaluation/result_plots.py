@@ -58,7 +58,7 @@ def plot_scores(metrics: Mapping[str, Any], group: str) -> Figure:
         if label == "full":
             axes.axhline(100 * line[0]["score"]["mean"], color="#888888", linewidth=1, label="full KV")
         else:
-            _draw(axes, line, label, colour, style, MARKERS[number % len(MARKERS)])
+            _draw(axes, line, label, colour, style, MARKERS[(number + number // len(LINES)) % len(MARKERS)])
     axes.set(xlabel="vision KV kept, measured (%)", ylabel="score (%)", title=group.replace("_", " "))
     axes.set_xlim(-2, 102)
     axes.grid(alpha=0.3, linewidth=0.5)

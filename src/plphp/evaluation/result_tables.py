@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -51,22 +52,19 @@ def task_table(tasks: Iterable[AnyTask]) -> Table:
 def _table(title: str, figures: Mapping[str, Figures], metrics: Mapping[str, Any]) -> Table:
     baseline = metrics["baseline"]
     columns = {
-        "score": lambda one: _percent(one, "score"),
-        "95 % interval": lambda one: _range(one, "score"),
-        "- full": lambda one: _difference(one, "vs_full"),
-        **({f"- {baseline}": lambda one: _difference(one, "vs_baseline")} if baseline else {}),
-        "agreement": lambda one: f"{100 * one['agreement']:.1f}" if "agreement" in one else "",
+        "score (95 %)": lambda one: _interval(one, "score", ""),
+        "- full": lambda one: _interval(one, "vs_full", "+"),
+        **({f"- {baseline}": lambda one: _interval(one, "vs_baseline", "+")} if baseline else {}),
+        "agree": lambda one: f"{100 * one['agreement']:.1f}" if "agreement" in one else "",
         "KL": lambda one: f"{one['kl']:.4f}" if "kl" in one else "",
     }
     filled = {name: read for name, read in columns.items() if any(read(one) for one in figures.values())}
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("method", overflow="fold")
-    for name in ("asked", "KV kept", *filled):
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", min_width=8, overflow="fold")
+    for name in ("asked", "KV", *filled):
         table.add_column(name, justify="right", no_wrap=True)
     label = None
     for variant in metrics["variants"]:
-        if label not in (None, variant["label"]):
-            table.add_section()
         shown = "" if label == variant["label"] else variant["label"]
         label, one = variant["label"], figures[variant["name"]]
         asked = "" if variant["retention"] is None else f"{100 * variant['retention']:g}"
@@ -74,16 +72,8 @@ def _table(title: str, figures: Mapping[str, Figures], metrics: Mapping[str, Any
     return table
 
 
-def _percent(one: Figures, name: str) -> str:
-    return f"{100 * one[name]['mean']:.1f}" if name in one else ""
-
-
-def _range(one: Figures, name: str) -> str:
-    return f"{100 * one[name]['low']:.1f} to {100 * one[name]['high']:.1f}" if name in one else ""
-
-
-def _difference(one: Figures, name: str) -> str:
+def _interval(one: Figures, name: str, sign: str) -> str:
     if name not in one:
         return ""
     mean, low, high = (100 * one[name][key] for key in ("mean", "low", "high"))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{mean:{sign}.1f} ({low:.1f}, {high:.1f})"

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of answers against values by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from plphp.errors import ConfigError
+from plphp.evaluation.metrics import METRICS, best_score, get_metric
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "accepted", "score"),
+    [
+        ("exact_match", " The  digit\nis 7. ", "The digit is 7.", 1),
+        ("exact_match", "The digit is 7", "The digit is 7.", 0),
+        ("exact_match", "the digit is 7.", "The digit is 7.", 0),
+        ("edit_similarity", "kitten", "sitting", 1 - 3 / 7),
+        ("edit_similarity", "", "abcd", 0),
+        ("edit_similarity", "", "", 1),
+        ("edit_similarity", "a  b", "a b", 1),
+        ("edit_similarity", "abcd", "bcda", 0.5),
+        ("contains", "It is the Red Star, I think.", "red star", 1),
+        ("contains", "It is restart.", "star", 0),
+        ("contains", "red", "red star", 0),
+        ("contains", "It costs 3.5.", "3.5", 1),
+        ("relaxed_accuracy", "104.9", "100", 1),
+        ("relaxed_accuracy", "105.1", "100", 0),
+        ("relaxed_accuracy", "1,050", "1000", 1),
+        ("relaxed_accuracy", "51%", "0.5", 1),
+        ("relaxed_accuracy", "Yes", "yes", 1),
+        ("relaxed_accuracy", "Yes", "no", 0),
+    ],
+)
+def test_by_hand(metric: str, given: str, accepted: str, score: float) -> None:
+    assert METRICS[metric](given, accepted) == pytest.approx(score)
+
+
+def test_the_best_of_several_answers_counts() -> None:
+    assert best_score(get_metric("exact_match"), "seven", ["7", "seven"]) == 1
+    assert best_score(get_metric("exact_match"), "eight", ["7", "seven"]) == 0
+    with pytest.raises(ConfigError, match="accepted answer"):
+        best_score(get_metric("exact_match"), "seven", [])
+
+
+def test_an_unknown_metric_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'exact'.*exact_match"):
+        get_metric("exact")

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods x retentions, spelled out."""
+
+from __future__ import annotations
+
+import pytest
+
+from plphp.errors import ConfigError
+from plphp.evaluation import make_variants, split_methods
+
+
+def test_commas_of_settings_do_not_split() -> None:
+    text = (
+        "plphp:query_rows=text,gqa_reduction=max,uniform,best=recall_rank:value_norm=1,mine=random,random:seed=1,zero"
+    )
+    assert split_methods([text, "full"]) == [
+        "plphp:query_rows=text,gqa_reduction=max",
+        "uniform",
+        "best=recall_rank:value_norm=1",
+        "mine=random",
+        "random:seed=1",
+        "zero",
+        "full",
+    ]
+
+
+def test_each_method_asks_for_a_retention_in_its_own_way() -> None:
+    variants = {one.name: one for one in make_variants(["plphp", "uniform", "vtw"], [1, 0.5, 0.5, 0])}
+    assert list(variants)[:4] == ["full", "plphp@1", "plphp@0.5", "plphp@0"]
+    assert variants["plphp@0.5"].config.target_retention == 0.5
+    assert variants["uniform@0.5"].config.target_retention is None
+    assert variants["uniform@0.5"].config.retention_rate == 0.5
+    assert variants["uniform@0"].config.min_kept == 0
+    assert variants["full"].config.method == "none"
+
+
+def test_settings_that_fix_the_retention_are_taken_as_they_are() -> None:
+    text = "fixed=plphp:retention_rate=0.4,attentive_threshold=0.3"
+    [full, fixed] = make_variants([text], [0.5, 0.1])
+    assert (fixed.name, fixed.label, fixed.retention) == ("fixed", "fixed", None)
+    assert fixed.config.retention_rate == 0.4
+    assert fixed.config.attentive_threshold == 0.3
+    assert full.label == "full"
+
+
+def test_controls() -> None:
+    variants = make_variants(["zero", "blank", "small=downsample"], [0.5, 0])
+    assert [(one.name, one.images) for one in variants[1:]] == [
+        ("zero", "as they are"),
+        ("blank", "blank"),
+        ("small@0.5", "smaller"),
+    ]
+    assert variants[1].config.retention_rate == 0
+    assert variants[1].config.min_kept == 0
+
+
+@pytest.mark.parametrize(
+    ("methods", "retention", "message"),
+    [
+        (["plhp"], [0.5], "Unknown method 'plhp'. Did you mean 'plphp'"),
+        (["zer"], [0.5], "Did you mean 'zero'"),
+        (["plphp:wrong=1"], [0.5], "wrong"),
+        (["plphp", "plphp"], [0.5], "'plphp@0.5' is given twice: put a label"),
+        (["plphp"], [1.5], "between 0 and 1, got 1.5"),
+        (["plphp"], [], "at least one retention"),
+        ([], [0.5], "at least one method"),
+        (["zero:seed=1"], [0.5], "takes no settings"),
+        (["=plphp"], [0.5], "label=method"),
+    ],
+)
+def test_bad_methods(methods: list[str], retention: list[float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_variants(methods, retention)
