@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -139,3 +140,23 @@ def test_kept_count(rate: float, tokens: int, min_kept: int) -> None:
 def test_kept_count_rounds_halves_up() -> None:
     assert [kept_count(0.5, tokens, 0) for tokens in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
     assert [kept_count(rate, 10, 0) for rate in (0.04, 0.05, 0.14, 0.15)] == [0, 1, 1, 2]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12), st.floats(0, 1))
+def test_proportional_rates_have_the_mean_and_are_in_proportion_below_one(weights: list[float], mean: float) -> None:
+    rates = allocation.proportional(weights, mean)
+    assert sum(rates) / len(rates) == pytest.approx(mean, abs=1e-9)
+    assert all(0 <= rate <= 1 for rate in rates)
+    below = [(rate, weight) for rate, weight in zip(rates, weights, strict=True) if 1e-9 < rate < 1 - 1e-9]
+    for (a, x), (b, y) in itertools.pairwise(below):
+        if x > 1e-9 and y > 1e-9:
+            assert a * y == pytest.approx(b * x, rel=1e-6)
+    for (a, x), (b, y) in itertools.permutations(zip(rates, weights, strict=True), 2):
+        if x > y:
+            assert a >= b - 1e-9
+
+
+def test_what_is_cut_at_one_goes_to_the_others() -> None:
+    assert allocation.proportional([1, 1, 8], 0.5) == pytest.approx([0.25, 0.25, 1.0])
+    assert allocation.proportional([0, 0, 1], 0.5) == pytest.approx([0.25, 0.25, 1.0])
+    assert allocation.proportional([3, 2, 0], 1.0) == [1.0, 1.0, 1.0]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import plphp
-from plphp import ConfigError, PLPHPConfig, PLPHPError
+from plphp import ConfigError, PLPHPConfig, PLPHPError, registry
 from tiny_models import TINY, tiny_model
 
 fractions = st.floats(0, 1)
@@ -235,3 +237,86 @@ def test_thresholds_of_a_model_of_another_depth_are_warned_of_once(caplog: pytes
         assert ["5 decoder layers" in record.message for record in caplog.records] == [True] * warnings
     with pytest.raises(ConfigError, match="calibrated_layers"):
         PLPHPConfig(calibrated_layers=0)
+
+
+OPTIONS = {
+    "snapkv": {"window": 8, "kernel": 7, "pool": "max"},
+    "pyramidkv": {"beta": 12.5, "window": 3},
+    "zipvl": {"tau": 0.5},
+    "recall_rank": {"floor": 0.25, "layers": "vision_attention", "random_share": 0.0, "value_norm": 1},
+    "fastv": {"layer": 3},
+    "oracle": {"reduce": "peak"},
+}
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_options_read_back_the_same(method: str, tmp_path: Path) -> None:
+    config = PLPHPConfig(method=method, options=OPTIONS[method], retention_rate=0.3)
+    assert config.options == OPTIONS[method]
+    assert PLPHPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert PLPHPConfig.parse(one_line(config)) == config
+    assert type(config.to_dict()["options"]) is dict
+    path = tmp_path / "config.toml"
+    values = {key: value for key, value in config.to_dict().items() if value is not None}
+    table = values.pop("options")
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    lines += ["[options]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert PLPHPConfig.from_toml(path) == config
+    assert hash(config) == hash(PLPHPConfig(method=method, options=dict(reversed(table.items())), retention_rate=0.3))
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    assert config != PLPHPConfig(method=method, retention_rate=0.3)
+    with pytest.raises(TypeError):
+        config.options["window"] = 3  # type: ignore[index]
+
+
+def test_options_come_from_their_own_line() -> None:
+    config = PLPHPConfig.parse("snapkv:kernel=7,retention_rate=0.3,query_rows=none")
+    assert (dict(config.options), config.retention_rate, config.query_rows) == ({"kernel": 7}, 0.3, None)
+    assert PLPHPConfig.parse("zipvl:tau=none").options == {"tau": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("snapkv:windw=7", "Unknown setting 'windw'. Did you mean 'window'?"),
+        ("snapkv:kernel=4", "'kernel' of the method 'snapkv' must be an odd integer of at least 1, got 4"),
+        ("snapkv:kernel=5.0", "must be an odd integer of at least 1, got 5.0"),
+        ("snapkv:window=0", "'window' of the method 'snapkv' must be an integer of at least 1, got 0"),
+        ("snapkv:pool=sum", "must be one of 'avg', 'max', got 'sum'"),
+        ("snapkv:pool=none", "must be one of 'avg', 'max', got None"),
+        ("recall_rank:floor=1.5", "'floor' of the method 'recall_rank' must be a number from 0 to 1, got 1.5"),
+        ("recall_rank:floor=nan", "must be a number from 0 to 1, got nan"),
+        ("zipvl:tau=high", "must be a number from 0 to 1 or None, got 'high'"),
+        ("plphp:window=3", "Unknown setting 'window'"),
+        ("snapkw:window=3", "Unknown method 'snapkw'. Did you mean 'snapkv'?"),
+        ("snapkv:options=3", "Unknown setting 'options'"),
+        ("snapkv:window=3,window=4", "'window' is given twice"),
+    ],
+)
+def test_option_that_the_method_does_not_have(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        PLPHPConfig.parse(text)
+
+
+def test_options_of_a_mapping_are_those_of_the_method() -> None:
+    with pytest.raises(ConfigError, match=r"The method 'snapkv' has no option 'windw'\. Did you mean 'window'\?"):
+        PLPHPConfig.from_dict({"method": "snapkv", "options": {"windw": 3}})
+    with pytest.raises(ConfigError, match=r"The method 'plphp' has no option 'window'\. It has none\."):
+        PLPHPConfig.from_dict({"options": {"window": 3}})
+    # Made directly, a config does not look its method up: that is told where it is first used.
+    config = PLPHPConfig(method="snapkv", options={"window": "wide"})
+    with pytest.raises(ConfigError, match="must be an integer of at least 1, got 'wide'"):
+        registry.resolve(config)
+
+
+@pytest.mark.parametrize("options", [3, ["a"], {1: 2}, {"a": [1]}, {"a": {}}, None], ids=repr)
+def test_options_that_are_no_mapping_of_values(options: Any) -> None:
+    with pytest.raises(ConfigError, match="option"):
+        PLPHPConfig(options=options)
+
+
+@pytest.mark.parametrize("value", [0, 2, -1, 1.0, True, "3"])
+def test_score_pool_is_odd(value: Any) -> None:
+    with pytest.raises(ConfigError, match="score_pool must be"):
+        PLPHPConfig(score_pool=value)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from plphp.kernels import compact_kv, decode, decode_attention, scores, window_scores
 from plphp.packed import PackedKV
+from plphp.types import Evidence
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 KEY_DIM, VALUE_DIM = 8, 6
@@ -366,3 +368,72 @@ def test_nan_that_is_seen_shows_in_the_scores(where: str) -> None:
     actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
     assert actual[0, 0].isnan().any()
     assert actual[1].isfinite().all()
+
+
+def naive_mass(case: Case, position: int, index: int, real: Tensor, with_prefix: bool) -> Tensor:
+    """Float64 softmax mass of one query on the tail, [batch, q_heads, tail]."""
+    weight = torch.ones(case.query.shape[0], 1)
+    one = dataclasses.replace(case, query=case.query[:, :, index : index + 1])
+    return naive_scores(one, weight, torch.tensor([position]), real, with_prefix)
+
+
+@pytest.mark.parametrize("kept", [*KEPT, None])
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+def test_evidence_is_that_of_naive_rows(reduction: str, kept: str | None) -> None:
+    case = make(14, 3, 2, 3, 4, 9, kept=kept or "ragged")
+    weight, position, real = window(case)
+    vision = torch.zeros_like(real)
+    vision[:, 1:5] = real[:, 1:5]
+    asked = Evidence(peak=True, best_rank=True, density=0.4)
+    prefix = case.prefix if kept else None
+    arguments = (case.query, weight, position, case.tail_keys, real, prefix, SCALING)
+    found = window_scores(*arguments, evidence=asked, vision=vision, gqa_reduction=reduction)
+    plain = window_scores(*arguments)
+    assert torch.equal(found.attention, plain.attention)
+    assert plain.peak is plain.best_rank is plain.density is None
+    assert found.peak is not None
+    assert found.best_rank is not None
+    assert found.density is not None
+    for row in range(3):
+        rows = [i for i in range(4) if weight[row, i] > 0]
+        mass = [naive_mass(case, int(position[i]), i, real, kept is not None)[row] for i in rows]
+        torch.testing.assert_close(found.peak[row].double(), torch.stack(mass).amax(0), atol=1e-6, rtol=1e-5)
+        density = torch.zeros(6)
+        for i, one in zip(rows, mass, strict=True):
+            seen = [p for p in range(9) if real[row, p] and p <= position[i]]
+            for head in range(6):
+                dense = sum(float(one[head, p]) >= 0.4 * float(one[head].max()) for p in seen)
+                density[head] += dense / len(seen) / len(rows)
+        torch.testing.assert_close(found.density[row], density)
+        for head in range(2):
+            expected = [9] * 9
+            for i, one in zip(rows, mass, strict=True):
+                group = one[3 * head : 3 * head + 3]
+                score = (group.mean(0) if reduction == "mean" else group.amax(0)).tolist()
+                seen = [p for p in range(9) if vision[row, p] and p <= position[i]]
+                for place, p in enumerate(sorted(seen, key=lambda p: -score[p])):
+                    expected[p] = min(expected[p], place)
+            assert found.best_rank[row, head].tolist() == expected
+
+
+def test_a_nan_query_that_does_not_count_leaves_the_evidence_alone() -> None:
+    case = make(15, length=2, tail=5)
+    weight, real, position = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.ones(2, 5, dtype=torch.bool), [3, 4]
+    asked = Evidence(peak=True, best_rank=True, density=0.1)
+    results = []
+    for bad in (0.0, float("nan")):
+        case.query[0, :, 0] = bad
+        results.append(
+            window_scores(
+                case.query,
+                weight,
+                torch.tensor(position),
+                case.tail_keys,
+                real,
+                None,
+                SCALING,
+                evidence=asked,
+                vision=real,
+            )
+        )
+    assert all(torch.equal(getattr(results[0], n), getattr(results[1], n)) for n in ("peak", "best_rank", "density"))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plphp import PLPHPConfig
-from plphp.selection import at_random, keep_mask, per_head, shared_by_heads
+from plphp import ConfigError, PLPHPConfig
+from plphp.selection import Mix, at_random, keep_mask, per_head, shared_by_heads
 from plphp.types import LayerScores
 
 
@@ -172,3 +174,57 @@ def test_vision_score_is_the_mean_over_heads_of_the_vision_mass() -> None:
     expected = [sum(scores.attention[0, h, [1, 2]].sum() for h in range(3)) / 3]
     expected += [scores.attention[1, :, 2].mean(), torch.tensor(0.0)]
     torch.testing.assert_close(scores.vision_score(), torch.stack(expected))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000))
+def test_a_mix_keeps_as_many_and_its_parts_are_what_they_say(
+    tokens: int, rate: float, first: float, second: float, seed: int
+) -> None:
+    parts = sorted([first, second])
+    mix = Mix(random=parts[0], spread=1 - parts[1])
+    scores = make_scores([[-1, *[0] * tokens, -2]], seed=seed)
+    config = PLPHPConfig(seed=seed)
+    rank = per_head(scores, config)
+    keep = keep_mask(rank, scores, [rate], config, mix)
+    count = max(1, math.floor(rate * tokens + 0.5))
+    assert (keep.sum(-1) == count + 1).all()
+    assert not keep[..., -1].any()
+    ranked = count - math.floor(mix.random * count + 0.5) - math.floor(mix.spread * count + 0.5)
+    for head in range(2):
+        best = sorted(range(1, tokens + 1), key=lambda p: -float(rank[0, head, p]))[: max(0, ranked)]
+        assert set(best) <= set(keep[0, head].nonzero()[:, 0].tolist())
+    assert torch.equal(keep, keep_mask(rank, scores, [rate], config, mix))
+
+
+def test_a_spread_leaves_no_gap_larger_than_its_stride() -> None:
+    scores = make_scores([[0] * 60 + [1] * 60])
+    keep = keep_mask(per_head(scores, PLPHPConfig()), scores, [0.1], PLPHPConfig(), Mix(spread=1.0))
+    positions = [-1, *keep[0, 0].nonzero()[:, 0].tolist(), 120]
+    assert len(positions) == 14
+    assert max(b - a for a, b in itertools.pairwise(positions)) <= 11
+
+
+def test_the_random_part_of_a_mix_is_drawn_from_what_the_ranking_leaves() -> None:
+    scores = make_scores([[0] * 100])
+    rank = torch.arange(100.0).expand(1, 2, 100)
+    keep = keep_mask(rank, scores, [0.5], PLPHPConfig(), Mix(random=0.4))
+    other = keep_mask(rank, scores, [0.5], PLPHPConfig(seed=1), Mix(random=0.4))
+    assert keep[0, :, 70:].all()
+    assert (keep.sum(-1) == 50).all()
+    assert not torch.equal(keep, other)
+
+
+def test_candidates_of_text_compete_and_as_many_leave() -> None:
+    scores = make_scores([[-2, -1, -1, 0, 0, 0, 0, -1]])
+    evictable = torch.tensor([[False, True, True, True, True, True, False, False]])
+    scores = dataclasses.replace(scores, evictable=evictable)
+    rank = torch.tensor([0.0, 1, 9, 8, 2, 3, 0, 0]).expand(1, 2, 8)
+    keep = keep_mask(rank, scores, [0.5], PLPHPConfig())
+    assert keep[0, 0].nonzero()[:, 0].tolist() == [2, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["peak", "best_rank", "density", "value_norm", "queries"])
+def test_evidence_that_was_not_asked_for(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"ranks by '{name}', which its evidence does not ask for"):
+        make_scores([[0]]).need(name)
