@@ -39,9 +39,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval")
     out = ("--tasks", "cell", "--samples", 2, "--dtype", "float32", "--out", folder / "run")
     more = ("--plots", "--results", folder / "quality.json", "--baseline", "uniform", "--json")
-    shown = ok(
-        "--methods", "mine=plphp:query_rows=text,gqa_reduction=max,uniform", "--retention", "0.5,0.1", *out, *more
-    )
+    methods = ("--methods", "mine=plphp:query_rows=text,gqa_reduction=max,uniform", "--retention", "0.5,0.1")
+    shown = ok(*methods, *out, *more)
     (folder / "shown.json").write_text(shown)
     return folder
 

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write docs/quality.md from the committed results: ``python docs/make_quality.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality.json"
+PAGE = Path(__file__).parent / "quality.md"
+PLOTS = Path(__file__).parent / "quality"
+"""Where the plots are looked for, see ``plphp eval --plots``."""
+Figures = Mapping[str, Any]
+
+HEAD = """# Quality
+
+Made by `docs/make_quality.py` from `benchmarks/results/quality.json`; do not edit. How the figures come about, and
+what they mean, is in [evaluation.md](evaluation.md).
+
+"""
+READING = """Scores are per cent, with 95 % intervals of the paired bootstrap over samples. *KV* is the vision KV that was
+really kept, measured, in per cent of the full cache's, mean over layers and KV heads; the columns are what was asked
+for. A difference whose interval does not hold 0 is **bold**. Groups are means over their tasks with equal weight, and
+are never averaged together.
+"""
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The page's text."""
+    parts = [HEAD, _origin(results), READING]
+    for group in results["groups"]:
+        parts.append(_group(results, group))
+    parts += ["\n## Tasks\n\n", _tasks(results)]
+    if results["refused"]:
+        parts += ["\n## Left out\n\n", *(f"- `{name}`: {reason}\n" for name, reason in results["refused"].items())]
+    return "".join(parts)
+
+
+def _group(results: Mapping[str, Any], group: str) -> str:
+    values, variants, title = results["groups"][group], results["variants"], group.replace("_", " ").capitalize()
+    tasks = ", ".join(f"`{name}`" for name in values["tasks"])
+    plot = PLOTS / f"score-{group}.png"
+    parts = [f"\n## {title}\n\nMean over {tasks}; {values['samples']} samples.\n"]
+    parts += [f"\n![{title}: score against measured KV]({plot.relative_to(PAGE.parent)})\n"] if plot.exists() else []
+    tables = {
+        "": _fixed(variants, values["variants"]),
+        "score": _matrix(variants, values["variants"], lambda one: _interval(one, "score")),
+        "difference from the full cache": _matrix(variants, values["variants"], lambda one: _signed(one, "vs_full")),
+        f"difference from `{results['baseline']}` at the same retention": _matrix(
+            variants, values["variants"], lambda one: _signed(one, "vs_baseline")
+        ),
+        "measured KV": _matrix(variants, values["variants"], lambda one: f"{100 * one['kept']:.1f}"),
+        "agreement with the full cache (%), and KL (nats)": _matrix(variants, values["variants"], _agreement),
+    }
+    for name, table in tables.items():
+        if table:
+            parts += [f"\n### {title}: {name}\n\n" if name else "\n", table]
+    return "".join(parts)
+
+
+def _origin(results: Mapping[str, Any]) -> str:
+    model, settings, hardware = results["model"], results["settings"], results["hardware"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    rows = {
+        "model": f"{settings['model'] or 'the bundled model'}: {model['model_class']}, "
+        f"{model['parameters'] / 1e6:.1f} M parameters, {model['decoder_layers']} layers, {model['dtype']}",
+        "weights": f"SHA-256 `{model['sha256']}`",
+        "samples": f"{settings['samples']} a task, split `{settings['split']}`, seed {settings['seed']}",
+        "command": f"`{results['command']}`",
+        "hardware": f"{hardware['device']}, {hardware['cores']} cores",
+        "versions": versions,
+        "date": results["date"],
+    }
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items()) + "\n"
+
+
+def _interval(one: Figures, name: str) -> str:
+    mean, low, high = (100 * one[name][key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f} ({low:.1f}, {high:.1f})"
+
+
+def _signed(one: Figures, name: str) -> str:
+    if name not in one:
+        return ""
+    mean, low, high = (100 * one[name][key] for key in ("mean", "low", "high"))
+    mark = "**" if low > 0 or high < 0 else ""
+    return f"{mark}{mean:+.1f}{mark} ({low:+.1f}, {high:+.1f})"
+
+
+def _agreement(one: Figures) -> str:
+    return f"{100 * one['agreement']:.1f}; {one['kl']:.4f}" if "agreement" in one else ""
+
+
+def _fixed(variants: list[Figures], figures: Mapping[str, Figures]) -> str:
+    """The full cache, the controls, and methods whose settings say how much they keep."""
+    lines = ["| | KV | score | difference from full | agreement (%); KL |", "|---|---|---|---|---|"]
+    for variant in variants:
+        if variant["retention"] is None:
+            one = figures[variant["name"]]
+            cells = (f"{100 * one['kept']:.1f}", _interval(one, "score"), _signed(one, "vs_full"), _agreement(one))
+            lines.append(f"| `{variant['label']}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _matrix(variants: list[Figures], figures: Mapping[str, Figures], cell: Callable[[Figures], str]) -> str:
+    """A line per method, a column per retention; empty where no cell says anything."""
+    asked = [one for one in variants if one["retention"] is not None]
+    rates = sorted({one["retention"] for one in asked}, reverse=True)
+    lines = [f"| | {' | '.join(f'{100 * rate:g} %' for rate in rates)} |", f"|---|{'---|' * len(rates)}"]
+    rows = {}
+    for label in dict.fromkeys(one["label"] for one in asked):
+        own = {one["retention"]: figures[one["name"]] for one in asked if one["label"] == label}
+        rows[label] = [cell(own[rate]) if rate in own else "" for rate in rates]
+    if not any(map(any, rows.values())):
+        return ""
+    return "\n".join([*lines, *(f"| `{label}` | {' | '.join(cells)} |" for label, cells in rows.items())]) + "\n"
+
+
+def _tasks(results: Mapping[str, Any]) -> str:
+    """The full cache beside what can be had without seeing, which a task must not survive."""
+    labels = {one["label"]: one["name"] for one in results["variants"] if one["retention"] is None}
+    shown = [label for label in ("full", "zero", "blank") if label in labels]
+    lines = [
+        f"| task | group | metric | chance | {' | '.join(shown)} | in the mean |",
+        f"|---|---|---|---|{'---|' * (len(shown) + 1)}",
+    ]
+    for name, task in results["tasks"].items():
+        scores = [f"{100 * task['variants'][labels[label]]['score']['mean']:.1f}" for label in shown]
+        known = (f"`{name}`", task["group"], task["metric"].replace("_", " "), f"{100 * task['chance']:.1f}")
+        lines.append(f"| {' | '.join((*known, *scores, 'yes' if task['scored'] else 'no'))} |")
+    about = (
+        "`full`: the full cache. `zero`: every vision token evicted after prefill. `blank`: uniform grey images.\n\n"
+    )
+    return about + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/quality.md is what its generator makes of the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_results import METRICS
+
+ROOT = Path(__file__).parents[2]
+ABOUT = {
+    "command": "plphp eval --out DIR",
+    "date": "2026-01-01",
+    "hardware": {"device": "CPU", "cores": 2},
+    "versions": {"plphp": "1"},
+    "model": {"model_class": "M", "parameters": 8_000_000, "decoder_layers": 8, "dtype": "float32", "sha256": "abc"},
+    "settings": {"model": None, "samples": 7, "split": "test", "seed": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def generator() -> Any:
+    spec = importlib.util.spec_from_file_location("make_quality", ROOT / "docs" / "make_quality.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_figures(generator: Any) -> None:
+    page = generator.page({**ABOUT, **METRICS, "refused": {"fastv@0.05": "too little"}})
+    assert "| `plphp` | 80.0 (75.0, 85.0) | 40.0 (35.0, 45.0) |" in page
+    assert "| `plphp` | **-10.0** (-15.0, -5.0) | **-50.0** (-55.0, -45.0) |" in page
+    assert "| `full` | 100.0 | 90.0 (85.0, 95.0) | +0.0 (-5.0, +5.0) | 75.0; 0.1250 |" in page
+    assert "| `plphp` | 51.0 | 12.0 |" in page
+    assert "| `cell` | one_image | exact match | 1.0 | 90.0 | yes |" in page
+    assert "- `fastv@0.05`: too little" in page
+    assert "at the same retention" not in page
+    assert "SHA-256 `abc`" in page
+
+
+def test_the_committed_page_is_up_to_date(generator: Any) -> None:
+    if not generator.RESULTS.exists():
+        pytest.skip("no results are committed yet")
+    results = json.loads(generator.RESULTS.read_text(encoding="utf-8"))
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(results)
