@@ -20,10 +20,10 @@ Made by `docs/make_quality.py` from `benchmarks/results/quality.json`; do not ed
 what they mean, is in [evaluation.md](evaluation.md).
 
 """
-READING = """Scores are per cent, with 95 % intervals of the paired bootstrap over samples. *KV* is the vision KV that was
-really kept, measured, in per cent of the full cache's, mean over layers and KV heads; the columns are what was asked
-for. A difference whose interval does not hold 0 is **bold**. Groups are means over their tasks with equal weight, and
-are never averaged together.
+READING = """Scores are per cent, with 95 % intervals of the paired bootstrap over samples. *KV* is the vision KV that
+was really kept, measured, in per cent of the full cache's, mean over layers and KV heads; the columns are what was
+asked for. A difference whose interval does not hold 0 is **bold**. Groups are means over their tasks with equal weight,
+and are never averaged together.
 """
 
 
