@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
-from invariants import eager_attention, evicted_entries_masked, generate, pruned
+from invariants import assert_same_generation, eager_attention, evicted_entries_masked, generate, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
 from plphp.report import LayerReport, PruneReport
-from test_invariants import config as staged_config
+from test_invariants import config as method_config
+from test_turns import two_turns
 from tiny_models import TINY, tiny_model
 
 FAMILIES = ("llava", "qwen2-vl", "qwen3-vl", "smolvlm", "internvl")
@@ -326,6 +327,44 @@ def test_score_pool_averages_over_neighbours_of_the_same_image(family: str) -> N
             assert_best(kept, score, half_up(0.3 * len(found.vision)))
 
 
+def test_zipvl_takes_a_threshold_or_a_target() -> None:
+    found = reading("llava")
+    with pytest.raises(ConfigError, match="tau or target_retention, not both"):
+        run(found, "zipvl:tau=0.9,target_retention=0.5")
+
+
+@pytest.mark.parametrize("method", ["snapkv", "snapkv_vision", "recall_rank", "vl_cache", "zipvl"])
+@pytest.mark.parametrize("family", ["llava", "smolvlm"])
+def test_a_later_turn_with_an_image_evicts_of_its_own_prompt_alone(family: str, method: str) -> None:
+    model, rows = tiny_model(family), (2, 1)
+    settings = method_config(method, retention_rate=0.3)
+    cache = PrunedCache.for_inputs(model, TINY[family].inputs(model, rows), settings)
+    first, second = two_turns(model, family, cache, True, rows)
+    report = cache.report()
+    assert len(report.prompts) == 2
+    for layer in report.prompts[1].layers:
+        for row in layer.rows:
+            gone = [position for head in row.evicted_text for position in head]
+            assert all(position >= report.prompts[1].start for position in gone)
+            assert all(len(kept) < row.vision_tokens for kept in row.kept_positions) or method == "snapkv"
+    with evicted_entries_masked(model, report):
+        stock = DynamicCache(config=model.config.get_text_config())
+        expected = two_turns(model, family, stock, True, rows)
+    assert_same_generation(expected[0], first)
+    assert_same_generation(expected[1], second)
+
+
+@pytest.mark.parametrize("method", ["fastv", "vtw", "snapkv", "recall_rank"])
+def test_several_sequences_of_a_prompt(method: str) -> None:
+    """Rows are repeated after the prompt was planned."""
+    model, inputs = tiny_model("llava"), TINY["llava"].inputs(tiny_model("llava"), [1, 1])
+    settings = method_config(method, retention_rate=0.6)
+    one, _ = pruned(model, inputs, settings)
+    several, report = pruned(model, inputs, settings, num_beams=2, num_return_sequences=2)
+    assert len(report.prompts[0].layers[0].rows) == 4
+    assert (several.logits[0][::2] - one.logits[0]).abs().max() < 2e-5
+
+
 # --- methods that act inside prefill ---------------------------------------------------------------------------
 
 
@@ -409,7 +448,7 @@ def test_vtw_is_a_model_that_drops_the_hidden_states(family: str, rate: float, f
 def test_prompt_stage_over_both_attentions_and_in_a_later_turn(method: str, base: str) -> None:
     model, tiny = tiny_model("llava"), TINY["llava"]
     inputs = tiny.inputs(model, [2, 1])
-    settings = staged_config(method, retention_rate=0.6)
+    settings = method_config(method, retention_rate=0.6)
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation(base)
     try:
@@ -442,7 +481,7 @@ def test_a_prompt_that_ends_in_an_image_keeps_its_last_token() -> None:
     inputs = TINY["llava"].inputs(model, [1], text=(3, 0))
     last = inputs["input_ids"].shape[1] - 1
     for method in ("fastv", "vtw"):
-        output, report = pruned(model, inputs, staged_config(method, retention_rate=0.4))
+        output, report = pruned(model, inputs, method_config(method, retention_rate=0.4))
         (row,) = report.prompts[0].layers[-1].rows
         assert row.vision_tokens
         if last in [position for image in report.prompts[0].images[0] for position in image.positions]:
@@ -472,9 +511,9 @@ def test_what_the_prompt_stage_refuses() -> None:
     with pytest.raises(ConfigError, match="fastv's layer must be below the number of decoder layers, 3, got 3"):
         PrunedCache.for_inputs(model, inputs, PLPHPConfig(method="fastv", options={"layer": 3}, retention_rate=1.0))
     for method in ("fastv", "vtw"):
-        settings = staged_config(method, retention_rate=0.5)
+        settings = method_config(method, retention_rate=0.5)
         with pytest.raises(ConfigError, match="leave out exempt_layers"):
-            PrunedCache.for_inputs(model, inputs, staged_config(method, retention_rate=0.5, exempt_layers=(0,)))
+            PrunedCache.for_inputs(model, inputs, method_config(method, retention_rate=0.5, exempt_layers=(0,)))
         cache = PrunedCache.for_inputs(model, inputs, settings)
         with pytest.raises(UnsupportedFeatureError, match="in one piece"), torch.no_grad():
             model(
@@ -502,5 +541,5 @@ def test_methods_with_a_mean_rate_meet_it() -> None:
     names = sorted(plphp.available_methods().keys() - {"oracle", "none", "snapkv", "plphp", "shared", "vtw"})
     for name in names:
         target = random.Random(name).choice([0.5, 0.7])
-        _, report = pruned(model, tiny.inputs(model, [2, 1]), staged_config(name, target_retention=target))
+        _, report = pruned(model, tiny.inputs(model, [2, 1]), method_config(name, target_retention=target))
         assert report.retention == pytest.approx(target, abs=0.03), name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastV (arXiv:2403.06764, section 4): vision tokens leave the prompt after an early layer.
+"""FastV (arXiv:2403.06764): vision tokens leave the prompt after an early layer.
 
 The vision tokens are ranked by the attention that the last prompt token gives them in decoder layer ``layer`` - 1
 (counted from 0), averaged over all heads. The lower ones are seen by no other token in the layers from ``layer`` on,
@@ -8,8 +8,9 @@ in prefill too, and their KV in these layers is not stored. The layers before ke
 ``retention_rate`` r is the mean over all L layers, so with K = ``layer`` the later layers keep
 ``(L r - K) / (L - K)`` of the vision tokens: K / L is the least that can be asked for.
 
-Default: layer 2, the paper's. Prefill computes what it did: the tokens are masked, not skipped, so FastV's saving of
-prefill time is not there. Positions stay as they were.
+Default: layer 2, the paper's. The paper's text speaks of the attention that a token receives from all others; the last
+token's is what the authors' code ranks by, and what later comparisons mean by FastV. Prefill computes what it did:
+the tokens are masked, not skipped, so FastV's saving of prefill time is not there. Positions stay as they were.
 """
 
 import math
@@ -72,7 +73,7 @@ def allocate(layers: Layers, config: PLPHPConfig) -> Allocation:
 METHOD = Method(
     name="fastv",
     summary="inside prefill: the vision tokens that an early layer attends to least leave all later layers",
-    paper="arXiv:2403.06764, section 4",
+    paper="arXiv:2403.06764",
     allocate=allocate,
     rank=shared_by_heads,
     options=OPTIONS,

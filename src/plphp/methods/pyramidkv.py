@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyramidKV (arXiv:2406.02069, section 4.1): budgets that fall from the first layer to the last.
+"""PyramidKV (arXiv:2406.02069): budgets that fall from the first layer to the last.
 
 With r the mean rate over L layers: ``last = r / beta``, ``first = 2 r - last``, and the layers between on a straight
 line. Where ``first`` would be above 1 it is 1 and ``last = 2 r - 1``, so that the mean stays r.
@@ -33,7 +33,7 @@ def pyramid(layers: Layers, config: PLPHPConfig) -> Allocation:
 METHOD = Method(
     name="pyramidkv",
     summary="early layers keep more than late ones, ranked as in snapkv_vision",
-    paper="arXiv:2406.02069, section 4.1",
+    paper="arXiv:2406.02069",
     allocate=pyramid,
     rank=by_window,
     options=OPTIONS,

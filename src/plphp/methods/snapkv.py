@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SnapKV (arXiv:2404.14469, section 4), as published: text is evicted like anything else.
+"""SnapKV (arXiv:2404.14469), as published: text is evicted like anything else.
 
 The queries of an observation window, the last ``window`` prompt tokens, vote for the entries before it: with A their
 softmax attention, ``s_g[j] = pool(mean_window(A_g))[j]``, where ``pool`` is a 1-D pooling of width ``kernel`` along
@@ -38,7 +38,7 @@ def check(config: PLPHPConfig, layers: int) -> None:
 METHOD = Method(
     name="snapkv",
     summary="text and vision tokens before an observation window compete, by its pooled attention",
-    paper="arXiv:2404.14469, section 4",
+    paper="arXiv:2404.14469",
     allocate=uniform,
     rank=by_window,
     options=OPTIONS,

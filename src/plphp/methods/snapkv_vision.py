@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SnapKV's ranking (arXiv:2404.14469, section 4) for the vision tokens alone: all text is kept.
+"""SnapKV's ranking (arXiv:2404.14469) for the vision tokens alone: all text is kept.
 
 The formula is that of `plphp.methods.snapkv`; text still takes part in the pooling, and only vision tokens are
 evicted. Vision tokens inside the window come first.
@@ -12,7 +12,7 @@ from .base import Method
 METHOD = Method(
     name="snapkv_vision",
     summary="vision tokens by the pooled attention of an observation window, all text kept",
-    paper="arXiv:2404.14469, section 4, restricted to vision tokens",
+    paper="arXiv:2404.14469, restricted to vision tokens",
     allocate=uniform,
     rank=by_window,
     options=OPTIONS,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VL-Cache (arXiv:2410.23317, section 4): layer budgets by attention density, tokens by post-vision attention.
+"""VL-Cache (arXiv:2410.23317): layer budgets by attention density, tokens by post-vision attention.
 
 The query rows are the text after the last image. An entry counts as dense where a row gives it at least ``p`` times
 the row's maximum; the density of a layer is the mean over rows and heads of the share of dense entries among those
@@ -35,7 +35,7 @@ def by_density(layers: Layers, config: PLPHPConfig) -> Allocation:
 METHOD = Method(
     name="vl_cache",
     summary="layers with denser attention keep more, tokens by the attention of the text after the images",
-    paper="arXiv:2410.23317, section 4",
+    paper="arXiv:2410.23317",
     allocate=by_density,
     rank=per_head,
     options=OPTIONS,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual Tokens Withdrawal (arXiv:2405.05803, section 3): all vision tokens leave the prompt after some layer.
+"""Visual Tokens Withdrawal (arXiv:2405.05803): all vision tokens leave the prompt after some layer.
 
 From decoder layer K on no other token sees a vision token, in prefill too, and none of their KV is stored; the
 layers before keep everything. With r the ``retention_rate`` and L layers, ``K = max(1, round(r L))``: what is kept is
@@ -41,7 +41,7 @@ def allocate(layers: Layers, config: PLPHPConfig) -> Allocation:
 METHOD = Method(
     name="vtw",
     summary="inside prefill: all vision tokens leave the later layers",
-    paper="arXiv:2405.05803, section 3",
+    paper="arXiv:2405.05803",
     allocate=allocate,
     rank=shared_by_heads,
     stage=PromptStage(first_layer, nothing_stays),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer budgets of ZipVL (arXiv:2410.08584, section 4.1): as many tokens as carry a given attention mass.
+"""The layer budgets of ZipVL (arXiv:2410.08584): as many tokens as carry a given attention mass.
 
 In each layer, with a the attention to the vision tokens (mean over heads and query rows, normalised to 1 over them)
 in falling order: ``k = min { n : a_1 + ... + a_n >= tau }``. With ``tau`` (0.975 in the paper) the retention is what
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..allocation import Allocation, Layers, with_rates
 from ..config import PLPHPConfig
+from ..errors import ConfigError
 from ..options import Option, settings
 from ..selection import per_head
 from ..types import Evidence, LayerScores
@@ -50,13 +51,22 @@ def by_mass(layers: Layers, config: PLPHPConfig) -> Allocation:
     return with_rates(layers, list(zip(*rows, strict=True)))
 
 
+def check(config: PLPHPConfig, layers: int) -> None:
+    """A threshold and a target are two ways to say the same."""
+    if config.target_retention is not None and settings(OPTIONS, config.options)["tau"] is not None:
+        raise ConfigError(
+            "zipvl takes its option tau or target_retention, not both: with tau the retention is what comes out."
+        )
+
+
 METHOD = Method(
     name="zipvl",
     summary="each layer keeps as many tokens as carry a share of its attention mass, per KV head",
-    paper="arXiv:2410.08584, section 4.1 (the allocation)",
+    paper="arXiv:2410.08584 (the allocation)",
     allocate=by_mass,
     rank=per_head,
     options=OPTIONS,
     evidence=lambda config: Evidence(rows="text"),
+    check=check,
     all_layers=lambda config: settings(OPTIONS, config.options)["tau"] is None,
 )
