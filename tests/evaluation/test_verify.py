@@ -132,14 +132,29 @@ def test_divergence_by_hand(bundled: Any) -> None:
 
 
 def test_any_end_token_ends_an_answer(bundled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference ends with another token than the one that the model says."""
     model, processor = bundled
     sample = own_history(model, processor, drawn("cell", 1)[0])
-    conversation = encode(processor, sample, end_tokens(model, processor))
-    other = 700
-    monkeypatch.setattr("plphp.evaluation.scoring.end_tokens", lambda *_: (other, *conversation.ends))
-    assert verify(model, processor, sample, VARIANTS[:1])["full"].score == 1
-    monkeypatch.setattr("plphp.evaluation.scoring.end_tokens", lambda *_: (other,))
-    assert verify(model, processor, sample, VARIANTS[:1])["full"].score == 0
+    found = encode(processor, sample, end_tokens(model, processor))
+    other = dataclasses.replace(found.answers[0], tokens=(*found.answers[0].tokens[:-1], 700))
+    for ends, score in (((700, *found.ends), 1), ((700,), 0)):
+        changed = dataclasses.replace(found, answers=(other,), ends=ends)
+        monkeypatch.setattr("plphp.evaluation.scoring.encode", lambda *_, changed=changed: changed)
+        assert verify(model, processor, sample, VARIANTS[:1])["full"].score == score
+
+
+def test_all_scored_turns_have_to_be_right(bundled: Any) -> None:
+    model, processor = bundled
+    sample = own_history(model, processor, dialogue())
+    for wrong in (1, 2):
+        turns = list(sample.turns)
+        turns[wrong] = dataclasses.replace(turns[wrong], answer="Row 4, column 4 shows a thing.")
+        changed = dataclasses.replace(sample, turns=tuple(turns))
+        assert verify(model, processor, changed, VARIANTS[:1])["full"].score == 0
+        [generated] = generate_samples(model, processor, [changed], VARIANTS[:1], "exact_match")
+        assert generated["full"].score == 0
+        decoded = decode_sample(model, processor, changed, VARIANTS[:1], "edit_similarity")["full"]
+        assert 0.5 < decoded.score < 1
 
 
 def test_accepted_answers_of_a_turn(bundled: Any) -> None:

@@ -19,6 +19,8 @@ from .variants import FULL
 
 MEASURES = ("kept", "agreement", "kl", "right_share")
 """Beside the score, given as plain means."""
+PER_TASK = ("score", "kept")
+"""What compact results hold of each task; of groups they hold everything."""
 
 
 def summarize(
@@ -100,7 +102,13 @@ def compact_results(folder: str | Path, baseline: str | None = None) -> dict[str
     """
     config = read_config(Path(folder))
     about = {name: config[name] for name in ("date", "hardware", "versions", "model", "settings")}
-    return {"format": FORMAT, "command": command_of(config["settings"]), **about, **summarize(folder, baseline)}
+    figures = summarize(folder, baseline)
+    for task in figures["tasks"].values():
+        task["variants"] = {
+            name: {measure: one[measure] for measure in PER_TASK if measure in one}
+            for name, one in task["variants"].items()
+        }
+    return {"format": FORMAT, "command": command_of(config["settings"]), **about, **figures}
 
 
 def command_of(settings: Mapping[str, Any]) -> str:
