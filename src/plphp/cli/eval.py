@@ -63,6 +63,10 @@ def evaluate_command(
         return
     from plphp.evaluation import EvalSettings, evaluate, save_score_plots, summarize, write_results
 
+    if plots:
+        from plphp.plots import new_figure
+
+        new_figure()  # says now, not after the run, that matplotlib is missing
     if report is not None:
         folder, metrics = report, summarize(report, baseline)
     else:

@@ -78,8 +78,11 @@ def _work(results: Any, work: Work, arguments: Sequence[Any], share: Any) -> Non
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
     try:
         for task, record in work(*arguments, share):
+            if parent is not None and not parent.is_alive():
+                return  # it was killed: nobody takes the results
             results.put(("record", task, record))
         results.put(("end",))
     except KeyboardInterrupt:
