@@ -43,6 +43,12 @@ def test_settings_that_fix_the_retention_are_taken_as_they_are() -> None:
     assert full.label == "full"
 
 
+def test_a_method_may_have_retentions_of_its_own() -> None:
+    variants = make_variants(["plphp", "fastv@0.5+0.25", "mine=uniform:query_rows=8@0.1"], [0.4])
+    assert [one.name for one in variants[1:]] == ["plphp@0.4", "fastv@0.5", "fastv@0.25", "mine@0.1"]
+    assert variants[-1].config.query_rows == 8
+
+
 def test_controls() -> None:
     variants = make_variants(["zero", "blank", "small=downsample"], [0.5, 0])
     assert [(one.name, one.images) for one in variants[1:]] == [
@@ -58,6 +64,8 @@ def test_controls() -> None:
     ("methods", "retention", "message"),
     [
         (["plhp"], [0.5], "Unknown method 'plhp'. Did you mean 'plphp'"),
+        (["uniform@half"], [0.5], "between 0 and 1, got 'half'"),
+        (["zero@0.5"], [0.5], "'zero@0.5' asks for retentions of a method that says itself"),
         (["zer"], [0.5], "Did you mean 'zero'"),
         (["plphp:wrong=1"], [0.5], "wrong"),
         (["plphp", "plphp"], [0.5], "'plphp@0.5' is given twice: put a label"),

@@ -78,7 +78,8 @@ def make_variants(methods: Sequence[str], retention: Sequence[float]) -> list[Va
     Parameters
     ----------
     methods : sequence of str
-        Each ``"method"``, ``"method:key=value,..."`` or ``"label=method:..."``, or one of `CONTROLS`.
+        Each ``"method"``, ``"method:key=value,..."`` or ``"label=method:..."``, or one of `CONTROLS`. What follows an
+        ``@`` at the end, as in ``"fastv@0.5+0.25"``, takes the place of ``retention`` for that method.
     retention : sequence of float
         Fractions of the vision tokens to keep. A method whose own settings say how much it keeps takes no part
         in them, nor do ``full``, ``zero`` and ``blank``.
@@ -94,18 +95,33 @@ def make_variants(methods: Sequence[str], retention: Sequence[float]) -> list[Va
     """
     if not methods:
         raise ConfigError("Name at least one method to evaluate.")
-    for rate in retention:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-            raise ConfigError(f"A retention must be between 0 and 1, got {rate!r}.")
     variants = [Variant(FULL, None, PLPHPConfig(method="none"))]
     for text in methods:
         if text != FULL:
-            variants += _spelled_out(text, list(dict.fromkeys(float(rate) for rate in retention)))
+            spec, at, own = text.partition("@")
+            made = _spelled_out(spec.strip(), _rates(own.split("+") if at else retention))
+            if at and any(variant.retention is None for variant in made):
+                raise ConfigError(f"{text!r} asks for retentions of a method that says itself how much it keeps.")
+            variants += made
     names = [variant.name for variant in variants]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ConfigError(f"{twice[0]!r} is given twice: put a label before it, as in 'mine={twice[0]}'.")
     return variants
+
+
+def _rates(values: Sequence[object]) -> list[float]:
+    """Retentions without doubles, from numbers or their texts."""
+    rates: list[float] = []
+    for value in values:
+        try:
+            rate = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            rate = -1.0
+        if isinstance(value, bool) or not 0 <= rate <= 1:
+            raise ConfigError(f"A retention must be between 0 and 1, got {value!r}.")
+        rates.append(rate)
+    return list(dict.fromkeys(rates))
 
 
 def with_retention(config: PLPHPConfig, retention: float) -> PLPHPConfig:

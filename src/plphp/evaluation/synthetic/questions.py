@@ -174,12 +174,14 @@ def _cell(rng: random.Random, scene: Scene) -> Asked:
 
 def _digit_of_colour(rng: random.Random, scene: Scene) -> Asked:
     item = _only(rng, [i for i in scene.items if i.builder == "digit"], lambda i: i.colour)
-    return item and ({"colour": item.colour}, f"The {item.colour} digit is {item.value}.")
+    return None if item is None else ({"colour": item.colour}, f"The {item.colour} digit is {item.value}.")
 
 
 def _colour_of(rng: random.Random, scene: Scene) -> Asked:
     item = _only(rng, scene.items, lambda i: i.value)
-    return item and ({"thing": _thing(item.value)}, f"The {_thing(item.value)} is {item.colour}.")
+    if item is None:
+        return None
+    return {"thing": _thing(item.value)}, f"The {_thing(item.value)} is {item.colour}."
 
 
 def _relation(rng: random.Random, scene: Scene) -> Asked:

@@ -153,7 +153,7 @@ def _as_array(builder: str, key: Key, scale: int) -> Mask:
     if scale != SUPERSAMPLE:
         factor = SUPERSAMPLE // scale
         image = image.resize((image.size[0] // factor, image.size[1] // factor), Image.Resampling.BOX)
-    return np.asarray(image, dtype=np.float32) / 255
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
 
 
 def digit_count(split: str, label: int) -> int:

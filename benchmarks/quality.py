@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of every method on the bundled model: ``python benchmarks/quality.py PART``.
+
+PART is one of
+
+- ``test``         all methods at all retentions on the test split: benchmarks/results/quality.json, docs/quality/*.png
+- ``ablation``     choices within plphp and recall_rank on the development split: benchmarks/results/ablation.json
+- ``attention``    vision attention per layer and head over development prompts: benchmarks/results/attention.json
+- ``calibration``  thresholds from some development prompts, measured on others: benchmarks/results/calibration.json
+
+A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
+docs/quality.md from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = ROOT / "docs" / "quality"
+RETENTION = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1, 0.05)
+METHODS = (
+    "plphp",
+    "recall_rank",
+    "uniform",
+    "shared",
+    "random1=random:seed=1",
+    "random2=random:seed=2",
+    "oracle",
+    "snapkv",
+    "snapkv_vision",
+    "pyramidkv",
+    "vl_cache",
+    "zipvl",
+    "value_norm",
+    "plphp_defaults=plphp:retention_rate=0.4",
+    # These read the prompt anew for each retention.
+    "fastv@0.5+0.4+0.25",
+    "vtw@0.5+0.25+0.125",
+    "downsample@0.5+0.25+0.1",
+    "zero",
+    "blank",
+)
+ABLATION_RETENTION = (0.5, 0.25, 0.1)
+ABLATION = {
+    "last row": "plphp",
+    "last 8 rows": "plphp:query_rows=8",
+    "all text after the images": "plphp:query_rows=text",
+    "max over query heads": "plphp:gqa_reduction=max",
+    "first layer exempt": "plphp:exempt_layers=0",
+    "last layer exempt": "plphp:exempt_layers=-1",
+    "quota per image": "plphp:image_quota=per_image",
+    "pooled over 3 tokens": "plphp:score_pool=3",
+    "delta 0.1": "plphp:retention_delta=0.1",
+}
+"""Choices within plphp; what is not named is as by default: the last row, mean over query heads, no layer exempt."""
+
+
+def main() -> None:
+    """Run one part."""
+    parts: dict[str, Callable[[argparse.Namespace], None]] = {
+        "test": test,
+        "ablation": ablation,
+        "attention": attention,
+        "calibration": calibration,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--model", help="hub id or folder; default: the bundled model")
+    parser.add_argument("--samples", type=int, help="samples of each task; default: as in the committed results")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where unfinished parts are kept")
+    arguments = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    parts[arguments.part](arguments)
+
+
+def _evaluate(arguments: argparse.Namespace, folder: str, **settings: Any) -> Path:
+    from plphp.evaluation import EvalSettings, evaluate
+
+    def tell(task: str, done: int, total: int) -> None:
+        if done % 50 == 0 or done == total:
+            print(f"{task}: {done} of {total} samples", file=sys.stderr, flush=True)
+
+    out = arguments.runs / folder
+    evaluate(EvalSettings(model=arguments.model, rows=192, **settings), out, workers=arguments.workers, progress=tell)
+    return out
+
+
+def test(arguments: argparse.Namespace) -> None:
+    """All methods on the test split."""
+    from plphp.evaluation import save_score_plots, summarize, write_results
+
+    out = _evaluate(
+        arguments, "test", split="test", methods=METHODS, retention=RETENTION, samples=arguments.samples or 500
+    )
+    write_results(out, RESULTS / "quality.json", "random1")
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    save_score_plots(summarize(out, "random1"), PLOTS)
+
+
+def ablation(arguments: argparse.Namespace) -> None:
+    """Choices within the methods on the development split."""
+    from plphp.evaluation import write_results
+
+    methods = tuple(f"{label}={method}" for label, method in ABLATION.items())
+    out = _evaluate(
+        arguments,
+        "ablation",
+        split="dev",
+        methods=methods,
+        retention=ABLATION_RETENTION,
+        samples=arguments.samples or 200,
+    )
+    write_results(out, RESULTS / "ablation.json", next(iter(ABLATION)))
+
+
+def _prompts(processor: Any, each: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Inputs of the first questions of all tasks, from the development split."""
+    from plphp.evaluation import available_tasks
+    from plphp.evaluation.conversation import prompt_inputs
+
+    for task in available_tasks().values():
+        for sample in task.samples("dev", each, seed):
+            yield prompt_inputs(processor, sample)
+
+
+def attention(arguments: argparse.Namespace) -> None:
+    """Vision attention per layer and head, for three choices of query rows."""
+    import plphp
+    from plphp.loading import load_model
+    from plphp.profile_plots import plot_heads, plot_profile
+
+    model, processor = load_model(arguments.model, "auto", None)
+    found = plphp.profile(model, list(_prompts(processor, arguments.samples or 10, seed=1)), (1, 8, "text"))
+    summary = {str(rows): found.summary(rows) for rows in found.query_rows}
+    statements = {str(rows): str(found.re_attention(rows)) for rows in found.query_rows}
+    _write("attention.json", {**found.provenance, "prompts": len(found.prompts), "re_attention": statements, **summary})
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    plot_profile(found).savefig(PLOTS / "vision-attention.png", dpi=120)
+    plot_heads(found).savefig(PLOTS / "heads.png", dpi=120)
+
+
+def calibration(arguments: argparse.Namespace) -> None:
+    """Thresholds from some prompts, and what they keep of others."""
+    import plphp
+    from plphp.loading import load_model
+    from plphp.provenance import provenance
+
+    model, processor = load_model(arguments.model, "auto", None)
+    each = arguments.samples or 5
+    rows = []
+    for target in (0.5, 0.4, 0.25, 0.1):
+        asked = plphp.PLPHPConfig(target_retention=target)
+        config = plphp.calibrate(model, _prompts(processor, each, seed=1), asked)
+        measured = {
+            "thresholds, same prompts": plphp.measure_retention(model, _prompts(processor, each, seed=1), config),
+            "thresholds, other prompts": plphp.measure_retention(model, _prompts(processor, each, seed=2), config),
+            "quantiles of each prompt": plphp.measure_retention(model, _prompts(processor, each, seed=2), asked),
+        }
+        rows.append({"target": target, "config": config.to_dict(), **{k: v.summary() for k, v in measured.items()}})
+    _write("calibration.json", {**provenance(model), "targets": rows})
+
+
+def _write(name: str, values: dict[str, Any]) -> None:
+    (RESULTS / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
