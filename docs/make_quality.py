@@ -8,16 +8,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality.json"
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = FOLDER / "quality.json"
 PAGE = Path(__file__).parent / "quality.md"
 PLOTS = Path(__file__).parent / "quality"
-"""Where the plots are looked for, see ``plphp eval --plots``."""
+"""Where the plots are looked for; ``benchmarks/quality.py`` draws them."""
 Figures = Mapping[str, Any]
 
 HEAD = """# Quality
 
-Made by `docs/make_quality.py` from `benchmarks/results/quality.json`; do not edit. How the figures come about, and
-what they mean, is in [evaluation.md](evaluation.md).
+Made by `docs/make_quality.py` from the files in `benchmarks/results`; do not edit. How the figures come about, and what
+they mean, is in [evaluation.md](evaluation.md). The commands that make them:
+
+```bash
+python benchmarks/quality.py test          # all methods at all retentions, test split
+python benchmarks/quality.py ablation      # choices within plphp, development split
+python benchmarks/quality.py attention     # vision attention per layer, development split
+python benchmarks/quality.py calibration   # fixed thresholds on other prompts, development split
+python docs/make_quality.py
+```
 
 """
 READING = """Scores are per cent, with 95 % intervals of the paired bootstrap over samples. *KV* is the vision KV that
@@ -27,15 +36,24 @@ and are never averaged together.
 """
 
 
-def page(results: Mapping[str, Any]) -> str:
-    """The page's text."""
+def page(results: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> str:
+    """The page's text, from the results of the test split and what there is of ``OTHERS`` by name."""
     parts = [HEAD, _origin(results), READING]
     for group in results["groups"]:
         parts.append(_group(results, group))
     parts += ["\n## Tasks\n\n", _tasks(results)]
     if results["refused"]:
         parts += ["\n## Left out\n\n", *(f"- `{name}`: {reason}\n" for name, reason in results["refused"].items())]
+    for name, found in (others or {}).items():
+        parts.append(OTHERS[name](found))
     return "".join(parts)
+
+
+def committed() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results of the test split, and the others that there are."""
+    others = {name: FOLDER / f"{name}.json" for name in OTHERS}
+    read = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in others.items() if path.exists()}
+    return json.loads(RESULTS.read_text(encoding="utf-8")), read
 
 
 def _group(results: Mapping[str, Any], group: str) -> str:
@@ -136,5 +154,51 @@ def _tasks(results: Mapping[str, Any]) -> str:
     return about + "\n".join(lines) + "\n"
 
 
+def _ablation(results: Mapping[str, Any]) -> str:
+    settings, variants = results["settings"], results["variants"]
+    parts = [
+        f"\n## Ablation\n\nChoices within plphp, one at a time: {settings['samples']} samples a task, split "
+        f"`{settings['split']}`. Difference in score from `{results['baseline']}` at the same retention.\n"
+    ]
+    for group, values in results["groups"].items():
+        table = _matrix(variants, values["variants"], lambda one: _signed(one, "vs_baseline"))
+        parts += [f"\n### Ablation: {group.replace('_', ' ')}\n\n", table]
+    return "".join(parts)
+
+
+def _attention(found: Mapping[str, Any]) -> str:
+    lines = [f"- {statement}" for statement in found["re_attention"].values()]
+    plots = [
+        f"\n![{title}]({(PLOTS / name).relative_to(PAGE.parent)})\n"
+        for name, title in (("vision-attention.png", "vision attention by layer"), ("heads.png", "by layer and head"))
+        if (PLOTS / name).exists()
+    ]
+    about = f"Over {found['prompts']} prompts of the development split; see [calibration.md](calibration.md).\n\n"
+    return "".join(["\n## Vision attention\n\n", about, "\n".join(lines), "\n", *plots])
+
+
+def _calibration(found: Mapping[str, Any]) -> str:
+    names = [name for name in found["targets"][0] if name not in ("target", "config")]
+    lines = [f"| target | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for row in found["targets"]:
+        cells = [f"{row[name]['retention_mean']:.3f} ± {row[name]['retention_std']:.3f}" for name in names]
+        lines.append(f"| {row['target']} | {' | '.join(cells)} |")
+    first = found["targets"][0]
+    about = (
+        f"Retention measured from the caches, mean and standard deviation over {first[names[0]]['prompts']} prompts of "
+        f"the development split ({first[names[0]]['vision_tokens_min']} to {first[names[0]]['vision_tokens_max']} vision "
+        "tokens): thresholds that `plphp.calibrate` found on some prompts, on those and on others; beside it "
+        "`target_retention`, which takes the quantiles of each prompt.\n\n"
+    )
+    return "\n## Calibration\n\n" + about + "\n".join(lines) + "\n"
+
+
+OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "ablation": _ablation,
+    "attention": _attention,
+    "calibration": _calibration,
+}
+"""Further results by the name of their file: what they add to the page."""
+
 if __name__ == "__main__":
-    PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+    PAGE.write_text(page(*committed()), encoding="utf-8")

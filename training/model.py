@@ -224,15 +224,22 @@ class PatchHead(nn.Module):
 
 
 @torch.no_grad()
-def whiten_projector(model: LlavaForConditionalGeneration, features: Tensor, scale: float = 0.3) -> None:
-    """Initialise the projector as a whitening of the tower's output, scaled towards the text embeddings.
+def start_projector(
+    model: LlavaForConditionalGeneration, head: PatchHead, features: Tensor, scale: float = 0.3
+) -> None:
+    """Initialise the projector so that what the tower has learned to tell apart is easy to read from its output.
 
-    The raw features are two orders of magnitude larger than the embeddings; training then sits on a plateau.
+    One hidden unit for each class, colour, row and column of the pre-training target; the others see a whitening of
+    the tower's output. From a plain whitening the text model learned shapes and lost the colours on the way. The
+    output is scaled towards the text embeddings: the raw features are two orders of magnitude larger, and
+    training then sits on a plateau.
 
     Parameters
     ----------
     model
         Its projector is changed in place.
+    head
+        Trained with the tower.
     features
         Sample of the tower's output, shape (n, dim).
     scale
@@ -244,11 +251,15 @@ def whiten_projector(model: LlavaForConditionalGeneration, features: Tensor, sca
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(features))
     whitening = vectors @ torch.diag((values + 0.01 * values.mean()).rsqrt()) @ vectors.T
     out_dim, in_dim = projector.linear_1.weight.shape
-    rotation = torch.linalg.qr(torch.randn(out_dim, in_dim))[0] * (out_dim / in_dim) ** 0.5
-    projector.linear_1.weight.copy_(rotation @ whitening)
-    projector.linear_1.bias.copy_(-(rotation @ whitening) @ mean)
+    attributes = head.linear.weight / (centred @ head.linear.weight.T).std(0)[:, None]
+    others = max(in_dim, out_dim - len(attributes))
+    rotation = torch.linalg.qr(torch.randn(others, in_dim))[0] * (others / in_dim) ** 0.5
+    first = torch.cat([attributes, rotation @ whitening])[:out_dim]
+    projector.linear_1.weight.copy_(first)
+    projector.linear_1.bias.copy_(-first @ mean)
     hidden = projector.act(projector.linear_1(features))
     projector.linear_2.weight.normal_(0, out_dim**-0.5)
+    projector.linear_2.weight[:, : len(attributes)] *= 1.5
     projector.linear_2.bias.zero_()
     projector.linear_2.weight.mul_(scale / projector.linear_2(hidden).std())
     projector.linear_2.bias.copy_(-projector.linear_2(hidden).mean(0))

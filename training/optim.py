@@ -16,11 +16,15 @@ def make(
     named = {id(p): (name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad}
     matrices = [p for name, p in named.values() if p.ndim == 2 and "layers." in name]
     taken = {id(p) for p in matrices}
-    rest = [p for key, (_, p) in named.items() if key not in taken]
+    rest = [(name, p) for key, (name, p) in named.items() if key not in taken]
+    # The projector starts from a good place, and loses what the text model does not read yet if it moves fast.
+    projector = [p for name, p in rest if "projector" in name]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in rest if p.ndim >= 2 and "projector" not in name], "weight_decay": weight_decay},
+        {"params": [p for name, p in rest if p.ndim < 2 and "projector" not in name], "weight_decay": 0.0},
     ]
+    if projector:
+        groups.append({"params": projector, "weight_decay": 0.0, "lr": 0.2 * adamw})
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=adamw, betas=(0.9, 0.98), fused=True)]
     if matrices:
         optimizers.append(

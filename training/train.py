@@ -32,7 +32,7 @@ def several_images(progress: float) -> float:
 
     None at first: single images are learned sooner, and carry over.
     """
-    if progress < 0.1:
+    if progress < 0.12:
         return 0.0
     return 0.4 if progress < 0.5 else 0.55
 
@@ -50,7 +50,7 @@ class _Stream(IterableDataset):
             progress = step / self.steps
             n = rng.choice((2, 2, 3, 4)) if rng.random() < several_images(progress) else 1
             count, blocks = SHAPES[n]
-            made = [rows.make_row(rng, n, blocks, easy=progress < 0.06) for _ in range(count)]
+            made = [rows.make_row(rng, n, blocks, easy=progress < 0.08) for _ in range(count)]
             pixels = torch.from_numpy(np.concatenate([row.pixels for row in made]))
             stacked = [
                 np.stack([getattr(row, name) for row in made]) for name in ("ids", "labels", "blocks", "positions")
@@ -67,11 +67,14 @@ def _sample_pixels(n: int) -> torch.Tensor:
 
 def prepare(model, vision: Path) -> None:
     """Load and freeze the pre-trained tower and initialise the projector on its output."""
-    model.model.vision_tower.load_state_dict(torch.load(vision, weights_only=True)["tower"])
+    saved = torch.load(vision, weights_only=True)
+    model.model.vision_tower.load_state_dict(saved["tower"])
     model.model.vision_tower.requires_grad_(False)
+    head = models.PatchHead(model.config.vision_config.hidden_size)
+    head.load_state_dict(saved["head"])
     with torch.no_grad():
         features = models.vision_features(model, _sample_pixels(600)).flatten(0, 1)
-    models.whiten_projector(model, features)
+    models.start_projector(model, head, features)
 
 
 def _factor(progress: float, step: int, warm_up: int = 150) -> float:

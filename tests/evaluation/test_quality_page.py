@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,24 @@ def test_the_page_has_the_figures(generator: Any) -> None:
     assert "SHA-256 `abc`" in page
 
 
+def test_the_page_has_what_else_was_measured(generator: Any) -> None:
+    retention = {"prompts": 9, "vision_tokens_min": 196, "vision_tokens_max": 784, "retention_std": 0.05}
+    row = {"target": 0.5, "config": {}, "others": {**retention, "retention_mean": 0.47}}
+    page = generator.page(
+        {**ABOUT, **METRICS},
+        {
+            "ablation": {**ABOUT, **METRICS, "baseline": "plphp"},
+            "attention": {"prompts": 9, "re_attention": {"1": "query rows last 1: it appears"}},
+            "calibration": {"targets": [row]},
+        },
+    )
+    assert "Difference in score from `plphp`" in page
+    assert "- query rows last 1: it appears" in page
+    assert "| 0.5 | 0.470 ± 0.050 |" in page
+    assert "over 9 prompts" in page
+
+
 def test_the_committed_page_is_up_to_date(generator: Any) -> None:
     if not generator.RESULTS.exists():
         pytest.skip("no results are committed yet")
-    results = json.loads(generator.RESULTS.read_text(encoding="utf-8"))
-    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(results)
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(*generator.committed())
