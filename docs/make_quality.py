@@ -183,10 +183,10 @@ def _calibration(found: Mapping[str, Any]) -> str:
     for row in found["targets"]:
         cells = [f"{row[name]['retention_mean']:.3f} ± {row[name]['retention_std']:.3f}" for name in names]
         lines.append(f"| {row['target']} | {' | '.join(cells)} |")
-    first = found["targets"][0]
+    first = found["targets"][0][names[0]]
     about = (
-        f"Retention measured from the caches, mean and standard deviation over {first[names[0]]['prompts']} prompts of "
-        f"the development split ({first[names[0]]['vision_tokens_min']} to {first[names[0]]['vision_tokens_max']} vision "
+        f"Retention measured from the caches, mean and standard deviation over {first['prompts']} prompts of "
+        f"the development split ({first['vision_tokens_min']} to {first['vision_tokens_max']} vision "
         "tokens): thresholds that `plphp.calibrate` found on some prompts, on those and on others; beside it "
         "`target_retention`, which takes the quantiles of each prompt.\n\n"
     )
