@@ -42,7 +42,7 @@ def _scenes(name: str, kinds: Sequence[scenes.Kind]) -> list[Scene]:
     made = []
     for kind in kinds:
         while True:
-            scene = scenes.make_scene(rng, "test", kind, small=several)
+            scene = scenes.make_scene(rng, "test", kind, 4 if several else 5)
             # A page of one line would make a poor multi-line example.
             if kind == "grid" or scene.rows > 1:
                 break

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from transformers import (
     AttentionInterface,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -50,6 +51,8 @@ class Structure:
 
 
 HIDDEN, CLAMP, TINY = -1e4, 60.0, 1e-20
+ATTRIBUTE_SCALE, VISION_SCALE = 3.0, 0.3
+"""Size of an attribute's vector beside a random unit's, and standard deviation of the projector's output at first."""
 PREFIX_PARTS = 3
 
 
@@ -127,13 +130,14 @@ def build(
         patch_size=scenes.PATCH,
         vision_use_head=False,
     )
-    text = Qwen2Config(
+    text = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=64 if small else 256,
         intermediate_size=96 if small else 768,
         num_hidden_layers=2 if small else 8,
         num_attention_heads=4 if small else 8,
         num_key_value_heads=2 if small else 4,
+        head_dim=16 if small else 32,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         initializer_range=0.04,
@@ -225,14 +229,15 @@ class PatchHead(nn.Module):
 
 @torch.no_grad()
 def start_projector(
-    model: LlavaForConditionalGeneration, head: PatchHead, features: Tensor, scale: float = 0.3
+    model: LlavaForConditionalGeneration, head: PatchHead, features: Tensor, words: Sequence[int | None]
 ) -> None:
-    """Initialise the projector so that what the tower has learned to tell apart is easy to read from its output.
+    """Initialise the projector in the space of the text embeddings, from what the tower has learned to tell apart.
 
-    One hidden unit for each class, colour, row and column of the pre-training target; the others see a whitening of
-    the tower's output. From a plain whitening the text model learned shapes and lost the colours on the way. The
-    output is scaled towards the text embeddings: the raw features are two orders of magnitude larger, and
-    training then sits on a plateau.
+    Each class, colour, row and column of the pre-training target gets a hidden unit, and each unit that has a word
+    writes the word's embedding: a patch of a red star starts near " red" plus " star". The other units pass a
+    whitening of the tower's output through a random matrix. From a whitening alone the text model learned shapes and
+    lost the colours on the way. The raw features are two orders of magnitude larger than the embeddings; training then
+    sits on a plateau.
 
     Parameters
     ----------
@@ -242,10 +247,11 @@ def start_projector(
         Trained with the tower.
     features
         Sample of the tower's output, shape (n, dim).
-    scale
-        Standard deviation of the projector's output.
+    words
+        Token of each attribute, in the order of the head's outputs; None where there is no word for it.
     """
     projector = model.model.multi_modal_projector
+    embeddings = model.get_input_embeddings().weight
     mean = features.mean(0)
     centred = features - mean
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(features))
@@ -257,11 +263,15 @@ def start_projector(
     first = torch.cat([attributes, rotation @ whitening])[:out_dim]
     projector.linear_1.weight.copy_(first)
     projector.linear_1.bias.copy_(-first @ mean)
-    hidden = projector.act(projector.linear_1(features))
-    projector.linear_2.weight.normal_(0, out_dim**-0.5)
-    projector.linear_2.weight[:, : len(attributes)] *= 1.5
+    second = torch.randn(out_dim, out_dim)
+    for unit, word in enumerate(words[:out_dim]):
+        if word is not None:
+            second[:, unit] = embeddings[word]
+        second[:, unit] *= ATTRIBUTE_SCALE * out_dim**0.5 / second[:, unit].norm()
+    projector.linear_2.weight.copy_(second)
     projector.linear_2.bias.zero_()
-    projector.linear_2.weight.mul_(scale / projector.linear_2(hidden).std())
+    hidden = projector.act(projector.linear_1(features))
+    projector.linear_2.weight.mul_(VISION_SCALE / projector.linear_2(hidden).std())
     projector.linear_2.bias.copy_(-projector.linear_2(hidden).mean(0))
 
 

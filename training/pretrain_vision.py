@@ -98,7 +98,13 @@ def pretrain(
             result[kind] = head(models.vision_features(model, pixels), labels)[1].item()
     logger.info("held-out patch accuracy %s after %d steps", result, step)
     torch.save(
-        {"tower": tower.state_dict(), "head": head.state_dict(), "held_out": result, "steps": step, "seconds": time.monotonic() - start},
+        {
+            "tower": tower.state_dict(),
+            "head": head.state_dict(),
+            "held_out": result,
+            "steps": step,
+            "seconds": time.monotonic() - start,
+        },
         out / "vision.pt",
     )
     return result

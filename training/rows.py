@@ -92,9 +92,11 @@ def draw_system(rng: random.Random) -> str:
     return "" if draw < 0.6 else rng.choice(questions.SYSTEMS[1:])
 
 
-def make_row(rng: random.Random, n_images: int, n_blocks: int, *, easy: bool = False) -> Row:
+def make_row(
+    rng: random.Random, n_images: int, n_blocks: int, largest: int = 5, kinds: Sequence[scenes.Kind] = ("grid", "text")
+) -> Row:
     """Draw scenes (training split) and as many conversations about them as fit into ``n_blocks`` blocks."""
-    drawn = scenes.make_scenes(rng, "train", n_images, easy=easy)
+    drawn = scenes.make_scenes(rng, "train", n_images, largest=largest, kinds=kinds)
     prefix = prefix_ids(n_images, draw_system(rng))
     start = prefix_length(n_images)
     length = start + n_blocks * WIDTH

@@ -110,3 +110,12 @@ def bpe() -> Tokenizer:
 def encode(text: str) -> tuple[int, ...]:
     """Return the token ids of a text; special tokens in it count as such."""
     return tuple(bpe().encode(text, add_special_tokens=False).ids)
+
+
+def attribute_words() -> list[int | None]:
+    """Return the token of every class, colour, row and column of the patch labels, in order; None where none is."""
+    names = [None, " nothing", *scenes.OBJECTS[2:], None, *scenes.COLOURS]
+    words = [name if name is None or len(name) == 1 else f" {name.strip()}" for name in names]
+    tokens = [None if word is None else encode(word) for word in words]
+    found = [token[0] if token is not None and len(token) == 1 else None for token in tokens]
+    return found + [None] * (scenes.MAX_ROWS + 1 + scenes.MAX_COLS + 1)

@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +19,46 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from plphp.evaluation.synthetic import scenes
 from training import model as models
-from training import optim, rows
+from training import optim, rows, tokenizer
 
 logger = logging.getLogger("training.text")
 
-# Images per prompt -> (rows per batch, blocks per row): about the same number of tokens in every batch.
-SHAPES = {1: (11, 4), 2: (7, 4), 3: (5, 4), 4: (4, 4)}
+
+@dataclass(frozen=True)
+class Shape:
+    """What the rows of a batch hold: kinds of scenes, images per row, and how many rows and blocks.
+
+    Every shape is compiled by itself, so there are few. Reading the images is most of a row's cost: a row has as many
+    blocks as there are questions to ask about them.
+    """
+
+    kinds: tuple[scenes.Kind, ...]
+    images: int
+    rows: int
+    blocks: int
+
+
+GRID = Shape(("grid",), 1, 8, 8)
+PAGE = Shape(("text", "text", "table"), 1, 12, 3)
+ANY: tuple[scenes.Kind, ...] = ("grid", "grid", "grid", "text", "table")
+SEVERAL = (Shape(ANY, 2, 6, 6), Shape(ANY, 4, 4, 6))
 CHECKPOINT = "text.pt"
 
 
-def several_images(progress: float) -> float:
-    """Return the share of batches with several images at a progress from 0 to 1.
+def draw_shape(rng: random.Random, progress: float) -> Shape:
+    """Return the shape of a batch at a progress from 0 to 1.
 
-    None at first: single images are learned sooner, and carry over.
+    None has several images at first: single images are learned sooner, and carry over.
     """
-    if progress < 0.12:
-        return 0.0
-    return 0.4 if progress < 0.5 else 0.55
+    several = 0.0 if progress < 0.12 else 0.4 if progress < 0.5 else 0.55
+    if rng.random() < several:
+        return rng.choice(SEVERAL)
+    return GRID if rng.random() < 0.65 else PAGE
+
+
+def largest(progress: float) -> int:
+    """Return how many rows and columns a grid may have: looking things up by place is learned on small ones."""
+    return 3 if progress < 0.12 else 4 if progress < 0.25 else 5
 
 
 class _Stream(IterableDataset):
@@ -48,14 +72,16 @@ class _Stream(IterableDataset):
         for step in range(self.first, self.steps):
             rng = random.Random(f"{self.seed}-{step}")
             progress = step / self.steps
-            n = rng.choice((2, 2, 3, 4)) if rng.random() < several_images(progress) else 1
-            count, blocks = SHAPES[n]
-            made = [rows.make_row(rng, n, blocks, easy=progress < 0.08) for _ in range(count)]
+            shape = draw_shape(rng, progress)
+            made = [
+                rows.make_row(rng, shape.images, shape.blocks, largest(progress), shape.kinds)
+                for _ in range(shape.rows)
+            ]
             pixels = torch.from_numpy(np.concatenate([row.pixels for row in made]))
             stacked = [
                 np.stack([getattr(row, name) for row in made]) for name in ("ids", "labels", "blocks", "positions")
             ]
-            yield n, [pixels, *map(torch.from_numpy, stacked)]
+            yield shape.images, [pixels, *map(torch.from_numpy, stacked)]
 
 
 def _sample_pixels(n: int) -> torch.Tensor:
@@ -74,7 +100,7 @@ def prepare(model, vision: Path) -> None:
     head.load_state_dict(saved["head"])
     with torch.no_grad():
         features = models.vision_features(model, _sample_pixels(600)).flatten(0, 1)
-    models.start_projector(model, head, features)
+    models.start_projector(model, head, features, tokenizer.attribute_words())
 
 
 def _factor(progress: float, step: int, warm_up: int = 150) -> float:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from training import export, model, optim, rows, train
+from plphp.evaluation.synthetic import scenes
+from training import export, model, optim, rows, tokenizer, train
 
 BLOCKS = 3
 
@@ -58,6 +59,22 @@ def test_a_few_steps_reduce_the_loss() -> None:
         optim.step(optimizers)
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_patch_starts_near_the_words_for_what_it_shows() -> None:
+    net = export.new_model()
+    head = model.PatchHead(net.config.vision_config.hidden_size)
+    features = torch.randn(500, net.config.vision_config.hidden_size)
+    model.start_projector(net, head, features, tokenizer.attribute_words())
+    embeddings = net.get_input_embeddings().weight
+    star = list(scenes.OBJECTS).index("star")
+    # features that the head takes for a star
+    direction = head.linear.weight[star] - head.linear.weight.mean(0)
+    shown = features.mean(0) + 60 * torch.nn.functional.normalize(direction, dim=0)
+    with torch.no_grad():
+        near = torch.nn.functional.normalize(embeddings, dim=-1) @ net.model.multi_modal_projector(shown[None])[0]
+    words = [token for token in tokenizer.attribute_words() if token is not None]
+    assert words[int(near[words].argmax())] == tokenizer.encode(" star")[0]
 
 
 def test_a_resumed_run_reads_the_batches_it_would_have_read() -> None:

@@ -105,8 +105,8 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 IN_IMAGE = ("In image {k}: {q}", "Look at image {k}. {q}", "This is about image {k}. {q}")
-BEFORE = (*[""] * 9, "I have a question. ", "Please have a close look first. ", "Here is what I want to know. ")
-AFTER = (*[""] * 9, " Answer in a full sentence.", " Be exact, please.", " Take your time and look at every detail.")
+BEFORE = (*[""] * 15, "I have a question. ", "Please have a close look first. ", "Here is what I want to know. ")
+AFTER = (*[""] * 15, " Answer in a full sentence.", " Be exact, please.", " Take your time and look at every detail.")
 SIDES = {"right of": (0, 1), "left of": (0, -1), "above": (-1, 0), "below": (1, 0)}
 
 ONE_IMAGE = {

@@ -250,13 +250,13 @@ def make_table(rng: random.Random, split: Split, max_lines: int = 5) -> Scene:
     return Scene("table", lines, MAX_COLS, items=tuple(items), **_common(rng))
 
 
-def make_scene(rng: random.Random, split: Split, kind: Kind, *, small: bool = False) -> Scene:
-    """Draw one scene of a kind; a small one holds less."""
+def make_scene(rng: random.Random, split: Split, kind: Kind, largest: int = 5) -> Scene:
+    """Draw one scene of a kind, with at most ``largest`` (3 to 5) rows and columns."""
     if kind == "grid":
-        return make_grid(rng, split, max_side=4 if small else 5)
+        return make_grid(rng, split, max_side=largest)
     if kind == "text":
-        return make_text(rng, split, max_lines=3 if small else 4)
-    return make_table(rng, split, max_lines=4 if small else 5)
+        return make_text(rng, split, max_lines=largest - 1)
+    return make_table(rng, split, max_lines=largest)
 
 
 def make_scenes(
@@ -264,11 +264,11 @@ def make_scenes(
     split: Split,
     n: int = 1,
     *,
-    easy: bool = False,
+    largest: int = 5,
     kinds: Sequence[Kind] = ("grid", "grid", "grid", "grid", "text", "text", "table"),
 ) -> list[Scene]:
     """Draw ``n`` scenes for one prompt, each of a kind out of ``kinds``; among several, each one holds less."""
-    return [make_scene(rng, split, rng.choice(kinds), small=easy or n > 1) for _ in range(n)]
+    return [make_scene(rng, split, rng.choice(kinds), min(largest, 4) if n > 1 else largest) for _ in range(n)]
 
 
 def training_pixels(rng: random.Random, scene: Scene) -> NDArray[np.uint8]:
