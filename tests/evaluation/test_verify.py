@@ -114,10 +114,10 @@ def test_without_labels_the_full_cache_agrees_with_itself(bundled: Any) -> None:
 def test_divergence_by_hand(bundled: Any) -> None:
     """KL against distributions of ordinary forwards over prompt and answer."""
     model, processor = bundled
-    sample = drawn("cell", 1)[0]
-    found = label_free(model, processor, sample, make_variants(["blank"], []), max_new_tokens=6)["blank"]
+    sample = drawn("list_row", 1)[0]
+    found = label_free(model, processor, sample, make_variants(["blank"], []), max_new_tokens=12)["blank"]
     grey = dataclasses.replace(sample, images=tuple(image.point(lambda _: 128) for image in sample.images))
-    answer = greedy_answer(model, prompt_inputs(processor, sample), 6)
+    answer = greedy_answer(model, prompt_inputs(processor, sample), 12)
     logs = []
     for shown in (sample, grey):
         inputs = prompt_inputs(processor, shown)
@@ -128,7 +128,8 @@ def test_divergence_by_hand(bundled: Any) -> None:
         # the first token comes out of the prompt itself
         logs.append(logits[start : start + len(answer) - 1].log_softmax(-1))
     expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item()
-    assert found.kl == pytest.approx(expected, rel=1e-3, abs=2e-7)
+    assert found.kl == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-3  # far above float noise
 
 
 def test_any_end_token_ends_an_answer(bundled: Any, monkeypatch: pytest.MonkeyPatch) -> None:

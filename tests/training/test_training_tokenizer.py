@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plphp.evaluation.conversation import prompt_inputs
 from plphp.evaluation.synthetic import questions, scenes
+from plphp.evaluation.tasks import available_tasks
 from training import rows, tokenizer
 
 TOKENIZER = tokenizer.build_tokenizer()
@@ -64,3 +66,15 @@ def test_packed_rows_equal_the_chat_template(n_images: int, system: str) -> None
     assert tokenizer.bpe().decode(encoded[len(packed) :], skip_special_tokens=False) == "<|end|>\n"
     answers = tokenizer.bpe().decode([i for i in labels if i >= 0], skip_special_tokens=False)
     assert answers == "".join(turn.answer + "<|end|>" for turn in turns)
+
+
+def test_vision_tokens_are_most_of_a_prompt_and_not_all() -> None:
+    processor = tokenizer.build_processor()
+    shares: dict[int, list[float]] = {}
+    for task in available_tasks().values():
+        for sample in task.samples("dev", 4):
+            ids = prompt_inputs(processor, sample)["input_ids"]
+            shares.setdefault(len(sample.images), []).append((ids == rows.IMAGE).float().mean().item())
+    means = {images: sum(found) / len(found) for images, found in shares.items()}
+    assert sorted(means) == [1, 2, 3, 4]
+    assert all(0.60 <= mean <= 0.86 for mean in means.values())
