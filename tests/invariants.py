@@ -43,6 +43,21 @@ def assert_same_generation(first: Any, second: Any, tolerance: float = 2e-5) -> 
 
 
 @contextmanager
+def attention_set(model: Any, name: str, part: Any = None) -> Iterator[None]:
+    """Another attention function for a model, or a part of it; each config gets its own back, plphp's too."""
+    configs = {id(m.config): m.config for m in (part or model).modules() if hasattr(m, "config")}
+    configs.setdefault(id(text := model.config.get_text_config()), text)
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, own in before:
+            config._attn_implementation = own
+
+
+@contextmanager
 def evicted_entries_masked(model: Any, report: PruneReport, inside_prefill: bool = False) -> Iterator[None]:
     """Make a full cache behave as the report says: what was evicted is masked for every later query.
 
@@ -71,17 +86,8 @@ def evicted_entries_masked(model: Any, report: PruneReport, inside_prefill: bool
 
     AttentionInterface.register("test_reference", reference)
     AttentionMaskInterface.register("test_reference", eager_mask)
-    configs = {id(m.config): m.config for m in model.get_decoder().modules() if hasattr(m, "config")}
-    text = model.config.get_text_config()
-    configs[id(text)] = text
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = "test_reference"
+    with attention_set(model, "test_reference", model.get_decoder()):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 def _keep_masks(report: PruneReport) -> dict[int, list[tuple[int, Tensor]]]:
@@ -114,13 +120,8 @@ def eager_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
     list of Tensor
         Per layer, float32 [batch, q_heads, seq, seq].
     """
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
-    finally:
-        model.set_attn_implementation(before)
+    with attention_set(model, "eager"), torch.no_grad():
+        attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
     return [attention.float() for attention in attentions]
 
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Static
 from transformers.generation.streamers import BaseStreamer
 
 import plphp
-from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned
+from invariants import assert_same_generation, attention_set, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import (
     CacheStateError,
     ConfigError,
@@ -179,11 +179,8 @@ def test_eager_attention_is_as_good_as_sdpa(family: str) -> None:
     model, tiny = tiny_model(family), TINY[family]
     inputs = tiny.inputs(model, [2, 0, 1])
     sdpa, report = pruned(model, inputs, SETTINGS)
-    try:
-        model.set_attn_implementation("eager")
+    with attention_set(model, "eager"):
         eager, other = pruned(model, inputs, SETTINGS)
-    finally:
-        model.set_attn_implementation("sdpa")
     assert_same_generation(sdpa, eager)
     assert [layer.rows[0].kept_positions for layer in report.prompts[0].layers] == [
         layer.rows[0].kept_positions for layer in other.prompts[0].layers

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import plphp
+from invariants import attention_set
 from plphp import ConfigError, PLPHPConfig, PrunedCache, SpanError, UnsupportedFeatureError, UnsupportedModelError
 from test_invariants import FAMILIES
 from tiny_models import TINY, tiny_model
@@ -103,14 +104,9 @@ def test_oracle_ranks_by_the_answer(family: str, reduce: str) -> None:
     vision = [position for image in prompt.images[0] for position in image.positions]
 
     end, heads = inputs["input_ids"].shape[1], model.config.get_text_config().num_key_value_heads
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            cache = model(**inputs, use_cache=True).past_key_values
-            output = model(input_ids=DRAFT[None, :-1], past_key_values=cache, output_attentions=True)
-    finally:
-        model.set_attn_implementation(before)
+    with attention_set(model, "eager"), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        output = model(input_ids=DRAFT[None, :-1], past_key_values=cache, output_attentions=True)
     if family != "gemma3":
         assert all(attention.shape[2:] == (4, end + 4) for attention in output.attentions)
     for layer in prompt.layers:

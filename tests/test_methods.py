@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
-from invariants import assert_same_generation, eager_attention, evicted_entries_masked, generate, pruned
+from invariants import assert_same_generation, attention_set, eager_attention, evicted_entries_masked, generate, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
 from plphp.report import LayerReport, PruneReport
 from test_invariants import config as method_config
@@ -391,12 +391,10 @@ def dropped_from(model: Any, first: int, choose: Callable[[Tensor], list[int]]) 
 
     hooks.append(layers[first - 1].self_attn.register_forward_hook(look))
     hooks += [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in layers[first:]]
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("eager")
     try:
-        yield
+        with attention_set(model, "eager"):
+            yield
     finally:
-        model.set_attn_implementation(before)
         for hook in hooks:
             hook.remove()
 
@@ -449,17 +447,13 @@ def test_prompt_stage_over_both_attentions_and_in_a_later_turn(method: str, base
     model, tiny = tiny_model("llava"), TINY["llava"]
     inputs = tiny.inputs(model, [2, 1])
     settings = method_config(method, retention_rate=0.6)
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation(base)
-    try:
+    with attention_set(model, base):
         cache = PrunedCache.for_inputs(model, inputs, settings)
         first = generate(model, inputs, past_key_values=cache)
         turn = tiny.second_turn(model, inputs, first.sequences, with_image=True)
         second = generate(model, turn, past_key_values=cache)
         report = cache.report()
         del cache
-    finally:
-        model.set_attn_implementation(before)
     assert len(report.prompts) == 2
     stock = DynamicCache(config=model.config.get_text_config())
     expected = []
@@ -497,10 +491,9 @@ def test_a_prompt_that_begins_with_an_image_stays_finite() -> None:
     inputs["input_ids"] = inputs["input_ids"][:, begin:]
     inputs["attention_mask"] = inputs["attention_mask"][:, begin:]
     for base in ("sdpa", "eager"):
-        model.set_attn_implementation(base)
-        output, _ = pruned(model, inputs, PLPHPConfig(method="vtw", retention_rate=0.4))
+        with attention_set(model, base):
+            output, _ = pruned(model, inputs, PLPHPConfig(method="vtw", retention_rate=0.4))
         assert all(logits.isfinite().all() for logits in output.logits)
-    model.set_attn_implementation("sdpa")
 
 
 def test_what_the_prompt_stage_refuses() -> None:

@@ -12,25 +12,13 @@ import pytest
 import torch
 
 import plphp
-from invariants import pruned
+from invariants import eager_attention, pruned
 from plphp import AttentionProfile, ConfigError, PLPHPConfig
 from plphp.profile_plots import plot_heads, plot_profile
 from plphp.profile_report import ProfiledPrompt
 from tiny_models import TINY, tiny_model
 
 ROWS = (1, 5, "text")
-
-
-def eager_attention(model: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
-    """All attention, by layer, [batch, q_heads, seq, seq]."""
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            found = model(**inputs, output_attentions=True, use_cache=False).attentions
-    finally:
-        model.set_attn_implementation(before)
-    return dict(enumerate(one.double() for one in found))
 
 
 def curves(*means: float, spread: float = 0.01, prompts: int = 10) -> AttentionProfile:
