@@ -37,6 +37,12 @@ def export(run: Path, folder: Path) -> Path:
     model = new_model()
     model.load_state_dict(torch.load(run / CHECKPOINT, weights_only=True)["model"])
     model.tie_weights()
+    save(model, folder)
+    return folder
+
+
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write a model and the processor into ``folder``, with bf16 weights; the model is changed in place."""
     model.set_attn_implementation("sdpa")
     model = model.to(torch.bfloat16).eval()
     model.config.dtype = torch.bfloat16
@@ -45,4 +51,3 @@ def export(run: Path, folder: Path) -> Path:
     )
     model.save_pretrained(folder)
     tokenizer.build_processor().save_pretrained(folder)
-    return folder

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model: a small LLaVA (SigLIP tower, Qwen2 with grouped-query attention) built from a config."""
+"""The model: a small LLaVA (SigLIP tower, Qwen3 with grouped-query attention) built from a config."""
 
 from __future__ import annotations
 

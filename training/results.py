@@ -1,51 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 5: the measured figures as data, and the model card made from them."""
+"""Stage 4: figures of the exported model, as data and as its card: ``python -m training.results --run DIR``.
+
+A finished run is scored and described again without training; samples that are scored already are not scored again.
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
+import logging
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 
-from plphp.evaluation.tasks import available_tasks
+from plphp.evaluation import EvalSettings, available_tasks, compact_results, evaluate
+from plphp.evaluation.summary import command_of
+
+logger = logging.getLogger("training.results")
+
+SAMPLES = 200
+FACTS, RESULTS, MODEL, EVALUATION = "training.json", "results.json", "model", "evaluation"
+"""Names in the run folder."""
+VARIANTS = ("full", "zero", "blank")
+"""Columns of figures: the full cache, no vision KV after the prompt was read, grey images."""
+COLUMNS = (
+    "task",
+    "group",
+    "what is asked",
+    "exact match",
+    "all vision KV evicted",
+    "images blanked",
+    "chance",
+)
 
 
-def record(
-    run: Path,
-    figures: dict[str, dict[str, float]],
-    *,
-    seed: int,
-    samples: int,
-    blank_samples: int,
-    threads: int,
-    train_seed: int = 0,
-) -> dict:
-    """Return everything that is said about a run: figures, versions, hardware, time.
+def write_facts(run: Path, *, seed: int, threads: int) -> None:
+    """Write what is to be said about a finished training, ``training.json``, where and when it was trained.
 
     Parameters
     ----------
     run
         The run folder with its two checkpoints.
-    figures
-        From ``evaluate.evaluate``.
-    seed, samples, blank_samples
-        Of the evaluation; samples are per task.
-    threads
-        CPU threads used in training.
-    train_seed
-        Seed of the training run.
+    seed, threads
+        Of the training.
     """
     import sklearn
     import transformers
 
     vision = torch.load(run / "vision.pt", weights_only=True)
     text = torch.load(run / "text.pt", weights_only=True)
-    return {
-        "script": "python -m training.train_all",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    facts = {
+        "date": datetime.date.today().isoformat(),
         "hardware": f"{threads} CPU cores ({platform.machine()}), no GPU",
         "versions": {
             "python": platform.python_version(),
@@ -53,59 +63,83 @@ def record(
             "transformers": transformers.__version__,
             "scikit-learn": sklearn.__version__,
         },
-        "seed": train_seed,
+        "seed": seed,
         "vision_stage": {
-            "minutes": round(vision["seconds"] / 60, 1),
+            "seconds": round(vision["seconds"]),
             "steps": vision["steps"],
-            "held_out_patch_accuracy": {k: round(v, 4) for k, v in vision["held_out"].items()},
+            "held_out_patch_accuracy": {kind: round(share, 4) for kind, share in vision["held_out"].items()},
         },
-        "text_stage": {
-            "minutes": round(text["seconds"] / 60, 1),
-            "steps": text["step"],
-            "rows": text["rows"],
-        },
-        "evaluation": {
-            "metric": "exact match of the whole greedy answer (fraction)",
-            "seed": seed,
-            "samples_per_task": samples,
-            "blank_samples_per_task": blank_samples,
-            "weights": "the exported bf16 weights, computed in float32",
-            "tasks": figures,
-        },
+        "text_stage": {"seconds": round(text["seconds"]), "steps": text["step"], "rows": text["rows"]},
+    }
+    (run / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def record(run: Path, folder: Path) -> dict[str, Any]:
+    """Return everything that is said about an evaluated run: the facts of its training and the harness's figures.
+
+    Parameters
+    ----------
+    run
+        The run folder, with ``training.json`` and the evaluation.
+    folder
+        The exported model.
+
+    Returns
+    -------
+    dict
+        JSON-ready; ``evaluation`` is from `plphp.evaluation.compact_results`.
+    """
+    evaluation = compact_results(run / EVALUATION)
+    # Where the folder lay is no part of the results.
+    evaluation["settings"]["model"] = "MODEL"
+    evaluation["command"] = command_of(evaluation["settings"])
+    return {
+        "script": "python -m training.train_all",
+        "training": json.loads((run / FACTS).read_text(encoding="utf-8")),
+        "weights_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "evaluation": evaluation,
     }
 
 
-def table(record: dict) -> str:
-    """Return the figures of a record as a Markdown table."""
-    lines = ["| task | group | what is asked | exact match | images blanked | chance |", "|---|---|---|---|---|---|"]
-    tasks = available_tasks()
-    for name, values in record["evaluation"]["tasks"].items():
-        task = tasks[name]
-        shown = f"{values['exact_match']:.3f} | {values['blank_images']:.3f} | {task.chance:.3f}"
-        lines.append(f"| `{name}` | {task.group.replace('_', ' ')} | {task.summary} | {shown} |")
-    scored = [values["exact_match"] for name, values in record["evaluation"]["tasks"].items() if tasks[name].scored]
-    lines.append(f"| mean of {len(scored)} scored tasks | | | {sum(scored) / len(scored):.3f} | | |")
-    return "\n".join(lines)
+def table(evaluation: Mapping[str, Any]) -> str:
+    """Return the figures of an evaluation in per cent as a Markdown table: tasks, means of groups, mean of all."""
+    tasks, about = evaluation["tasks"], available_tasks()
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    for name, task in tasks.items():
+        chance = f"{100 * task['chance']:.1f}"
+        lines.append((f"`{name}`", _words(task["group"]), about[name].summary, *_scores(task["variants"]), chance))
+    for name, group in evaluation["groups"].items():
+        lines.append((f"mean of {len(group['tasks'])}", _words(name), "", *_scores(group["variants"]), ""))
+    scored = [task["variants"] for task in tasks.values() if task["scored"]]
+    means = (fmean(one[name]["score"]["mean"] for one in scored) for name in VARIANTS)
+    lines.append((f"mean of {len(scored)} scored tasks", "", "", *(f"{100 * mean:.1f}" for mean in means), ""))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def model_card(record: dict) -> str:
+def model_card(record: Mapping[str, Any]) -> str:
     """Return the model card of a record, filled into ``model_card.md``."""
     template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
-    evaluation, vision, text = record["evaluation"], record["vision_stage"], record["text_stage"]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    training, evaluation = record["training"], record["evaluation"]
+    vision, text, model = training["vision_stage"], training["text_stage"], evaluation["model"]
     values = {
-        "TABLE": table(record),
-        "SAMPLES": evaluation["samples_per_task"],
-        "BLANK_SAMPLES": evaluation["blank_samples_per_task"],
-        "SEED": evaluation["seed"],
-        "DATE": record["date"],
-        "HARDWARE": record["hardware"],
-        "VERSIONS": versions,
-        "VISION_MINUTES": vision["minutes"],
+        "PARAMETERS": f"{model['parameters'] / 1e6:.1f}",
+        "MEGABYTES": f"{record['weights_bytes'] / 1e6:.1f}",
+        "DTYPE": model["dtype"],
+        "SHA256": model["sha256"],
+        "TABLE": table(evaluation),
+        "SAMPLES": evaluation["settings"]["samples"],
+        "SEED": evaluation["settings"]["seed"],
+        "DATE": evaluation["date"],
+        "COMMAND": evaluation["command"],
+        "VERSIONS": _versions(evaluation),
+        "HARDWARE": training["hardware"],
+        "TRAIN_SEED": training["seed"],
+        "TRAIN_DATE": training["date"],
+        "TRAIN_VERSIONS": _versions(training),
+        "VISION_MINUTES": f"{vision['seconds'] / 60:.1f}",
         "VISION_STEPS": vision["steps"],
         "PATCHES": ", ".join(f"{value:.3f} on {kind}s" for kind, value in vision["held_out_patch_accuracy"].items()),
-        "TRAIN_SEED": record["seed"],
-        "TEXT_MINUTES": text["minutes"],
+        "TEXT_MINUTES": f"{text['seconds'] / 60:.1f}",
         "TEXT_STEPS": text["steps"],
         "TEXT_ROWS": f"{text['rows']:,}",
     }
@@ -114,7 +148,71 @@ def model_card(record: dict) -> str:
     return template
 
 
-def write(run: Path, folder: Path, result: dict) -> None:
-    """Write ``results.json`` into the run folder and the model card into the exported folder."""
-    (run / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(result), encoding="utf-8")
+def write(
+    run: Path, folder: Path, *, samples: int = SAMPLES, workers: int = 1, tasks: Sequence[str] = ("all",)
+) -> None:
+    """Score an exported model; write ``results.json`` into the run folder and the card into the model's.
+
+    Parameters
+    ----------
+    run
+        The run folder, with ``training.json``.
+    folder
+        The exported model.
+    samples
+        Held-out samples of each task.
+    workers
+        Processes of one thread each.
+    tasks
+        Tasks or groups of tasks.
+
+    Raises
+    ------
+    ConfigError
+        If the run folder holds the evaluation of other weights or settings.
+    """
+    # Resolved, so that another spelling of the same folder goes on with the same evaluation.
+    model = str(folder.resolve())
+    settings = EvalSettings(model=model, methods=VARIANTS[1:], tasks=tuple(tasks), split="test", samples=samples)
+    evaluate(settings, run / EVALUATION, workers=workers, progress=_tell)
+    found = record(run, folder)
+    (run / RESULTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(found), encoding="utf-8")
+
+
+def main() -> None:
+    """Score and describe a finished run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run folder of training.train_all")
+    parser.add_argument("--model", type=Path, help=f"exported model; default: {MODEL} in the run folder")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="held-out samples per task")
+    parser.add_argument("--tasks", nargs="+", default=["all"], help="tasks or groups of tasks")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    folder = args.model or args.run / MODEL
+    write(args.run, folder, samples=args.samples, workers=args.workers, tasks=args.tasks)
+
+
+def _tell(task: str, done: int, total: int) -> None:
+    if done % 50 == 0 or done == total:
+        logger.info("%s: %d of %d samples", task, done, total)
+
+
+def _words(group: str) -> str:
+    return group.replace("_", " ")
+
+
+def _scores(variants: Mapping[str, Any]) -> list[str]:
+    """Cells of all variants in per cent, the full cache's with its 95 % interval."""
+    full, *others = (variants[name]["score"] for name in VARIANTS)
+    interval = f"{100 * full['mean']:.1f} ({100 * full['low']:.1f}, {100 * full['high']:.1f})"
+    return [interval, *(f"{100 * one['mean']:.1f}" for one in others)]
+
+
+def _versions(about: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ def _restart_with_allocator() -> None:
 
 
 def main() -> None:
-    """Run the stages that are not done yet: vision tower, text model, export, evaluation, results."""
+    """Run the stages that are not done yet: vision tower, text model, export, evaluation with results and card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="run folder for checkpoints, log and the export")
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS, help="batches of stage 1")
@@ -42,7 +42,7 @@ def main() -> None:
 
     import torch
 
-    from training import evaluate, export, pretrain_vision, results, train
+    from training import export, pretrain_vision, results, train
 
     args.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
@@ -65,20 +65,10 @@ def main() -> None:
         resume=args.resume,
         compiled=not args.no_compile,
     )
-    folder = export.export(args.out, args.out / "model")
+    results.write_facts(args.out, seed=args.seed, threads=args.threads)
+    folder = export.export(args.out, args.out / results.MODEL)
     if not args.no_evaluation:
-        blank = args.samples // 4
-        figures = evaluate.evaluate(folder, args.samples, blank)
-        record = results.record(
-            args.out,
-            figures,
-            seed=0,
-            samples=args.samples,
-            blank_samples=blank,
-            threads=args.threads,
-            train_seed=args.seed,
-        )
-        results.write(args.out, folder, record)
+        results.write(args.out, folder, samples=args.samples, workers=args.threads)
 
 
 if __name__ == "__main__":
