@@ -10,9 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .answer_queries import AnswerQueries
     from .branching import Branches, branch
     from .cache import PrunedCache
     from .calibration import RetentionMeasurement, calibrate, measure_retention
+    from .collecting import collect_answer_queries
     from .config import PLPHPConfig
     from .errors import (
         BackendUnavailableError,
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "answer_queries": ("AnswerQueries",),
     "branching": ("Branches", "branch"),
     "cache": ("PrunedCache",),
     "calibration": ("RetentionMeasurement", "calibrate", "measure_retention"),
+    "collecting": ("collect_answer_queries",),
     "config": ("PLPHPConfig",),
     "errors": (
         "BackendUnavailableError",
@@ -58,6 +62,7 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "AnswerQueries",
     "AttentionProfile",
     "BackendUnavailableError",
     "Branches",
@@ -79,6 +84,7 @@ __all__ = [
     "available_methods",
     "branch",
     "calibrate",
+    "collect_answer_queries",
     "measure_retention",
     "profile",
     "prune",

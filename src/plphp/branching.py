@@ -130,7 +130,7 @@ def _branch(
     methods = [method_for(config, len(reader.layers)) for config in configs]
     for method in methods:
         refuse_prompt_stage(method, model, len(reader.pruned) == len(reader.layers))
-    plans = _plans(reader.spans, methods, configs, answer_ids)
+    plans = _plans(reader, methods, configs, answer_ids)
     logits = reader.read(plans, inputs, answer_ids)
 
     rows: list[Row] = []
@@ -163,10 +163,11 @@ def _branch(
 
 
 def _plans(
-    spans: VisionSpans, methods: Sequence[Method], configs: Sequence[PLPHPConfig], answer_ids: Tensor | None
+    reader: _Reader, methods: Sequence[Method], configs: Sequence[PLPHPConfig], answer_ids: Tensor | None
 ) -> list[PromptPlan | None]:
     """A plan for each config, shared by those that look at the same; None for those that act inside prefill."""
     answer = 0 if answer_ids is None else _answer_rows(answer_ids)
+    spans, delta = reader.spans, None if reader.turn is None else reader.turn.after
     known: dict[Any, PromptPlan] = {}
     plans: list[PromptPlan | None] = []
     for method, config in zip(methods, configs, strict=True):
@@ -175,12 +176,12 @@ def _plans(
             continue
         if method.needs_answer and not answer:
             raise ConfigError(f"The method {method.name!r} ranks by the answer: pass answer_ids.")
-        plan = PromptPlan.of(spans, config, method.evidence(config), custom=False)
+        plan = PromptPlan.of(spans, config, method.evidence(config), custom=False, rope_delta=delta)
         if method.needs_answer:
             queries = torch.zeros(1, spans.end + answer, dtype=torch.bool)
             queries[:, spans.end :] = True
             plan.queries, plan.spans = queries, _extended(spans, answer)
-        combined = config.gqa_reduction if plan.evidence.best_rank else ""
+        combined = config.gqa_reduction if plan.evidence.best_rank or plan.evidence.expected else ""
         plans.append(known.setdefault((method.needs_answer, plan.evidence, combined), plan))
     return plans
 

@@ -157,7 +157,9 @@ class PrunedCache(Cache):
         self._plan = None
         if has_vision:
             evidence = self.method.evidence(self.config)
-            self._plan = PromptPlan.of(spans, self.config, evidence, custom=vision_mask is not None)
+            delta = None if self._turn is None else self._turn.after
+            custom = vision_mask is not None
+            self._plan = PromptPlan.of(spans, self.config, evidence, custom=custom, rope_delta=delta)
 
     @property
     def turn(self) -> TurnPositions | None:

@@ -24,7 +24,7 @@ class Option:
     low, high : float, optional
         Range of a number, both ends included.
     choices : tuple of str
-        What a text may be.
+        What a text may be; anything if empty.
     odd : bool
         Whether an integer has to be odd.
     """
@@ -38,7 +38,8 @@ class Option:
     def accepts(self, value: object) -> bool:
         """Whether a value is one that the option can have."""
         if value is None or isinstance(self.default, str):
-            return value in self.choices if value is not None else self.default is None
+            chosen = isinstance(value, str) and (value in self.choices or not self.choices)
+            return chosen if value is not None else self.default is None
         kinds = int if isinstance(self.default, int) else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
             return False
@@ -47,7 +48,7 @@ class Option:
 
     def __str__(self) -> str:
         if isinstance(self.default, str):
-            return f"one of {', '.join(map(repr, self.choices))}"
+            return f"one of {', '.join(map(repr, self.choices))}" if self.choices else "text"
         kind = "an odd integer" if self.odd else "an integer" if isinstance(self.default, int) else "a number"
         if self.low is not None and self.high is not None:
             kind += f" from {self.low:g} to {self.high:g}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .answer_queries import expected_attention, statistics_at
 from .config import PLPHPConfig
 from .errors import ConfigError, NonFiniteAttentionError
 from .kernels import window_scores
@@ -41,7 +42,9 @@ class PromptPlan:
     evidence : Evidence
         What is worked out of their attention.
     gqa_reduction : {"mean", "max"}
-        For the evidence that combines query heads row by row.
+        For the evidence that combines query heads.
+    rope_delta : Tensor, optional
+        int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
     hidden : Tensor, optional
         bool [batch, seq]; vision tokens that have left, from the layer ``hidden_from`` on.
     """
@@ -51,16 +54,26 @@ class PromptPlan:
     custom: bool
     evidence: Evidence
     gqa_reduction: str = "mean"
+    rope_delta: Tensor | None = None
     hidden: Tensor | None = None
     hidden_from: int = 0
     scores: dict[int, LayerScores] = field(default_factory=dict)
     _gathered: dict[int, list[Gathered]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, spans: VisionSpans, config: PLPHPConfig, evidence: Evidence = PLAIN, *, custom: bool) -> PromptPlan:
+    def of(
+        cls,
+        spans: VisionSpans,
+        config: PLPHPConfig,
+        evidence: Evidence = PLAIN,
+        *,
+        custom: bool,
+        rope_delta: Tensor | None = None,
+    ) -> PromptPlan:
         """Plan a prompt with the evidence that a method asks for, and the config's ``query_rows`` if set."""
         rows = evidence.rows if config.query_rows is None else config.query_rows
-        return cls(spans, query_mask(spans, rows), custom, replace(evidence, rows=rows), config.gqa_reduction)
+        own = replace(evidence, rows=rows)
+        return cls(spans, query_mask(spans, rows), custom, own, config.gqa_reduction, rope_delta)
 
     @property
     def batch(self) -> int:
@@ -71,6 +84,8 @@ class PromptPlan:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
         self.spans = self.spans.repeated(times)
         self.queries = self.queries.repeat_interleave(times, dim=0)
+        if self.rope_delta is not None:
+            self.rope_delta = self.rope_delta.repeat_interleave(times, dim=0)
 
     def gather(self, layer_idx: int, query: Tensor, begin: int) -> None:
         """Hold on to the queries of a chunk that will rank the vision tokens.
@@ -135,7 +150,17 @@ class PromptPlan:
             value_norm=torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
             if self.evidence.value_norm
             else None,
+            expected=self._expected(layer_idx, keys, segment >= 0, scaling),
         )
+
+    def _expected(self, layer_idx: int, keys: Tensor, vision: Tensor, scaling: float) -> Tensor | None:
+        if self.evidence.expected is None:
+            return None
+        position = self.spans.real.sum(1)
+        if self.rope_delta is not None:
+            position = position + self.rope_delta[:, 0].to(position.device)
+        queries = statistics_at(self.evidence.expected).of(layer_idx)
+        return expected_attention(queries, keys, position, vision, scaling, self.gqa_reduction)
 
     def withdraw(self, layer_idx: int, method: Method, config: PLPHPConfig, layers: int) -> None:
         """Let a method of the prompt stage take vision tokens out, once the layer before has been scored."""

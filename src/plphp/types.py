@@ -77,6 +77,8 @@ class Evidence:
         Ask for `LayerScores.density` at this fraction of a row's maximum.
     value_norm : bool
         Ask for `LayerScores.value_norm`.
+    expected : str, optional
+        Ask for `LayerScores.expected` by the statistics in this file.
     """
 
     rows: QueryRows = 1
@@ -85,6 +87,7 @@ class Evidence:
     best_rank: bool = False
     density: float | None = None
     value_norm: bool = False
+    expected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ class LayerScores:
         the row's maximum, averaged over the query rows.
     value_norm : Tensor, optional
         float32 [batch, kv_heads, seq]; L2 norm of the values.
+    expected : Tensor, optional
+        float32 [batch, kv_heads, seq]; logarithm of the attention that the answer is expected to give, see
+        `plphp.answer_queries.expected_attention`.
     """
 
     attention: Tensor
@@ -132,6 +138,7 @@ class LayerScores:
     best_rank: Tensor | None = None
     density: Tensor | None = None
     value_norm: Tensor | None = None
+    expected: Tensor | None = None
 
     @property
     def vision(self) -> Tensor:

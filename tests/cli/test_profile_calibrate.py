@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plphp profile`` and ``plphp calibrate``: their files, what they print, and mistakes."""
+"""``plphp profile``, ``plphp calibrate`` and ``plphp collect``: their files, what they print, and mistakes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import tiny_hub
-from plphp import AttentionProfile, PLPHPConfig
+from plphp import AnswerQueries, AttentionProfile, PLPHPConfig
 from plphp.cli import app
 from plphp.cli.calibrate import split
 from plphp.prompts_file import read_prompts
@@ -208,3 +208,32 @@ class TestCalibrate:
         assert 'line 11: expected either "question" or "turns"' in error(*ask)
         wrong.write_text("\n".join([*lines, '{"images": ["0.png"], "question": "<image> and <image>"}']))
         assert "line 11: The prompt has 2 image slot" in error(*ask)
+
+
+class TestCollect:
+    def test_the_statistics_serve_generate(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
+        out = tmp_path / "answers.safetensors"
+        values = json.loads(
+            ok("collect", "--model", folder, "--prompts", prompts, "--max-new-tokens", 5, "--out", out, "--json")
+        )
+        assert (values["prompts"], values["model"]) == (10, str(folder))
+        assert dict(AnswerQueries.load(out).record) == {key: values[key] for key in values if key != "file"}
+        shown = json.loads(
+            ok(
+                *("generate", "--model", folder, "--image", prompts.parent / "0.png", "--prompt", "What?", "--json"),
+                *("--config", f"expected_attention:statistics={out},retention_rate=0.25"),
+            )
+        )
+        assert shown["report"]["config"]["method"] == "expected_attention"
+        assert "query rows of 10 answer(s)" in ok(
+            "collect", "--model", folder, "--prompts", prompts, "--max-new-tokens", 5, "--out", out
+        )
+
+    def test_mistakes(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
+        ask = ("collect", "--model", folder, "--prompts", prompts)
+        assert "There is no folder" in error(*ask, "--out", tmp_path / "none" / "a")
+        assert "is a folder" in error(*ask, "--out", tmp_path)
+        assert "Cannot read the prompts" in error(
+            "collect", "--model", folder, "--prompts", tmp_path / "none", "--out", tmp_path / "a"
+        )
+        assert not (tmp_path / "a").exists()

@@ -111,7 +111,8 @@ def window_scores(
             result.peak = torch.where(share > 0, torch.maximum(result.peak, mass), result.peak)
         if result.best_rank is not None:
             candidates = seen[:, row] if vision is None else seen[:, row] & vision
-            rank = _ranks(mass.unflatten(1, (kv_heads, -1)), candidates, gqa_reduction)
+            of_group = mass.unflatten(1, (kv_heads, -1))
+            rank = places(of_group.amax(2) if gqa_reduction == "max" else of_group.mean(2), candidates)
             result.best_rank = torch.where(share > 0, torch.minimum(result.best_rank, rank), result.best_rank)
         if result.density is not None and evidence.density is not None:
             reached = (mass >= evidence.density * mass.amax(-1, keepdim=True)) & seen[:, None, row]
@@ -120,16 +121,28 @@ def window_scores(
     return result
 
 
-def _ranks(mass: Tensor, candidates: Tensor, gqa_reduction: str) -> Tensor:
-    """Place of each candidate by the mass [batch, kv_heads, group, seq] of its heads, seq for the others.
+def places(rank: Tensor, candidates: Tensor) -> Tensor:
+    """The place of each candidate by its score, from 0; the number of entries for what is no candidate.
 
-    Of two with the same mass the earlier one is first.
+    Of two with the same score the earlier one is first.
+
+    Parameters
+    ----------
+    rank : Tensor
+        float [batch, kv_heads, seq], higher is better.
+    candidates : Tensor
+        bool [batch, seq].
+
+    Returns
+    -------
+    Tensor
+        int64 [batch, kv_heads, seq].
     """
-    score = mass.amax(2) if gqa_reduction == "max" else mass.mean(2)
-    seq = score.shape[-1]
-    order = score.masked_fill(~candidates[:, None], -1).sort(dim=-1, descending=True, stable=True).indices
-    place = torch.arange(seq, device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place).masked_fill_(~candidates[:, None], seq)
+    hidden = ~candidates[:, None]
+    seq = rank.shape[-1]
+    order = rank.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    place = torch.arange(seq, device=rank.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place).masked_fill_(hidden, seq)
 
 
 def _prefix_lse(query: Tensor, prefix: PackedKV) -> Tensor:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plphp collect``: statistics of the model's answers, for the method ``expected_attention``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plphp.errors import ConfigError
+
+from ._app import JsonOption, app, loading_bars, print_json, progress
+from .profile import BUNDLED
+
+
+@app.command()
+def collect(
+    prompts: Annotated[Path, typer.Option(help='JSON Lines: {"images": [paths], "question": text}, or "turns".')],
+    out: Annotated[Path, typer.Option(help="safetensors file to write the statistics to.")],
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; default: the bundled model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=2)] = 128,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the model answer prompts like yours, unpruned, and note what the queries of its answers are like."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"There is no folder {out.parent} to write the statistics to.")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name the file to write the statistics to.")
+    with progress("loading plphp", quiet=as_json) as tell:
+        from plphp.collecting import collect_answer_queries
+        from plphp.loading import load_processor, load_weights
+        from plphp.prompts_file import prompt_inputs, read_prompts
+
+        given = read_prompts(prompts)
+        tell("loading the processor")
+        processor = load_processor(model)
+        next(prompt_inputs(processor, given[:1]))  # a prompt that does not fit the model is found before the weights
+    with loading_bars(quiet=as_json):
+        weights = load_weights(model, dtype, device)
+    with progress("answering", quiet=as_json) as tell:
+        found = collect_answer_queries(
+            weights,
+            prompt_inputs(processor, given, weights.device),
+            max_new_tokens=max_new_tokens,
+            progress=lambda step: tell(f"{step} of {len(given)}"),
+        )
+    found = dataclasses.replace(found, record={**found.record, "model": model or BUNDLED})
+    found.save(out)
+    if as_json:
+        print_json({"file": str(out), **found.record})
+        return
+    print(f"{found.record['query_rows']} query rows of {found.record['prompts']} answer(s)")
+    print(out)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model turns its queries by their position, found out by looking at what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attachment import Lease
+from .cache import PrunedCache
+from .config import PLPHPConfig
+from .errors import UnsupportedModelError, one_line
+from .rotary import Rotation
+
+POSITIONS = (1, 1000)
+"""Where a query is looked at, beside 0: the first tells the layout, the second tells small frequencies apart."""
+TOLERANCE = 0.02
+"""Largest difference between what is expected and what is seen, as a share of the norm; bfloat16 is off by 0.005."""
+GROWING = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies depend on the length of the prompt."""
+
+
+class _Probe(PrunedCache):
+    """Notes the newest query of every pruned layer."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.queries: dict[int, Tensor] = {}
+
+    def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
+        super().after_attention(layer_idx, query, scaling)
+        self.queries[layer_idx] = query[0, :, -1].float()  # [q_heads, dim]
+
+
+def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
+    """Find the rotation of every full-attention layer.
+
+    A prompt of one token attends to itself alone, so that its queries are the same at every position but for the
+    rotation. The frequencies that the model holds are tried, in both layouts; what explains the queries is taken.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A supported vision-language model.
+
+    Returns
+    -------
+    dict of int to Rotation
+        By decoder layer.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If nothing explains the queries of a layer, or the frequencies grow with the prompt.
+    """
+    _refuse_growing(model)
+    decoder: Any = model.get_decoder()
+    known = {
+        tuple(buffer.tolist()): buffer.detach().float().cpu()
+        for name, buffer in decoder.named_buffers()
+        if name.endswith("inv_freq") and buffer.ndim == 1
+    }
+    candidates = [Rotation(torch.zeros(1))]
+    candidates += [Rotation(one, interleaved) for one in known.values() for interleaved in (False, True)]
+    seen = {position: _queries(model, decoder, position) for position in (0, *POSITIONS)}
+    found = {}
+    for layer, start in seen[0].items():
+        errors = [
+            max(_difference(one.turned(start, p), seen[p][layer]) for p in POSITIONS)
+            if 2 * len(one.frequencies) <= start.shape[-1]
+            else torch.inf
+            for one in candidates
+        ]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        if not errors[best] <= TOLERANCE:
+            raise UnsupportedModelError(
+                f"The queries of layer {layer} of this {model.config.model_type!r} model do not turn with their "
+                "position as any rotary embedding that plphp knows, so they cannot be foretold."
+            )
+        found[layer] = candidates[best]
+    return found
+
+
+def _difference(expected: Tensor, seen: Tensor) -> float:
+    return ((expected - seen).norm() / seen.norm()).item()
+
+
+@torch.no_grad()
+def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, Tensor]:
+    """By layer, the queries [q_heads, dim] of a prompt of one token at a position."""
+    lease = Lease.of(model)
+    try:
+        cache = _Probe(lease.attachment, PLPHPConfig(method="none"))
+        # Padding tokens have empty embeddings in some models.
+        token = model.get_input_embeddings().weight.float().norm(dim=-1).argmax()
+        places = torch.tensor([[position]], device=model.device)
+        decoder(input_ids=token.view(1, 1), position_ids=places, past_key_values=cache, use_cache=True)
+        return {layer: query.cpu() for layer, query in cache.queries.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"The text model of this {model.config.model_type!r} model cannot read a single token at a position of "
+            f"its own: {one_line(error)}"
+        ) from error
+    finally:
+        lease.end()
+
+
+def _refuse_growing(model: PreTrainedModel) -> None:
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    nested = [one for one in parameters.values() if isinstance(one, Mapping)]
+    kinds = {str(one.get("rope_type", "default")) for one in (nested or [parameters])}
+    for kind in kinds:
+        if any(name in kind for name in GROWING):
+            raise UnsupportedModelError(
+                f"The rotary embedding of this {model.config.model_type!r} model is of the kind {kind!r}, whose "
+                "frequencies depend on the length of the prompt: its queries cannot be foretold."
+            )
