@@ -35,7 +35,7 @@ def export(run: Path, folder: Path) -> Path:
         ``folder``.
     """
     model = new_model()
-    model.load_state_dict(torch.load(run / CHECKPOINT, weights_only=True)["model"])
+    model.load_state_dict(torch.load(run / CHECKPOINT, weights_only=True, map_location="cpu")["model"])
     model.tie_weights()
     save(model, folder)
     return folder

@@ -43,11 +43,12 @@ class Structure:
     def of(cls, blocks: Tensor, start: int, width: int, dtype: torch.dtype) -> Structure:
         """Read it from the block numbers, int64 (rows, seq), of rows whose blocks begin at ``start``."""
         rows = blocks.shape[0]
-        pads = torch.zeros(rows, 1, 1, start, dtype=dtype).masked_fill((blocks[:, None, None, :start] != 0), HIDDEN)
+        pads = torch.zeros(rows, 1, 1, start, dtype=dtype, device=blocks.device)
+        pads = pads.masked_fill(blocks[:, None, None, :start] != 0, HIDDEN)
         text = blocks[:, start:].view(rows, 1, -1, 1, width)
-        causal = torch.ones(width, width, dtype=torch.bool).tril()
+        causal = torch.ones(width, width, dtype=torch.bool, device=blocks.device).tril()
         seen = causal & (text[..., :, None] == text[..., None, :])
-        return cls(pads, torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, HIDDEN))
+        return cls(pads, torch.zeros(seen.shape, dtype=dtype, device=blocks.device).masked_fill(~seen, HIDDEN))
 
 
 HIDDEN, CLAMP, TINY = -1e4, 60.0, 1e-20
@@ -79,7 +80,8 @@ def _structured_attention(module, query, key, value, attention_mask=None, scalin
     done = []
     cuts = [start * i // PREFIX_PARTS for i in range(PREFIX_PARTS + 1)]
     for begin, end in pairwise(cuts):
-        mask = structure.pads[..., :end] + torch.full((end - begin, end), HIDDEN, dtype=query.dtype).triu(begin + 1)
+        later = torch.full((end - begin, end), HIDDEN, dtype=query.dtype, device=query.device).triu(begin + 1)
+        mask = structure.pads[..., :end] + later
         logits = query[:, :, :, begin:end].flatten(2, 3) @ key[:, :, :end].mT
         logits = logits.view(rows, kv_heads, groups, end - begin, end) + mask[:, :, None]
         powers, total = _exponentials(logits, value.dtype)
@@ -259,11 +261,11 @@ def start_projector(
     out_dim, in_dim = projector.linear_1.weight.shape
     attributes = head.linear.weight / (centred @ head.linear.weight.T).std(0)[:, None]
     others = max(in_dim, out_dim - len(attributes))
-    rotation = torch.linalg.qr(torch.randn(others, in_dim))[0] * (others / in_dim) ** 0.5
+    rotation = torch.linalg.qr(torch.randn(others, in_dim))[0].to(mean.device) * (others / in_dim) ** 0.5
     first = torch.cat([attributes, rotation @ whitening])[:out_dim]
     projector.linear_1.weight.copy_(first)
     projector.linear_1.bias.copy_(-first @ mean)
-    second = torch.randn(out_dim, out_dim)
+    second = torch.randn(out_dim, out_dim).to(mean.device)
     for unit, word in enumerate(words[:out_dim]):
         if word is not None:
             second[:, unit] = embeddings[word]

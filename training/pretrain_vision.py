@@ -48,8 +48,8 @@ def pretrain(
     dict
         Patch accuracy (fraction) by kind of scene, on the development split.
     """
-    tower = model.model.vision_tower
-    head = models.PatchHead(model.config.vision_config.hidden_size)
+    tower, device = model.model.vision_tower, model.device
+    head = models.PatchHead(model.config.vision_config.hidden_size).to(device)
     optimizers = optim.make([tower, head], muon=3e-3, adamw=1.5e-3, weight_decay=0.02)
     parameters = [*tower.parameters(), *head.parameters()]
     batches = iter(DataLoader(_Stream(seed + 5, batch), batch_size=None, num_workers=1, prefetch_factor=6))
@@ -68,8 +68,8 @@ def pretrain(
     while step < steps:
         elapsed = time.monotonic() - start
         optim.set_rate(optimizers, min(1.0, (step + 1) / 40) * min(1.0, (1 - step / steps) / 0.5 + 0.02))
-        pixels, labels = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
+        pixels, labels = (one.to(device) for one in next(batches))
+        with torch.autocast(device.type, torch.bfloat16):
             loss, right = step_fn(pixels, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -93,8 +93,8 @@ def pretrain(
         rng = random.Random(seed + 9)
         for kind in ("grid", "text", "table"):
             drawn = [scenes.make_scene(rng, "dev", kind) for _ in range(200)]
-            pixels = torch.from_numpy(np.stack([np.asarray(scene.draw()) for scene in drawn]))
-            labels = torch.from_numpy(np.stack([scene.patch_labels() for scene in drawn]))
+            pixels = torch.from_numpy(np.stack([np.asarray(scene.draw()) for scene in drawn])).to(device)
+            labels = torch.from_numpy(np.stack([scene.patch_labels() for scene in drawn])).to(device)
             result[kind] = head(models.vision_features(model, pixels), labels)[1].item()
     logger.info("held-out patch accuracy %s after %d steps", result, step)
     torch.save(

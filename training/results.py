@@ -39,24 +39,25 @@ COLUMNS = (
 )
 
 
-def write_facts(run: Path, *, seed: int, threads: int) -> None:
+def write_facts(run: Path, *, seed: int, threads: int, device: str = "cpu") -> None:
     """Write what is to be said about a finished training, ``training.json``, where and when it was trained.
 
     Parameters
     ----------
     run
         The run folder with its two checkpoints.
-    seed, threads
+    seed, threads, device
         Of the training.
     """
     import sklearn
     import transformers
 
-    vision = torch.load(run / "vision.pt", weights_only=True)
-    text = torch.load(run / "text.pt", weights_only=True)
+    vision = torch.load(run / "vision.pt", weights_only=True, map_location="cpu")
+    text = torch.load(run / "text.pt", weights_only=True, map_location="cpu")
+    on_gpu = torch.device(device).type == "cuda"
     facts = {
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{threads} CPU cores ({platform.machine()}), no GPU",
+        "hardware": torch.cuda.get_device_name(device) if on_gpu else f"{threads} CPU cores ({platform.machine()})",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

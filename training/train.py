@@ -93,13 +93,13 @@ def _sample_pixels(n: int) -> torch.Tensor:
 
 def prepare(model, vision: Path) -> None:
     """Load and freeze the pre-trained tower and initialise the projector on its output."""
-    saved = torch.load(vision, weights_only=True)
+    saved = torch.load(vision, weights_only=True, map_location=model.device)
     model.model.vision_tower.load_state_dict(saved["tower"])
     model.model.vision_tower.requires_grad_(False)
-    head = models.PatchHead(model.config.vision_config.hidden_size)
+    head = models.PatchHead(model.config.vision_config.hidden_size).to(model.device)
     head.load_state_dict(saved["head"])
     with torch.no_grad():
-        features = models.vision_features(model, _sample_pixels(600)).flatten(0, 1)
+        features = models.vision_features(model, _sample_pixels(600).to(model.device)).flatten(0, 1)
     models.start_projector(model, head, features, tokenizer.attribute_words())
 
 
@@ -156,7 +156,7 @@ def train(
     checkpoint = out / CHECKPOINT
     first, row_count, before = 0, 0, 0.0
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=model.device)
         model.load_state_dict(state["model"])
         model.tie_weights()
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -179,10 +179,11 @@ def train(
             steps=steps,
         )
 
-    for step, (n, (pixels, ids, labels, blocks, positions)) in enumerate(stream, start=first):
+    for step, (n, batch) in enumerate(stream, start=first):
+        pixels, ids, labels, blocks, positions = (one.to(model.device) for one in batch)
         optim.set_rate(optimizers, _factor(step / steps, step))
         structure = models.Structure.of(blocks, rows.prefix_length(n), rows.WIDTH, torch.bfloat16)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16):
             with torch.no_grad():
                 features = tower(pixels)
             loss, right = forward(features, ids, labels, positions, structure)

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=TEXT_STEPS, help="batches of stage 2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--samples", type=int, default=200, help="held-out samples per task")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument("--no-compile", action="store_true", help="run the forward pass without torch.compile")
@@ -53,9 +54,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     vision = args.out / "vision.pt"
     if not (args.resume and vision.exists()):
-        model = export.new_model(args.seed)
+        model = export.new_model(args.seed).to(args.device)
         pretrain_vision.pretrain(model, args.out, steps=args.vision_steps, seed=args.seed, compiled=not args.no_compile)
-    model = export.new_model(args.seed + 1)
+    model = export.new_model(args.seed + 1).to(args.device)
     train.prepare(model, vision)
     train.train(
         model,
@@ -65,7 +66,7 @@ def main() -> None:
         resume=args.resume,
         compiled=not args.no_compile,
     )
-    results.write_facts(args.out, seed=args.seed, threads=args.threads)
+    results.write_facts(args.out, seed=args.seed, threads=args.threads, device=args.device)
     folder = export.export(args.out, args.out / results.MODEL)
     if not args.no_evaluation:
         results.write(args.out, folder, samples=args.samples, workers=args.threads)
