@@ -114,25 +114,33 @@ def assert_attention(actual: Tensor, expected: Tensor, dtype: torch.dtype = torc
 
 
 KEPT = ("ragged", "dense", "row", "empty", "none")
+WIDTHS = pytest.mark.parametrize("value_dim", [VALUE_DIM, KEY_DIM], ids=["narrow", "fused"])
+"""Values as wide as the keys go through torch's fused kernel on a CPU."""
 
 
+@WIDTHS
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kept", KEPT)
-@pytest.mark.parametrize(("kv_heads", "group", "length", "tail"), [(1, 4, 1, 1), (2, 3, 4, 4), (3, 1, 3, 7)])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "length", "tail"), [(1, 4, 1, 1), (2, 3, 1, 9), (2, 3, 4, 4), (3, 1, 3, 7)]
+)
 def test_attention_is_naive_attention(
-    kv_heads: int, group: int, length: int, tail: int, kept: str, dtype: torch.dtype
+    kv_heads: int, group: int, length: int, tail: int, kept: str, dtype: torch.dtype, value_dim: int
 ) -> None:
-    case = make(1, 3, kv_heads, group, length, tail, kept=kept, dtype=dtype)
+    case = make(1, 3, kv_heads, group, length, tail, kept=kept, dtype=dtype, value_dim=value_dim)
     assert_attention(attend(case), case.naive(case.visible()), dtype)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kept", KEPT)
-@pytest.mark.parametrize("tail", [1, 9])
-def test_one_query_with_values_as_wide_as_keys(tail: int, kept: str, dtype: torch.dtype) -> None:
-    """The case of ordinary decoding, which goes through torch's fused kernel on a CPU."""
-    case = make(2, 3, 2, 3, 1, tail, kept=kept, dtype=dtype, value_dim=KEY_DIM)
-    assert_attention(attend(case), case.naive(case.visible()), dtype)
+def test_attention_has_a_gradient(kept: str) -> None:
+    case = make(3, 3, length=3, tail=4, kept=kept, value_dim=KEY_DIM)
+    expected = attend(case)
+    case.query.requires_grad_()
+    out = attend(case)
+    out.square().sum().backward()
+    assert case.query.grad is not None
+    assert case.query.grad.abs().amax((1, 3)).min() > 0
+    torch.testing.assert_close(out, expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -145,11 +153,12 @@ def test_one_query_with_values_as_wide_as_keys(tail: int, kept: str, dtype: torc
     st.integers(0, 4),
     st.integers(1, 8),
     st.sampled_from(KEPT),
+    st.sampled_from([VALUE_DIM, KEY_DIM]),
 )
 def test_attention_over_random_shapes(
-    seed: int, batch: int, kv_heads: int, group: int, length: int, before: int, seq: int, kept: str
+    seed: int, batch: int, kv_heads: int, group: int, length: int, before: int, seq: int, kept: str, value_dim: int
 ) -> None:
-    case = make(seed, batch, kv_heads, group, length, length + before, seq, kept)
+    case = make(seed, batch, kv_heads, group, length, length + before, seq, kept, value_dim=value_dim)
     assert_attention(attend(case), case.naive(case.visible()))
 
 
@@ -159,11 +168,12 @@ def tail_padding(case: Case) -> Tensor:
     return torch.arange(tail) >= torch.arange(batch)[:, None]
 
 
+@WIDTHS
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("kind", ["bool", "bool heads", "additive", "additive heads", "one row", "bool 2d", "int 2d"])
 @pytest.mark.parametrize("length", [1, 3])
-def test_every_kind_of_mask(kind: str, length: int, kept: str) -> None:
-    case = make(2, 3, 2, 2, length, 6, kept=kept)
+def test_every_kind_of_mask(kind: str, length: int, kept: str, value_dim: int) -> None:
+    case = make(2, 3, 2, 2, length, 6, kept=kept, value_dim=value_dim)
     generator = torch.Generator().manual_seed(3)
     shown = tail_padding(case)[:, None, None]
     bias = None
@@ -190,8 +200,9 @@ def test_every_kind_of_mask(kind: str, length: int, kept: str) -> None:
     assert_attention(attend(case, full), case.naive(visible, bias))
 
 
-def test_additive_mask_with_finite_minimum_as_of_transformers() -> None:
-    case = make(4, length=2, dtype=torch.bfloat16)
+@WIDTHS
+def test_additive_mask_with_finite_minimum_as_of_transformers(value_dim: int) -> None:
+    case = make(4, length=2, dtype=torch.bfloat16, value_dim=value_dim)
     visible = case.visible(tail_padding(case)[:, None, None])
     shown = visible[:, :1, :, case.keys.shape[2] :]
     mask = torch.zeros(shown.shape, dtype=torch.bfloat16).masked_fill_(~shown, torch.finfo(torch.bfloat16).min)

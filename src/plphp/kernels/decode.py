@@ -82,29 +82,40 @@ def decode_attention(
     batch, q_heads, length, _ = query.shape
     kv_heads, tail = tail_keys.shape[1:3]
     bias = tail_bias(mask, length, tail, torch.float32)
-    if bias is not None:
-        bias = bias.to(query.device).expand(batch, q_heads if bias.shape[1] > 1 else 1, -1, -1)
+    bias = None if bias is None else bias.to(query.device)
     grouped = (query * scaling).unflatten(1, (kv_heads, q_heads // kv_heads))
-    if prefix.dense is not None:
+    if query.device.type == "cpu" and tail_values.shape[-1] == query.shape[-1] and not query.requires_grad:
+        out = _attend_fused(grouped, prefix, tail_keys, tail_values, bias)
+    elif prefix.dense is not None:
         out = _attend(grouped, *prefix.dense, tail_keys, tail_values, bias)
     else:
-        rows = []
-        for row in range(batch):
-            one = slice(row, row + 1)
-            parts = [
-                _attend(
-                    grouped[one, heads],
-                    keys[None],
-                    values[None],
-                    tail_keys[one, heads],
-                    tail_values[one, heads],
-                    _heads_of(bias, row, heads, q_heads // kv_heads),
-                )
-                for heads, (keys, values) in prefix.row(row)
-            ]
-            rows.append(torch.cat(parts, dim=1))
-        out = torch.cat(rows)
+        out = _attend_rows(grouped, prefix, tail_keys, tail_values, bias)
     return out.permute(0, 3, 1, 2, 4).reshape(batch, length, q_heads, -1).contiguous()
+
+
+def _attend_rows(
+    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The same as `_attend` where rows or heads hold different numbers of entries."""
+    batch, _, group = query.shape[:3]
+    if bias is not None:
+        bias = bias.expand(batch, -1, -1, -1)
+    rows = []
+    for row in range(batch):
+        one = slice(row, row + 1)
+        parts = [
+            _attend(
+                query[one, heads],
+                keys[None],
+                values[None],
+                tail_keys[one, heads],
+                tail_values[one, heads],
+                _heads_of(bias, row, heads, group),
+            )
+            for heads, (keys, values) in prefix.row(row)
+        ]
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
 
 
 def _heads_of(bias: Tensor | None, row: int, heads: slice, group: int) -> Tensor | None:
@@ -119,10 +130,8 @@ def _attend(
     query: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Attend with query [batch, kv_heads, group, query, dim] to keys [batch, kv_heads, kept, dim] and the tail."""
-    batch, kv_heads, group, length, dim = query.shape
+    batch, kv_heads, group, length, _ = query.shape
     kept, tail = keys.shape[2], tail_keys.shape[2]
-    if length == 1 and bias is None and kept and query.device.type == "cpu" and values.shape[-1] == dim:
-        return _attend_one(query[:, :, :, 0], keys, values, tail_keys, tail_values)[:, :, :, None]
     step = max(1, MAX_LOGITS // max(1, batch * kv_heads * group * (kept + tail)))
     parts = []
     for start in range(0, length, step):
@@ -138,14 +147,29 @@ def _attend(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
-def _attend_one(query: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor) -> Tensor:
-    """Attend with one query per head on a CPU: query [batch, kv_heads, group, dim], nothing masked.
+def _attend_fused(
+    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Attend with query [batch, kv_heads, group, query, dim] on a CPU.
 
-    Each part goes through torch's fused kernel, and the two are merged by their log-sum-exps. On a CPU no public
-    function returns these.
+    Prefix and tail go through torch's fused kernel, and are merged by their log-sum-exps: no public function returns
+    these on a CPU, and they have no gradient.
     """
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    first, first_lse = fused(query, keys, values, scale=1.0)
-    second, second_lse = fused(query, tail_keys, tail_values, scale=1.0)
-    share = torch.sigmoid(first_lse - second_lse)[..., None]
-    return torch.lerp(second.float(), first.float(), share).to(query.dtype)
+    batch, _, group = query.shape[:3]
+    rows = query.flatten(2, 3)
+    if bias is not None:
+        heads_of_bias = bias.unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
+        bias = heads_of_bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
+    late, late_lse = fused(rows, tail_keys, tail_values, attn_mask=bias, scale=1.0)
+    if prefix.dense is not None and prefix.counts[0][0]:
+        early, early_lse = fused(rows, *prefix.dense, scale=1.0)
+    else:
+        early, early_lse = torch.zeros_like(late), torch.full_like(late_lse, -torch.inf)
+        for row in range(batch):
+            for heads, (keys, values) in prefix.row(row):
+                if keys.shape[1]:
+                    found = fused(rows[row : row + 1, heads], keys[None], values[None], scale=1.0)
+                    early[row, heads], early_lse[row, heads] = found[0][0], found[1][0]
+    share = torch.sigmoid(early_lse - late_lse)[..., None]
+    return torch.lerp(late.float(), early.float(), share).to(query.dtype).unflatten(2, (group, -1))
