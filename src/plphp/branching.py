@@ -22,15 +22,17 @@ from .kernels import compact_kv
 from .layer import PrunedLayer
 from .methods.base import Method
 from .packed import PackedKV
-from .plan import Gathered, PromptPlan, gather
+from .plan import LAYER_LEVEL, Gathered, PromptPlan, gather
 from .report import LayerRecord
 from .suitability import method_for, refuse_prompt_stage
 from .types import VisionSpans
 
 NOTHING_EVICTED = PLPHPConfig(method="none")
 
-Row = dict[int, tuple[PackedKV, LayerRecord]]
-"""What each pruned layer holds for one config."""
+Chosen = dict[int, tuple[Tensor, LayerRecord]]
+"""What some configs keep of each pruned layer, bool [config, kv_heads, seq]."""
+Prefilled = dict[int, tuple[PackedKV, LayerRecord]]
+"""What each pruned layer holds for a config that acts inside prefill."""
 
 
 @dataclass(frozen=True)
@@ -133,33 +135,46 @@ def _branch(
     plans = _plans(reader, methods, configs, answer_ids)
     logits = reader.read(plans, inputs, answer_ids)
 
-    rows: list[Row] = []
-    row_logits = []
-    for config, method, plan in zip(configs, methods, plans, strict=True):
-        if plan is None:
-            row, own = _prefilled(lease.attachment, inputs, config)
-        else:
-            row, own = reader.chosen(plan, method, config), logits
-        rows.append(row)
-        row_logits.append(own)
+    groups = _groups(plans, configs)
+    chosen = [reader.chosen(plan, methods[numbers[0]], [configs[i] for i in numbers]) for plan, numbers in groups]
+    inside = [number for number, plan in enumerate(plans) if plan is None]
+    prefilled = [_prefilled(lease.attachment, inputs, configs[number]) for number in inside]
+    order = [*(number for _, numbers in groups for number in numbers), *inside]
 
-    cache = reader.merged(rows)
+    cache = reader.merged(chosen, [row for row, _ in prefilled], [order.index(number) for number in range(len(order))])
     cache._lease = lease
-    vision = int(reader.spans.vision.sum())
-    tokens = reader.spans.end
-    layer_kept = [
-        {layer: record.kept_vision.sum().item() / (vision * kv.kv_heads) for layer, (kv, record) in row.items()}
-        for row in rows
-    ]
-    kept = [[sum(kv.counts[0]) / (tokens * kv.kv_heads) for kv, _ in row.values()] for row in rows]
+    own = dict(zip(inside, [found for _, found in prefilled], strict=True))
+    layer_kept, kept = _shares(cache, int(reader.spans.vision.sum()), reader.spans.end)
     return Branches(
         configs,
         cache,
-        torch.cat(row_logits),
+        torch.cat([own.get(number, logits) for number in range(len(configs))]),
         [sum(row.values()) / len(row) for row in layer_kept],
-        [sum(row) / len(row) for row in kept],
+        kept,
         layer_kept,
     )
+
+
+def _shares(cache: PrunedCache, vision: int, tokens: int) -> tuple[list[dict[int, float]], list[float]]:
+    """For each row the vision entries kept by layer, and all entries kept, as fractions of all."""
+    by_layer: dict[int, list[float]] = {}
+    entries = []
+    for record in cache.records:
+        kv: PackedKV = cache.layers[record.layer].prefix
+        by_layer[record.layer] = [n / (vision * kv.kv_heads) for n in record.kept_vision.sum((1, 2)).tolist()]
+        entries.append([sum(kv.counts[stored]) / (tokens * kv.kv_heads) for stored in kv.rows])
+    rows = [dict(zip(by_layer, row, strict=True)) for row in zip(*by_layer.values(), strict=True)]
+    return rows, [sum(row) / len(row) for row in zip(*entries, strict=True)]
+
+
+def _groups(plans: Sequence[PromptPlan | None], configs: Sequence[PLPHPConfig]) -> list[tuple[PromptPlan, list[int]]]:
+    """Numbers of the configs that rank alike, those that act inside prefill left out."""
+    same = {name: getattr(NOTHING_EVICTED, name) for name in LAYER_LEVEL}
+    groups: dict[Any, tuple[PromptPlan, list[int]]] = {}
+    for number, (plan, config) in enumerate(zip(plans, configs, strict=True)):
+        if plan is not None:
+            groups.setdefault((id(plan), replace(config, **same)), (plan, []))[1].append(number)
+    return list(groups.values())
 
 
 def _plans(
@@ -208,7 +223,7 @@ def _forward(model: PreTrainedModel, cache: PrunedCache, inputs: Mapping[str, An
     return logits
 
 
-def _prefilled(attachment: Attachment, inputs: dict[str, Any], config: PLPHPConfig) -> tuple[Row, Tensor]:
+def _prefilled(attachment: Attachment, inputs: dict[str, Any], config: PLPHPConfig) -> tuple[Prefilled, Tensor]:
     """The row of a config that acts inside prefill, and its logits."""
     cache = PrunedCache(attachment, config)
     cache.plan(inputs)
@@ -284,27 +299,30 @@ class _Reader(PrunedCache):
                 plan.score_with([gathered], number, self._pruned[number], scaling)
         self._queries.clear()
 
-    def chosen(self, plan: PromptPlan, method: Method, config: PLPHPConfig) -> Row:
-        """What each layer keeps by a config."""
-        row: Row = {}
-        for scores, allocation, keep in plan.choose(method, config, self.judged(config)):
-            record = LayerRecord.of(self.spans, 0, scores, allocation, keep)
-            row[scores.layer] = compact_kv(*self._pruned[scores.layer].tail(), keep), record
-        return row
+    def chosen(self, plan: PromptPlan, method: Method, configs: Sequence[PLPHPConfig]) -> Chosen:
+        """What each layer keeps by some configs that rank alike."""
+        return {
+            scores.layer: (keep[:, 0], LayerRecord.of(self.spans, 0, scores, [row for [row] in rows], keep[:, 0]))
+            for scores, rows, keep in plan.choose(method, configs, self.judged(configs[0]))
+        }
 
-    def merged(self, rows: Sequence[Row]) -> PrunedCache:
-        """A cache with the rows of all configs."""
+    def merged(self, chosen: Sequence[Chosen], prefilled: Sequence[Prefilled], order: Sequence[int]) -> PrunedCache:
+        """A cache with what was found for all configs, its rows in a new order."""
         cache = PrunedCache(self.attachment, NOTHING_EVICTED)
         for number, layer in enumerate(self.layers):
             if number in self._pruned:
-                held = [row[number] for row in rows]
-                cache._pruned[number].begin_with(PackedKV.stacked([kv for kv, _ in held]), self._pruned[number])
-                cache.records.append(LayerRecord.stacked([record for _, record in held]))
+                keys, values = self._pruned[number].tail()
+                whole = torch.ones(keys.shape[:3], dtype=torch.bool)
+                keep = torch.cat([whole[:0], *(one[number][0] for one in chosen)])
+                block = compact_kv(keys, values, whole).picked(keep, [row[number][0] for row in prefilled])
+                records = [*(one[number][1] for one in chosen), *(row[number][1] for row in prefilled)]
+                cache._pruned[number].begin_with(block.select(order), self._pruned[number])
+                cache.records.append(LayerRecord.stacked(records, order))
             else:
-                layer.reorder_cache(torch.zeros(len(rows), dtype=torch.long))
+                layer.reorder_cache(torch.zeros(len(order), dtype=torch.long))
                 cache.layers[number] = layer
         if self._turn is not None:
-            after = self._turn.after.expand(len(rows), -1)
+            after = self._turn.after.expand(len(order), -1)
             cache._turn = replace(self._turn, after=after, before=None, start=-1)
         cache.end_here("its rows are pruned by configs of their own; give new text to model(...) directly")
         return cache

@@ -113,6 +113,27 @@ class PackedKV:
             tuple(start + row for start, block in zip(starts, blocks, strict=False) for row in block.rows),
         )
 
+    def picked(self, keep: Tensor, others: Sequence[PackedKV] = ()) -> PackedKV:
+        """Make rows that each take some entries of one and the same row, and put the rows of other blocks below them.
+
+        Parameters
+        ----------
+        keep : Tensor
+            bool [rows, kv_heads, seq]; entries of this block, which holds ``seq`` for each head of its only row.
+        others : sequence of PackedKV
+        """
+        sources = PackedKV.stacked([self, *others])
+        own = keep.to(self.keys.device).flatten().nonzero()[:, 0] % len(self.keys)
+        rest = torch.arange(len(self.keys), len(sources.keys), device=own.device)
+        # One gather for everything: the result is much larger than what it is taken from.
+        entries = torch.cat([own, rest])
+        return PackedKV(
+            sources.keys.index_select(0, entries),
+            sources.values.index_select(0, entries),
+            (*(tuple(row) for row in keep.sum(-1).tolist()), *sources.counts[1:]),
+            (*range(len(keep)), *(len(keep) + row - 1 for row in sources.rows[1:])),
+        )
+
     def appended(self, other: PackedKV) -> PackedKV:
         """Put the entries of another block behind those of this one, row by row and head by head."""
         keys: list[Tensor] = []

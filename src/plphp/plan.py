@@ -16,15 +16,25 @@ from .errors import ConfigError, NonFiniteAttentionError
 from .kernels import window_scores
 from .layer import PrunedLayer
 from .methods.base import Method
-from .selection import keep_mask, pooled
+from .selection import keep_masks, pooled
 from .spans import query_mask
 from .types import Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
 
 PLAIN = Evidence()
 Gathered = tuple[Tensor, Tensor]
 """Queries [batch, q_heads, columns, dim] and their logical positions, int64 [columns]."""
-Chosen = tuple[LayerScores, list[RowAllocation], Tensor]
-"""Scores of a layer, the allocation of its rows, and what its heads keep, bool [batch, kv_heads, seq]."""
+Chosen = tuple[LayerScores, list[list[RowAllocation]], Tensor]
+"""Scores of a layer, by config the allocation of its rows, and what its heads keep: bool [config, batch, kv_heads,
+seq]."""
+LAYER_LEVEL = (
+    "retention_rate",
+    "retention_delta",
+    "attentive_threshold",
+    "indifferent_threshold",
+    "target_retention",
+    "class_quantile",
+)
+"""Settings that say how much is kept, and nothing of what."""
 
 
 @dataclass
@@ -174,14 +184,16 @@ class PromptPlan:
         self.hidden = torch.nn.functional.pad(leaves, (kept_before, 0)).cpu()
         self.hidden_from = layer_idx + 1
 
-    def allocate(self, method: Method, config: PLPHPConfig, judged: Sequence[int]) -> dict[int, list[RowAllocation]]:
-        """Layer level: an allocation for each row of each scored layer.
+    def allocate(
+        self, method: Method, configs: Sequence[PLPHPConfig], judged: Sequence[int]
+    ) -> list[dict[int, list[RowAllocation]]]:
+        """Layer level: for each config, an allocation for each row of each scored layer.
 
         Parameters
         ----------
         method : Method
             Gives the rates.
-        config : PLPHPConfig
+        configs : sequence of PLPHPConfig
             Its settings.
         judged : sequence of int
             The layers of the model that share the budget: those that are pruned and not exempt.
@@ -197,34 +209,43 @@ class PromptPlan:
         for layer, gamma in gammas.items():
             if not all(map(math.isfinite, gamma)):
                 raise NonFiniteAttentionError(f"the attention of layer {layer} is {gamma}, expected finite numbers")
-        exempt = gammas.keys() - set(judged)
-        allocation = {layer: [RowAllocation(gamma, "exempt", 1.0) for gamma in gammas[layer]] for layer in exempt}
         layers = [
             ScoredLayer(judged.index(layer), len(judged), gamma, self.scores[layer])
             for layer, gamma in gammas.items()
-            if layer not in exempt
+            if layer in judged
         ]
-        if layers:
-            chosen = method.allocate(layers, config)
-            allocation.update(zip([layer.scores.layer for layer in layers], chosen, strict=True))
+        has_vision = self.spans.vision.any(1).tolist()
+        result = []
+        for config in configs:
+            chosen = method.allocate(layers, config) if layers else []
             rates = [row.rate for rows in chosen for row in rows]
             if not all(0 <= rate <= 1 for rate in rates):
                 raise ConfigError(f"the method {method.name!r} gave retention rates outside of [0, 1]: {rates}")
-        for row, has_vision in enumerate(self.spans.vision.any(1).tolist()):
-            if not has_vision:
-                for rows in allocation.values():
-                    rows[row] = RowAllocation(0.0, "no-vision", 1.0)
-        return allocation
+            allocation = {
+                layer: [RowAllocation(one, "exempt", 1.0) for one in gamma]
+                for layer, gamma in gammas.items()
+                if layer not in judged
+            }
+            allocation.update(zip([layer.scores.layer for layer in layers], chosen, strict=True))
+            for rows in allocation.values():
+                rows[:] = [
+                    one if vision else RowAllocation(0.0, "no-vision", 1.0)
+                    for one, vision in zip(rows, has_vision, strict=True)
+                ]
+            result.append(allocation)
+        return result
 
-    def choose(self, method: Method, config: PLPHPConfig, judged: Sequence[int]) -> Iterator[Chosen]:
-        """Both levels for every scored layer, see `allocate`."""
-        for layer, rows in self.allocate(method, config, judged).items():
-            scores = self.scores[layer]
+    def choose(self, method: Method, configs: Sequence[PLPHPConfig], judged: Sequence[int]) -> Iterator[Chosen]:
+        """Both levels for every scored layer, see `allocate`; the configs may differ in `LAYER_LEVEL` alone."""
+        allocations = self.allocate(method, configs, judged)
+        for layer in allocations[0]:
+            scores, rows = self.scores[layer], [allocation[layer] for allocation in allocations]
             if method.stage is not None:
-                yield scores, rows, scores.real[:, None].expand(-1, scores.kv_heads, -1)
+                yield scores, rows, scores.real[:, None].expand(len(rows), -1, scores.kv_heads, -1)
                 continue
-            rank = pooled(method.rank(scores, config), scores, config)
-            yield scores, rows, keep_mask(rank, scores, [row.rate for row in rows], config, method.mix(config))
+            rank = pooled(method.rank(scores, configs[0]), scores, configs[0])
+            rates = [[row.rate for row in one] for one in rows]
+            yield scores, rows, keep_masks(rank, scores, rates, configs[0], method.mix(configs[0]))
 
 
 def gather(wanted: Tensor, query: Tensor, begin: int) -> Gathered | None:

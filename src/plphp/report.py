@@ -245,19 +245,22 @@ class LayerRecord:
         return cls(scores.layer, start, spans, allocation, (keep & scores.vision[:, None]).cpu(), evicted)
 
     @classmethod
-    def stacked(cls, records: Sequence[LayerRecord]) -> LayerRecord:
-        """Put several records of the same layer and the same prompt, each of one row, below each other."""
+    def stacked(cls, records: Sequence[LayerRecord], order: Sequence[int]) -> LayerRecord:
+        """Put several records of the same layer and the same prompt of one row below each other, in a new order."""
         first = records[0]
         evicted = None
         if any(record.evicted_text is not None for record in records):
-            none = torch.zeros_like(first.kept_vision)
-            evicted = torch.cat([none if one.evicted_text is None else one.evicted_text for one in records])
+            texts = [
+                torch.zeros_like(one.kept_vision) if one.evicted_text is None else one.evicted_text for one in records
+            ]
+            evicted = torch.cat(texts)[order]
+        rows = [row for record in records for row in record.allocation]
         return cls(
             first.layer,
             first.start,
-            first.spans.repeated(len(records)),
-            [row for record in records for row in record.allocation],
-            torch.cat([record.kept_vision for record in records]),
+            first.spans.repeated(len(rows)),
+            [rows[number] for number in order],
+            torch.cat([record.kept_vision for record in records])[order],
             evicted,
         )
 

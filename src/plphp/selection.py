@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head level: from scores and retention rates to the entries each KV head keeps. Pure functions.
 
-A *ranker* gives every entry of every KV head a score; `keep_mask` keeps the best of them, or with a `Mix` the best
-of them beside others that do not go by rank.
+A *ranker* gives every entry of every KV head a score, however many are to be kept; `keep_mask` keeps the best of
+them, or with a `Mix` the best of them beside others that do not go by rank.
 """
 
 from __future__ import annotations
@@ -143,39 +143,53 @@ def keep_mask(
     Tensor
         bool [batch, kv_heads, seq].
     """
+    return keep_masks(rank, scores, [rates], config, mix)[0]
+
+
+def keep_masks(
+    rank: Tensor, scores: LayerScores, rates: Sequence[Sequence[float]], config: PLPHPConfig, mix: Mix = RANKED
+) -> Tensor:
+    """The same for several lists of rates, which share the work of sorting: bool [lists, batch, kv_heads, seq]."""
     candidates = scores.candidates
-    keep = (scores.real & ~candidates)[:, None].expand(-1, rank.shape[1], -1).clone()
+    keep = (scores.real & ~candidates)[:, None].repeat(len(rates), 1, rank.shape[1], 1)
     drawn = at_random(scores, config) if mix.random else rank
-    for row, rate in enumerate(rates):
-        segment = scores.segment[row]
+    for row, segment in enumerate(scores.segment):
         if config.image_quota == "per_image":
             groups = [(segment == image).nonzero()[:, 0] for image in range(int(segment.max()) + 1)]
             tokens = [len(positions) for positions in groups]
         else:
             groups, tokens = [candidates[row].nonzero()[:, 0]], [int((segment >= 0).sum())]
         for positions, vision in zip(groups, tokens, strict=True):
-            evicted = vision - kept_count(rate, vision, config.min_kept)
-            chosen = _choose(rank[row][:, positions], drawn[row][:, positions], len(positions) - evicted, mix)
-            keep[row][:, positions] = chosen
+            kept = [kept_count(one[row], vision, config.min_kept) for one in rates]
+            counts = [max(0, len(positions) - vision + count) for count in kept]
+            chosen = _choose(rank[row][:, positions], drawn[row][:, positions], counts, mix)
+            keep[:, row][:, :, positions] = chosen
     return keep
 
 
-def _choose(rank: Tensor, drawn: Tensor, count: int, mix: Mix) -> Tensor:
-    """Choose ``count`` of the entries of each head, bool [kv_heads, entries]: first by rank, then at random, then
-    evenly spread."""
-    keep = torch.zeros_like(rank, dtype=torch.bool)
-    at_random, spread = (math.floor(part * count + 0.5) for part in (mix.random, mix.spread))
-    ranked = max(0, count - at_random - spread)
-    at_random = min(at_random, max(0, count - ranked))
-    keep.scatter_(1, _best(rank, ranked), True)
-    if at_random:
-        keep.scatter_(1, _best(drawn.masked_fill(keep, -torch.inf), at_random), True)
-    left, wanted = rank.shape[1] - ranked - at_random, count - ranked - at_random
-    if wanted > 0:
-        place = (~keep).cumsum(1)  # 1 to left, over the entries that are left
+def _choose(rank: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Tensor:
+    """Choose each of some numbers of the entries of each head, bool [counts, kv_heads, entries]: first by rank, then
+    at random, then evenly spread."""
+
+    def column(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=rank.device)[:, None, None]
+
+    at_random, spread = ([math.floor(part * count + 0.5) for count in counts] for part in (mix.random, mix.spread))
+    ranked = [max(0, count - a - b) for count, a, b in zip(counts, at_random, spread, strict=True)]
+    at_random = [min(a, count - best) for count, a, best in zip(counts, at_random, ranked, strict=True)]
+    keep = _places(rank) < column(ranked)
+    if any(at_random):
+        keep |= _places(torch.where(keep, -torch.inf, drawn)) < column(at_random)
+    done = [a + b for a, b in zip(ranked, at_random, strict=True)]
+    if done != list(counts):
+        left, wanted = column([max(1, rank.shape[1] - n) for n in done]), column(counts) - column(done)
+        place = (~keep).cumsum(-1)  # 1 to left, over the entries that are left
         keep |= ~keep & (place * wanted // left > (place - 1) * wanted // left)
     return keep
 
 
-def _best(rank: Tensor, count: int) -> Tensor:
-    return rank.sort(dim=-1, descending=True, stable=True).indices[:, : max(0, count)]
+def _places(rank: Tensor) -> Tensor:
+    """Place of each entry along the last axis, from 0; of two with the same rank the earlier one is first."""
+    order = rank.sort(dim=-1, descending=True, stable=True).indices
+    place = torch.arange(rank.shape[-1], device=rank.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place)

@@ -113,3 +113,19 @@ def test_repeated_rows_share_their_entries_and_free_those_of_lost_rows() -> None
 def test_counts_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(ValueError, match="counts add up to 3 entries, but there are 4"):
         PackedKV(torch.zeros(4, 2), torch.zeros(4, 2), ((1, 2),), (0,))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 4), st.data())
+def test_rows_picked_from_one_row(heads: int, seq: int, rows: int, data: st.DataObject) -> None:
+    packed, [row] = make([[seq] * heads], 0)
+    bits = data.draw(st.lists(st.booleans(), min_size=rows * heads * seq, max_size=rows * heads * seq))
+    keep = torch.tensor(bits, dtype=torch.bool).view(rows, heads, seq)
+    below = data.draw(
+        st.lists(st.lists(st.integers(0, 3), min_size=heads, max_size=heads), min_size=not rows, max_size=2)
+    )
+    others = [make([numbers], 1 + i) for i, numbers in enumerate(below)]
+    picked = packed.picked(keep, [block for block, _ in others])
+    expected = [[(keys[mask], values[mask]) for (keys, values), mask in zip(row, one, strict=True)] for one in keep]
+    assert_is(picked, expected + [model for _, [model] in others])
+    assert picked.keys.untyped_storage().nbytes() == picked.keys.nbytes

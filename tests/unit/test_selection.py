@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plphp import ConfigError, PLPHPConfig
-from plphp.selection import Mix, at_random, keep_mask, per_head, shared_by_heads
+from plphp.selection import Mix, at_random, keep_mask, keep_masks, per_head, shared_by_heads
 from plphp.types import LayerScores
 
 
@@ -195,6 +195,25 @@ def test_a_mix_keeps_as_many_and_its_parts_are_what_they_say(
         best = sorted(range(1, tokens + 1), key=lambda p: -float(rank[0, head, p]))[: max(0, ranked)]
         assert set(best) <= set(keep[0, head].nonzero()[:, 0].tolist())
     assert torch.equal(keep, keep_mask(rank, scores, [rate], config, mix))
+
+
+@settings(deadline=None)
+@given(
+    batches(),
+    st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    st.sampled_from([0, 0.3, 1]),
+    st.sampled_from([0, 0.5]),
+)
+def test_several_rates_at_once_are_each_alone(
+    batch: tuple[list[list[int]], Tensor, list[float], PLPHPConfig], more: list[float], random: float, spread: float
+) -> None:
+    segments, rank, rates, config = batch
+    scores = make_scores(segments, kv_heads=rank.shape[1])
+    mix = Mix(random=(1 - spread) * random, spread=spread)
+    several = [rates, *([rate] * len(segments) for rate in more)]
+    together = keep_masks(rank, scores, several, config, mix)
+    for found, one in zip(together, several, strict=True):
+        assert torch.equal(found, keep_mask(rank, scores, one, config, mix))
 
 
 def test_a_spread_leaves_no_gap_larger_than_its_stride() -> None:
