@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,14 +67,18 @@ def _attention_over(base: str) -> Callable[..., Result]:
         _refuse_unsupported_terms(module, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        hidden = pending.cache.hidden(pending.layer)
-        if hidden is not None:
-            attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2], query.dtype)
+        attend = partial(_stock(base, module), module, **kwargs)
         prefix = pending.cache.layers[pending.layer].prefix
-        if prefix is None:
-            output, _ = _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
+        hidden = pending.cache.hidden(pending.layer)
+        if hidden is not None and prefix is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
+            output = _among_shown(attend, query, key, value, attention_mask, hidden.to(key.device))
         else:
-            output = decode_attention(query, prefix, key, value, attention_mask, scaling)
+            if hidden is not None:
+                attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2], query.dtype)
+            if prefix is None:
+                output, _ = attend(query, key, value, attention_mask)
+            else:
+                output = decode_attention(query, prefix, key, value, attention_mask, scaling)
         pending.cache.after_attention(pending.layer, query, scaling)
         return output, None
 
@@ -109,6 +114,18 @@ def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dt
     if mask.dtype is torch.bool:
         return mask & shown
     return torch.where(shown, mask, torch.finfo(dtype).min)
+
+
+def _among_shown(
+    attend: Callable[..., Result], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, hidden: Tensor
+) -> Tensor:
+    """The same as with the mask of `hide`, for one whole prompt: what is hidden costs nothing."""
+    shown = (~hidden[0]).nonzero()[:, 0]
+    # Who sees nothing but itself gets its own value.
+    output = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
+    mask = None if mask is None else mask[..., shown, :][..., shown]
+    output[:, shown], _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)
+    return output
 
 
 def _stock(base: str, module: nn.Module) -> Callable[..., Result]:
