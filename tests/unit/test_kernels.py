@@ -388,9 +388,13 @@ def naive_mass(case: Case, position: int, index: int, real: Tensor, with_prefix:
     return naive_scores(one, weight, torch.tensor([position]), real, with_prefix)
 
 
+@pytest.mark.parametrize("at_once", [1, 3 * 6 * 9 * 3, scores.MASS_AT_ONCE])
 @pytest.mark.parametrize("kept", [*KEPT, None])
 @pytest.mark.parametrize("reduction", ["mean", "max"])
-def test_evidence_is_that_of_naive_rows(reduction: str, kept: str | None) -> None:
+def test_evidence_is_that_of_naive_rows(
+    monkeypatch: pytest.MonkeyPatch, reduction: str, kept: str | None, at_once: int
+) -> None:
+    monkeypatch.setattr(scores, "MASS_AT_ONCE", at_once)
     case = make(14, 3, 2, 3, 4, 9, kept=kept or "ragged")
     weight, position, real = window(case)
     vision = torch.zeros_like(real)

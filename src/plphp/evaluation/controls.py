@@ -43,7 +43,11 @@ def vision_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
 
 
 def smaller_inputs(
-    model: PreTrainedModel, processor: Any, sample: Sample, retention: float, turns: int = 1
+    model: PreTrainedModel,
+    processor: Any,
+    sample: Sample,
+    retention: float,
+    full: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Inputs for a sample whose images take about ``retention`` of their vision tokens.
 
@@ -58,24 +62,24 @@ def smaller_inputs(
     sample : Sample
     retention : float
         In (0, 1].
-    turns : int
-        See `plphp.evaluation.conversation.prompt_inputs`.
+    full : dict, optional
+        Inputs for the sample as it is, where they are known.
 
     Raises
     ------
     UnsupportedFeatureError
         If the images of this model cannot be made to take fewer tokens.
     """
-    full = prompt_inputs(processor, sample, turns)
+    full = prompt_inputs(processor, sample) if full is None else full
     if retention == 1:
         return full
     before, factor = vision_tokens(model, full), math.sqrt(retention)
     resized = dataclasses.replace(sample, images=tuple(_resized(image, factor) for image in sample.images))
-    inputs = prompt_inputs(processor, resized, turns)
+    inputs = prompt_inputs(processor, resized)
     if vision_tokens(model, inputs) < before:
         return inputs
     with _smaller_tower_input(model, processor, factor):
-        inputs = prompt_inputs(processor, sample, turns)
+        inputs = prompt_inputs(processor, sample)
     if vision_tokens(model, inputs) >= before:
         raise _refusal(model, "its processor makes as many vision tokens of smaller images")
     return inputs

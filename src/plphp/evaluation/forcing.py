@@ -83,7 +83,7 @@ def groups_of(
         if variant.images == "blank":
             groups.append(Group(prompt_inputs(processor, blank(sample)), (variant,)))
         elif variant.images == "smaller":
-            inputs = smaller_inputs(model, processor, sample, variant.retention or 1.0)
+            inputs = smaller_inputs(model, processor, sample, variant.retention or 1.0, plain)
             share = vision_tokens(model, inputs) / vision_tokens(model, plain)
             groups.append(Group(inputs, (variant,), share, interpolated=True))
     return groups

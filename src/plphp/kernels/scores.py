@@ -13,6 +13,8 @@ from ..types import Evidence
 
 KEYS_AT_ONCE = 2048
 """Keys that are held in float32 at once."""
+MASS_AT_ONCE = 2**18
+"""Attention weights of as many query rows as stay below are worked out at once."""
 
 PLAIN = Evidence()
 
@@ -82,7 +84,7 @@ def window_scores(
     WindowScores
         Computed in float32. NaN where a query or a visible key is NaN.
     """
-    batch, q_heads, window, _ = query.shape
+    batch, q_heads = query.shape[:2]
     kv_heads, seq = keys.shape[1:3]
     grouped = (query.float() * scaling).unflatten(1, (kv_heads, -1))
     seen = real[:, None] & (torch.arange(seq, device=keys.device) <= position[:, None])
@@ -94,30 +96,30 @@ def window_scores(
         result.best_rank = torch.full((batch, kv_heads, seq), seq, device=keys.device)
     if evidence.density is not None:
         result.density = torch.zeros_like(total[..., 0])
-    for row in range(window):
-        if not weight[:, row].any():
-            continue
-        one = grouped[:, :, :, row]
-        logits = torch.cat([one @ part.float().mT for part in keys.split(KEYS_AT_ONCE, dim=2)], dim=-1)
-        logits.masked_fill_(~seen[:, None, None, row], -torch.inf)
+    step = max(1, MASS_AT_ONCE // total.numel())
+    for rows in weight.any(0).nonzero()[:, 0].split(step):
+        part = grouped[:, :, :, rows].flatten(2, 3)
+        visible = seen[:, rows]
+        logits = torch.cat([part @ some.float().mT for some in keys.split(KEYS_AT_ONCE, dim=2)], dim=-1)
+        logits = logits.unflatten(2, (-1, len(rows))).masked_fill_(~visible[:, None, None], -torch.inf)
         lse = logits.logsumexp(-1)
         if prefix is not None:
-            lse = torch.logaddexp(lse, _prefix_lse(one, prefix))
+            lse = torch.logaddexp(lse, _prefix_lse(part, prefix).view_as(lse))
         mass = (logits - lse[..., None]).exp().flatten(1, 2)
         # A row that is all padding up to here has no mass to give; its weight is 0.
-        share = weight[:, row, None, None]
-        total += torch.where(share > 0, mass * share, 0)
+        share = weight[:, None, rows, None]
+        total += torch.where(share > 0, mass * share, 0).sum(2)
         if result.peak is not None:
-            result.peak = torch.where(share > 0, torch.maximum(result.peak, mass), result.peak)
+            result.peak = torch.maximum(result.peak, torch.where(share > 0, mass, 0).amax(2))
         if result.best_rank is not None:
-            candidates = seen[:, row] if vision is None else seen[:, row] & vision
+            candidates = visible if vision is None else visible & vision[:, None]
             of_group = mass.unflatten(1, (kv_heads, -1))
             rank = places(of_group.amax(2) if gqa_reduction == "max" else of_group.mean(2), candidates)
-            result.best_rank = torch.where(share > 0, torch.minimum(result.best_rank, rank), result.best_rank)
+            result.best_rank = torch.minimum(result.best_rank, torch.where(share > 0, rank, seq).amin(2))
         if result.density is not None and evidence.density is not None:
-            reached = (mass >= evidence.density * mass.amax(-1, keepdim=True)) & seen[:, None, row]
-            dense = reached.sum(-1) / seen[:, row].sum(-1, keepdim=True)
-            result.density += torch.where(share[..., 0] > 0, dense * share[..., 0], 0)
+            reached = (mass >= evidence.density * mass.amax(-1, keepdim=True)) & visible[:, None]
+            dense = reached.sum(-1) / visible.sum(-1)[:, None]
+            result.density += torch.where(share[..., 0] > 0, dense * share[..., 0], 0).sum(2)
     return result
 
 
@@ -129,14 +131,14 @@ def places(rank: Tensor, candidates: Tensor) -> Tensor:
     Parameters
     ----------
     rank : Tensor
-        float [batch, kv_heads, seq], higher is better.
+        float [batch, kv_heads, ..., seq], higher is better.
     candidates : Tensor
-        bool [batch, seq].
+        bool [batch, ..., seq].
 
     Returns
     -------
     Tensor
-        int64 [batch, kv_heads, seq].
+        int64 [batch, kv_heads, ..., seq].
     """
     hidden = ~candidates[:, None]
     seq = rank.shape[-1]
