@@ -127,6 +127,8 @@ SEVERAL_IMAGES = {"which_image": 1.3, "compare": 0.8, "order": 0.7}
 """Questions about several images at once, likewise."""
 ACROSS = 0.35
 """How often training asks one of the latter where a prompt has several images."""
+SOUGHT = ("colour_of", "relation", "lookup", "which_image", "order")
+"""Questions that find a thing by what it is; a model learns it much later than to find it by place or colour."""
 LARGEST_LIST = 12
 """Cells of the largest grid that is listed as a whole."""
 
@@ -345,8 +347,12 @@ def ask(rng: random.Random, scenes: Sequence[Scene], kind: str) -> Question | No
     return Question(kind, rng.choice(BEFORE) + text + rng.choice(AFTER), answer)
 
 
-def ask_any(rng: random.Random, scenes: Sequence[Scene]) -> Question | None:
-    """Ask a question of a random kind, as often as ``ONE_IMAGE`` and ``SEVERAL_IMAGES`` say."""
+def ask_any(rng: random.Random, scenes: Sequence[Scene], sought: float = 1.0) -> Question | None:
+    """Ask a question of a random kind.
+
+    As often as ``ONE_IMAGE`` and ``SEVERAL_IMAGES`` say, those in ``SOUGHT`` times ``sought``.
+    """
     across = len(scenes) > 1 and rng.random() < ACROSS
     weights = SEVERAL_IMAGES if across else ONE_IMAGE[rng.choice(scenes).kind]
-    return ask(rng, scenes, rng.choices(list(weights), list(weights.values()))[0])
+    shares = [share * sought if kind in SOUGHT else share for kind, share in weights.items()]
+    return ask(rng, scenes, rng.choices(list(weights), shares)[0])
