@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quality of every method on the bundled model: ``python benchmarks/quality.py PART``.
 
-PART is one of
+PART is one of, in this order:
 
-- ``test``         all methods at all retentions on the test split: benchmarks/results/quality.json, docs/quality/*.png
-- ``ablation``     choices within plphp and recall_rank on the development split: benchmarks/results/ablation.json
+- ``statistics``   answers' queries of the bundled model, for expected_attention, from development prompts: a file
+                   beside its weights
 - ``attention``    vision attention per layer and head over development prompts: benchmarks/results/attention.json
 - ``calibration``  thresholds from some development prompts, measured on others: benchmarks/results/calibration.json
+- ``ablation``     choices within methods on the development split: benchmarks/results/ablation.json
+- ``test``         all methods at all retentions on the test split: benchmarks/results/quality.json, docs/quality/*.png
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
 docs/quality.md from the results.
@@ -15,6 +17,7 @@ docs/quality.md from the results.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +30,7 @@ PLOTS = ROOT / "docs" / "quality"
 RETENTION = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1, 0.05)
 METHODS = (
     "plphp",
+    "expected_attention=expected_attention:statistics=bundled",
     "recall_rank",
     "uniform",
     "shared",
@@ -38,10 +42,9 @@ METHODS = (
     "pyramidkv",
     "vl_cache",
     "zipvl",
-    "value_norm",
     "plphp_defaults=plphp:retention_rate=0.4",
-    # These read the prompt anew for each retention.
-    "fastv@0.5+0.4+0.25",
+    # These read the prompt anew for each retention; layer 2 of 8 leaves fastv a quarter at least.
+    "fastv@0.5+0.25",
     "vtw@0.5+0.25+0.125",
     "downsample@0.5+0.25+0.1",
     "zero",
@@ -58,17 +61,28 @@ ABLATION = {
     "quota per image": "plphp:image_quota=per_image",
     "pooled over 3 tokens": "plphp:score_pool=3",
     "delta 0.1": "plphp:retention_delta=0.1",
+    "same rate in all layers": "uniform",
+    "random": "random",
+    "best rank of any row": "recall_rank",
+    "the same, by value norm": "recall_rank:value_norm=1",
+    "expected": "expected_attention:statistics=bundled,peak=0",
+    "expected, peak 1": "expected_attention:statistics=bundled,peak=1",
+    "expected, peak 2": "expected_attention:statistics=bundled,peak=2",
+    "expected, peak 4": "expected_attention:statistics=bundled,peak=4",
+    "expected, peak 2, random 0.25": "expected_attention:statistics=bundled,peak=2,random_share=0.25",
 }
-"""Choices within plphp; what is not named is as by default: the last row, mean over query heads, no layer exempt."""
+"""Choices within plphp; what is not named is as by default: the last row, mean over query heads, no layer exempt. Then
+other evidence, at the same rate in all layers."""
 
 
 def main() -> None:
     """Run one part."""
     parts: dict[str, Callable[[argparse.Namespace], None]] = {
-        "test": test,
-        "ablation": ablation,
+        "statistics": statistics,
         "attention": attention,
         "calibration": calibration,
+        "ablation": ablation,
+        "test": test,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
@@ -93,12 +107,22 @@ def _evaluate(arguments: argparse.Namespace, folder: str, **settings: Any) -> Pa
     return out
 
 
+def _presets() -> Iterator[str]:
+    """Methods with the fixed thresholds that the part ``calibration`` found."""
+    found = json.loads((RESULTS / "calibration.json").read_text(encoding="utf-8"))
+    names = ("retention_rate", "retention_delta", "attentive_threshold", "indifferent_threshold")
+    for row in found["targets"]:
+        settings = ",".join(f"{name}={row['config'][name]}" for name in names)
+        yield f"plphp_thresholds_{row['target']}=plphp:{settings}"
+
+
 def test(arguments: argparse.Namespace) -> None:
     """All methods on the test split."""
     from plphp.evaluation import save_score_plots, summarize, write_results
 
+    methods = (*METHODS, *_presets())
     out = _evaluate(
-        arguments, "test", split="test", methods=METHODS, retention=RETENTION, samples=arguments.samples or 500
+        arguments, "test", split="test", methods=methods, retention=RETENTION, samples=arguments.samples or 500
     )
     write_results(out, RESULTS / "quality.json", "random1")
     PLOTS.mkdir(parents=True, exist_ok=True)
@@ -129,6 +153,20 @@ def _prompts(processor: Any, each: int, seed: int) -> Iterator[dict[str, Any]]:
     for task in available_tasks().values():
         for sample in task.samples("dev", each, seed):
             yield prompt_inputs(processor, sample)
+
+
+def statistics(arguments: argparse.Namespace) -> None:
+    """Mean and covariance of the answers' queries."""
+    import plphp
+    from plphp.answer_queries import BUNDLED
+    from plphp.loading import load_model
+
+    if arguments.model is not None:
+        raise SystemExit("This part is for the bundled model: use plphp collect for another one.")
+    model, processor = load_model(None, "float32", None)
+    prompts = _prompts(processor, arguments.samples or 8, seed=3)
+    found = plphp.collect_answer_queries(model, prompts, progress=lambda step: print(step, file=sys.stderr))
+    dataclasses.replace(found, record={**found.record, "model": "the bundled model"}).save(BUNDLED)
 
 
 def attention(arguments: argparse.Namespace) -> None:

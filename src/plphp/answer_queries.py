@@ -24,6 +24,8 @@ AHEAD = (2, 8, 16, 28)
 KEYS_AT_ONCE = 1024
 """Keys whose covariance terms are held in float32 at once."""
 FORMAT = "plphp answer queries 1"
+BUNDLED = Path(__file__).parent / "reference_model" / "answer_queries.safetensors"
+"""Statistics of the bundled model, which the name ``bundled`` stands for."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,17 @@ _ADVICE = "make them with plphp collect or plphp.collect_answer_queries."
 
 
 def statistics_at(path: str) -> AnswerQueries:
-    """The statistics of a file, which is read again only when it has changed.
+    """The statistics of a file, or the bundled model's by the name ``bundled``.
+
+    A file is read again only when it has changed.
 
     Raises
     ------
     ConfigError
         See `AnswerQueries.load`.
     """
+    if path == "bundled":
+        path = str(BUNDLED)
     try:
         changed = os.stat(path).st_mtime_ns
     except OSError as error:
