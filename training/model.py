@@ -141,6 +141,8 @@ def build(
         num_key_value_heads=2 if small else 4,
         head_dim=16 if small else 32,
         max_position_embeddings=4096,
+        # At the default base of 10,000 most pairs of so small a head turn too far from a question to its image.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         initializer_range=0.04,
         bos_token_id=None,

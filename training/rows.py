@@ -77,12 +77,10 @@ def block_ids(turns: Sequence[questions.Question]) -> tuple[list[int], list[int]
     return ids[:-1], labels[:-1]
 
 
-def draw_turns(
-    rng: random.Random, drawn: Sequence[Scene], *, dialogues: float, sought: float
-) -> list[questions.Question]:
+def draw_turns(rng: random.Random, drawn: Sequence[Scene], *, dialogues: float) -> list[questions.Question]:
     """Ask one question, or two or three with probability ``dialogues``; none where the scenes allow none."""
     wanted = rng.choice((2, 2, 3)) if rng.random() < dialogues else 1
-    turns = [questions.ask_any(rng, drawn, sought) for _ in range(wanted)]
+    turns = [questions.ask_any(rng, drawn) for _ in range(wanted)]
     return [turn for turn in turns if turn is not None]
 
 
@@ -95,17 +93,9 @@ def draw_system(rng: random.Random) -> str:
 
 
 def make_row(
-    rng: random.Random,
-    n_images: int,
-    n_blocks: int,
-    largest: int = 5,
-    kinds: Sequence[scenes.Kind] = ("grid", "text"),
-    sought: float = 1.0,
+    rng: random.Random, n_images: int, n_blocks: int, largest: int = 5, kinds: Sequence[scenes.Kind] = ("grid", "text")
 ) -> Row:
-    """Draw scenes (training split) and as many conversations about them as fit into ``n_blocks`` blocks.
-
-    ``sought`` is for ``questions.ask_any``.
-    """
+    """Draw scenes (training split) and as many conversations about them as fit into ``n_blocks`` blocks."""
     drawn = scenes.make_scenes(rng, "train", n_images, largest=largest, kinds=kinds)
     prefix = prefix_ids(n_images, draw_system(rng))
     start = prefix_length(n_images)
@@ -121,7 +111,7 @@ def make_row(
     conversation, misses = 1, 0
     seen: set[str] = set()
     while misses < 10:
-        turns = draw_turns(rng, drawn, dialogues=0.15, sought=sought)
+        turns = draw_turns(rng, drawn, dialogues=0.15)
         if not turns or turns[0].answer in seen:
             misses += 1
             continue

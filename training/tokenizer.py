@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from plphp.evaluation.synthetic import questions, scenes, sprites
+from plphp.evaluation.synthetic import questions, scenes, sprites, truths
 
 PAD, END, IMAGE, SYSTEM, USER, ASSISTANT = (
     "<|pad|>",
@@ -31,7 +31,7 @@ first comes so where which what how many count compare difference above below
 
 def _words() -> list[str]:
     """Return every word of the questions, answers and system texts, in a fixed order."""
-    texts = [WORDS, *questions.SYSTEMS, *questions.IN_IMAGE, *questions.BEFORE, *questions.AFTER, *questions.SIDES]
+    texts = [WORDS, *questions.SYSTEMS, *questions.IN_IMAGE, *questions.BEFORE, *questions.AFTER, *truths.SIDES]
     texts += [*scenes.COLOURS, *sprites.SHAPES]
     texts += [phrase for group in questions.PHRASINGS.values() for phrase in group]
     words: dict[str, None] = {}

@@ -39,13 +39,10 @@ class Shape:
 
 
 GRID = Shape(("grid",), 1, 8, 8)
-PAGE = Shape(("text", "text", "table"), 1, 12, 3)
-PAGE_OR_TABLE = Shape(("text", "table"), 1, 12, 3)
+PAGE = Shape(("text", "table"), 1, 12, 3)
 ANY: tuple[scenes.Kind, ...] = ("grid", "grid", "grid", "text", "table")
 SEVERAL = (Shape(ANY, 2, 6, 6), Shape(ANY, 4, 4, 6))
 CHECKPOINT = "text.pt"
-HALF = 0.5
-"""Progress from which the questions that are learned last are asked more often."""
 
 
 def draw_shape(rng: random.Random, progress: float) -> Shape:
@@ -53,22 +50,15 @@ def draw_shape(rng: random.Random, progress: float) -> Shape:
 
     None has several images at first: single images are learned sooner, and carry over.
     """
-    several = 0.0 if progress < 0.12 else 0.4 if progress < 0.75 else 0.55
+    several = 0.0 if progress < 0.3 else 0.4 if progress < 0.6 else 0.55
     if rng.random() < several:
         return rng.choice(SEVERAL)
-    if rng.random() < 0.65:
-        return GRID
-    return PAGE if progress < HALF else PAGE_OR_TABLE
+    return GRID if rng.random() < 0.65 else PAGE
 
 
 def largest(progress: float) -> int:
     """Return how many rows and columns a grid may have: looking things up by place is learned on small ones."""
     return 3 if progress < 0.12 else 4 if progress < 0.25 else 5
-
-
-def sought(progress: float) -> float:
-    """Return the weight of the questions that are learned last, once the others are on their way."""
-    return 1.0 if progress < HALF else 3.0
 
 
 class _Stream(IterableDataset):
@@ -84,7 +74,7 @@ class _Stream(IterableDataset):
             progress = step / self.steps
             shape = draw_shape(rng, progress)
             made = [
-                rows.make_row(rng, shape.images, shape.blocks, largest(progress), shape.kinds, sought(progress))
+                rows.make_row(rng, shape.images, shape.blocks, largest(progress), shape.kinds)
                 for _ in range(shape.rows)
             ]
             pixels = torch.from_numpy(np.concatenate([row.pixels for row in made]))

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from plphp.evaluation.synthetic import questions, scenes
+from plphp.evaluation.synthetic import questions, scenes, truths
 from plphp.evaluation.synthetic.scenes import Scene
 
 
@@ -31,21 +31,31 @@ def _check_one(kind: str, question: questions.Question, scene: Scene) -> None:
     elif kind == "digit_of_colour":
         colour, digit = answer.split()[1], answer[-2]
         assert [i.value for i in scene.items if i.builder == "digit" and i.colour == colour] == [digit]
-    elif kind == "colour_of":
-        *_, value, _, colour = answer.rstrip(".").split()
-        assert [i.colour for i in scene.items if i.value == value] == [colour]
-    elif kind == "relation":
-        match = re.fullmatch(r"(Right of|Left of|Above|Below) the (\w+ \w+) is (?:an? )?(.+)\.", answer)
-        assert match is not None
-        down, right = {"Right of": (0, 1), "Left of": (0, -1), "Above": (-1, 0), "Below": (1, 0)}[match[1]]
-        item = things[match[2]]
-        assert scene.cell(item.row + down, item.col + right) == match[3]
-        assert f"{match[1].lower()} " in text
-    elif kind == "lookup":
-        match = re.fullmatch(r"The value of (\w) is (\w+)\.", answer)
-        assert match is not None
+    elif kind in ("colour_of", "colours_of"):
+        said = re.findall(r"The (?:digit )?(\w+) is (\w+)\.", answer)
+        assert len(said) == 1 if kind == "colour_of" else 2 <= len(said) <= 4
+        for value, colour in said:
+            assert [i.colour for i in scene.items if i.value == value] == [colour]
+            assert value in text
+    elif kind in ("relation", "neighbours"):
+        sides = {"Right of": (0, 1), "Left of": (0, -1), "Above": (-1, 0), "Below": (1, 0)}
+        said = re.findall(r"(Right of|Left of|Above|Below) the (\w+ \w+) is (?:an? )?([\w ]+)\.", answer)
+        item = things[said[0][1]]
+        for side, thing, content in said:
+            down, right = sides[side]
+            assert things[thing] is item
+            assert scene.cell(item.row + down, item.col + right) == content
+            assert kind == "neighbours" or f"{side.lower()} " in text
+        near = [(item.row + down, item.col + right) for down, right in sides.values()]
+        inside = sum(1 <= row <= scene.rows and 1 <= col <= scene.cols for row, col in near)
+        assert len(said) == (inside if kind == "neighbours" else 1)
+        assert said[0][1] in text
+    elif kind in ("lookup", "read_table"):
+        said = re.findall(r"The value of (\w) is (\w+)\.", answer)
         lines = [scene.line(r) for r in range(1, scene.rows + 1)]
-        assert [line[1:] for line in lines if line[0] == match[1]] == [match[2]]
+        assert len(said) == (1 if kind == "lookup" else len(lines))
+        for key, value in said:
+            assert [line[1:] for line in lines if line[0] == key] == [value]
     elif kind == "read_line":
         row, code = re.fullmatch(r"Line (\d) says (\w+)\.", answer).groups()  # type: ignore[union-attr]
         assert scene.line(int(row)) == code
@@ -70,7 +80,7 @@ def _check_one(kind: str, question: questions.Question, scene: Scene) -> None:
         raise AssertionError(f"no check for {kind}")
 
 
-@pytest.mark.parametrize("kind", questions.ABOUT_ONE)
+@pytest.mark.parametrize("kind", truths.ABOUT_ONE)
 def test_answers_about_one_image_follow_from_it(kind: str) -> None:
     rng = random.Random(11)
     asked = 0
@@ -83,7 +93,7 @@ def test_answers_about_one_image_follow_from_it(kind: str) -> None:
     assert asked >= 8
 
 
-@pytest.mark.parametrize("kind", questions.ABOUT_SEVERAL)
+@pytest.mark.parametrize("kind", truths.ABOUT_SEVERAL)
 def test_answers_about_several_images_follow_from_them(kind: str) -> None:
     rng = random.Random(12)
     asked = 0
@@ -113,7 +123,7 @@ def test_with_several_images_the_question_names_the_image() -> None:
     rng = random.Random(13)
     for _ in range(50):
         question = questions.ask_any(rng, scenes.make_scenes(rng, "test", 2))
-        assert question is None or "image" in question.text or question.kind in questions.ABOUT_SEVERAL
+        assert question is None or "image" in question.text or question.kind in truths.ABOUT_SEVERAL
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is true of scenes: for each kind of question, something to ask about them and the answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from . import sprites
+from .scenes import Item, Scene
+
+SIDES = {"right of": (0, 1), "left of": (0, -1), "above": (-1, 0), "below": (1, 0)}
+LARGEST_LIST = 12
+"""Cells of the largest grid that is listed as a whole."""
+MOST_THINGS = 4
+"""Things that are asked for at once."""
+
+Asked = tuple[dict[str, object], str] | None
+"""What the phrasings of a question name, and the answer; None where the scenes do not allow the question."""
+
+
+def _article(content: str) -> str:
+    """Return "red star" as "a red star", "orange 4" as "an orange 4", "nothing" unchanged."""
+    if content == "nothing":
+        return content
+    return ("an " if content[0] in "aeiou" else "a ") + content
+
+
+def _row(scene: Scene, row: int) -> str:
+    return ", ".join(scene.cell(row, col) for col in range(1, scene.cols + 1)) + "."
+
+
+def _thing(value: str) -> str:
+    return f"digit {value}" if value in sprites.DIGITS else value
+
+
+def _single(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
+    """Return the items whose ``key`` no other item shares."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return [group[0] for group in groups.values() if len(group) == 1]
+
+
+def _only(rng: random.Random, items: Sequence[Item], key: Callable[[Item], str]) -> Item | None:
+    """Return a random item whose ``key`` no other item shares, or None."""
+    single = _single(items, key)
+    return rng.choice(single) if single else None
+
+
+def _all_of(things: Sequence[str]) -> str:
+    """Return "the star, the cross and the digit 2"."""
+    *first, last = [f"the {thing}" for thing in things]
+    return f"{', '.join(first)} and {last}"
+
+
+def _beside(rng: random.Random, scene: Scene) -> tuple[str, dict[str, str]] | None:
+    """Return a thing of its own kind, and for each side of it what is there; None where there is no such thing."""
+    item = _only(rng, scene.items, lambda i: f"{i.colour} {i.value}")
+    if item is None:
+        return None
+    thing = f"{item.colour} {item.value}"
+    inside = {
+        side: (item.row + down, item.col + right)
+        for side, (down, right) in SIDES.items()
+        if 1 <= item.row + down <= scene.rows and 1 <= item.col + right <= scene.cols
+    }
+    return thing, {
+        side: f"{side.capitalize()} the {thing} is {_article(scene.cell(*place))}." for side, place in inside.items()
+    }
+
+
+def _cell(rng: random.Random, scene: Scene) -> Asked:
+    r, c = rng.randint(1, scene.rows), rng.randint(1, scene.cols)
+    return {"r": r, "c": c}, f"Row {r}, column {c} shows {_article(scene.cell(r, c))}."
+
+
+def _digit_of_colour(rng: random.Random, scene: Scene) -> Asked:
+    item = _only(rng, [i for i in scene.items if i.builder == "digit"], lambda i: i.colour)
+    return None if item is None else ({"colour": item.colour}, f"The {item.colour} digit is {item.value}.")
+
+
+def _colour_of(rng: random.Random, scene: Scene) -> Asked:
+    item = _only(rng, scene.items, lambda i: i.value)
+    if item is None:
+        return None
+    return {"thing": _thing(item.value)}, f"The {_thing(item.value)} is {item.colour}."
+
+
+def _colours_of(rng: random.Random, scene: Scene) -> Asked:
+    items = _single(scene.items, lambda i: i.value)
+    if len(items) < 2:
+        return None
+    chosen = rng.sample(items, rng.randint(2, min(MOST_THINGS, len(items))))
+    said = [f"The {_thing(item.value)} is {item.colour}." for item in chosen]
+    return {"things": _all_of([_thing(item.value) for item in chosen])}, " ".join(said)
+
+
+def _relation(rng: random.Random, scene: Scene) -> Asked:
+    found = _beside(rng, scene)
+    if found is None:
+        return None
+    thing, said = found
+    side = rng.choice(list(said))
+    return {"side": side, "thing": thing}, said[side]
+
+
+def _neighbours(rng: random.Random, scene: Scene) -> Asked:
+    found = _beside(rng, scene)
+    return None if found is None else ({"thing": found[0]}, " ".join(found[1].values()))
+
+
+def _lookup(rng: random.Random, scene: Scene) -> Asked:
+    r = rng.randint(1, scene.rows)
+    key = scene.at[r, 1].value
+    return {"key": key}, f"The value of {key} is {scene.line(r, 2)}."
+
+
+def _read_table(rng: random.Random, scene: Scene) -> Asked:
+    said = [f"The value of {scene.at[r, 1].value} is {scene.line(r, 2)}." for r in range(1, scene.rows + 1)]
+    return {}, "\n".join(said)
+
+
+def _read_line(rng: random.Random, scene: Scene) -> Asked:
+    r = rng.randint(1, scene.rows)
+    return {"r": r}, f"Line {r} says {scene.line(r)}."
+
+
+def _read_colour(rng: random.Random, scene: Scene) -> Asked:
+    r = rng.randint(1, scene.rows)
+    colour = scene.at[r, 1].colour
+    return {"colour": colour}, f"The {colour} text says {scene.line(r)}."
+
+
+def _list_row(rng: random.Random, scene: Scene) -> Asked:
+    r = rng.randint(1, scene.rows)
+    return {"r": r}, f"Row {r} shows: {_row(scene, r)}"
+
+
+def _list_grid(rng: random.Random, scene: Scene) -> Asked:
+    if scene.rows * scene.cols > LARGEST_LIST:
+        return None
+    return {}, "\n".join(f"Row {r}: {_row(scene, r)}" for r in range(1, scene.rows + 1))
+
+
+def _read_page(rng: random.Random, scene: Scene) -> Asked:
+    return {}, "\n".join(f"Line {r}: {scene.line(r)}" for r in range(1, scene.rows + 1))
+
+
+def _count(rng: random.Random, scene: Scene) -> Asked:
+    if not scene.items:
+        return None
+    colour = rng.choice(scene.items).colour
+    rows = [
+        [i.value for i in sorted(scene.items, key=lambda i: i.col) if i.row == r and i.colour == colour]
+        for r in range(1, scene.rows + 1)
+    ]
+    lines = [f"Row {r}: {', '.join(row) if row else 'nothing'}." for r, row in enumerate(rows, start=1)]
+    return {"colour": colour}, "\n".join([*lines, f"{sum(map(len, rows))} in all."])
+
+
+ABOUT_ONE: dict[str, Callable[[random.Random, Scene], Asked]] = {
+    "cell": _cell,
+    "digit_of_colour": _digit_of_colour,
+    "colour_of": _colour_of,
+    "colours_of": _colours_of,
+    "relation": _relation,
+    "neighbours": _neighbours,
+    "lookup": _lookup,
+    "read_table": _read_table,
+    "read_line": _read_line,
+    "read_colour": _read_colour,
+    "list_row": _list_row,
+    "list_grid": _list_grid,
+    "read_page": _read_page,
+    "count": _count,
+}
+
+
+def _owners(scenes: Sequence[Scene]) -> dict[str, int]:
+    """Return the things that only one image shows: value -> number of the image."""
+    found: dict[str, set[int]] = {}
+    for k, scene in enumerate(scenes, start=1):
+        for item in scene.items if scene.kind == "grid" else ():
+            found.setdefault(item.value, set()).add(k)
+    return {value: min(where) for value, where in sorted(found.items()) if len(where) == 1}
+
+
+def _which_image(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
+    owners = _owners(scenes)
+    if not owners or sum(scene.kind == "grid" for scene in scenes) < 2:
+        return None
+    value, k = rng.choice(list(owners.items()))
+    return {"thing": _thing(value)}, f"The {_thing(value)} is in image {k}."
+
+
+def _which_images(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
+    owners = _owners(scenes)
+    if len(owners) < 2 or sum(scene.kind == "grid" for scene in scenes) < 2:
+        return None
+    chosen = rng.sample(list(owners), rng.randint(2, min(MOST_THINGS, len(owners))))
+    said = [f"The {_thing(value)} is in image {owners[value]}." for value in chosen]
+    return {"things": _all_of([_thing(value) for value in chosen])}, " ".join(said)
+
+
+def _compare(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
+    grids = [k for k, scene in enumerate(scenes, start=1) if scene.kind == "grid"]
+    if len(grids) < 2:
+        return None
+    i, k = sorted(rng.sample(grids, 2))
+    first, second = scenes[i - 1], scenes[k - 1]
+    r, c = rng.randint(1, min(first.rows, second.rows)), rng.randint(1, min(first.cols, second.cols))
+    shown = _article(first.cell(r, c)), _article(second.cell(r, c))
+    return {"r": r, "c": c, "i": i, "k": k}, f"Image {i} shows {shown[0]} there, and image {k} shows {shown[1]}."
+
+
+def _order(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
+    owners = _owners(scenes)
+    pairs = [(a, b) for a in owners for b in owners if owners[a] != owners[b]]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    first = _thing(a if owners[a] < owners[b] else b)
+    where = f"The {_thing(a)} is in image {owners[a]} and the {_thing(b)} in image {owners[b]}"
+    return {"thing": _thing(a), "other": _thing(b)}, f"{where}, so the {first} comes first."
+
+
+ABOUT_SEVERAL: dict[str, Callable[[random.Random, Sequence[Scene]], Asked]] = {
+    "which_image": _which_image,
+    "which_images": _which_images,
+    "compare": _compare,
+    "order": _order,
+}
