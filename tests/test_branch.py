@@ -12,6 +12,7 @@ from torch import Tensor
 import plphp
 from invariants import attention_set
 from plphp import ConfigError, PLPHPConfig, PrunedCache, SpanError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.branching import _Reader
 from test_invariants import FAMILIES
 from tiny_models import TINY, tiny_model
 
@@ -185,3 +186,17 @@ def test_under_inference_mode(llava: Any) -> None:
     with torch.inference_mode():
         branches = plphp.branch(llava, inputs, [*CONFIGS, PLPHPConfig(method="oracle")], answer_ids=DRAFT)
         assert draft_logits(llava, branches.cache, len(CONFIGS) + 1).isfinite().all()
+
+
+def test_rows_are_merged_on_the_device_of_the_model(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another device as default: the CPU stands for a GPU, so that what is made without a device is elsewhere."""
+    merged = _Reader.merged
+
+    def elsewhere(*args: Any) -> PrunedCache:
+        with torch.device("meta"):
+            return merged(*args)
+
+    inputs, configs = TINY["llava"].inputs(llava), [*CONFIGS[:4], PLPHPConfig.parse(STAGE[0])]
+    expected = draft_logits(llava, plphp.branch(llava, inputs, configs).cache, len(configs))
+    monkeypatch.setattr(_Reader, "merged", elsewhere)
+    assert torch.equal(draft_logits(llava, plphp.branch(llava, inputs, configs).cache, len(configs)), expected)

@@ -312,7 +312,7 @@ class _Reader(PrunedCache):
         for number, layer in enumerate(self.layers):
             if number in self._pruned:
                 keys, values = self._pruned[number].tail()
-                whole = torch.ones(keys.shape[:3], dtype=torch.bool)
+                whole = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
                 keep = torch.cat([whole[:0], *(one[number][0] for one in chosen)])
                 block = compact_kv(keys, values, whole).picked(keep, [row[number][0] for row in prefilled])
                 records = [*(one[number][1] for one in chosen), *(row[number][1] for row in prefilled)]
