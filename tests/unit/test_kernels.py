@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plphp.kernels import compact_kv, decode, decode_attention, scores, window_scores
 from plphp.packed import PackedKV
@@ -131,16 +133,22 @@ def test_attention_is_naive_attention(
     assert_attention(attend(case), case.naive(case.visible()), dtype)
 
 
+@pytest.mark.parametrize("which", ["query", "tail_keys", "tail_values"])
 @pytest.mark.parametrize("kept", KEPT)
-def test_attention_has_a_gradient(kept: str) -> None:
+def test_attention_has_a_gradient(kept: str, which: str) -> None:
     case = make(3, 3, length=3, tail=4, kept=kept, value_dim=KEY_DIM)
     expected = attend(case)
-    case.query.requires_grad_()
+    given = getattr(case, which).requires_grad_()
     out = attend(case)
-    out.square().sum().backward()
-    assert case.query.grad is not None
-    assert case.query.grad.abs().amax((1, 3)).min() > 0
     torch.testing.assert_close(out, expected)
+    generator = torch.Generator().manual_seed(4)
+    weight, step = noise(generator, *out.shape), 1e-2 * noise(generator, *given.shape)
+    (out * weight).sum().backward()
+    with torch.no_grad():
+        moved = [attend(dataclasses.replace(case, **{which: given + sign * step})) for sign in (1, -1)]
+    assert given.grad is not None
+    rise = ((moved[0] - moved[1]) * weight).sum().item() / 2
+    assert (given.grad * step).sum().item() == pytest.approx(rise, rel=0.02)
 
 
 @settings(deadline=None, max_examples=60)
@@ -229,6 +237,57 @@ def test_long_queries_are_cut(monkeypatch: pytest.MonkeyPatch, limit: int, kept:
     monkeypatch.undo()
     assert_attention(cut, case.naive(visible))
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
+
+
+class FusedCalls(TorchDispatchMode):
+    """Notes the masks that torch's fused kernel for CPUs is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[Tensor | None] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.masks.append((kwargs or {}).get("attn_mask"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("limit", [1, 150, 700])
+@pytest.mark.parametrize("kept", ["ragged", "dense"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_queries_of_the_fused_kernel_are_cut(
+    monkeypatch: pytest.MonkeyPatch, limit: int, kept: str, masked: bool
+) -> None:
+    case = make(5, length=11, tail=13, kept=kept, value_dim=KEY_DIM)
+    visible = case.visible(tail_padding(case)[:, None, None]) if masked else case.visible()
+    monkeypatch.setattr(decode, "MAX_LOGITS", limit)
+    with FusedCalls() as calls:
+        cut = attend(case, visible[..., case.keys.shape[2] :] if masked else None)
+    sizes = [mask.numel() for mask in calls.masks if mask is not None]
+    assert len(sizes) > 1
+    assert max(sizes) <= max(limit, 2 * 4 * 13)
+    assert_attention(cut, case.naive(visible))
+
+
+@WIDTHS
+@pytest.mark.parametrize("kept", ["ragged", "dense"])
+@pytest.mark.parametrize("hidden", [False, -torch.inf, torch.finfo(torch.float32).min])
+def test_a_query_that_sees_nothing_of_the_tail_sees_the_prefix(hidden: float, kept: str, value_dim: int) -> None:
+    case = make(16, length=3, tail=4, kept=kept, value_dim=value_dim)
+    shown = torch.ones(2, 1, 3, 4, dtype=torch.bool).tril(1)
+    shown[0, :, :2], shown[1, :, 1] = False, False
+    mask = shown if hidden is False else torch.zeros(shown.shape).masked_fill(~shown, hidden)
+    assert_attention(attend(case, mask), case.naive(case.visible(shown)))
+
+
+@WIDTHS
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("which", ["query", "tail_keys", "tail_values"])
+def test_any_strides_will_do(which: str, group: int, value_dim: int) -> None:
+    case = make(17, group=group, length=3, tail=4, value_dim=value_dim)
+    expected = case.naive(case.visible())
+    setattr(case, which, getattr(case, which).mT.contiguous().mT)
+    assert_attention(attend(case), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

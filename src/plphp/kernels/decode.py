@@ -31,6 +31,8 @@ def tail_bias(mask: Tensor | None, query_length: int, tail_length: int, dtype: t
         Additive [batch or 1, q_heads or 1, query, tail]; None where every query sees the whole tail.
     """
     device = None if mask is None else mask.device
+    # Finite, as torch's fused kernel gives a log-sum-exp of 0 to a query that sees nothing.
+    lowest = torch.finfo(dtype).min
     causal = None
     if (mask is None or mask.ndim == 2) and query_length > 1:
         causal = torch.ones(query_length, tail_length, dtype=torch.bool, device=device)
@@ -43,10 +45,10 @@ def tail_bias(mask: Tensor | None, query_length: int, tail_length: int, dtype: t
     elif mask.dtype is torch.bool:
         visible = mask
     else:
-        return mask.to(dtype)
+        return mask.to(dtype).clamp(min=lowest)
     if visible is None:
         return None
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, lowest)
 
 
 def decode_attention(
@@ -84,8 +86,20 @@ def decode_attention(
     bias = tail_bias(mask, length, tail, torch.float32)
     bias = None if bias is None else bias.to(query.device)
     grouped = (query * scaling).unflatten(1, (kv_heads, q_heads // kv_heads))
-    if query.device.type == "cpu" and tail_values.shape[-1] == query.shape[-1] and not query.requires_grad:
-        out = _attend_fused(grouped, prefix, tail_keys, tail_values, bias)
+    if _can_be_fused(grouped, tail_keys, tail_values):
+        # The bias is spread over the query heads of a KV head.
+        step = length if bias is None else max(1, MAX_LOGITS // (batch * q_heads * tail))
+        parts = [
+            _attend_fused(
+                grouped[:, :, :, start : start + step],
+                prefix,
+                tail_keys,
+                tail_values,
+                None if bias is None else bias[:, :, start : start + step],
+            )
+            for start in range(0, length, step)
+        ]
+        out = torch.cat(parts, dim=3)
     elif prefix.dense is not None:
         out = _attend(grouped, *prefix.dense, tail_keys, tail_values, bias)
     else:
@@ -147,13 +161,24 @@ def _attend(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
+def _can_be_fused(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> bool:
+    """Whether `_attend_fused` gives what `_attend` gives."""
+    states = (query, tail_keys, tail_values)
+    return (
+        query.device.type == "cpu"
+        and tail_values.shape[-1] == query.shape[-1]
+        # The kernel does not look at the last stride. Log-sum-exps have no gradient.
+        and all(one.stride(-1) == 1 and not one.requires_grad for one in states)
+    )
+
+
 def _attend_fused(
     query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Attend with query [batch, kv_heads, group, query, dim] on a CPU.
 
     Prefix and tail go through torch's fused kernel, and are merged by their log-sum-exps: no public function returns
-    these on a CPU, and they have no gradient.
+    these on a CPU.
     """
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     batch, _, group = query.shape[:3]
