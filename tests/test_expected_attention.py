@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import plphp
 from invariants import assert_same_generation, eager_attention, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import AnswerQueries, ConfigError, PLPHPConfig, PrunedCache, UnsupportedModelError
 from plphp.answer_queries import AHEAD, LayerQueries, expected_attention
+from plphp.methods.expected_attention import METHOD
 from plphp.rotary import Rotation
 from plphp.rotary_probe import find_rotations
+from plphp.types import LayerScores
 from test_branch import assert_rows_are_ordinary_runs
 from test_invariants import FAMILIES
 from test_turns import two_turns
@@ -226,6 +229,28 @@ def test_kept_are_the_best_places(family: str, peak: float, folder: Path) -> Non
             ]
             top = sorted(range(len(vision)), key=order.__getitem__)[: len(kept)]
             assert kept == sorted(vision[j] for j in top)
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.1, 0.5, 1.1, 2, 3])
+def test_ties_alone_go_by_what_is_expected(weight: float) -> None:
+    tokens, generator = 60, torch.Generator().manual_seed(3)
+    by_expected, by_peak = (torch.randperm(tokens, generator=generator) for _ in range(2))
+    scores = LayerScores(
+        attention=torch.rand(1, 1, tokens, generator=generator),
+        segment=torch.zeros(1, tokens, dtype=torch.int64),
+        real=torch.ones(1, tokens, dtype=torch.bool),
+        layer=0,
+        kv_heads=1,
+        peak=-by_peak.view(1, 1, -1).float(),
+        expected=-by_expected.view(1, 1, -1).float(),
+    )
+    config = PLPHPConfig(method="expected_attention", options={"statistics": "any", "peak": weight})
+    places = [
+        (min(Fraction(e), Fraction(str(weight)) * p), e)
+        for e, p in zip(by_expected.tolist(), by_peak.tolist(), strict=True)
+    ]
+    order = METHOD.rank(scores, config)[0, 0].argsort(descending=True).tolist()
+    assert order == sorted(range(tokens), key=places.__getitem__)
 
 
 def best_attention(model: Any, inputs: dict[str, Any], begin: int) -> dict[int, Tensor]:

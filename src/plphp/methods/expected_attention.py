@@ -33,6 +33,9 @@ OPTIONS = {
     "random_share": Option(0.0, low=0, high=1),
 }
 
+TIE = 2.0**-32
+"""Weight of what settles ties between places, in float64."""
+
 
 def evidence(config: PLPHPConfig) -> Evidence:
     """The expected attention, and the peaks if they are to count."""
@@ -47,8 +50,8 @@ def rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     best = expected.double()
     if weight:
         best = torch.minimum(best, weight * places(by_peak(scores, config), scores.vision))
-    # Places are integers below the length: the second part settles ties and no more.
-    return -(best + expected / (1 + weight) / (1 + expected.shape[-1]))
+    # Too small to reach the next place of either, whatever the weight: it settles ties and no more.
+    return -(best + expected * TIE)
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
