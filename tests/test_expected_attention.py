@@ -19,7 +19,7 @@ from transformers import DynamicCache
 import plphp
 from invariants import assert_same_generation, eager_attention, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import AnswerQueries, ConfigError, PLPHPConfig, PrunedCache, UnsupportedModelError
-from plphp.answer_queries import AHEAD, LayerQueries, expected_attention
+from plphp.answer_queries import AHEAD, FORMAT, LayerQueries, expected_attention
 from plphp.methods.expected_attention import METHOD
 from plphp.rotary import Rotation
 from plphp.rotary_probe import find_rotations
@@ -320,6 +320,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
     refused("not a safetensors file", tmp_path / "text")
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
     refused("does not hold the statistics", tmp_path / "other")
+    about = {"format": FORMAT, "interleaved": '{"0": false}', "record": "{}"}
+    save_file({"0.mean": torch.zeros(4, 12)}, tmp_path / "lacking", metadata=about)
+    refused(r"are broken \(KeyError\('0.covariance'\)\): make them with plphp collect", tmp_path / "lacking")
     other = settings(folder, "qwen3-vl").options["statistics"]
     refused("4 decoder layers, and this one has 3", other)
     with pytest.raises(ConfigError, match=r"'statistics'.*must be text, got 3"):

@@ -96,15 +96,18 @@ class AnswerQueries:
             raise ConfigError(f"Cannot read the statistics {path}: {error.strerror or error}. {_ADVICE}") from error
         except SafetensorError as error:
             raise ConfigError(f"{path} is not a safetensors file: {error}. {_ADVICE}") from error
-        layers = {
-            int(number): LayerQueries(
-                tensors[f"{number}.mean"],
-                tensors[f"{number}.covariance"],
-                Rotation(tensors[f"{number}.frequencies"], turned),
-            )
-            for number, turned in json.loads(about["interleaved"]).items()
-        }
-        return cls(layers, json.loads(about["record"]))
+        try:
+            layers = {
+                int(number): LayerQueries(
+                    tensors[f"{number}.mean"],
+                    tensors[f"{number}.covariance"],
+                    Rotation(tensors[f"{number}.frequencies"], turned),
+                )
+                for number, turned in json.loads(about["interleaved"]).items()
+            }
+            return cls(layers, json.loads(about["record"]))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"The statistics {path} are broken ({error!r}): {_ADVICE}") from error
 
     def of(self, layer: int) -> LayerQueries:
         """Those of a layer.
@@ -130,18 +133,20 @@ class AnswerQueries:
 _ADVICE = "make them with plphp collect or plphp.collect_answer_queries."
 
 
-def statistics_at(path: str) -> AnswerQueries:
-    """The statistics of a file, or the bundled model's by the name ``bundled``.
+def statistics_file(name: str) -> Path:
+    """The file that the option ``statistics`` names: a path, or the bundled model's by the name ``bundled``."""
+    return BUNDLED if name == "bundled" else Path(name)
 
-    A file is read again only when it has changed.
+
+def statistics_at(name: str) -> AnswerQueries:
+    """The statistics of a file, see `statistics_file`. It is read again only when it has changed.
 
     Raises
     ------
     ConfigError
         See `AnswerQueries.load`.
     """
-    if path == "bundled":
-        path = str(BUNDLED)
+    path = statistics_file(name)
     try:
         changed = os.stat(path).st_mtime_ns
     except OSError as error:

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+import plphp
 import tiny_hub
 from plphp.errors import ConfigError, LoadError
-from plphp.evaluation import EvalSettings, evaluate, read_results, summarize, write_results
+from plphp.evaluation import EvalSettings, available_tasks, evaluate, read_results, summarize, write_results
+from plphp.evaluation.conversation import prompt_inputs
 from plphp.evaluation.store import read_config, read_records
 from plphp.evaluation.workers import run_workers
 
@@ -176,6 +178,23 @@ def test_results_hold_where_they_come_from(finished: Path, tmp_path: Path) -> No
     assert "outcomes" not in (tmp_path / "quality.json").read_text()
     with pytest.raises(ConfigError, match="no folder"):
         write_results(finished, tmp_path / "not" / "there.json")
+
+
+def test_statistics_that_were_made_again_make_another_evaluation(tmp_path: Path, bundled: Any) -> None:
+    model, processor = bundled
+    path = tmp_path / "answers.safetensors"
+    sample = next(available_tasks()["cell"].samples("dev", 1, 0))
+    found = plphp.collect_answer_queries(model, [prompt_inputs(processor, sample)], max_new_tokens=5)
+    found.save(path)
+    settings = dataclasses.replace(
+        SETTINGS, methods=(f"expected_attention:statistics={path}",), tasks=("cell",), samples=1
+    )
+    evaluate(settings, tmp_path / "out")
+    evaluate(settings, tmp_path / "out", progress=lambda *_: pytest.fail("done already"))
+    layers = {n: dataclasses.replace(layer, mean=-layer.mean) for n, layer in found.layers.items()}
+    plphp.AnswerQueries(layers, found.record).save(path)
+    with pytest.raises(ConfigError, match=r"another evaluation: statistics\..*answers.safetensors is"):
+        evaluate(settings, tmp_path / "out")
 
 
 class TestRefused:

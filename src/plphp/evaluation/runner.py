@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..answer_queries import statistics_file
 from ..errors import ConfigError, PLPHPError, UnsupportedFeatureError, did_you_mean
 from ..loading import load_model
+from ..registry import get_method
 from ..suitability import method_for, refuse_unanswered
 from .answering import accepted_answers, decode_sample, generate_samples
 from .controls import smaller_inputs
@@ -202,10 +205,18 @@ def _config(
             }
             for one in variants
         ],
+        "statistics": _statistics(variants),
         "refused": dict(refused),
         "tasks": [{**{name: getattr(task, name) for name in attributes}, "mode": modes[task.name]} for task in tasks],
         **about,
     }
+
+
+def _statistics(variants: Sequence[Variant]) -> dict[str, str]:
+    """SHA-256 of the files of statistics that methods rank by: one that was made again makes another evaluation."""
+    named = {get_method(one.config.method).evidence(one.config).expected for one in variants}
+    files = {name: statistics_file(name) for name in sorted(filter(None, named))}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
 def _todo(

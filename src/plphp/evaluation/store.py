@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import ConfigError, LoadError, one_line
 
 FORMAT = 1
-COMPARED = ("format", "settings", "variants", "model", "versions")
+COMPARED = ("format", "settings", "variants", "statistics", "model", "versions")
 """What has to be the same for a folder to be gone on with; date and hardware may differ."""
 
 
@@ -143,7 +143,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """What differs between two configurations, in words."""
     found = []
     for key in COMPARED:
-        old, new = before.get(key), now.get(key)
+        old, new = before.get(key, {}), now.get(key, {})
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             for name in dict.fromkeys([*old, *new]):
                 if old.get(name) != new.get(name):
