@@ -3,8 +3,8 @@
 
 PART is one of, in this order:
 
-- ``statistics``   answers' queries of the bundled model, for expected_attention, from development prompts: a file
-                   beside its weights
+- ``bank``         queries of the bundled model's answers to development prompts, for query_bank: a file beside its
+                   weights
 - ``attention``    vision attention per layer and head over development prompts: benchmarks/results/attention.json
 - ``calibration``  thresholds from some development prompts, measured on others: benchmarks/results/calibration.json
 - ``ablation``     choices within methods on the development split: benchmarks/results/ablation.json
@@ -30,7 +30,7 @@ PLOTS = ROOT / "docs" / "quality"
 RETENTION = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1, 0.05)
 METHODS = (
     "plphp",
-    "expected_attention=expected_attention:statistics=bundled",
+    "query_bank=query_bank:bank=bundled",
     "recall_rank",
     "uniform",
     "shared",
@@ -65,11 +65,11 @@ ABLATION = {
     "random": "random",
     "best rank of any row": "recall_rank",
     "the same, by value norm": "recall_rank:value_norm=1",
-    "expected": "expected_attention:statistics=bundled,peak=0",
-    "expected, peak 1": "expected_attention:statistics=bundled,peak=1",
-    "expected, peak 2": "expected_attention:statistics=bundled,peak=2",
-    "expected, peak 4": "expected_attention:statistics=bundled,peak=4",
-    "expected, peak 2, random 0.25": "expected_attention:statistics=bundled,peak=2,random_share=0.25",
+    "bank": "query_bank:bank=bundled",
+    "bank, mean": "query_bank:bank=bundled,reduce=mean",
+    "bank, best rank": "query_bank:bank=bundled,reduce=best_rank",
+    "bank, without value norm": "query_bank:bank=bundled,value_norm=0",
+    "bank, random 0.25": "query_bank:bank=bundled,random_share=0.25",
 }
 """Choices within plphp; what is not named is as by default: the last row, mean over query heads, no layer exempt. Then
 other evidence, at the same rate in all layers."""
@@ -78,7 +78,7 @@ other evidence, at the same rate in all layers."""
 def main() -> None:
     """Run one part."""
     parts: dict[str, Callable[[argparse.Namespace], None]] = {
-        "statistics": statistics,
+        "bank": bank,
         "attention": attention,
         "calibration": calibration,
         "ablation": ablation,
@@ -155,17 +155,17 @@ def _prompts(processor: Any, each: int, seed: int) -> Iterator[dict[str, Any]]:
             yield prompt_inputs(processor, sample)
 
 
-def statistics(arguments: argparse.Namespace) -> None:
-    """Mean and covariance of the answers' queries."""
+def bank(arguments: argparse.Namespace) -> None:
+    """Queries of answers to prompts that no other part uses."""
     import plphp
-    from plphp.answer_queries import BUNDLED
     from plphp.loading import load_model
+    from plphp.query_bank import BUNDLED
 
     if arguments.model is not None:
         raise SystemExit("This part is for the bundled model: use plphp collect for another one.")
     model, processor = load_model(None, "float32", None)
     prompts = _prompts(processor, arguments.samples or 8, seed=3)
-    found = plphp.collect_answer_queries(model, prompts, progress=lambda step: print(step, file=sys.stderr))
+    found = plphp.collect_query_bank(model, prompts, progress=lambda step: print(step, file=sys.stderr))
     dataclasses.replace(found, record={**found.record, "model": "the bundled model"}).save(BUNDLED)
 
 

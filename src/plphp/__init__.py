@@ -10,11 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answer_queries import AnswerQueries
     from .branching import Branches, branch
     from .cache import PrunedCache
     from .calibration import RetentionMeasurement, calibrate, measure_retention
-    from .collecting import collect_answer_queries
+    from .collecting import collect_query_bank
     from .config import PLPHPConfig
     from .errors import (
         BackendUnavailableError,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     )
     from .profile_report import AttentionProfile
     from .profiling import profile
+    from .query_bank import QueryBank
     from .registry import available_families, available_methods, register_family, register_method
     from .report import PruneReport
     from .session import Session, apply, prune, remove
@@ -36,11 +36,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "answer_queries": ("AnswerQueries",),
     "branching": ("Branches", "branch"),
     "cache": ("PrunedCache",),
     "calibration": ("RetentionMeasurement", "calibrate", "measure_retention"),
-    "collecting": ("collect_answer_queries",),
+    "collecting": ("collect_query_bank",),
     "config": ("PLPHPConfig",),
     "errors": (
         "BackendUnavailableError",
@@ -55,6 +54,7 @@ _MODULES = {
     ),
     "profile_report": ("AttentionProfile",),
     "profiling": ("profile",),
+    "query_bank": ("QueryBank",),
     "registry": ("available_families", "available_methods", "register_family", "register_method"),
     "report": ("PruneReport",),
     "session": ("Session", "apply", "prune", "remove"),
@@ -62,7 +62,6 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "AnswerQueries",
     "AttentionProfile",
     "BackendUnavailableError",
     "Branches",
@@ -74,6 +73,7 @@ __all__ = [
     "PLPHPError",
     "PruneReport",
     "PrunedCache",
+    "QueryBank",
     "RetentionMeasurement",
     "Session",
     "SpanError",
@@ -84,7 +84,7 @@ __all__ = [
     "available_methods",
     "branch",
     "calibrate",
-    "collect_answer_queries",
+    "collect_query_bank",
     "measure_retention",
     "profile",
     "prune",

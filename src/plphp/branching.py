@@ -196,7 +196,7 @@ def _plans(
             queries = torch.zeros(1, spans.end + answer, dtype=torch.bool)
             queries[:, spans.end :] = True
             plan.queries, plan.spans = queries, _extended(spans, answer)
-        combined = config.gqa_reduction if plan.evidence.best_rank or plan.evidence.expected else ""
+        combined = config.gqa_reduction if plan.evidence.best_rank else ""
         plans.append(known.setdefault((method.needs_answer, plan.evidence, combined), plan))
     return plans
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queries of a model's own answers, for the methods that foretell what an answer looks at."""
+"""The queries of a model's own answers, for the method that asks with them what an answer will look at."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,65 +11,77 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .answer_queries import AnswerQueries, LayerQueries
 from .cache import PrunedCache
 from .config import PLPHPConfig
 from .errors import ConfigError
 from .provenance import provenance
+from .query_bank import LayerBank, QueryBank
 from .rotary import Rotation
 from .rotary_probe import find_rotations
 
+SAMPLES = 400
 
-class _Moments:
-    """Running first and second moments of queries, float64."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: Tensor | float = 0.0
-        self.second: Tensor | float = 0.0
+class _Reservoir:
+    """A uniform sample of the tokens of all answers, whose number is not known beforehand: the same for all layers."""
 
-    def add(self, query: Tensor) -> None:
-        """Add queries [q_heads, tokens, dim]."""
-        query = query.double()
-        self.count += query.shape[1]
-        self.first = self.first + query.sum(1)
-        self.second = self.second + query.mT @ query
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.ahead: dict[int, int] = {}
+        self.queries: dict[int, dict[int, Tensor]] = {}
+        self._seen: dict[int, int] = {}
+        self._places: list[int] = []
+        self._random = random.Random(seed)
 
-    def of_layer(self, rotation: Rotation) -> LayerQueries:
-        """Mean and covariance."""
-        mean = torch.as_tensor(self.first) / self.count
-        covariance = torch.as_tensor(self.second) / self.count - mean[..., :, None] * mean[..., None, :]
-        return LayerQueries(mean.float(), covariance.float(), rotation)
+    @property
+    def seen(self) -> int:
+        """Tokens of answers so far."""
+        return max(self._seen.values(), default=0)
+
+    def add(self, layer: int, ahead: int, query: Tensor) -> None:
+        """Take the next query [q_heads, dim] of a layer, or let it go."""
+        number = self._seen.get(layer, 0)
+        self._seen[layer] = number + 1
+        if number == len(self._places):
+            self._places.append(number if number < self.size else self._random.randrange(number + 1))
+        place = self._places[number]
+        if place < self.size:
+            self.ahead[place] = ahead
+            self.queries.setdefault(place, {})[layer] = query.cpu()
 
 
 class _Listener(PrunedCache):
     """Evicts nothing, and hears the queries of what is generated."""
 
-    moments: Mapping[int, _Moments]
+    reservoir: _Reservoir
     rotations: Mapping[int, Rotation]
+    prompt = 0
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
+        end = self._pruned[layer_idx].get_seq_length()
         in_prompt = self._plan is not None
         super().after_attention(layer_idx, query, scaling)
         if in_prompt:
+            self.prompt = end
             return
-        end = self._pruned[layer_idx].get_seq_length()
-        position = torch.arange(end - query.shape[2], end, device=query.device)
-        if self.turn is not None:
-            position = position + self.turn.after[0].to(query.device)
-        self.moments[layer_idx].add(self.rotations[layer_idx].turned(query[0], -position).cpu())
+        delta = 0 if self.turn is None else int(self.turn.after[0])
+        for column, place in enumerate(range(end - query.shape[2], end)):
+            turned = self.rotations[layer_idx].turned(query[0, :, column], -(place + delta))
+            self.reservoir.add(layer_idx, place - self.prompt, turned)
 
 
-def collect_answer_queries(
+def collect_query_bank(
     model: PreTrainedModel,
     prompts: Iterable[Mapping[str, Any]],
     *,
+    samples: int = SAMPLES,
     max_new_tokens: int = 128,
+    seed: int = 0,
     progress: Callable[[str], None] = lambda step: None,
-) -> AnswerQueries:
-    """Let a model answer prompts greedily, unpruned, and take the mean and covariance of its answers' queries.
+) -> QueryBank:
+    """Let a model answer prompts greedily, unpruned, and keep a sample of the queries that it wrote its answers with.
 
-    Take prompts like those that will be pruned, but others: a few dozen are enough for hundreds of query rows.
+    Take prompts like those that will be pruned, but others: a few dozen.
 
     Parameters
     ----------
@@ -76,35 +89,40 @@ def collect_answer_queries(
         A supported vision-language model, in evaluation mode.
     prompts : iterable of mapping
         Inputs of ``generate`` with one row, without padding, and with at least one vision token.
+    samples : int
+        Tokens of answers whose queries are kept, at random; all if there are fewer.
     max_new_tokens : int
         Longest answer.
+    seed : int
+        Of the sample.
     progress : callable
         Told what is going on, in a few words.
 
     Returns
     -------
-    AnswerQueries
-        Save it for the option ``statistics`` of the method ``expected_attention``.
+    QueryBank
+        Save it for the option ``bank`` of the method ``query_bank``.
 
     Raises
     ------
     ConfigError
-        If a prompt has several rows or no vision token, or all answers together have fewer than two tokens after
-        their first.
+        If a prompt has several rows or no vision token, or no answer has a second token.
     UnsupportedModelError
         If it is not known how the model turns its queries, see `plphp.rotary_probe.find_rotations`.
 
     Examples
     --------
-    >>> plphp.collect_answer_queries(model, prompts).save("answers.safetensors")  # doctest: +SKIP
+    >>> plphp.collect_query_bank(model, prompts).save("bank.safetensors")  # doctest: +SKIP
     """
+    if samples < 1:
+        raise ConfigError(f"samples must be at least 1, got {samples}.")
     rotations = find_rotations(model)
-    moments = {layer: _Moments() for layer in rotations}
+    reservoir = _Reservoir(samples, seed)
     count = 0
     for count, inputs in enumerate(prompts, 1):
         progress(f"prompt {count}")
         cache = _Listener.for_inputs(model, inputs, PLPHPConfig(method="none"))
-        cache.moments, cache.rotations = moments, rotations
+        cache.reservoir, cache.rotations = reservoir, rotations
         _check_prompt(cache, count)
         generate: Any = model.generate
         generate(
@@ -116,13 +134,25 @@ def collect_answer_queries(
             num_return_sequences=1,
         )
         del cache  # the model is as it was when no cache is left
-    rows = min((one.count for one in moments.values()), default=0)
-    if rows < 2:
+    if not reservoir.queries:
         raise ConfigError(
-            f"{count} prompt(s) gave {rows} query rows of answers: give more prompts, or ones with longer answers."
+            f"{count} prompt(s) gave no answer of more than one token, so no query of an answer: give others, or a "
+            "larger max_new_tokens."
         )
-    record = {**provenance(model), "prompts": count, "query_rows": rows, "max_new_tokens": max_new_tokens}
-    return AnswerQueries({layer: one.of_layer(rotations[layer]) for layer, one in moments.items()}, record)
+    record = {
+        **provenance(model),
+        "prompts": count,
+        "answer_tokens": reservoir.seen,
+        "samples": len(reservoir.queries),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    kept = sorted(reservoir.queries)
+    layers = {
+        layer: LayerBank(torch.stack([reservoir.queries[place][layer] for place in kept], dim=1), rotation)
+        for layer, rotation in rotations.items()
+    }
+    return QueryBank(layers, torch.tensor([reservoir.ahead[place] for place in kept]), record)
 
 
 def _check_prompt(cache: _Listener, number: int) -> None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .answer_queries import expected_attention, statistics_at
 from .config import PLPHPConfig
 from .errors import ConfigError, NonFiniteAttentionError
 from .kernels import window_scores
 from .layer import PrunedLayer
 from .methods.base import Method
+from .query_bank import bank_at
 from .selection import keep_masks, pooled
 from .spans import query_mask
 from .types import Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
@@ -130,10 +130,14 @@ class PromptPlan:
         real = real.to(keys.device)
         segment = self.spans.segment[:, tail].to(keys.device)
         asked = self.queries[:, tail].to(keys.device)
+        own = torch.cat(queries, dim=2)
+        if self.evidence.bank is None:
+            weight = (wanted / wanted.sum(1, keepdim=True)).to(keys.device)
+            rows = own, weight, (position - layer.prefix_length).to(keys.device)
+        else:
+            rows = self._from_bank(self.evidence.bank, layer_idx, own, keys.shape[2])
         found = window_scores(
-            torch.cat(queries, dim=2),
-            (wanted / wanted.sum(1, keepdim=True)).to(keys.device),
-            (position - layer.prefix_length).to(keys.device),
+            *rows,
             keys,
             real,
             layer.prefix,
@@ -160,17 +164,22 @@ class PromptPlan:
             value_norm=torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
             if self.evidence.value_norm
             else None,
-            expected=self._expected(layer_idx, keys, segment >= 0, scaling),
         )
 
-    def _expected(self, layer_idx: int, keys: Tensor, vision: Tensor, scaling: float) -> Tensor | None:
-        if self.evidence.expected is None:
-            return None
-        position = self.spans.real.sum(1)
+    def _from_bank(self, name: str, layer_idx: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of answers behind the prompt, in the place of the prompt's ``own`` [batch, q_heads, window, dim].
+
+        Also their weights and their places in the tail, see `plphp.kernels.window_scores`.
+        """
+        bank = bank_at(name)
+        begin = self.spans.real.sum(1, keepdim=True)
         if self.rope_delta is not None:
-            position = position + self.rope_delta[:, 0].to(position.device)
-        queries = statistics_at(self.evidence.expected).of(layer_idx)
-        return expected_attention(queries, keys, position, vision, scaling, self.gqa_reduction)
+            begin = begin + self.rope_delta.to(begin.device)
+        position = (begin + bank.ahead).to(own.device)
+        queries = bank.of(layer_idx).at(position, own.shape[1], own.shape[3])
+        samples = position.shape[1]
+        weight = torch.full(position.shape, 1 / samples, device=own.device)
+        return queries, weight, torch.full((samples,), seq, device=own.device)
 
     def withdraw(self, layer_idx: int, method: Method, config: PLPHPConfig, layers: int) -> None:
         """Let a method of the prompt stage take vision tokens out, once the layer before has been scored."""

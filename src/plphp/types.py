@@ -77,8 +77,8 @@ class Evidence:
         Ask for `LayerScores.density` at this fraction of a row's maximum.
     value_norm : bool
         Ask for `LayerScores.value_norm`.
-    expected : str, optional
-        Ask for `LayerScores.expected` by the statistics in this file.
+    bank : str, optional
+        Name of a query bank (`plphp.query_bank.bank_file`), whose queries take the place of the prompt's own rows.
     """
 
     rows: QueryRows = 1
@@ -87,7 +87,7 @@ class Evidence:
     best_rank: bool = False
     density: float | None = None
     value_norm: bool = False
-    expected: str | None = None
+    bank: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,6 @@ class LayerScores:
         the row's maximum, averaged over the query rows.
     value_norm : Tensor, optional
         float32 [batch, kv_heads, seq]; L2 norm of the values.
-    expected : Tensor, optional
-        float32 [batch, kv_heads, seq]; logarithm of the attention that the answer is expected to give, see
-        `plphp.answer_queries.expected_attention`.
     """
 
     attention: Tensor
@@ -138,7 +135,6 @@ class LayerScores:
     best_rank: Tensor | None = None
     density: Tensor | None = None
     value_norm: Tensor | None = None
-    expected: Tensor | None = None
 
     @property
     def vision(self) -> Tensor:

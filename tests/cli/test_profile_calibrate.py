@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import tiny_hub
-from plphp import AnswerQueries, AttentionProfile, PLPHPConfig
+from plphp import AttentionProfile, PLPHPConfig, QueryBank
 from plphp.cli import app
 from plphp.cli.calibrate import split
 from plphp.prompts_file import read_prompts
@@ -211,21 +211,21 @@ class TestCalibrate:
 
 
 class TestCollect:
-    def test_the_statistics_serve_generate(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
-        out = tmp_path / "answers.safetensors"
+    def test_the_bank_serves_generate(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
+        out = tmp_path / "bank.safetensors"
         values = json.loads(
             ok("collect", "--model", folder, "--prompts", prompts, "--max-new-tokens", 5, "--out", out, "--json")
         )
         assert (values["prompts"], values["model"]) == (10, str(folder))
-        assert dict(AnswerQueries.load(out).record) == {key: values[key] for key in values if key != "file"}
+        assert dict(QueryBank.load(out).record) == {key: values[key] for key in values if key != "file"}
         shown = json.loads(
             ok(
                 *("generate", "--model", folder, "--image", prompts.parent / "0.png", "--prompt", "What?", "--json"),
-                *("--config", f"expected_attention:statistics={out},retention_rate=0.25"),
+                *("--config", f"query_bank:bank={out},retention_rate=0.25"),
             )
         )
-        assert shown["report"]["config"]["method"] == "expected_attention"
-        assert "query rows of 10 answer(s)" in ok(
+        assert shown["report"]["config"]["method"] == "query_bank"
+        assert "tokens in 10 answer(s)" in ok(
             "collect", "--model", folder, "--prompts", prompts, "--max-new-tokens", 5, "--out", out
         )
 

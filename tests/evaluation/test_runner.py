@@ -180,20 +180,17 @@ def test_results_hold_where_they_come_from(finished: Path, tmp_path: Path) -> No
         write_results(finished, tmp_path / "not" / "there.json")
 
 
-def test_statistics_that_were_made_again_make_another_evaluation(tmp_path: Path, bundled: Any) -> None:
+def test_a_bank_that_was_made_again_makes_another_evaluation(tmp_path: Path, bundled: Any) -> None:
     model, processor = bundled
-    path = tmp_path / "answers.safetensors"
+    path = tmp_path / "bank.safetensors"
     sample = next(available_tasks()["cell"].samples("dev", 1, 0))
-    found = plphp.collect_answer_queries(model, [prompt_inputs(processor, sample)], max_new_tokens=5)
+    found = plphp.collect_query_bank(model, [prompt_inputs(processor, sample)], max_new_tokens=5)
     found.save(path)
-    settings = dataclasses.replace(
-        SETTINGS, methods=(f"expected_attention:statistics={path}",), tasks=("cell",), samples=1
-    )
+    settings = dataclasses.replace(SETTINGS, methods=(f"query_bank:bank={path}",), tasks=("cell",), samples=1)
     evaluate(settings, tmp_path / "out")
     evaluate(settings, tmp_path / "out", progress=lambda *_: pytest.fail("done already"))
-    layers = {n: dataclasses.replace(layer, mean=-layer.mean) for n, layer in found.layers.items()}
-    plphp.AnswerQueries(layers, found.record).save(path)
-    with pytest.raises(ConfigError, match=r"another evaluation: statistics\..*answers.safetensors is"):
+    dataclasses.replace(found, ahead=found.ahead + 1).save(path)
+    with pytest.raises(ConfigError, match=r"another evaluation: query_banks\..*bank.safetensors is"):
         evaluate(settings, tmp_path / "out")
 
 

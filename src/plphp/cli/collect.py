@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plphp collect``: statistics of the model's answers, for the method ``expected_attention``."""
+"""``plphp collect``: queries of the model's own answers, for the method ``query_bank``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from .profile import BUNDLED
 @app.command()
 def collect(
     prompts: Annotated[Path, typer.Option(help='JSON Lines: {"images": [paths], "question": text}, or "turns".')],
-    out: Annotated[Path, typer.Option(help="safetensors file to write the statistics to.")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write the query bank to.")],
     model: Annotated[str | None, typer.Option(help="Hub id or folder; default: the bundled model.")] = None,
+    samples: Annotated[int, typer.Option(help="Tokens of answers whose queries are kept.", min=1)] = 400,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=2)] = 128,
+    seed: Annotated[int, typer.Option(help="Of the sample.", min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the model answer prompts like yours, unpruned, and note what the queries of its answers are like."""
+    """Let the model answer prompts like yours, unpruned, and keep a sample of the queries of its answers."""
     if not out.parent.is_dir():
-        raise ConfigError(f"There is no folder {out.parent} to write the statistics to.")
+        raise ConfigError(f"There is no folder {out.parent} to write the query bank to.")
     if out.is_dir():
-        raise ConfigError(f"{out} is a folder: name the file to write the statistics to.")
+        raise ConfigError(f"{out} is a folder: name the file to write the query bank to.")
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.collecting import collect_answer_queries
+        from plphp.collecting import collect_query_bank
         from plphp.loading import load_processor, load_weights
         from plphp.prompts_file import prompt_inputs, read_prompts
 
@@ -42,10 +44,12 @@ def collect(
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     with progress("answering", quiet=as_json) as tell:
-        found = collect_answer_queries(
+        found = collect_query_bank(
             weights,
             prompt_inputs(processor, given, weights.device),
+            samples=samples,
             max_new_tokens=max_new_tokens,
+            seed=seed,
             progress=lambda step: tell(f"{step} of {len(given)}"),
         )
     found = dataclasses.replace(found, record={**found.record, "model": model or BUNDLED})
@@ -53,5 +57,6 @@ def collect(
     if as_json:
         print_json({"file": str(out), **found.record})
         return
-    print(f"{found.record['query_rows']} query rows of {found.record['prompts']} answer(s)")
+    tokens = f"{found.record['samples']} of {found.record['answer_tokens']} tokens"
+    print(f"queries of {tokens} in {found.record['prompts']} answer(s)")
     print(out)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..answer_queries import statistics_file
 from ..errors import ConfigError, PLPHPError, UnsupportedFeatureError, did_you_mean
 from ..loading import load_model
+from ..query_bank import bank_file
 from ..registry import get_method
 from ..suitability import method_for, refuse_unanswered
 from .answering import accepted_answers, decode_sample, generate_samples
@@ -205,17 +205,17 @@ def _config(
             }
             for one in variants
         ],
-        "statistics": _statistics(variants),
+        "query_banks": _query_banks(variants),
         "refused": dict(refused),
         "tasks": [{**{name: getattr(task, name) for name in attributes}, "mode": modes[task.name]} for task in tasks],
         **about,
     }
 
 
-def _statistics(variants: Sequence[Variant]) -> dict[str, str]:
-    """SHA-256 of the files of statistics that methods rank by: one that was made again makes another evaluation."""
-    named = {get_method(one.config.method).evidence(one.config).expected for one in variants}
-    files = {name: statistics_file(name) for name in sorted(filter(None, named))}
+def _query_banks(variants: Sequence[Variant]) -> dict[str, str]:
+    """SHA-256 of the query banks that methods rank by: one that was made again makes another evaluation."""
+    named = {get_method(one.config.method).evidence(one.config).bank for one in variants}
+    files = {name: bank_file(name) for name in sorted(filter(None, named))}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 

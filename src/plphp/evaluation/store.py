@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import ConfigError, LoadError, one_line
 
 FORMAT = 1
-COMPARED = ("format", "settings", "variants", "statistics", "model", "versions")
+COMPARED = ("format", "settings", "variants", "query_banks", "model", "versions")
 """What has to be the same for a folder to be gone on with; date and hardware may differ."""
 
 

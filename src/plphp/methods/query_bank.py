@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask the prompt with queries of other answers: each KV head keeps what any of them would look at. Our own; no paper.
+
+The last prompt token ranks what the answer says *first*; the rest of an answer, or a later question, looks elsewhere.
+The queries with which the model wrote answers to *other* prompts are kept once (``plphp collect``), per layer and query
+head, without their rotary position. Turned to the places behind a new prompt, they stand for the answer that is not
+there yet. With A the softmax attention over all keys that a query t of the bank gives, and v_j the value of entry j:
+
+    s[j] = max over t of A[t, j]     times ||v_j|| with ``value_norm=1``
+
+the query heads of a KV head combined by ``gqa_reduction``. ``reduce`` may be the mean over the bank, or the best place
+(see `plphp.methods.recall_rank`) instead. ``random_share`` of each head's places is drawn at random from what the
+ranking leaves. Related: arXiv:2510.00636 foretells the attention of later queries from the distribution of the
+prompt's own.
+"""
+
+from torch import Tensor
+
+from ..allocation import uniform
+from ..config import PLPHPConfig
+from ..errors import ConfigError
+from ..options import Option, settings
+from ..query_bank import bank_at
+from ..selection import Mix, by_best_rank, by_peak, by_value_norm, per_head
+from ..types import Evidence, LayerScores
+from .base import Method
+
+RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_rank}
+OPTIONS = {
+    "bank": Option(""),
+    "reduce": Option("peak", choices=tuple(RANKERS)),
+    "value_norm": Option(1, low=0, high=1),
+    "random_share": Option(0.0, low=0, high=1),
+}
+
+
+def evidence(config: PLPHPConfig) -> Evidence:
+    """What the option ``reduce`` looks at, under the queries of the bank."""
+    chosen = settings(OPTIONS, config.options)
+    return Evidence(
+        bank=chosen["bank"],
+        peak=chosen["reduce"] == "peak",
+        best_rank=chosen["reduce"] == "best_rank",
+        value_norm=chosen["value_norm"] == 1,
+    )
+
+
+def rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+    """The score s of the module's docstring."""
+    score = RANKERS[settings(OPTIONS, config.options)["reduce"]](scores, config)
+    return score * by_value_norm(scores, config) if scores.value_norm is not None else score
+
+
+def check(config: PLPHPConfig, layers: int) -> None:
+    """There is a bank, of a model of this depth, and nothing else is to ask."""
+    name = settings(OPTIONS, config.options)["bank"]
+    if not name:
+        raise ConfigError(
+            "The method 'query_bank' needs queries of the model's answers: collect them with `plphp collect` and "
+            "give their file, as in 'query_bank:bank=bank.safetensors'."
+        )
+    if config.query_rows is not None:
+        raise ConfigError(
+            f"The method 'query_bank' asks with the queries of its bank, got query_rows={config.query_rows!r}: leave "
+            "it out."
+        )
+    found = bank_at(name).decoder_layers
+    if found != layers:
+        raise ConfigError(
+            f"The query bank {name} is of a model with {found} decoder layers, and this one has {layers}: collect one "
+            "with this model."
+        )
+
+
+METHOD = Method(
+    name="query_bank",
+    summary="every KV head keeps what the queries of other answers would look at",
+    paper="control: own, queries of other answers in the place of the last row of arXiv:2502.14504",
+    allocate=uniform,
+    rank=rank,
+    options=OPTIONS,
+    evidence=evidence,
+    mix=lambda config: Mix(random=settings(OPTIONS, config.options)["random_share"]),
+    check=check,
+)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sample of the queries with which a model wrote answers, to ask new prompts what an answer will look at."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import ConfigError
+from .rotary import Rotation
+
+FORMAT = "plphp query bank 1"
+BUNDLED = Path(__file__).parent / "reference_model" / "query_bank.safetensors"
+"""Bank of the bundled model, which the name ``bundled`` stands for."""
+_ADVICE = "make it with plphp collect or plphp.collect_query_bank."
+
+
+@dataclass(frozen=True)
+class LayerBank:
+    """Queries of one layer, turned back to position 0.
+
+    Positions count the tokens of a row from 0, ahead by ``rope_deltas`` with m-RoPE. A model that counts from another
+    number (PaliGemma: 1) has its queries turned by a constant here, and the same constant is missing when they are
+    turned on, so that it cancels.
+
+    Parameters
+    ----------
+    queries : Tensor
+        float [q_heads, samples, dim].
+    rotation : Rotation
+        That of the layer.
+    """
+
+    queries: Tensor
+    rotation: Rotation
+
+    def at(self, position: Tensor, q_heads: int, dim: int) -> Tensor:
+        """The queries as they would be at other positions.
+
+        Parameters
+        ----------
+        position : Tensor
+            int64 [batch, samples]; rotary position of each query.
+        q_heads, dim : int
+            Query heads of the model's layer, and their dimension.
+
+        Returns
+        -------
+        Tensor
+            float32 [batch, q_heads, samples, dim], on the device of ``position``.
+
+        Raises
+        ------
+        ConfigError
+            If the bank is of a model with other heads.
+        """
+        if (self.queries.shape[0], self.queries.shape[2]) != (q_heads, dim):
+            raise ConfigError(
+                f"The query bank is of {self.queries.shape[0]} query heads of dimension {self.queries.shape[2]}, and "
+                f"this model has {q_heads} of dimension {dim}: collect one with this model."
+            )
+        queries = self.queries.to(position.device).expand(len(position), -1, -1, -1)
+        return self.rotation.turned(queries, position[:, None])
+
+
+@dataclass(frozen=True)
+class QueryBank:
+    """Queries of answers, see `plphp.collect_query_bank`.
+
+    Parameters
+    ----------
+    layers : mapping of int to LayerBank
+        By decoder layer; full-attention layers only.
+    ahead : Tensor
+        int64 [samples]; how many tokens after the prompt each query came.
+    record : mapping
+        JSON-ready: the model and how the bank was made; ``decoder_layers`` among it.
+    """
+
+    layers: Mapping[int, LayerBank]
+    ahead: Tensor
+    record: Mapping[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, with the queries in bfloat16."""
+        tensors, interleaved = {"ahead": self.ahead}, {}
+        for number, layer in self.layers.items():
+            tensors[f"{number}.queries"] = layer.queries.to(torch.bfloat16).contiguous()
+            tensors[f"{number}.frequencies"] = layer.rotation.frequencies.clone()
+            interleaved[number] = layer.rotation.interleaved
+        about = {"format": FORMAT, "interleaved": json.dumps(interleaved), "record": json.dumps(dict(self.record))}
+        save_file(tensors, path, metadata=about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> QueryBank:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be read, or is something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != FORMAT:
+                    raise ConfigError(f"{path} does not hold a query bank: {_ADVICE}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except OSError as error:
+            raise ConfigError(f"Cannot read the query bank {path}: {error.strerror or error}. {_ADVICE}") from error
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is not a safetensors file: {error}. {_ADVICE}") from error
+        try:
+            layers = {
+                int(number): LayerBank(tensors[f"{number}.queries"], Rotation(tensors[f"{number}.frequencies"], turned))
+                for number, turned in json.loads(about["interleaved"]).items()
+            }
+            return cls(layers, tensors["ahead"], json.loads(about["record"]))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"The query bank {path} is broken ({error!r}): {_ADVICE}") from error
+
+    def of(self, layer: int) -> LayerBank:
+        """That of a layer.
+
+        Raises
+        ------
+        ConfigError
+            If there is none.
+        """
+        if layer not in self.layers:
+            known = ", ".join(map(str, self.layers))
+            raise ConfigError(f"The query bank is of the layers {known}, not of layer {layer}: collect one again.")
+        return self.layers[layer]
+
+    @property
+    def decoder_layers(self) -> int:
+        """Decoder layers of the model that the bank is of."""
+        return int(self.record["decoder_layers"])
+
+
+def bank_file(name: str) -> Path:
+    """The file that the option ``bank`` names: a path, or the bundled model's by the name ``bundled``."""
+    return BUNDLED if name == "bundled" else Path(name)
+
+
+def bank_at(name: str) -> QueryBank:
+    """The bank of a file, see `bank_file`. It is read again only when it has changed.
+
+    Raises
+    ------
+    ConfigError
+        See `QueryBank.load`.
+    """
+    path = bank_file(name)
+    try:
+        changed = os.stat(path).st_mtime_ns
+    except OSError as error:
+        raise ConfigError(f"Cannot read the query bank {path}: {error.strerror or error}. {_ADVICE}") from error
+    return _read(os.path.abspath(path), changed)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: str, changed: int) -> QueryBank:
+    return QueryBank.load(path)
