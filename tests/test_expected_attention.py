@@ -342,10 +342,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
 
 def test_prompts_that_cannot_be_collected_from_are_refused() -> None:
     model, tiny = tiny_model("llava"), TINY["llava"]
-    with pytest.raises(ConfigError, match="Prompt 1 has 2 rows or padding"):
+    with pytest.raises(ConfigError, match="Prompt 1 has 2 rows or padding") as padded:
         plphp.collect_answer_queries(model, [tiny.inputs(model, [1, 1])])
     with pytest.raises(ConfigError, match="Prompt 2 has no vision token"):
         plphp.collect_answer_queries(model, [*prompts("llava", 1), tiny.inputs(model, [0])])
+    assert "generate" not in model.__dict__, padded  # the error is kept, and what its traceback holds
     with pytest.raises(ConfigError, match=r"0 prompt\(s\) gave 0 query rows"):
         plphp.collect_answer_queries(model, [])
     with pytest.raises(ConfigError, match=r"1 prompt\(s\) gave 0 query rows"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .answer_queries import AnswerQueries, LayerQueries
+from .attachment import Lease
 from .cache import PrunedCache
 from .config import PLPHPConfig
 from .errors import ConfigError
@@ -101,21 +102,26 @@ def collect_answer_queries(
     rotations = find_rotations(model)
     moments = {layer: _Moments() for layer in rotations}
     count = 0
-    for count, inputs in enumerate(prompts, 1):
-        progress(f"prompt {count}")
-        cache = _Listener.for_inputs(model, inputs, PLPHPConfig(method="none"))
-        cache.moments, cache.rotations = moments, rotations
-        _check_prompt(cache, count)
-        generate: Any = model.generate
-        generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-        )
-        del cache  # the model is as it was when no cache is left
+    lease = Lease.of(model)
+    try:
+        for count, inputs in enumerate(prompts, 1):
+            progress(f"prompt {count}")
+            cache = _Listener(lease.attachment, PLPHPConfig(method="none"))
+            cache.moments, cache.rotations = moments, rotations
+            cache.plan(inputs)
+            _check_prompt(cache, count)
+            generate: Any = model.generate
+            generate(
+                **inputs,
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
+            )
+    finally:
+        # Not left to the cache: an error that is kept would keep it, and the model attached.
+        lease.end()
     rows = min((one.count for one in moments.values()), default=0)
     if rows < 2:
         raise ConfigError(
