@@ -294,10 +294,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
 
 def test_prompts_that_cannot_be_collected_from_are_refused() -> None:
     model, tiny = tiny_model("llava"), TINY["llava"]
-    with pytest.raises(ConfigError, match="Prompt 1 has 2 rows or padding"):
+    with pytest.raises(ConfigError, match="Prompt 1 has 2 rows or padding") as padded:
         plphp.collect_query_bank(model, [tiny.inputs(model, [1, 1])])
     with pytest.raises(ConfigError, match="Prompt 2 has no vision token"):
         plphp.collect_query_bank(model, [*prompts("llava", 1), tiny.inputs(model, [0])])
+    assert "generate" not in model.__dict__, padded  # the error is kept, and what its traceback holds
     for given, longest in (([], NEW), (prompts("llava", 1), 1)):
         with pytest.raises(ConfigError, match=r"prompt\(s\) gave no answer of more than one token"):
             plphp.collect_query_bank(model, given, max_new_tokens=longest)

@@ -119,9 +119,9 @@ def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dt
 def _among_shown(
     attend: Callable[..., Result], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, hidden: Tensor
 ) -> Tensor:
-    """The same as with the mask of `hide`, for one whole prompt: what is hidden costs nothing."""
+    """The same as with the mask of `hide` for one whole prompt, but for hidden tokens, which cost nothing here."""
     shown = (~hidden[0]).nonzero()[:, 0]
-    # Who sees nothing but itself gets its own value.
+    # A hidden token sees itself alone and gets its own value; nobody reads what becomes of it.
     output = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
     mask = None if mask is None else mask[..., shown, :][..., shown]
     output[:, shown], _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .attachment import Lease
 from .cache import PrunedCache
 from .config import PLPHPConfig
 from .errors import ConfigError
@@ -119,21 +120,26 @@ def collect_query_bank(
     rotations = find_rotations(model)
     reservoir = _Reservoir(samples, seed)
     count = 0
-    for count, inputs in enumerate(prompts, 1):
-        progress(f"prompt {count}")
-        cache = _Listener.for_inputs(model, inputs, PLPHPConfig(method="none"))
-        cache.reservoir, cache.rotations = reservoir, rotations
-        _check_prompt(cache, count)
-        generate: Any = model.generate
-        generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-        )
-        del cache  # the model is as it was when no cache is left
+    lease = Lease.of(model)
+    try:
+        for count, inputs in enumerate(prompts, 1):
+            progress(f"prompt {count}")
+            cache = _Listener(lease.attachment, PLPHPConfig(method="none"))
+            cache.reservoir, cache.rotations = reservoir, rotations
+            cache.plan(inputs)
+            _check_prompt(cache, count)
+            generate: Any = model.generate
+            generate(
+                **inputs,
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
+            )
+    finally:
+        # Not left to the cache: an error that is kept would keep it, and the model attached.
+        lease.end()
     if not reservoir.queries:
         raise ConfigError(
             f"{count} prompt(s) gave no answer of more than one token, so no query of an answer: give others, or a "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .allocation import kept_count
 from .config import PLPHPConfig
+from .kernels.scores import places
 from .types import LayerScores
 
 Ranker = Callable[[LayerScores, PLPHPConfig], Tensor]
@@ -177,19 +178,12 @@ def _choose(rank: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Ten
     at_random, spread = ([math.floor(part * count + 0.5) for count in counts] for part in (mix.random, mix.spread))
     ranked = [max(0, count - a - b) for count, a, b in zip(counts, at_random, spread, strict=True)]
     at_random = [min(a, count - best) for count, a, best in zip(counts, at_random, ranked, strict=True)]
-    keep = _places(rank) < column(ranked)
+    keep = places(rank) < column(ranked)
     if any(at_random):
-        keep |= _places(torch.where(keep, -torch.inf, drawn)) < column(at_random)
+        keep |= places(torch.where(keep, -torch.inf, drawn)) < column(at_random)
     done = [a + b for a, b in zip(ranked, at_random, strict=True)]
     if done != list(counts):
         left, wanted = column([max(1, rank.shape[1] - n) for n in done]), column(counts) - column(done)
         place = (~keep).cumsum(-1)  # 1 to left, over the entries that are left
         keep |= ~keep & (place * wanted // left > (place - 1) * wanted // left)
     return keep
-
-
-def _places(rank: Tensor) -> Tensor:
-    """Place of each entry along the last axis, from 0; of two with the same rank the earlier one is first."""
-    order = rank.sort(dim=-1, descending=True, stable=True).indices
-    place = torch.arange(rank.shape[-1], device=rank.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place)

@@ -87,19 +87,7 @@ def decode_attention(
     bias = None if bias is None else bias.to(query.device)
     grouped = (query * scaling).unflatten(1, (kv_heads, q_heads // kv_heads))
     if _can_be_fused(grouped, tail_keys, tail_values):
-        # The bias is spread over the query heads of a KV head.
-        step = length if bias is None else max(1, MAX_LOGITS // (batch * q_heads * tail))
-        parts = [
-            _attend_fused(
-                grouped[:, :, :, start : start + step],
-                prefix,
-                tail_keys,
-                tail_values,
-                None if bias is None else bias[:, :, start : start + step],
-            )
-            for start in range(0, length, step)
-        ]
-        out = torch.cat(parts, dim=3)
+        out = _attend_fused(grouped, prefix, tail_keys, tail_values, bias)
     elif prefix.dense is not None:
         out = _attend(grouped, *prefix.dense, tail_keys, tail_values, bias)
     else:
@@ -180,8 +168,13 @@ def _attend_fused(
     Prefix and tail go through torch's fused kernel, and are merged by their log-sum-exps: no public function returns
     these on a CPU.
     """
+    batch, kv_heads, group, length, _ = query.shape
+    # The bias is spread over the query heads of a KV head.
+    step = max(1, MAX_LOGITS // (batch * kv_heads * group * tail_keys.shape[2]))
+    if bias is not None and step < length:
+        pieces = zip(query.split(step, dim=3), bias.split(step, dim=2), strict=True)
+        return torch.cat([_attend_fused(part, prefix, tail_keys, tail_values, own) for part, own in pieces], dim=3)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    batch, _, group = query.shape[:3]
     rows = query.flatten(2, 3)
     if bias is not None:
         heads_of_bias = bias.unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))

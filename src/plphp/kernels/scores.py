@@ -123,7 +123,7 @@ def window_scores(
     return result
 
 
-def places(rank: Tensor, candidates: Tensor) -> Tensor:
+def places(rank: Tensor, candidates: Tensor | None = None) -> Tensor:
     """The place of each candidate by its score, from 0; the number of entries for what is no candidate.
 
     Of two with the same score the earlier one is first.
@@ -132,19 +132,21 @@ def places(rank: Tensor, candidates: Tensor) -> Tensor:
     ----------
     rank : Tensor
         float [batch, kv_heads, ..., seq], higher is better.
-    candidates : Tensor
-        bool [batch, ..., seq].
+    candidates : Tensor, optional
+        bool [batch, ..., seq]. Default: all.
 
     Returns
     -------
     Tensor
         int64 [batch, kv_heads, ..., seq].
     """
-    hidden = ~candidates[:, None]
+    hidden = None if candidates is None else ~candidates[:, None]
     seq = rank.shape[-1]
-    order = rank.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    shown = rank if hidden is None else rank.masked_fill(hidden, -torch.inf)
+    order = shown.sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(seq, device=rank.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place).masked_fill_(hidden, seq)
+    found = torch.empty_like(order).scatter_(-1, order, place)
+    return found if hidden is None else found.masked_fill_(hidden, seq)
 
 
 def _prefix_lse(query: Tensor, prefix: PackedKV) -> Tensor:
