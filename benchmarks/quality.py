@@ -95,8 +95,23 @@ def main() -> None:
     parts[arguments.part](arguments)
 
 
-def _evaluate(arguments: argparse.Namespace, folder: str, **settings: Any) -> Path:
+def _with_bank(arguments: argparse.Namespace, methods: tuple[str, ...]) -> tuple[str, ...]:
+    """The methods, without those that need the bundled bank where the model is another; stop if it is outdated."""
+    from plphp.evaluation.identity import weights_hash
+    from plphp.loading import load_model
+    from plphp.query_bank import bank_at
+
+    if arguments.model is not None:
+        return tuple(method for method in methods if "bank=bundled" not in method)
+    if bank_at("bundled").record["sha256"] != weights_hash(load_model()[0]):
+        raise SystemExit("The bundled query bank is of other weights: run the part bank first.")
+    return methods
+
+
+def _evaluate(arguments: argparse.Namespace, folder: str, methods: tuple[str, ...], **settings: Any) -> Path:
     from plphp.evaluation import EvalSettings, evaluate
+
+    settings["methods"] = _with_bank(arguments, methods)
 
     def tell(task: str, done: int, total: int) -> None:
         if done % 50 == 0 or done == total:
@@ -120,9 +135,13 @@ def test(arguments: argparse.Namespace) -> None:
     """All methods on the test split."""
     from plphp.evaluation import save_score_plots, summarize, write_results
 
-    methods = (*METHODS, *_presets())
     out = _evaluate(
-        arguments, "test", split="test", methods=methods, retention=RETENTION, samples=arguments.samples or 500
+        arguments,
+        "test",
+        (*METHODS, *_presets()),
+        split="test",
+        retention=RETENTION,
+        samples=arguments.samples or 500,
     )
     write_results(out, RESULTS / "quality.json", "random1")
     PLOTS.mkdir(parents=True, exist_ok=True)
@@ -137,8 +156,8 @@ def ablation(arguments: argparse.Namespace) -> None:
     out = _evaluate(
         arguments,
         "ablation",
+        methods,
         split="dev",
-        methods=methods,
         retention=ABLATION_RETENTION,
         samples=arguments.samples or 200,
     )
@@ -157,7 +176,10 @@ def _prompts(processor: Any, each: int, seed: int) -> Iterator[dict[str, Any]]:
 
 def bank(arguments: argparse.Namespace) -> None:
     """Queries of answers to prompts that no other part uses."""
+    import torch
+
     import plphp
+    from plphp.evaluation.identity import weights_hash
     from plphp.loading import load_model
     from plphp.query_bank import BUNDLED
 
@@ -166,7 +188,8 @@ def bank(arguments: argparse.Namespace) -> None:
     model, processor = load_model(None, "float32", None)
     prompts = _prompts(processor, arguments.samples or 8, seed=3)
     found = plphp.collect_query_bank(model, prompts, progress=lambda step: print(step, file=sys.stderr))
-    dataclasses.replace(found, record={**found.record, "model": "the bundled model"}).save(BUNDLED)
+    about = {"model": "the bundled model", "sha256": weights_hash(model.to(torch.bfloat16))}
+    dataclasses.replace(found, record={**found.record, **about}).save(BUNDLED)
 
 
 def attention(arguments: argparse.Namespace) -> None:

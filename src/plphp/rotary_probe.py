@@ -96,7 +96,7 @@ def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, T
     try:
         cache = _Probe(lease.attachment, PLPHPConfig(method="none"))
         # Padding tokens have empty embeddings in some models.
-        token = model.get_input_embeddings().weight.float().norm(dim=-1).argmax()
+        token = model.get_input_embeddings().weight.norm(dim=-1).argmax()
         places = torch.tensor([[position]], device=model.device)
         decoder(input_ids=token.view(1, 1), position_ids=places, past_key_values=cache, use_cache=True)
         return {layer: query.cpu() for layer, query in cache.queries.items()}
