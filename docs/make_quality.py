@@ -157,8 +157,9 @@ def _tasks(results: Mapping[str, Any]) -> str:
 def _ablation(results: Mapping[str, Any]) -> str:
     settings, variants = results["settings"], results["variants"]
     parts = [
-        f"\n## Ablation\n\nChoices within plphp, one at a time, and other evidence than its last row: {settings['samples']} "
-        f"samples a task, split `{settings['split']}`. Difference in score from `{results['baseline']}` at the same retention.\n"
+        "\n## Ablation\n\nChoices within plphp, one at a time, and other evidence than its last row: "
+        f"{settings['samples']} samples a task, split `{settings['split']}`. Difference in score from "
+        f"`{results['baseline']}` at the same retention.\n"
     ]
     for group, values in results["groups"].items():
         table = _matrix(variants, values["variants"], lambda one: _signed(one, "vs_baseline"))
