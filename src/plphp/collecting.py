@@ -20,8 +20,6 @@ from .query_bank import LayerBank, QueryBank
 from .rotary import Rotation
 from .rotary_probe import find_rotations
 
-SAMPLES = 400
-
 
 class _Reservoir:
     """A uniform sample of the tokens of all answers, whose number is not known beforehand: the same for all layers."""
@@ -75,7 +73,7 @@ def collect_query_bank(
     model: PreTrainedModel,
     prompts: Iterable[Mapping[str, Any]],
     *,
-    samples: int = SAMPLES,
+    samples: int = 400,
     max_new_tokens: int = 128,
     seed: int = 0,
     progress: Callable[[str], None] = lambda step: None,

@@ -18,9 +18,8 @@ from .methods.base import Method
 from .query_bank import bank_at
 from .selection import keep_masks, pooled
 from .spans import query_mask
-from .types import Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
+from .types import PLAIN, Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
 
-PLAIN = Evidence()
 Gathered = tuple[Tensor, Tensor]
 """Queries [batch, q_heads, columns, dim] and their logical positions, int64 [columns]."""
 Chosen = tuple[LayerScores, list[list[RowAllocation]], Tensor]

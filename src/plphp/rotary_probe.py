@@ -19,7 +19,7 @@ from .rotary import Rotation
 POSITIONS = (1, 1000)
 """Where a query is looked at, beside 0: the first tells the layout, the second tells small frequencies apart."""
 TOLERANCE = 0.02
-"""Largest difference between what is expected and what is seen, as a share of the norm; bfloat16 is off by 0.005."""
+"""Largest difference between what is expected and what is seen, as a share of the norm: the rounding of bfloat16."""
 GROWING = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the prompt."""
 
@@ -100,6 +100,8 @@ def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, T
         places = torch.tensor([[position]], device=model.device)
         decoder(input_ids=token.view(1, 1), position_ids=places, past_key_values=cache, use_cache=True)
         return {layer: query.cpu() for layer, query in cache.queries.items()}
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"The text model of this {model.config.model_type!r} model cannot read a single token at a position of "

@@ -90,6 +90,10 @@ class Evidence:
     bank: str | None = None
 
 
+PLAIN = Evidence()
+"""The mean attention of the last row, and nothing beside it."""
+
+
 @dataclass(frozen=True)
 class LayerScores:
     """What a layer's prefill attention says about the entries that may be evicted.

@@ -12,8 +12,8 @@ import typer
 from plphp.errors import ConfigError
 
 from ._app import JsonOption, app, console, loading_bars, print_json, progress
+from ._prompts import BUNDLED, check_out_file, fitting_processor
 from .generate import read_settings
-from .profile import BUNDLED
 
 if TYPE_CHECKING:
     from plphp.prompts_file import Prompt
@@ -42,14 +42,11 @@ def calibrate(
 ) -> None:
     """Find thresholds that reach a retention on prompts like yours, and measure it on others."""
     settings = read_settings(config, None, method, None, target_retention)
-    if not out.parent.is_dir():
-        raise ConfigError(f"There is no folder {out.parent} to write the preset to.")
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder: name the file to write the preset to.")
+    check_out_file(out, "preset")
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.calibration import calibrate as find_thresholds
         from plphp.calibration import check_calibratable, measure_retention
-        from plphp.loading import load_processor, load_weights
+        from plphp.loading import load_weights
         from plphp.measurement_tables import class_table, retention_line
         from plphp.presets import write_preset
         from plphp.prompts_file import prompt_inputs, read_prompts
@@ -57,9 +54,7 @@ def calibrate(
 
         check_calibratable(settings)
         used, held = split(read_prompts(prompts), holdout, seed)
-        tell("loading the processor")
-        processor = load_processor(model)
-        next(prompt_inputs(processor, used[:1]))  # a prompt that does not fit the model is found before the weights
+        processor = fitting_processor(model, used, tell)
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     with progress(f"calibrating on {len(used)} prompt(s)", quiet=as_json) as tell:

@@ -9,10 +9,8 @@ from typing import Annotated
 
 import typer
 
-from plphp.errors import ConfigError
-
 from ._app import JsonOption, app, loading_bars, print_json, progress
-from .profile import BUNDLED
+from ._prompts import BUNDLED, check_out_file, fitting_processor
 
 
 @app.command()
@@ -28,19 +26,14 @@ def collect(
     as_json: JsonOption = False,
 ) -> None:
     """Let the model answer prompts like yours, unpruned, and keep a sample of the queries of its answers."""
-    if not out.parent.is_dir():
-        raise ConfigError(f"There is no folder {out.parent} to write the query bank to.")
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder: name the file to write the query bank to.")
+    check_out_file(out, "query bank")
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.collecting import collect_query_bank
-        from plphp.loading import load_processor, load_weights
+        from plphp.loading import load_weights
         from plphp.prompts_file import prompt_inputs, read_prompts
 
         given = read_prompts(prompts)
-        tell("loading the processor")
-        processor = load_processor(model)
-        next(prompt_inputs(processor, given[:1]))  # a prompt that does not fit the model is found before the weights
+        processor = fitting_processor(model, given, tell)
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     with progress("answering", quiet=as_json) as tell:

@@ -12,11 +12,10 @@ import typer
 from plphp.errors import ConfigError
 
 from ._app import JsonOption, app, console, loading_bars, print_json, progress
+from ._prompts import BUNDLED, fitting_processor
 
 if TYPE_CHECKING:
     from plphp.prompts_file import Prompt
-
-BUNDLED = "the bundled model"
 
 
 @app.command()
@@ -39,7 +38,7 @@ def profile(
     """Measure vision attention per layer and head over prompts: does it fall and rise again with depth?"""
     rows = _rows(query_rows)
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.loading import load_processor, load_weights
+        from plphp.loading import load_weights
         from plphp.measurement_tables import profile_table
         from plphp.plots import new_figure
         from plphp.profile_plots import plot_heads, plot_profile
@@ -50,9 +49,7 @@ def profile(
             new_figure()  # says now, not after the measurement, that matplotlib is missing
         given = _prompts(prompts, image, question)
         out.mkdir(parents=True, exist_ok=True)
-        tell("loading the processor")
-        processor = load_processor(model)
-        next(prompt_inputs(processor, given[:1]))  # a prompt that does not fit the model is found before the weights
+        processor = fitting_processor(model, given, tell)
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     with progress("profiling", quiet=as_json) as tell:

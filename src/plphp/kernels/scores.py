@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from ..packed import PackedKV
-from ..types import Evidence
+from ..types import PLAIN, Evidence
 
 KEYS_AT_ONCE = 2048
 """Keys that are held in float32 at once."""
 MASS_AT_ONCE = 2**18
 """Attention weights of as many query rows as stay below are worked out at once."""
-
-PLAIN = Evidence()
 
 
 @dataclass

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands that measure a model on prompts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plphp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from plphp.prompts_file import Prompt
+
+BUNDLED = "the bundled model"
+
+
+def check_out_file(out: Path, what: str) -> None:
+    """Raise ConfigError, before the work is done, if a file cannot be written there."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"There is no folder {out.parent} to write the {what} to.")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name the file to write the {what} to.")
+
+
+def fitting_processor(model: str | None, prompts: Sequence[Prompt], tell: Callable[[str], None]) -> Any:
+    """Load a model's processor; a prompt that does not fit the model is found here, before the weights are read."""
+    from plphp.loading import load_processor
+    from plphp.prompts_file import prompt_inputs
+
+    tell("loading the processor")
+    processor = load_processor(model)
+    next(prompt_inputs(processor, prompts[:1]))
+    return processor
