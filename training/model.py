@@ -226,7 +226,7 @@ class PatchHead(nn.Module):
         weight = 0.1 + 0.9 * shown
         losses = [F.cross_entropy(part, target[:, i], reduction="none") for i, part in enumerate(logits)]
         loss = ((losses[0] + 0.5 * losses[1]) * weight).sum() / weight.sum()
-        loss = loss + 0.3 * ((losses[2] + losses[3]) * shown).sum() / shown.sum()
+        loss = loss + 0.5 * ((losses[2] + losses[3]) * shown).sum() / shown.sum()
         right = ((logits[0].argmax(-1) == target[:, 0]).float() * shown).sum() / shown.sum()
         return loss, right.detach()
 

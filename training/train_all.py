@@ -15,7 +15,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
     "OMP_WAIT_POLICY": "passive",
 }
-VISION_STEPS, TEXT_STEPS = 1500, 4000
+VISION_STEPS, TEXT_STEPS = 2800, 5600
 
 
 def _restart_with_allocator() -> None:

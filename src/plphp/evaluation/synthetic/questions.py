@@ -127,27 +127,27 @@ AFTER = (*[""] * 15, " Answer in a full sentence.", " Be exact, please.", " Take
 
 ONE_IMAGE = {
     "grid": {
-        "cell": 2.0,
-        "digit_of_colour": 0.8,
-        "colour_of": 0.8,
-        "colours_of": 2.0,
-        "relation": 0.8,
+        "cell": 1.2,
+        "digit_of_colour": 0.5,
+        "colour_of": 0.6,
+        "colours_of": 1.4,
+        "relation": 1.4,
         "neighbours": 1.8,
         "list_row": 1.2,
-        "list_grid": 0.6,
-        "count": 1.0,
+        "list_grid": 0.8,
+        "count": 1.5,
     },
-    "text": {"read_line": 2.0, "read_colour": 1.3, "read_page": 1.2},
-    "table": {"lookup": 1.0, "read_table": 1.5},
+    "text": {"read_line": 1.5, "read_colour": 1.5, "read_page": 1.5},
+    "table": {"lookup": 1.5, "read_table": 1.5},
 }
 """Kind of scene -> question about one image -> how often training asks it.
 
 To find a thing by what it *is* is learned last. Answers that do so several times (``colours_of``, ``neighbours``,
 ``read_table``, ``which_images``) teach it faster; they are no tasks.
 """
-SEVERAL_IMAGES = {"which_image": 0.7, "which_images": 1.4, "compare": 0.8, "order": 0.7}
+SEVERAL_IMAGES = {"which_image": 0.7, "which_images": 1.4, "compare": 0.8, "order": 1.0}
 """Questions about several images at once, likewise."""
-ACROSS = 0.35
+ACROSS = 0.5
 """How often training asks one of the latter where a prompt has several images."""
 
 

@@ -206,10 +206,13 @@ def make_grid(rng: random.Random, split: Split, max_side: int = 5, empty: float 
 
 
 def _print_line(
-    rng: random.Random, text: str, font: str, size: int, colour: str, row: int, lines: int, gap: float = 0.0
+    rng: random.Random, text: str, face: tuple[str, int, int], colour: str, row: int, lines: int, gap: float = 0.0
 ) -> list[Item]:
-    """Set a line of characters at a random place of its strip; ``gap`` pixels follow the first character."""
-    keys = [(character, font, size) for character in text]
+    """Set a line of characters at a random place of its strip; ``gap`` pixels follow the first character.
+
+    A face is a font, a size and a style, see ``sprites.mask``.
+    """
+    keys = [(character, *face) for character in text]
     shapes = [sprites.mask("character", key).shape for key in keys]
     widest, tallest = max(w for _, w in shapes), max(h for h, _ in shapes)
     advance = min((SIDE - 2 - gap) / len(text), widest + 1 + rng.random() * 2.5)
@@ -225,6 +228,11 @@ def _print_line(
     return items
 
 
+def _style(rng: random.Random, split: Split) -> int:
+    """Return how a line of training is changed to look like other fonts; held-out fonts stay as they are."""
+    return rng.randrange(sprites.VARIANTS) if split == "train" else 0
+
+
 def make_text(rng: random.Random, split: Split, max_lines: int = 4) -> Scene:
     """Draw a random page of 1 to ``max_lines`` lines, each a code of 3 to 6 characters in its own colour."""
     lines = rng.randint(1, max_lines)
@@ -232,8 +240,8 @@ def make_text(rng: random.Random, split: Split, max_lines: int = 4) -> Scene:
     items = []
     for row in range(1, lines + 1):
         text = "".join(rng.choice(sprites.CHARACTERS) for _ in range(rng.randint(3, MAX_COLS)))
-        font, size = rng.choice(sprites.FONTS[split]), rng.randint(14, 17)
-        items += _print_line(rng, text, font, size, colours[row - 1], row, lines)
+        face = rng.choice(sprites.FONTS[split]), rng.randint(14, 17), _style(rng, split)
+        items += _print_line(rng, text, face, colours[row - 1], row, lines)
     return Scene("text", lines, MAX_COLS, items=tuple(items), **_common(rng))
 
 
@@ -246,7 +254,7 @@ def make_table(rng: random.Random, split: Split, max_lines: int = 5) -> Scene:
     for row, key in enumerate(keys, start=1):
         value = "".join(rng.choice(sprites.CHARACTERS) for _ in range(rng.randint(2, 3)))
         colour, size, gap = rng.choice(list(COLOURS)), rng.randint(14, 16), 14 + rng.random() * 12
-        items += _print_line(rng, key + value, font, size, colour, row, lines, gap)
+        items += _print_line(rng, key + value, (font, size, _style(rng, split)), colour, row, lines, gap)
     return Scene("table", lines, MAX_COLS, items=tuple(items), **_common(rng))
 
 

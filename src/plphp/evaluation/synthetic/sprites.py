@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ...errors import BackendUnavailableError
 
@@ -136,7 +136,7 @@ def _shape_mask(name: str, variant: int, size: int) -> Image.Image:
 
 
 @lru_cache(maxsize=20_000)
-def _character_mask(character: str, font_file: str, size: int) -> Image.Image:
+def _character_mask(character: str, font_file: str, size: int, style: int) -> Image.Image:
     font = ImageFont.truetype(_font_path(font_file), size * SUPERSAMPLE)
     left, top, right, bottom = font.getbbox(character)
     # Sizes are multiples of SUPERSAMPLE, so that the box filter below has whole pixels.
@@ -144,7 +144,20 @@ def _character_mask(character: str, font_file: str, size: int) -> Image.Image:
     height = -(-int(bottom - top) // SUPERSAMPLE) * SUPERSAMPLE
     image = Image.new("L", (width, height), 0)
     ImageDraw.Draw(image).text((-left, height - (bottom - top) - top), character, fill=255, font=font)
-    return image
+    return _styled(image, random.Random(f"{font_file}-{style}")) if style else image
+
+
+def _styled(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Make a character narrower or wider, slanted a little, thinner or bolder: as another font would."""
+    stretch, slant = 0.82 + 0.28 * rng.random(), (rng.random() - 0.5) * 0.3
+    weight = rng.choice((None, ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3)))
+    width, height = image.size
+    wider = max(1, round(width * stretch / SUPERSAMPLE)) * SUPERSAMPLE
+    image = image.resize((wider, height), Image.Resampling.BICUBIC)
+    image = image.transform(
+        image.size, Image.Transform.AFFINE, (1, slant, -slant * height / 2, 0, 1, 0), Image.Resampling.BILINEAR
+    )
+    return image.filter(weight) if weight else image
 
 
 @lru_cache(maxsize=60_000)
@@ -168,7 +181,8 @@ def mask(builder: str, key: Key, scale: int = 1) -> Mask:
     ----------
     builder
         ``"digit"`` with key (split, label, index, variant, size), ``"shape"`` with key (name, variant, size)
-        or ``"character"`` with key (character, font file, size); sizes in pixels at scale 1.
+        or ``"character"`` with key (character, font file, size, style; 0: the font as it is); sizes in pixels
+        at scale 1.
     key
         The arguments of the builder.
     scale
