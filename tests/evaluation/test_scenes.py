@@ -111,3 +111,15 @@ def test_training_never_shows_the_held_out_layouts() -> None:
             found.add((scene.rows, scene.cols))
     assert not layouts["train"] & scenes.UNSEEN_LAYOUTS
     assert layouts["test"] >= scenes.UNSEEN_LAYOUTS
+
+
+def test_only_training_restyles_its_fonts() -> None:
+    rng = random.Random(2)
+    styles = {
+        split: {item.key[3] for _ in range(30) for item in scenes.make_text(rng, split).items}
+        for split in ("train", "dev", "test")
+    }
+    assert styles["dev"] == styles["test"] == {0}
+    assert styles["train"] == set(range(sprites.VARIANTS))
+    plain, styled = (sprites.mask("character", ("E", sprites.FONTS["train"][0], 16, style), 4) for style in (0, 1))
+    assert plain.shape != styled.shape or not np.array_equal(plain, styled)
