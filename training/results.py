@@ -42,6 +42,8 @@ COLUMNS = (
 def write_facts(run: Path, *, seed: int, threads: int, device: str = "cpu") -> None:
     """Write what is to be said about a finished training, ``training.json``, where and when it was trained.
 
+    Where a run was not made by the recipe as it stands, say so there by hand, under ``deviations``: the card prints it.
+
     Parameters
     ----------
     run
@@ -143,6 +145,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         "TEXT_MINUTES": f"{text['seconds'] / 60:.1f}",
         "TEXT_STEPS": text["steps"],
         "TEXT_ROWS": f"{text['rows']:,}",
+        "DEVIATIONS": f"\n\n{training['deviations']}" if "deviations" in training else "",
     }
     for name, value in values.items():
         template = template.replace("{{" + name + "}}", str(value))
