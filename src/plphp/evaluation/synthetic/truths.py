@@ -113,7 +113,7 @@ def _neighbours(rng: random.Random, scene: Scene) -> Asked:
 def _lookup(rng: random.Random, scene: Scene) -> Asked:
     r = rng.randint(1, scene.rows)
     key = scene.at[r, 1].value
-    return {"key": key}, f"The value of {key} is {scene.line(r, 2)}."
+    return {"key": key}, f"{key} is on line {r}, and the value is {scene.line(r, 2)}."
 
 
 def _read_table(rng: random.Random, scene: Scene) -> Asked:
