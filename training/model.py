@@ -55,6 +55,8 @@ HIDDEN, CLAMP, TINY = -1e4, 60.0, 1e-20
 ATTRIBUTE_SCALE, VISION_SCALE = 3.0, 0.3
 """Size of an attribute's vector beside a random unit's, and standard deviation of the projector's output at first."""
 PREFIX_PARTS = 3
+EARLY = 3
+"""Layers after which a patch is to know the number of its image."""
 
 
 def _exponentials(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -282,9 +284,10 @@ def start_projector(
 class AnswerLoss(nn.Module):
     """Training forward over packed rows (``rows.py``), with the modules and weights of the model class."""
 
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, numbers: Sequence[int]) -> None:
         super().__init__()
         self.model = model
+        self.numbers = list(numbers)
 
     def forward(
         self,
@@ -293,8 +296,11 @@ class AnswerLoss(nn.Module):
         labels: Tensor,
         positions: Tensor,
         structure: Structure,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mean loss over answer tokens and the share of answer tokens that are right.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean loss over answer tokens, the share of them that are right, and the loss of the numbering.
+
+        The numbering is a help: with several images, every patch says after a few layers which image it is of. A thing
+        that was found can be said to be in that image only if its patches know; without it, they hardly learn to.
 
         Parameters
         ----------
@@ -309,14 +315,14 @@ class AnswerLoss(nn.Module):
         images = self.model.model.multi_modal_projector(features)
         is_image = (ids == self.model.config.image_token_id).unsqueeze(-1)
         embeds = embeds.to(images.dtype).masked_scatter(is_image, images)
-        # Masks by layer type: there is nothing for transformers to make.
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask={"full_attention": None},
-            position_ids=positions,
-            use_cache=False,
-            structure=structure,
-        ).last_hidden_state
+        decoder = self.model.model.language_model
+        turned = decoder.rotary_emb(embeds, positions)
+        hidden, numbering = embeds, embeds.new_zeros(())
+        for number, layer in enumerate(decoder.layers, start=1):
+            hidden = layer(hidden, position_embeddings=turned, position_ids=positions, structure=structure)
+            if number == min(EARLY, len(decoder.layers)) and len(features) > len(ids):
+                numbering = self._numbering(decoder.norm(hidden), is_image[..., 0])
+        hidden = decoder.norm(hidden)
         text_start = structure.pads.shape[-1] - 1
         hidden = hidden[:, text_start:]
         logits = self.model.lm_head(hidden).float()
@@ -325,4 +331,11 @@ class AnswerLoss(nn.Module):
         with torch.no_grad():
             scored = target >= 0
             right = ((logits.argmax(-1) == target) & scored).sum() / scored.sum()
-        return loss, right
+        return loss, right, numbering
+
+    def _numbering(self, hidden: Tensor, is_image: Tensor) -> Tensor:
+        known = self.model.get_input_embeddings().weight[self.numbers]
+        logits = (hidden @ known.to(hidden.dtype).T).float()
+        image = (is_image.cumsum(1) - 1).div(IMAGE_TOKENS, rounding_mode="floor")
+        target = image.masked_fill(~is_image, -100)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)

@@ -112,6 +112,10 @@ def encode(text: str) -> tuple[int, ...]:
     return tuple(bpe().encode(text, add_special_tokens=False).ids)
 
 
+NUMBERS = encode("1234")
+"""Tokens of the numbers of images, in order."""
+
+
 def attribute_words() -> list[int | None]:
     """Return the token of every class, colour, row and column of the patch labels, in order; None where none is."""
     names = [None, " nothing", *scenes.OBJECTS[2:], None, *scenes.COLOURS]

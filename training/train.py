@@ -39,9 +39,11 @@ class Shape:
 
 
 GRID = Shape(("grid",), 1, 8, 8)
-PAGE = Shape(("text", "table"), 1, 12, 3)
-ANY: tuple[scenes.Kind, ...] = ("grid", "grid", "grid", "text", "table")
+PAGE = Shape(("text", "table", "table"), 1, 12, 3)
+ANY: tuple[scenes.Kind, ...] = ("grid", "grid", "grid", "text", "table", "table")
 SEVERAL = (Shape(ANY, 2, 6, 6), Shape(ANY, 4, 4, 6))
+NUMBERING = 0.3
+"""Weight of the numbering's loss, see `training.model.AnswerLoss`."""
 CHECKPOINT = "text.pt"
 
 
@@ -149,7 +151,7 @@ def train(
         Steps, rows and seconds spent.
     """
     tower = models.Encoder(model)
-    loss_fn = models.AnswerLoss(model)
+    loss_fn = models.AnswerLoss(model, tokenizer.NUMBERS)
     forward = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
     optimizers = optim.make([loss_fn], muon=3e-3, adamw=1.5e-3, weight_decay=0.05)
     trainable = [p for p in loss_fn.parameters() if p.requires_grad]
@@ -186,8 +188,8 @@ def train(
         with torch.autocast(model.device.type, torch.bfloat16):
             with torch.no_grad():
                 features = tower(pixels)
-            loss, right = forward(features, ids, labels, positions, structure)
-        loss.backward()
+            loss, right, numbering = forward(features, ids, labels, positions, structure)
+        (loss + NUMBERING * numbering).backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optim.step(optimizers)
         row_count += len(ids)

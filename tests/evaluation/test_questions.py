@@ -50,10 +50,12 @@ def _check_one(kind: str, question: questions.Question, scene: Scene) -> None:
         inside = sum(1 <= row <= scene.rows and 1 <= col <= scene.cols for row, col in near)
         assert len(said) == (inside if kind == "neighbours" else 1)
         assert said[0][1] in text
-    elif kind == "lookup":
-        key, row, value = re.fullmatch(r"(\w) is on line (\d), and the value is (\w+)\.", answer).groups()  # type: ignore[union-attr]
-        assert scene.line(int(row)) == key + value
-        assert f" {key}" in text
+    elif kind in ("lookup", "lookups"):
+        said = re.findall(r"(\w) is on line (\d), and the value is (\w+)\.", answer)
+        assert len(said) == 1 if kind == "lookup" else len({key for key, *_ in said}) >= 2
+        for key, row, value in said:
+            assert scene.line(int(row)) == key + value
+            assert f" {key}" in text
     elif kind == "read_table":
         said = re.findall(r"The value of (\w) is (\w+)\.", answer)
         assert ["".join(pair) for pair in said] == [scene.line(r) for r in range(1, scene.rows + 1)]

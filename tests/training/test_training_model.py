@@ -30,7 +30,7 @@ def test_conversations_see_the_prefix_and_themselves_only(images: int) -> None:
     row = rows.make_row(random.Random(5), images, BLOCKS)
     with torch.no_grad():
         features = model.vision_features(net, torch.from_numpy(row.pixels))
-        packed, _ = model.AnswerLoss(net)(features, *_batch([row], images))
+        packed, *_ = model.AnswerLoss(net, tokenizer.NUMBERS)(features, *_batch([row], images))
         net.set_attn_implementation("sdpa")
         pixels = torch.from_numpy(row.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         total, count = 0.0, 0
@@ -45,16 +45,36 @@ def test_conversations_see_the_prefix_and_themselves_only(images: int) -> None:
     assert packed.item() == pytest.approx(total / count, abs=1e-4)
 
 
+def test_every_patch_is_asked_for_the_number_of_its_own_image() -> None:
+    net = export.new_model(small=True)
+    loss_fn = model.AnswerLoss(net, tokenizer.NUMBERS)
+    row = rows.make_row(random.Random(4), 3, BLOCKS)
+    batch = _batch([row], 3)
+    with torch.no_grad():
+        assert loss_fn(model.vision_features(net, torch.from_numpy(row.pixels)), *batch)[2] > 0.5
+        is_image = batch[0] == rows.IMAGE
+        words = [token for k in range(1, 4) for token in [tokenizer.encode(str(k))[0]] * model.IMAGE_TOKENS]
+        hidden = torch.zeros(*is_image.shape, net.config.text_config.hidden_size)
+        known = torch.nn.functional.normalize(net.get_input_embeddings().weight, dim=-1)
+        hidden[is_image] = 1000 * known[words]
+        assert loss_fn._numbering(hidden, is_image) < 0.01
+        assert loss_fn._numbering(hidden.flip(1), is_image.flip(1)) > 1
+    single = rows.make_row(random.Random(4), 1, BLOCKS)
+    with torch.no_grad():
+        features = model.vision_features(net, torch.from_numpy(single.pixels))
+        assert loss_fn(features, *_batch([single], 1))[2] == 0
+
+
 def test_a_few_steps_reduce_the_loss() -> None:
     net = export.new_model(small=True)
     net.model.vision_tower.requires_grad_(False)
-    loss_fn = model.AnswerLoss(net)
+    loss_fn = model.AnswerLoss(net, tokenizer.NUMBERS)
     optimizers = optim.make([loss_fn], muon=3e-3, adamw=3e-3, weight_decay=0.0)
     row = rows.make_row(random.Random(3), 1, BLOCKS)
     batch, losses = _batch([row], 1), []
     features = model.vision_features(net, torch.from_numpy(row.pixels)).detach()
     for _ in range(8):
-        loss, _ = loss_fn(features, *batch)
+        loss, *_ = loss_fn(features, *batch)
         loss.backward()
         optim.step(optimizers)
         losses.append(loss.item())

@@ -67,6 +67,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "What does the table say for {key}?",
         "Please look up {key} in the table.",
     ),
+    "lookups": ("Please look up {things} in the table.",),
     "read_table": (
         "Read the whole table.",
         "What does the table say? Read every row.",
@@ -138,12 +139,12 @@ ONE_IMAGE = {
         "count": 1.5,
     },
     "text": {"read_line": 1.5, "read_colour": 1.5, "read_page": 1.5},
-    "table": {"lookup": 1.5, "read_table": 1.5},
+    "table": {"lookup": 1.2, "lookups": 1.8, "read_table": 1.0},
 }
 """Kind of scene -> question about one image -> how often training asks it.
 
 To find a thing by what it *is* is learned last. Answers that do so several times (``colours_of``, ``neighbours``,
-``read_table``, ``which_images``) teach it faster; they are no tasks.
+``lookups``, ``read_table``, ``which_images``) teach it faster; they are no tasks.
 """
 SEVERAL_IMAGES = {"which_image": 0.7, "which_images": 1.4, "compare": 0.8, "order": 1.0}
 """Questions about several images at once, likewise."""

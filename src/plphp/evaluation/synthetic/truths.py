@@ -50,7 +50,7 @@ def _only(rng: random.Random, items: Sequence[Item], key: Callable[[Item], str])
 
 def _all_of(things: Sequence[str]) -> str:
     """Return "the star, the cross and the digit 2"."""
-    *first, last = [f"the {thing}" for thing in things]
+    *first, last = things
     return f"{', '.join(first)} and {last}"
 
 
@@ -93,7 +93,7 @@ def _colours_of(rng: random.Random, scene: Scene) -> Asked:
         return None
     chosen = rng.sample(items, rng.randint(2, min(MOST_THINGS, len(items))))
     said = [f"The {_thing(item.value)} is {item.colour}." for item in chosen]
-    return {"things": _all_of([_thing(item.value) for item in chosen])}, " ".join(said)
+    return {"things": _all_of([f"the {_thing(item.value)}" for item in chosen])}, " ".join(said)
 
 
 def _relation(rng: random.Random, scene: Scene) -> Asked:
@@ -110,10 +110,18 @@ def _neighbours(rng: random.Random, scene: Scene) -> Asked:
     return None if found is None else ({"thing": found[0]}, " ".join(found[1].values()))
 
 
+def _looked_up(scene: Scene, r: int) -> str:
+    return f"{scene.at[r, 1].value} is on line {r}, and the value is {scene.line(r, 2)}."
+
+
 def _lookup(rng: random.Random, scene: Scene) -> Asked:
     r = rng.randint(1, scene.rows)
-    key = scene.at[r, 1].value
-    return {"key": key}, f"{key} is on line {r}, and the value is {scene.line(r, 2)}."
+    return {"key": scene.at[r, 1].value}, _looked_up(scene, r)
+
+
+def _lookups(rng: random.Random, scene: Scene) -> Asked:
+    chosen = rng.sample(range(1, scene.rows + 1), rng.randint(2, min(MOST_THINGS - 1, scene.rows)))
+    return {"things": _all_of([scene.at[r, 1].value for r in chosen])}, " ".join(_looked_up(scene, r) for r in chosen)
 
 
 def _read_table(rng: random.Random, scene: Scene) -> Asked:
@@ -167,6 +175,7 @@ ABOUT_ONE: dict[str, Callable[[random.Random, Scene], Asked]] = {
     "relation": _relation,
     "neighbours": _neighbours,
     "lookup": _lookup,
+    "lookups": _lookups,
     "read_table": _read_table,
     "read_line": _read_line,
     "read_colour": _read_colour,
@@ -200,7 +209,7 @@ def _which_images(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
         return None
     chosen = rng.sample(list(owners), rng.randint(2, min(MOST_THINGS, len(owners))))
     said = [f"The {_thing(value)} is in image {owners[value]}." for value in chosen]
-    return {"things": _all_of([_thing(value) for value in chosen])}, " ".join(said)
+    return {"things": _all_of([f"the {_thing(value)}" for value in chosen])}, " ".join(said)
 
 
 def _compare(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
