@@ -55,8 +55,8 @@ HIDDEN, CLAMP, TINY = -1e4, 60.0, 1e-20
 ATTRIBUTE_SCALE, VISION_SCALE = 3.0, 0.3
 """Size of an attribute's vector beside a random unit's, and standard deviation of the projector's output at first."""
 PREFIX_PARTS = 3
-EARLY = 3
-"""Layers after which a patch is to know the number of its image."""
+EARLY = 1
+"""Layers after which a patch is to know the number of its image: the next one looks things up."""
 
 
 def _exponentials(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -299,7 +299,7 @@ class AnswerLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mean loss over answer tokens, the share of them that are right, and the loss of the numbering.
 
-        The numbering is a help: with several images, every patch says after a few layers which image it is of. A thing
+        The numbering is a help: with several images, every patch says after a layer which image it is of. A thing
         that was found can be said to be in that image only if its patches know; without it, they hardly learn to.
 
         Parameters
@@ -320,7 +320,7 @@ class AnswerLoss(nn.Module):
         hidden, numbering = embeds, embeds.new_zeros(())
         for number, layer in enumerate(decoder.layers, start=1):
             hidden = layer(hidden, position_embeddings=turned, position_ids=positions, structure=structure)
-            if number == min(EARLY, len(decoder.layers)) and len(features) > len(ids):
+            if number == EARLY and len(features) > len(ids):
                 numbering = self._numbering(decoder.norm(hidden), is_image[..., 0])
         hidden = decoder.norm(hidden)
         text_start = structure.pads.shape[-1] - 1

@@ -112,7 +112,7 @@ def encode(text: str) -> tuple[int, ...]:
     return tuple(bpe().encode(text, add_special_tokens=False).ids)
 
 
-NUMBERS = encode("1234")
+NUMBERS = tuple(encode(f" {number}")[0] for number in truths.NUMBERS[1:5])
 """Tokens of the numbers of images, in order."""
 
 

@@ -144,7 +144,7 @@ class Task:
 def _tells(question: Question) -> bool:
     """Whether the answer is more than that there is nothing, that nothing differs, or a page of one line."""
     if question.kind == "compare":
-        first, second = (part.split("shows ")[1].rstrip(".") for part in question.answer.split(" there, and "))
+        first, second = (part.split(" shows ")[1] for part in question.answer.rstrip(".").split(". "))
         return first != second
     if question.kind in ("cell", "relation"):
         return "nothing" not in question.answer

@@ -12,6 +12,7 @@ from .scenes import Item, Scene
 SIDES = {"right of": (0, 1), "left of": (0, -1), "above": (-1, 0), "below": (1, 0)}
 LARGEST_LIST = 12
 """Cells of the largest grid that is listed as a whole."""
+NUMBERS = ("none", "one", "two", "three", "four", "five")
 MOST_THINGS = 4
 """Things that are asked for at once."""
 
@@ -111,7 +112,7 @@ def _neighbours(rng: random.Random, scene: Scene) -> Asked:
 
 
 def _looked_up(scene: Scene, r: int) -> str:
-    return f"{scene.at[r, 1].value} is on line {r}, and the value is {scene.line(r, 2)}."
+    return f"Line of {scene.at[r, 1].value}: {NUMBERS[r]}. The value is {scene.line(r, 2)}."
 
 
 def _lookup(rng: random.Random, scene: Scene) -> Asked:
@@ -200,7 +201,7 @@ def _which_image(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
     if not owners or sum(scene.kind == "grid" for scene in scenes) < 2:
         return None
     value, k = rng.choice(list(owners.items()))
-    return {"thing": _thing(value)}, f"The {_thing(value)} is in image {k}."
+    return {"thing": _thing(value)}, f"Image of the {_thing(value)}: {NUMBERS[k]}."
 
 
 def _which_images(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
@@ -208,7 +209,7 @@ def _which_images(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
     if len(owners) < 2 or sum(scene.kind == "grid" for scene in scenes) < 2:
         return None
     chosen = rng.sample(list(owners), rng.randint(2, min(MOST_THINGS, len(owners))))
-    said = [f"The {_thing(value)} is in image {owners[value]}." for value in chosen]
+    said = [f"Image of the {_thing(value)}: {NUMBERS[owners[value]]}." for value in chosen]
     return {"things": _all_of([f"the {_thing(value)}" for value in chosen])}, " ".join(said)
 
 
@@ -220,7 +221,8 @@ def _compare(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
     first, second = scenes[i - 1], scenes[k - 1]
     r, c = rng.randint(1, min(first.rows, second.rows)), rng.randint(1, min(first.cols, second.cols))
     shown = _article(first.cell(r, c)), _article(second.cell(r, c))
-    return {"r": r, "c": c, "i": i, "k": k}, f"Image {i} shows {shown[0]} there, and image {k} shows {shown[1]}."
+    said = (f"Image {n}: row {r}, column {c} shows {what}." for n, what in zip((i, k), shown, strict=True))
+    return {"r": r, "c": c, "i": i, "k": k}, " ".join(said)
 
 
 def _order(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
@@ -230,8 +232,8 @@ def _order(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
         return None
     a, b = rng.choice(pairs)
     first = _thing(a if owners[a] < owners[b] else b)
-    where = f"The {_thing(a)} is in image {owners[a]} and the {_thing(b)} in image {owners[b]}"
-    return {"thing": _thing(a), "other": _thing(b)}, f"{where}, so the {first} comes first."
+    where = " ".join(f"Image of the {_thing(value)}: {NUMBERS[owners[value]]}." for value in (a, b))
+    return {"thing": _thing(a), "other": _thing(b)}, f"{where} The {first} comes first."
 
 
 ABOUT_SEVERAL: dict[str, Callable[[random.Random, Sequence[Scene]], Asked]] = {
