@@ -51,7 +51,7 @@ def _check_one(kind: str, question: questions.Question, scene: Scene) -> None:
         assert len(said) == (inside if kind == "neighbours" else 1)
         assert said[0][1] in text
     elif kind in ("lookup", "lookups"):
-        said = re.findall(r"Line of (\w): (\w+)\. The value is (\w+)\.", answer)
+        said = re.findall(r"The line of (\w) is (\w+)\. The value is (\w+)\.", answer)
         assert len(said) == 1 if kind == "lookup" else len({key for key, *_ in said}) >= 2
         for key, row, value in said:
             assert scene.line(truths.NUMBERS.index(row)) == key + value
@@ -112,7 +112,7 @@ def test_answers_about_several_images_follow_from_them(kind: str) -> None:
             assert len(said) == 2
             assert all(shown == drawn[int(k) - 1].cell(int(r), int(c)) for k, shown in said)
             continue
-        said = re.findall(r"Image of the (?:digit )?(\w+): (\w+)\.", question.answer)
+        said = re.findall(r"The image of the (?:digit )?(\w+) is (\w+)\.", question.answer)
         assert len(said) == 1 if kind == "which_image" else len(said) >= 2
         names, numbers = [name for name, _ in said], [truths.NUMBERS.index(word) for _, word in said]
         for name, number in zip(names, numbers, strict=True):

@@ -112,7 +112,7 @@ def _neighbours(rng: random.Random, scene: Scene) -> Asked:
 
 
 def _looked_up(scene: Scene, r: int) -> str:
-    return f"Line of {scene.at[r, 1].value}: {NUMBERS[r]}. The value is {scene.line(r, 2)}."
+    return f"The line of {scene.at[r, 1].value} is {NUMBERS[r]}. The value is {scene.line(r, 2)}."
 
 
 def _lookup(rng: random.Random, scene: Scene) -> Asked:
@@ -201,7 +201,7 @@ def _which_image(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
     if not owners or sum(scene.kind == "grid" for scene in scenes) < 2:
         return None
     value, k = rng.choice(list(owners.items()))
-    return {"thing": _thing(value)}, f"Image of the {_thing(value)}: {NUMBERS[k]}."
+    return {"thing": _thing(value)}, f"The image of the {_thing(value)} is {NUMBERS[k]}."
 
 
 def _which_images(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
@@ -209,7 +209,7 @@ def _which_images(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
     if len(owners) < 2 or sum(scene.kind == "grid" for scene in scenes) < 2:
         return None
     chosen = rng.sample(list(owners), rng.randint(2, min(MOST_THINGS, len(owners))))
-    said = [f"Image of the {_thing(value)}: {NUMBERS[owners[value]]}." for value in chosen]
+    said = [f"The image of the {_thing(value)} is {NUMBERS[owners[value]]}." for value in chosen]
     return {"things": _all_of([f"the {_thing(value)}" for value in chosen])}, " ".join(said)
 
 
@@ -232,7 +232,7 @@ def _order(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
         return None
     a, b = rng.choice(pairs)
     first = _thing(a if owners[a] < owners[b] else b)
-    where = " ".join(f"Image of the {_thing(value)}: {NUMBERS[owners[value]]}." for value in (a, b))
+    where = " ".join(f"The image of the {_thing(value)} is {NUMBERS[owners[value]]}." for value in (a, b))
     return {"thing": _thing(a), "other": _thing(b)}, f"{where} The {first} comes first."
 
 
