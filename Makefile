@@ -12,7 +12,7 @@ help:
 	@echo "make test-oldest  run the tests on the oldest supported transformers"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        build the wheel and try it in a clean environment"
-	@echo "make train        train the bundled model again (about an hour on 2 CPU cores)"
+	@echo "make train        train the bundled model again (hours on 2 CPU cores)"
 
 demo: $(VENV)/.plphp
 	$(BIN)/python examples/demo.py

@@ -13,6 +13,8 @@ RESULTS = FOLDER / "quality.json"
 PAGE = Path(__file__).parent / "quality.md"
 PLOTS = Path(__file__).parent / "quality"
 """Where the plots are looked for; ``benchmarks/quality.py`` draws them."""
+GLANCE = (0.5, 0.25, 0.1)
+"""Retentions of the first table."""
 Figures = Mapping[str, Any]
 
 HEAD = """# Quality
@@ -21,6 +23,7 @@ Made by `docs/make_quality.py` from the files in `benchmarks/results`; do not ed
 they mean, is in [evaluation.md](evaluation.md). The commands that make them:
 
 ```bash
+python benchmarks/quality.py bank          # queries of the model's answers, for query_bank, development split
 python benchmarks/quality.py test          # all methods at all retentions, test split
 python benchmarks/quality.py ablation      # choices within plphp, development split
 python benchmarks/quality.py attention     # vision attention per layer, development split
@@ -38,7 +41,7 @@ and are never averaged together.
 
 def page(results: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> str:
     """The page's text, from the results of the test split and what there is of ``OTHERS`` by name."""
-    parts = [HEAD, _origin(results), READING]
+    parts = [HEAD, _origin(results), READING, _summary(results)]
     for group in results["groups"]:
         parts.append(_group(results, group))
     parts += ["\n## Tasks\n\n", _tasks(results)]
@@ -76,6 +79,26 @@ def _group(results: Mapping[str, Any], group: str) -> str:
         if table:
             parts += [f"\n### {title}: {name}\n\n" if name else "\n", table]
     return "".join(parts)
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    """A line per method, a column per group: scores at the retentions of ``GLANCE``."""
+    groups = results["groups"]
+    full = [f"{100 * group['variants']['full']['score']['mean']:.1f}" for group in groups.values()]
+    lines = [
+        f"| | {' | '.join(name.replace('_', ' ') for name in groups)} |",
+        f"|---|{'---|' * len(groups)}",
+        f"| `full` | {' | '.join(full)} |",
+    ]
+    for label in dict.fromkeys(one["label"] for one in results["variants"]):
+        own = {one["retention"]: one["name"] for one in results["variants"] if one["label"] == label}
+        if set(GLANCE) <= set(own):
+            scores = ([group["variants"][own[rate]]["score"]["mean"] for rate in GLANCE] for group in groups.values())
+            cells = (" · ".join(f"{100 * score:.1f}" for score in of_group) for of_group in scores)
+            lines.append(f"| `{label}` | {' | '.join(cells)} |")
+    asked = " · ".join(f"{100 * rate:g}" for rate in GLANCE)
+    about = f"Score with {asked} % of the vision KV; `snapkv` evicts text, too, and holds as many entries in all.\n\n"
+    return "\n## At a glance\n\n" + about + "\n".join(lines) + "\n"
 
 
 def _origin(results: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ import plphp
 FOLDER = Path(plphp.__file__).parent / "reference_model"
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "images"
 QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
-WRONG = frozenset({9, 10, 11})
+WRONG = frozenset({7, 9, 11})
 """Examples (by position) that the model answers wrongly; nothing is claimed about them."""
 
 
@@ -88,7 +88,7 @@ def test_a_left_padded_batch_answers_as_its_rows_do(model, processor) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
-def test_any_image_mode_and_size_gives_a_hundred_vision_tokens(processor, mode: str) -> None:
+def test_any_image_mode_and_size_gives_196_vision_tokens(processor, mode: str) -> None:
     image = Image.new("RGB", (333, 41), (200, 30, 30)).convert(mode)
     inputs = processor.apply_chat_template(
         [_user("List row 1.", [image])],
@@ -97,9 +97,9 @@ def test_any_image_mode_and_size_gives_a_hundred_vision_tokens(processor, mode: 
         return_dict=True,
         return_tensors="pt",
     )
-    assert inputs["pixel_values"].shape == (1, 3, 80, 80)
+    assert inputs["pixel_values"].shape == (1, 3, 112, 112)
     vision = int((inputs["input_ids"] == processor.image_token_id).sum())
-    assert vision == 100
+    assert vision == 196
     assert 0.6 <= vision / inputs["input_ids"].shape[1] <= 0.85
 
 
@@ -111,7 +111,7 @@ def test_the_tokenizer_gives_every_printable_text_back(processor) -> None:
 
 
 def test_the_chat_template_takes_system_text_and_several_turns(processor) -> None:
-    image = Image.new("RGB", (80, 80))
+    image = Image.new("RGB", (112, 112))
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
         _user("List row 1.", [image, image]),

@@ -87,7 +87,7 @@ class TestProfile:
         ok("profile", "--prompts", EXAMPLES / "questions.json", "--out", tmp_path, "--no-plots")
         found = AttentionProfile.from_json(tmp_path / "profile.json")
         assert found.provenance["model"] == "the bundled model"
-        assert {prompt.vision_tokens for prompt in found.prompts} == {100, 200, 300}
+        assert {prompt.vision_tokens for prompt in found.prompts} == {196, 392, 588}
         assert found.layer_scores(1).shape == (12, found.provenance["decoder_layers"])
 
     @pytest.mark.parametrize(

@@ -43,6 +43,14 @@ def test_the_page_has_the_figures(generator: Any) -> None:
     assert "SHA-256 `abc`" in page
 
 
+def test_all_groups_are_seen_at_a_glance(generator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "GLANCE", (0.5, 0.1))
+    page = generator.page({**ABOUT, **METRICS, "refused": {}})
+    assert "Score with 50 · 10 % of the vision KV" in page
+    assert "| `full` | 90.0 |\n| `plphp` | 80.0 · 40.0 |" in page
+    assert "| `[zero]` | 10.0 |" not in page
+
+
 def test_the_page_has_what_else_was_measured(generator: Any) -> None:
     retention = {"prompts": 9, "vision_tokens_min": 196, "vision_tokens_max": 784, "retention_std": 0.05}
     row = {"target": 0.5, "config": {}, "others": {**retention, "retention_mean": 0.47}}

@@ -77,7 +77,7 @@ def test_plots(tmp_path: Path) -> None:
     axes = plot_scores(METRICS, "one_image").axes[0]
     [line] = [line for line in axes.get_lines() if line.get_label() == "plphp"]
     assert line.get_xydata().tolist() == [[12.0, 40.0], [51.0, 80.0]]
-    assert {entry.get_text() for entry in axes.get_legend().get_texts()} == {"full KV", "plphp", "[zero]"}
+    assert {entry.get_text() for entry in axes.figure.legends[0].get_texts()} == {"full KV", "plphp", "[zero]"}
     assert save_score_plots(METRICS, tmp_path / "plots") == [tmp_path / "plots" / "score-one_image.png"]
     assert (tmp_path / "plots" / "score-one_image.png").stat().st_size > 5000
     with pytest.raises(ConfigError, match="no group 'dialog'"):

@@ -47,7 +47,7 @@ def plot_scores(metrics: Mapping[str, Any], group: str) -> Figure:
     figures = metrics["groups"][group]["variants"]
     if not all("score" in one for one in figures.values()):
         raise ConfigError(f"The group {group!r} has no scores to draw: it was compared without labels.")
-    figure = new_figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for variant in metrics["variants"]:
@@ -62,7 +62,7 @@ def plot_scores(metrics: Mapping[str, Any], group: str) -> Figure:
     axes.set(xlabel="vision KV kept, measured (%)", ylabel="score (%)", title=group.replace("_", " "))
     axes.set_xlim(-2, 102)
     axes.grid(alpha=0.3, linewidth=0.5)
-    axes.legend(fontsize="small", ncols=1 + len(lines) // 9)
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -157,7 +157,8 @@ SEVERAL = 2, 3, 4
 THING, CODE, DIGIT, COLOUR, WHICH = 1 / 80, 0.001, 0.1, 1 / 8, 0.36
 TASKS = (
     Task("cell", "one_image", "what a cell of a grid shows", THING, ("cell",)),
-    Task("digit_of_colour", "one_image", "the handwritten digit of a colour", DIGIT, ("digit_of_colour",)),
+    Task("digit_of_colour", "one_image", "the handwritten digit of a colour", DIGIT, ("digit_of_colour",),
+         scored=False),
     Task("colour_of", "one_image", "the colour of a thing", COLOUR, ("colour_of",)),
     Task("relation", "one_image", "what is beside, above or below a thing", THING, ("relation",)),
     Task("lookup", "one_image", "the value of a key in a table", CODE, ("lookup",), ("table",)),
@@ -166,7 +167,7 @@ TASKS = (
     Task("which_image", "several_images", "which image shows a thing", WHICH, ("which_image",), ("grid",), SEVERAL),
     Task("cell_in", "several_images", "what a cell of one image shows", THING, ("cell",), ("grid", "text"), SEVERAL),
     Task("find_in", "several_images", "a thing of one image by its colour, or its colour", DIGIT,
-         ("digit_of_colour", "colour_of"), ("grid", "table"), SEVERAL),
+         ("digit_of_colour", "colour_of"), ("grid", "table"), SEVERAL, scored=False),
     Task("read_in", "several_images", "a code of one image", CODE,
          ("read_line", "read_colour", "lookup"), ("grid", "text", "table"), SEVERAL),
     Task("compare", "several_images", "what a cell shows in two images", 0.001, ("compare",), ("grid",), SEVERAL),
