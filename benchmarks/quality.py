@@ -27,7 +27,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "quality"
-BUNDLED_NAME = "the bundled model"
 RETENTION = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1, 0.05)
 METHODS = (
     "plphp",
@@ -189,8 +188,8 @@ def bank(arguments: argparse.Namespace) -> None:
     model, processor = load_model(None, "float32", None)
     prompts = _prompts(processor, arguments.samples or 8, seed=3)
     found = plphp.collect_query_bank(model, prompts, progress=lambda step: print(step, file=sys.stderr))
-    about = {"model": BUNDLED_NAME, "sha256": weights_hash(model.to(torch.bfloat16))}
-    dataclasses.replace(found, record={**found.record, **about}).save(BUNDLED)
+    record = {**found.record, "sha256": weights_hash(model.to(torch.bfloat16))}
+    dataclasses.replace(found, record=record).save(BUNDLED)
 
 
 def attention(arguments: argparse.Namespace) -> None:
@@ -203,8 +202,7 @@ def attention(arguments: argparse.Namespace) -> None:
     found = plphp.profile(model, list(_prompts(processor, arguments.samples or 10, seed=1)), (1, 8, "text"))
     summary = {str(rows): found.summary(rows) for rows in found.query_rows}
     statements = {str(rows): str(found.re_attention(rows)) for rows in found.query_rows}
-    about = {**found.provenance, "model": arguments.model or BUNDLED_NAME}
-    _write("attention.json", {**about, "prompts": len(found.prompts), "re_attention": statements, **summary})
+    _write("attention.json", {**found.provenance, "prompts": len(found.prompts), "re_attention": statements, **summary})
     PLOTS.mkdir(parents=True, exist_ok=True)
     plot_profile(found).savefig(PLOTS / "vision-attention.png", dpi=120)
     plot_heads(found).savefig(PLOTS / "heads.png", dpi=120)
@@ -228,7 +226,7 @@ def calibration(arguments: argparse.Namespace) -> None:
             "quantiles of each prompt": plphp.measure_retention(model, _prompts(processor, each, seed=2), asked),
         }
         rows.append({"target": target, "config": config.to_dict(), **{k: v.summary() for k, v in measured.items()}})
-    _write("calibration.json", {**provenance(model), "model": arguments.model or BUNDLED_NAME, "targets": rows})
+    _write("calibration.json", {**provenance(model), "targets": rows})
 
 
 def _write(name: str, values: dict[str, Any]) -> None:

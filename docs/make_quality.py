@@ -20,14 +20,15 @@ Figures = Mapping[str, Any]
 HEAD = """# Quality
 
 Made by `docs/make_quality.py` from the files in `benchmarks/results`; do not edit. How the figures come about, and what
-they mean, is in [evaluation.md](evaluation.md). The commands that make them:
+they mean, is in [evaluation.md](evaluation.md). The commands that make them, in this order (`--samples` of the last
+two is in the tables here):
 
 ```bash
 python benchmarks/quality.py bank          # queries of the model's answers, for query_bank, development split
-python benchmarks/quality.py test          # all methods at all retentions, test split
-python benchmarks/quality.py ablation      # choices within plphp, development split
 python benchmarks/quality.py attention     # vision attention per layer, development split
 python benchmarks/quality.py calibration   # fixed thresholds on other prompts, development split
+python benchmarks/quality.py ablation      # choices within plphp and other evidence, development split
+python benchmarks/quality.py test          # all methods at all retentions, test split
 python docs/make_quality.py
 ```
 

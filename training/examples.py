@@ -32,7 +32,7 @@ PLAN: tuple[tuple[str, str, tuple[scenes.Kind, ...], str], ...] = (
     ("single", "grid-2", ("grid",), "colour_of"),
     ("several", "pair", ("grid", "grid"), "which_image"),
 )
-"""(kind, name of the image set, kinds of scenes, task). What the model is worst at is last."""
+"""(kind, name of the image set, kinds of scenes, task)."""
 
 
 def _scenes(name: str, kinds: Sequence[scenes.Kind]) -> list[Scene]:

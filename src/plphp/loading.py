@@ -16,6 +16,7 @@ from .errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError,
 from .registry import family_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BUNDLED = Path(str(resources.files("plphp"))) / "reference_model"
 
 
 def bundled_model_path() -> Path:
@@ -26,10 +27,9 @@ def bundled_model_path() -> Path:
     LoadError
         If this installation lacks it.
     """
-    path = Path(str(resources.files("plphp"))) / "reference_model"
-    if not (path / "config.json").is_file():
+    if not (BUNDLED / "config.json").is_file():
         raise LoadError("This installation of plphp has no bundled model: name a model folder or a hub id.")
-    return path
+    return BUNDLED
 
 
 def read_model_config(name_or_folder: str | Path | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from . import __version__
+from .loading import BUNDLED
 
 
 def provenance(model: PreTrainedModel) -> dict[str, Any]:
@@ -20,13 +22,13 @@ def provenance(model: PreTrainedModel) -> dict[str, Any]:
     Returns
     -------
     dict
-        JSON-ready: ``model`` (hub id or folder, as it was loaded), ``model_type``, ``model_class``,
-        ``decoder_layers``, ``dtype``, ``hardware``, ``plphp``, ``torch``, ``transformers``, ``python``
-        (versions), and ``date`` (ISO, local).
+        JSON-ready: ``model`` (hub id or folder, as it was loaded, or "the bundled model"), ``model_type``,
+        ``model_class``, ``decoder_layers``, ``dtype``, ``hardware``, ``plphp``, ``torch``, ``transformers``,
+        ``python`` (versions), and ``date`` (ISO, local).
     """
     cuda = model.device.type == "cuda"
     return {
-        "model": model.name_or_path,
+        "model": "the bundled model" if Path(model.name_or_path) == BUNDLED else model.name_or_path,
         "model_type": model.config.model_type,
         "model_class": type(model).__name__,
         "decoder_layers": model.config.get_text_config(decoder=True).num_hidden_layers,

@@ -53,7 +53,7 @@ def test_every_patch_is_asked_for_the_number_of_its_own_image() -> None:
     with torch.no_grad():
         assert loss_fn(model.vision_features(net, torch.from_numpy(row.pixels)), *batch)[2] > 0.5
         is_image = batch[0] == rows.IMAGE
-        words = [token for k in range(1, 4) for token in [tokenizer.encode(str(k))[0]] * model.IMAGE_TOKENS]
+        words = [token for k in range(1, 4) for token in [tokenizer.NUMBERS[k - 1]] * model.IMAGE_TOKENS]
         hidden = torch.zeros(*is_image.shape, net.config.text_config.hidden_size)
         known = torch.nn.functional.normalize(net.get_input_embeddings().weight, dim=-1)
         hidden[is_image] = 1000 * known[words]

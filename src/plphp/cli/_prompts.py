@@ -12,8 +12,6 @@ from plphp.errors import ConfigError
 if TYPE_CHECKING:
     from plphp.prompts_file import Prompt
 
-BUNDLED = "the bundled model"
-
 
 def check_out_file(out: Path, what: str) -> None:
     """Raise ConfigError, before the work is done, if a file cannot be written there."""

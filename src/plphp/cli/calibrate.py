@@ -12,7 +12,7 @@ import typer
 from plphp.errors import ConfigError
 
 from ._app import JsonOption, app, console, loading_bars, print_json, progress
-from ._prompts import BUNDLED, check_out_file, fitting_processor
+from ._prompts import check_out_file, fitting_processor
 from .generate import read_settings
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ def calibrate(
                 measured[name] = measure_retention(weights, prompt_inputs(processor, some, weights.device), found)
     record = {
         **provenance(weights),
-        "model": model or BUNDLED,
         "target_retention": settings.target_retention,
         **{name: one.summary() for name, one in measured.items()},
     }

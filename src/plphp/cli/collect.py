@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ._app import JsonOption, app, loading_bars, print_json, progress
-from ._prompts import BUNDLED, check_out_file, fitting_processor
+from ._prompts import check_out_file, fitting_processor
 
 
 @app.command()
@@ -45,7 +44,6 @@ def collect(
             seed=seed,
             progress=lambda step: tell(f"{step} of {len(given)}"),
         )
-    found = dataclasses.replace(found, record={**found.record, "model": model or BUNDLED})
     found.save(out)
     if as_json:
         print_json({"file": str(out), **found.record})

@@ -12,7 +12,7 @@ import typer
 from plphp.errors import ConfigError
 
 from ._app import JsonOption, app, console, loading_bars, print_json, progress
-from ._prompts import BUNDLED, fitting_processor
+from ._prompts import fitting_processor
 
 if TYPE_CHECKING:
     from plphp.prompts_file import Prompt
@@ -55,7 +55,6 @@ def profile(
     with progress("profiling", quiet=as_json) as tell:
         inputs = prompt_inputs(processor, given, weights.device)
         found = measure(weights, inputs, rows, progress=lambda step: tell(f"{step} of {len(given)}"))
-    found = dataclasses.replace(found, provenance={**found.provenance, "model": model or BUNDLED})
     files = [out / "profile.json"]
     found.to_json(files[0])
     if plots:
