@@ -51,10 +51,11 @@ def _check_one(kind: str, question: questions.Question, scene: Scene) -> None:
         assert len(said) == (inside if kind == "neighbours" else 1)
         assert said[0][1] in text
     elif kind in ("lookup", "lookups"):
-        said = re.findall(r"The line of (\w) is (\w+)\. The value is (\w+)\.", answer)
+        said = re.findall(r"(\w) is (\w+), on line (\w+)\. The value is (\w+)\.", answer)
         assert len(said) == 1 if kind == "lookup" else len({key for key, *_ in said}) >= 2
-        for key, row, value in said:
+        for key, colour, row, value in said:
             assert scene.line(truths.NUMBERS.index(row)) == key + value
+            assert scene.at[truths.NUMBERS.index(row), 1].colour == colour
             assert f" {key}" in text
     elif kind == "read_table":
         said = re.findall(r"The value of (\w) is (\w+)\.", answer)
@@ -112,12 +113,14 @@ def test_answers_about_several_images_follow_from_them(kind: str) -> None:
             assert len(said) == 2
             assert all(shown == drawn[int(k) - 1].cell(int(r), int(c)) for k, shown in said)
             continue
-        said = re.findall(r"The image of the (?:digit )?(\w+) is (\w+)\.", question.answer)
+        said = re.findall(r"The (?:digit )?(\w+) is (\w+), in image (\w+)\.", question.answer)
         assert len(said) == 1 if kind == "which_image" else len(said) >= 2
-        names, numbers = [name for name, _ in said], [truths.NUMBERS.index(word) for _, word in said]
-        for name, number in zip(names, numbers, strict=True):
-            holders = {k for k, s in enumerate(drawn, 1) for i in s.items if s.kind == "grid" and i.value == name}
-            assert holders == {number}
+        names, numbers = [name for name, *_ in said], [truths.NUMBERS.index(word) for *_, word in said]
+        for name, colour, word in said:
+            holders = [
+                (k, i.colour) for k, s in enumerate(drawn) for i in s.items if s.kind == "grid" and i.value == name
+            ]
+            assert holders == [(truths.NUMBERS.index(word) - 1, colour)]
         if kind == "order":
             first = names[0] if numbers[0] < numbers[1] else names[1]
             assert question.answer.endswith(f"{first} comes first.")

@@ -112,7 +112,8 @@ def _neighbours(rng: random.Random, scene: Scene) -> Asked:
 
 
 def _looked_up(scene: Scene, r: int) -> str:
-    return f"The line of {scene.at[r, 1].value} is {NUMBERS[r]}. The value is {scene.line(r, 2)}."
+    key = scene.at[r, 1]
+    return f"{key.value} is {key.colour}, on line {NUMBERS[r]}. The value is {scene.line(r, 2)}."
 
 
 def _lookup(rng: random.Random, scene: Scene) -> Asked:
@@ -187,30 +188,32 @@ ABOUT_ONE: dict[str, Callable[[random.Random, Scene], Asked]] = {
 }
 
 
-def _owners(scenes: Sequence[Scene]) -> dict[str, int]:
-    """Return the things that only one image shows: value -> number of the image."""
-    found: dict[str, set[int]] = {}
+def _placed(scenes: Sequence[Scene]) -> dict[str, tuple[int, str]]:
+    """Return the things that are there once, in one image: value -> number of the image, and how an answer says it."""
+    found: dict[str, list[tuple[int, Item]]] = {}
     for k, scene in enumerate(scenes, start=1):
         for item in scene.items if scene.kind == "grid" else ():
-            found.setdefault(item.value, set()).add(k)
-    return {value: min(where) for value, where in sorted(found.items()) if len(where) == 1}
+            found.setdefault(item.value, []).append((k, item))
+    once = {value: places[0] for value, places in sorted(found.items()) if len(places) == 1}
+    return {
+        value: (k, f"The {_thing(value)} is {item.colour}, in image {NUMBERS[k]}.") for value, (k, item) in once.items()
+    }
 
 
 def _which_image(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
-    owners = _owners(scenes)
-    if not owners or sum(scene.kind == "grid" for scene in scenes) < 2:
+    placed = _placed(scenes)
+    if not placed or sum(scene.kind == "grid" for scene in scenes) < 2:
         return None
-    value, k = rng.choice(list(owners.items()))
-    return {"thing": _thing(value)}, f"The image of the {_thing(value)} is {NUMBERS[k]}."
+    value = rng.choice(list(placed))
+    return {"thing": _thing(value)}, placed[value][1]
 
 
 def _which_images(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
-    owners = _owners(scenes)
-    if len(owners) < 2 or sum(scene.kind == "grid" for scene in scenes) < 2:
+    placed = _placed(scenes)
+    if len(placed) < 2 or sum(scene.kind == "grid" for scene in scenes) < 2:
         return None
-    chosen = rng.sample(list(owners), rng.randint(2, min(MOST_THINGS, len(owners))))
-    said = [f"The image of the {_thing(value)} is {NUMBERS[owners[value]]}." for value in chosen]
-    return {"things": _all_of([f"the {_thing(value)}" for value in chosen])}, " ".join(said)
+    chosen = rng.sample(list(placed), rng.randint(2, min(MOST_THINGS, len(placed))))
+    return {"things": _all_of([f"the {_thing(value)}" for value in chosen])}, " ".join(placed[v][1] for v in chosen)
 
 
 def _compare(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
@@ -226,14 +229,13 @@ def _compare(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
 
 
 def _order(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
-    owners = _owners(scenes)
-    pairs = [(a, b) for a in owners for b in owners if owners[a] != owners[b]]
+    placed = _placed(scenes)
+    pairs = [(a, b) for a in placed for b in placed if placed[a][0] != placed[b][0]]
     if not pairs:
         return None
     a, b = rng.choice(pairs)
-    first = _thing(a if owners[a] < owners[b] else b)
-    where = " ".join(f"The image of the {_thing(value)} is {NUMBERS[owners[value]]}." for value in (a, b))
-    return {"thing": _thing(a), "other": _thing(b)}, f"{where} The {first} comes first."
+    first = _thing(a if placed[a][0] < placed[b][0] else b)
+    return {"thing": _thing(a), "other": _thing(b)}, f"{placed[a][1]} {placed[b][1]} The {first} comes first."
 
 
 ABOUT_SEVERAL: dict[str, Callable[[random.Random, Sequence[Scene]], Asked]] = {
