@@ -55,8 +55,9 @@ HIDDEN, CLAMP, TINY = -1e4, 60.0, 1e-20
 ATTRIBUTE_SCALE, VISION_SCALE = 3.0, 0.3
 """Size of an attribute's vector beside a random unit's, and standard deviation of the projector's output at first."""
 PREFIX_PARTS = 3
-EARLY = 1
-"""Layers after which a patch is to know the number of its image: the next one looks things up."""
+PATCHES_KNOW, WORDS_KNOW = 1, 2
+"""Layers after which patches, and the words of answers, are to know the number that ``training.rows.Row`` gives them:
+the next one looks things up."""
 
 
 def _exponentials(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -294,19 +295,22 @@ class AnswerLoss(nn.Module):
         features: Tensor,
         ids: Tensor,
         labels: Tensor,
+        numbers: Tensor,
         positions: Tensor,
         structure: Structure,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mean loss over answer tokens, the share of them that are right, and the loss of the numbering.
 
-        The numbering is a help: with several images, every patch says after a layer which image it is of. A thing
-        that was found can be said to be in that image only if its patches know; without it, they hardly learn to.
+        The numbering is a help: with several images, every patch says after a layer which image it is of, and every
+        word of an answer after another which image was asked about or found. A thing that was found can be said to be
+        in that image, and a place can be looked up in the image that was asked about, only if both sides know; without
+        this loss they hardly learn to.
 
         Parameters
         ----------
         features
             Tower output, shape (images, 196, dim); the images of a row follow one another.
-        ids, labels, positions
+        ids, labels, numbers, positions
             int64, shape (rows, seq); see ``training.rows.Row``.
         structure
             Who sees whom. No label stands before the last position of the prefix.
@@ -318,12 +322,15 @@ class AnswerLoss(nn.Module):
         decoder = self.model.model.language_model
         turned = decoder.rotary_emb(embeds, positions)
         hidden, numbering = embeds, embeds.new_zeros(())
+        start = structure.pads.shape[-1]
         for number, layer in enumerate(decoder.layers, start=1):
             hidden = layer(hidden, position_embeddings=turned, position_ids=positions, structure=structure)
-            if number == EARLY and len(features) > len(ids):
-                numbering = self._numbering(decoder.norm(hidden), is_image[..., 0])
+            if number == PATCHES_KNOW:
+                numbering = numbering + self._numbering(decoder.norm(hidden[:, :start]), numbers[:, :start])
+            if number == WORDS_KNOW:
+                numbering = numbering + self._numbering(decoder.norm(hidden[:, start:]), numbers[:, start:])
         hidden = decoder.norm(hidden)
-        text_start = structure.pads.shape[-1] - 1
+        text_start = start - 1
         hidden = hidden[:, text_start:]
         logits = self.model.lm_head(hidden).float()
         target = labels[:, text_start:]
@@ -333,9 +340,8 @@ class AnswerLoss(nn.Module):
             right = ((logits.argmax(-1) == target) & scored).sum() / scored.sum()
         return loss, right, numbering
 
-    def _numbering(self, hidden: Tensor, is_image: Tensor) -> Tensor:
+    def _numbering(self, hidden: Tensor, target: Tensor) -> Tensor:
         known = self.model.get_input_embeddings().weight[self.numbers]
         logits = (hidden @ known.to(hidden.dtype).T).float()
-        image = (is_image.cumsum(1) - 1).div(IMAGE_TOKENS, rounding_mode="floor")
-        target = image.masked_fill(~is_image, -100)
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+        total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
+        return total / (target >= 0).sum().clamp(min=1)

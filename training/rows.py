@@ -16,10 +16,14 @@ from training import tokenizer
 
 SYSTEM_SLOT = max(len(tokenizer.encode(f"<|system|>{text}<|end|>\n")) for text in questions.SYSTEMS)
 PER_IMAGE = len(tokenizer.encode("Image 1: ")) + models.IMAGE_TOKENS + 1
-PAD, END, IMAGE = range(3)
+PAD, END, IMAGE, _, USER, _ = range(len(tokenizer.SPECIAL))
+IMAGE_MENTIONS = {tokenizer.encode(word) for word in ("Image ", "image ", " Image ", " image ")}
+DIGITS = [tokenizer.encode(str(k))[0] for k in range(1, 5)]
 WIDTH = 88
 """Tokens of a block. A conversation lies in one block; those of a block do not see each other."""
 PREFIX_BLOCK, PAD_BLOCK = 0, -1
+AHEAD = len(tokenizer.encode(" red, in image"))
+"""Tokens between the word behind a thing that was found ("... star is") and the number of its image, or line."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Row:
         int64, shape (seq,): left padding, prefix, then blocks of ``WIDTH`` tokens.
     labels
         int64, shape (seq,): the next token where it belongs to an answer, else -100.
+    numbers
+        int64, shape (seq,): the number, counted from 0, that a token is to know early, see ``known_numbers``; of a
+        patch with several images the one of its image. -100 where there is none.
     blocks
         int64, shape (seq,): 0 for the prefix (visible to all), 1, 2, ... for conversations (each visible to
         itself), -1 for pads.
@@ -44,6 +51,7 @@ class Row:
     pixels: np.ndarray
     ids: np.ndarray
     labels: np.ndarray
+    numbers: np.ndarray
     blocks: np.ndarray
     positions: np.ndarray
 
@@ -77,6 +85,26 @@ def block_ids(turns: Sequence[questions.Question]) -> tuple[list[int], list[int]
     return ids[:-1], labels[:-1]
 
 
+def known_numbers(ids: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """Return for each token of a dialogue the number, counted from 0, that it is to know early; -100 where none is.
+
+    The words of an answer are to know the number of the image that was last mentioned. Where none was, the word behind
+    a thing that is looked up ("the star is") is to know the number, of its image or line, that will be said of it.
+    """
+    found = [-100] * len(ids)
+    mentioned = -100
+    for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if token == USER:
+            mentioned = -100
+        if tuple(ids[max(0, at - 2) : at]) in IMAGE_MENTIONS and token in DIGITS:
+            mentioned = DIGITS.index(token)
+        if label >= 0:
+            found[at] = mentioned
+        if label in tokenizer.NUMBERS and mentioned < 0:
+            found[at - AHEAD] = tokenizer.NUMBERS.index(label)
+    return found
+
+
 def draw_turns(rng: random.Random, drawn: Sequence[Scene], *, dialogues: float) -> list[questions.Question]:
     """Ask one question, or two or three with probability ``dialogues``; none where the scenes allow none."""
     wanted = rng.choice((2, 2, 3)) if rng.random() < dialogues else 1
@@ -102,11 +130,14 @@ def make_row(
     length = start + n_blocks * WIDTH
     ids = np.full(length, PAD, np.int64)
     labels = np.full(length, -100, np.int64)
+    numbers = np.full(length, -100, np.int64)
     blocks = np.full(length, PAD_BLOCK, np.int64)
     positions = np.zeros(length, np.int64)
     ids[start - len(prefix) : start] = prefix
     blocks[start - len(prefix) : start] = PREFIX_BLOCK
     positions[start - len(prefix) : start] = np.arange(len(prefix))
+    if n_images > 1:
+        numbers[ids == IMAGE] = np.arange(n_images).repeat(models.IMAGE_TOKENS)
     used = [0] * n_blocks
     conversation, misses = 1, 0
     seen: set[str] = set()
@@ -124,8 +155,9 @@ def make_row(
         at = start + roomy[0] * WIDTH + used[roomy[0]]
         end = at + len(turn_ids)
         ids[at:end], labels[at:end], blocks[at:end] = turn_ids, turn_labels, conversation
+        numbers[at:end] = known_numbers(turn_ids, turn_labels)
         positions[at:end] = len(prefix) + np.arange(len(turn_ids))
         used[roomy[0]] += len(turn_ids)
         conversation += 1
     pixels = np.stack([scenes.training_pixels(rng, scene) for scene in drawn])
-    return Row(pixels, ids, labels, blocks, positions)
+    return Row(pixels, ids, labels, numbers, blocks, positions)

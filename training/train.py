@@ -81,7 +81,8 @@ class _Stream(IterableDataset):
             ]
             pixels = torch.from_numpy(np.concatenate([row.pixels for row in made]))
             stacked = [
-                np.stack([getattr(row, name) for row in made]) for name in ("ids", "labels", "blocks", "positions")
+                np.stack([getattr(row, name) for row in made])
+                for name in ("ids", "labels", "numbers", "blocks", "positions")
             ]
             yield shape.images, [pixels, *map(torch.from_numpy, stacked)]
 
@@ -182,13 +183,13 @@ def train(
         )
 
     for step, (n, batch) in enumerate(stream, start=first):
-        pixels, ids, labels, blocks, positions = (one.to(model.device) for one in batch)
+        pixels, ids, labels, numbers, blocks, positions = (one.to(model.device) for one in batch)
         optim.set_rate(optimizers, _factor(step / steps, step))
         structure = models.Structure.of(blocks, rows.prefix_length(n), rows.WIDTH, torch.bfloat16)
         with torch.autocast(model.device.type, torch.bfloat16):
             with torch.no_grad():
                 features = tower(pixels)
-            loss, right, numbering = forward(features, ids, labels, positions, structure)
+            loss, right, numbering = forward(features, ids, labels, numbers, positions, structure)
         (loss + NUMBERING * numbering).backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optim.step(optimizers)
@@ -198,6 +199,7 @@ def train(
         if now - last_log > 20 or step + 1 == steps:
             last_log = now
             record = {"seconds": round(before + now - start), "step": step + 1, "rows": row_count}
+            record["numbering"] = round(numbering.item(), 4)
             for name, values in window.items():
                 if values:
                     mean = np.mean(values, axis=0)

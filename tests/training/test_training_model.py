@@ -16,12 +16,12 @@ BLOCKS = 3
 
 
 def _batch(made: list[rows.Row], images: int) -> tuple:
-    ids, labels, blocks, positions = (
+    ids, labels, numbers, blocks, positions = (
         torch.from_numpy(np.stack([getattr(row, name) for row in made]))
-        for name in ("ids", "labels", "blocks", "positions")
+        for name in ("ids", "labels", "numbers", "blocks", "positions")
     )
     structure = model.Structure.of(blocks, rows.prefix_length(images), rows.WIDTH, torch.float32)
-    return ids, labels, positions, structure
+    return ids, labels, numbers, positions, structure
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -45,24 +45,18 @@ def test_conversations_see_the_prefix_and_themselves_only(images: int) -> None:
     assert packed.item() == pytest.approx(total / count, abs=1e-4)
 
 
-def test_every_patch_is_asked_for_the_number_of_its_own_image() -> None:
+def test_the_numbering_asks_for_the_numbers_of_the_row() -> None:
     net = export.new_model(small=True)
     loss_fn = model.AnswerLoss(net, tokenizer.NUMBERS)
     row = rows.make_row(random.Random(4), 3, BLOCKS)
-    batch = _batch([row], 3)
+    numbers = torch.from_numpy(row.numbers)[None]
+    known = torch.nn.functional.normalize(net.get_input_embeddings().weight, dim=-1)[list(tokenizer.NUMBERS)]
+    hidden = 1000 * known[numbers.clamp(min=0)]
     with torch.no_grad():
-        assert loss_fn(model.vision_features(net, torch.from_numpy(row.pixels)), *batch)[2] > 0.5
-        is_image = batch[0] == rows.IMAGE
-        words = [token for k in range(1, 4) for token in [tokenizer.NUMBERS[k - 1]] * model.IMAGE_TOKENS]
-        hidden = torch.zeros(*is_image.shape, net.config.text_config.hidden_size)
-        known = torch.nn.functional.normalize(net.get_input_embeddings().weight, dim=-1)
-        hidden[is_image] = 1000 * known[words]
-        assert loss_fn._numbering(hidden, is_image) < 0.01
-        assert loss_fn._numbering(hidden.flip(1), is_image.flip(1)) > 1
-    single = rows.make_row(random.Random(4), 1, BLOCKS)
-    with torch.no_grad():
-        features = model.vision_features(net, torch.from_numpy(single.pixels))
-        assert loss_fn(features, *_batch([single], 1))[2] == 0
+        assert loss_fn(model.vision_features(net, torch.from_numpy(row.pixels)), *_batch([row], 3))[2] > 1
+        assert loss_fn._numbering(hidden, numbers) < 0.01
+        assert loss_fn._numbering(hidden, numbers.where(numbers < 0, (numbers + 1) % 4)) > 1
+        assert loss_fn._numbering(hidden, torch.full_like(numbers, -100)) == 0
 
 
 def test_a_few_steps_reduce_the_loss() -> None:

@@ -138,13 +138,13 @@ ONE_IMAGE = {
         "list_grid": 0.8,
         "count": 1.5,
     },
-    "text": {"read_line": 1.5, "read_colour": 1.5, "read_page": 1.5},
-    "table": {"lookup": 1.2, "lookups": 1.8, "read_table": 1.0},
+    "text": {"read_line": 1.5, "read_colour": 1.5, "read_page": 1.0, "colours_of": 2.0},
+    "table": {"lookup": 1.2, "lookups": 1.8, "read_table": 0.7, "colours_of": 2.0},
 }
 """Kind of scene -> question about one image -> how often training asks it.
 
-To find a thing by what it *is* is learned last. Answers that do so several times (``colours_of``, ``neighbours``,
-``lookups``, ``read_table``, ``which_images``) teach it faster; they are no tasks.
+To find a thing by what it *is* is learned last. Answers that do so several times (``colours_of``, also of letters,
+``neighbours``, ``lookups``, ``read_table``, ``which_images``) teach it faster; they are no tasks.
 """
 SEVERAL_IMAGES = {"which_image": 0.7, "which_images": 1.4, "compare": 0.8, "order": 1.0}
 """Questions about several images at once, likewise."""
