@@ -41,7 +41,7 @@ class Shape:
 GRID = Shape(("grid",), 1, 8, 8)
 PAGE = Shape(("text", "table", "table"), 1, 12, 3)
 ANY: tuple[scenes.Kind, ...] = ("grid", "grid", "grid", "text", "table", "table")
-SEVERAL = (Shape(ANY, 2, 6, 6), Shape(ANY, 4, 4, 6))
+SEVERAL = (Shape(ANY, 2, 6, 6), Shape(ANY, 3, 5, 6), Shape(ANY, 4, 4, 6))
 NUMBERING = 0.3
 """Weight of the numbering's loss, see `training.model.AnswerLoss`."""
 CHECKPOINT = "text.pt"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from plphp.evaluation import available_tasks
 from plphp.evaluation.synthetic import scenes
 from training import export, model, optim, rows, tokenizer, train
 
@@ -89,6 +90,11 @@ def test_a_patch_starts_near_the_words_for_what_it_shows() -> None:
         near = torch.nn.functional.normalize(embeddings, dim=-1) @ net.model.multi_modal_projector(shown[None])[0]
     words = [token for token in tokenizer.attribute_words() if token is not None]
     assert words[int(near[words].argmax())] == tokenizer.encode(" star")[0]
+
+
+def test_every_number_of_images_that_a_task_asks_about_is_trained() -> None:
+    trained = {shape.images for shape in (train.GRID, train.PAGE, *train.SEVERAL)}
+    assert trained >= {images for task in available_tasks().values() for images in task.images}
 
 
 def test_a_resumed_run_reads_the_batches_it_would_have_read() -> None:

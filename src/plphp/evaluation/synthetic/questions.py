@@ -128,15 +128,15 @@ AFTER = (*[""] * 15, " Answer in a full sentence.", " Be exact, please.", " Take
 
 ONE_IMAGE = {
     "grid": {
-        "cell": 1.2,
+        "cell": 1.0,
         "digit_of_colour": 0.5,
         "colour_of": 0.6,
-        "colours_of": 1.4,
-        "relation": 1.4,
+        "colours_of": 1.0,
+        "relation": 1.6,
         "neighbours": 1.8,
-        "list_row": 1.2,
-        "list_grid": 0.8,
-        "count": 1.5,
+        "list_row": 0.8,
+        "list_grid": 1.2,
+        "count": 2.4,
     },
     "text": {"read_line": 1.5, "read_colour": 1.5, "read_page": 1.0, "colours_of": 2.0},
     "table": {"lookup": 1.2, "lookups": 1.8, "read_table": 0.7, "colours_of": 2.0},
