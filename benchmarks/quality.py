@@ -122,9 +122,14 @@ def _evaluate(arguments: argparse.Namespace, folder: str, methods: tuple[str, ..
     return out
 
 
-def _presets() -> Iterator[str]:
-    """Methods with the fixed thresholds that the part ``calibration`` found."""
+def _presets(arguments: argparse.Namespace) -> Iterator[str]:
+    """Methods with the fixed thresholds that the part ``calibration`` found; stop if it found them on other weights."""
+    from plphp.evaluation.identity import weights_hash
+    from plphp.loading import load_model
+
     found = json.loads((RESULTS / "calibration.json").read_text(encoding="utf-8"))
+    if found.get("sha256") != weights_hash(load_model(arguments.model)[0]):
+        raise SystemExit("The thresholds in calibration.json are of other weights: run the part calibration first.")
     names = ("retention_rate", "retention_delta", "attentive_threshold", "indifferent_threshold")
     for row in found["targets"]:
         settings = ",".join(f"{name}={row['config'][name]}" for name in names)
@@ -138,7 +143,7 @@ def test(arguments: argparse.Namespace) -> None:
     out = _evaluate(
         arguments,
         "test",
-        (*METHODS, *_presets()),
+        (*METHODS, *_presets(arguments)),
         split="test",
         retention=RETENTION,
         samples=arguments.samples or 500,
@@ -195,6 +200,7 @@ def bank(arguments: argparse.Namespace) -> None:
 def attention(arguments: argparse.Namespace) -> None:
     """Vision attention per layer and head, for three choices of query rows."""
     import plphp
+    from plphp.evaluation.identity import weights_hash
     from plphp.loading import load_model
     from plphp.profile_plots import plot_heads, plot_profile
 
@@ -202,7 +208,8 @@ def attention(arguments: argparse.Namespace) -> None:
     found = plphp.profile(model, list(_prompts(processor, arguments.samples or 10, seed=1)), (1, 8, "text"))
     summary = {str(rows): found.summary(rows) for rows in found.query_rows}
     statements = {str(rows): str(found.re_attention(rows)) for rows in found.query_rows}
-    _write("attention.json", {**found.provenance, "prompts": len(found.prompts), "re_attention": statements, **summary})
+    about = {**found.provenance, "sha256": weights_hash(model), "prompts": len(found.prompts)}
+    _write("attention.json", {**about, "re_attention": statements, **summary})
     PLOTS.mkdir(parents=True, exist_ok=True)
     plot_profile(found).savefig(PLOTS / "vision-attention.png", dpi=120)
     plot_heads(found).savefig(PLOTS / "heads.png", dpi=120)
@@ -211,6 +218,7 @@ def attention(arguments: argparse.Namespace) -> None:
 def calibration(arguments: argparse.Namespace) -> None:
     """Thresholds from some prompts, and what they keep of others."""
     import plphp
+    from plphp.evaluation.identity import weights_hash
     from plphp.loading import load_model
     from plphp.provenance import provenance
 
@@ -226,7 +234,7 @@ def calibration(arguments: argparse.Namespace) -> None:
             "quantiles of each prompt": plphp.measure_retention(model, _prompts(processor, each, seed=2), asked),
         }
         rows.append({"target": target, "config": config.to_dict(), **{k: v.summary() for k, v in measured.items()}})
-    _write("calibration.json", {**provenance(model), "targets": rows})
+    _write("calibration.json", {**provenance(model), "sha256": weights_hash(model), "targets": rows})
 
 
 def _write(name: str, values: dict[str, Any]) -> None:

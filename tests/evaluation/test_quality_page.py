@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def generator() -> Any:
 
 def test_the_page_has_the_figures(generator: Any) -> None:
     page = generator.page({**ABOUT, **METRICS, "refused": {"fastv@0.05": "too little"}})
-    assert "| `plphp` | 80.0 (75.0, 85.0) | 40.0 (35.0, 45.0) |" in page
-    assert "| `plphp` | **-10.0** (-15.0, -5.0) | **-50.0** (-55.0, -45.0) |" in page
+    assert "| `plphp` | 80.0 (75.0, 85.0) | 40.0 (35.0, 45.0) [12.0] |" in page
+    assert "| `plphp` | **-10.0** (-15.0, -5.0) | **-50.0** (-55.0, -45.0) [12.0] |" in page
     assert "| `full` | 100.0 | 90.0 (85.0, 95.0) | +0.0 (-5.0, +5.0) | 75.0; 0.1250 |" in page
     assert "| `plphp` | 51.0 | 12.0 |" in page
     assert "| `cell` | one_image | exact match | 1.0 | 90.0 | yes |" in page
@@ -66,6 +67,19 @@ def test_the_page_has_what_else_was_measured(generator: Any) -> None:
     assert "- query rows last 1: it appears" in page
     assert "| 0.5 | 0.470 ± 0.050 |" in page
     assert "over 9 prompts" in page
+
+
+def test_results_of_other_weights_are_not_joined(
+    generator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(generator, "FOLDER", tmp_path)
+    monkeypatch.setattr(generator, "RESULTS", tmp_path / "quality.json")
+    (tmp_path / "quality.json").write_text(json.dumps({**ABOUT, **METRICS}))
+    (tmp_path / "attention.json").write_text(json.dumps({"model": "the bundled model", "sha256": "abc"}))
+    assert generator.committed()[1]["attention"]["sha256"] == "abc"
+    (tmp_path / "attention.json").write_text(json.dumps({"model": "the bundled model", "sha256": "other"}))
+    with pytest.raises(SystemExit, match=r"attention\.json was measured on other weights"):
+        generator.committed()
 
 
 def test_the_committed_page_is_up_to_date(generator: Any) -> None:

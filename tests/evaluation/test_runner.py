@@ -68,6 +68,8 @@ def test_a_cut_off_run_goes_on_to_the_same_figures(finished: Path, tmp_path: Pat
         evaluate(SETTINGS, tmp_path, progress=stop)
     assert not (tmp_path / "metrics.json").exists()
     assert summarize(tmp_path)["tasks"]["second_grid"]["samples"] == 1
+    with pytest.raises(LoadError, match="not finished: second_grid: 1 of 3 samples"):
+        write_results(tmp_path, tmp_path / "quality.json")
     path = tmp_path / "predictions" / "second_grid.jsonl"
     before = path.read_bytes()
     path.write_bytes(before + b'{"index": 1, "id": "cut o')

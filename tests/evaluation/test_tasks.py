@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,16 @@ def test_a_sample_has_the_images_and_turns_of_its_task(task: Task) -> None:
             [True] if task.turns == 1 else [False] + [True] * (task.turns - 1)
         )
         assert len({turn.answer for turn in sample.turns}) == task.turns
+
+
+@pytest.mark.parametrize("name", ["second_grid", "second_page", "third_in"])
+def test_a_later_answer_cannot_be_copied_from_the_dialogue(name: str) -> None:
+    for sample in available_tasks()[name].samples("test", 120):
+        said: set[str] = set()
+        for turn in sample.turns:
+            found = re.search(r"(?:(says|value is) (\w+)|shows an? (\w+) (\w+))\.$", turn.answer)
+            assert found is None or not {*found.groups()[1:]} - {None} <= said, sample
+            said |= set(re.findall(r"\w+", turn.answer))
 
 
 def test_groups_and_names_find_tasks() -> None:

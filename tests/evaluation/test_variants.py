@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from plphp.errors import ConfigError
-from plphp.evaluation import make_variants, split_methods
+from plphp.evaluation import Sample, Turn, make_variants, split_methods
 
 
 def test_commas_of_settings_do_not_split() -> None:
@@ -79,3 +79,16 @@ def test_controls() -> None:
 def test_bad_methods(methods: list[str], retention: list[float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_variants(methods, retention)
+
+
+def test_chance_draws_anew_for_every_sample() -> None:
+    one, other = (Sample(f"dev-0-{number}", "cell", (), (Turn("a", "b"),)) for number in range(2))
+    variants = make_variants(
+        ["random", "again=random:seed=1", "mixed=recall_rank:random_share=0.5", "recall_rank"], [0.5]
+    )
+    drawn = [variant.draws for variant in variants]
+    assert drawn == [False, True, True, True, False]
+    seeds = [[variant.for_sample(sample).config.seed for variant in variants] for sample in (one, one, other)]
+    assert seeds[0] == seeds[1]
+    assert seeds[0][1] != seeds[0][2]
+    assert [a != b for a, b in zip(seeds[0], seeds[2], strict=True)] == drawn

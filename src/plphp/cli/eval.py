@@ -61,7 +61,7 @@ def evaluate_command(
     if list_tasks:
         _list(as_json)
         return
-    from plphp.evaluation import EvalSettings, evaluate, save_score_plots, summarize, write_results
+    from plphp.evaluation import EvalSettings, evaluate, save_score_plots, summarize, unfinished, write_results
 
     if plots:
         from plphp.plots import new_figure
@@ -69,6 +69,9 @@ def evaluate_command(
         new_figure()  # says now, not after the run, that matplotlib is missing
     if report is not None:
         folder, metrics = report, summarize(report, baseline)
+        missing = unfinished(report)
+        if missing and not as_json:
+            console().print(f"Not finished: {missing}.", highlight=False)
     else:
         assert out is not None
         given: dict[str, Any] = {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .runner import evaluate
     from .scoring import Outcome, label_free, verify
     from .settings import EvalSettings
-    from .summary import compact_results, read_results, summarize, write_results
+    from .summary import compact_results, read_results, summarize, unfinished, write_results
     from .tasks import GROUPS, Sample, Task, Turn, available_tasks
     from .variants import Variant, make_variants, split_methods
 
@@ -30,7 +30,7 @@ _MODULES = {
     "result_tables": ("score_tables", "task_table"),
     "scoring": ("Outcome", "label_free", "verify"),
     "settings": ("EvalSettings",),
-    "summary": ("compact_results", "read_results", "summarize", "write_results"),
+    "summary": ("compact_results", "read_results", "summarize", "unfinished", "write_results"),
     "tasks": ("GROUPS", "Sample", "Task", "Turn", "available_tasks"),
     "variants": ("Variant", "make_variants", "split_methods"),
 }
@@ -61,6 +61,7 @@ __all__ = [
     "split_methods",
     "summarize",
     "task_table",
+    "unfinished",
     "verify",
     "write_results",
 ]

@@ -95,7 +95,7 @@ def generate_samples(
 ) -> list[dict[str, Outcome]]:
     """Answer samples with ordinary ``generate`` inside `plphp.prune`, variant by variant, and grade the answers.
 
-    Samples of one turn are answered as one left-padded batch, dialogues one by one.
+    Samples of one turn are answered as one left-padded batch; dialogues, and all where chance has a part, one by one.
 
     Returns
     -------
@@ -103,8 +103,8 @@ def generate_samples(
         For each sample, its outcomes by the name of the variant.
     """
     outcomes: list[dict[str, Outcome]] = [{} for _ in samples]
-    single = [number for number, sample in enumerate(samples) if len(sample.turns) == 1]
     for variant in variants:
+        single = [number for number, sample in enumerate(samples) if len(sample.turns) == 1 and not variant.draws]
         for number, sample in enumerate(samples):
             if number not in single:
                 answers = _generate_one(model, processor, sample, variant, max_new_tokens)
@@ -157,12 +157,12 @@ def _generate_one(
     """Read the first prompt, evict, go on with the reference history, and generate on the same cache."""
     conversation = encode(processor, sample, end_tokens(model, processor))
     [group] = groups_of(model, processor, sample, [variant], 1)
-    inputs = _on_device(model, group.inputs)
+    inputs, config = _on_device(model, group.inputs), group.variants[0].config
     answers = []
     for number, span in enumerate(conversation.answers):
         if not span.scored:
             continue
-        cache = PrunedCache.for_inputs(model, inputs, variant.config)
+        cache = PrunedCache.for_inputs(model, inputs, config)
         ids = torch.cat([inputs["input_ids"], conversation.draft[None, : span.start].to(model.device)], 1)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.inference_mode(), interpolated_positions(model) if group.interpolated else nullcontext():
@@ -188,14 +188,15 @@ def _reference_limit(model: PreTrainedModel, processor: Any, sample: Sample) -> 
 
 
 def _kept(report: PruneReport) -> list[float]:
-    """Vision entries kept of each row, as a fraction, over the layers and KV heads of the first prompt."""
+    """What each row kept of the first prompt, as `Forced.kept` counts it."""
     if not report.prompts:
         return [1.0] * report.batch
     shares = []
     for row in range(report.batch):
         layers = [layer.rows[row] for layer in report.prompts[0].layers]
         total = sum(layer.vision_tokens * len(layer.kept) for layer in layers)
-        shares.append(sum(sum(layer.kept) for layer in layers) / total if total else 1.0)
+        stored = sum(sum(layer.kept) - sum(map(len, layer.evicted_text)) for layer in layers)
+        shares.append(stored / total if total else 1.0)
     return shares
 
 

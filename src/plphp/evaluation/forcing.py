@@ -62,7 +62,9 @@ class Forced:
     kl : tuple of float
         Kullback-Leibler divergence of the variant's distribution from that of the full cache, in nats, at each.
     kept : float
-        Vision entries kept, over those of a full cache for the sample as it is; mean over layers and KV heads.
+        Entries kept, less the prompt's text, over the vision entries of a full cache for the sample as it is; mean
+        over layers and KV heads. For a method that evicts no text these are the vision entries kept; one that does is
+        counted by the memory it holds.
     """
 
     tokens: tuple[int, ...]
@@ -75,6 +77,7 @@ def groups_of(
 ) -> list[Group]:
     """Sort variants by the inputs that they read, at most ``rows`` in a group, in their order."""
     plain = prompt_inputs(processor, sample)
+    variants = [variant.for_sample(sample) for variant in variants]
     groups = []
     kept_as_is = [variant for variant in variants if variant.images == "as they are"]
     for start in range(0, len(kept_as_is), rows):
@@ -112,7 +115,7 @@ def force(model: PreTrainedModel, groups: Sequence[Group], draft: Tensor, places
     reference: dict[int, Tensor] = {}
     found: dict[str, Forced] = {}
     for group in groups:
-        branches = _read(model, group, draft)
+        branches, shares = _read(model, group, draft)
         tokens, divergences = [], []
         for place, logits in _next_logits(model, branches, draft, places, len(group.variants)):
             probabilities = logits.float().log_softmax(-1)
@@ -122,8 +125,7 @@ def force(model: PreTrainedModel, groups: Sequence[Group], draft: Tensor, places
         token_rows = torch.stack(tokens, 1).tolist()
         divergence_rows = torch.stack(divergences, 1).tolist()
         for row, variant in enumerate(group.variants):
-            kept = branches.vision_kept[row] * group.share
-            found[variant.name] = Forced(tuple(token_rows[row]), tuple(divergence_rows[row]), kept)
+            found[variant.name] = Forced(tuple(token_rows[row]), tuple(divergence_rows[row]), shares[row])
     return found
 
 
@@ -155,10 +157,10 @@ def decode(
     Returns
     -------
     dict
-        By the name of the variant: tokens without the end token, and the fraction of vision entries kept.
+        By the name of the variant: tokens without the end token, and what was kept, as in `Forced`.
     """
     history, rows = history.to(model.device), len(group.variants)
-    branches = _read(model, group, torch.cat([history, answer.to(model.device)]))
+    branches, shares = _read(model, group, torch.cat([history, answer.to(model.device)]))
     logits = branches.logits
     if len(history):
         [(_, logits)] = _next_logits(model, branches, history, [len(history)], rows)
@@ -174,12 +176,11 @@ def decode(
             break
         output: Any = model(input_ids=chosen[:, None], past_key_values=branches.cache)
         logits = output.logits[:, -1]
-    kept = [share * group.share for share in branches.vision_kept]
-    return {one.name: (answers[row], kept[row]) for row, one in enumerate(group.variants)}
+    return {one.name: (answers[row], shares[row]) for row, one in enumerate(group.variants)}
 
 
-def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> Branches:
-    """Read the prompt of a group once, with a row for each of its variants.
+def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> tuple[Branches, list[float]]:
+    """Read the prompt of a group once, with a row for each of its variants; also return what each kept.
 
     All tokens of ``answer`` read the cache, so that the method ``oracle`` may rank by all of them: the last one of
     ``answer_ids`` would not be read, and is one too many.
@@ -187,7 +188,10 @@ def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> Branches:
     inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in group.inputs.items()}
     with interpolated_positions(model) if group.interpolated else nullcontext():
         configs = [variant.config for variant in group.variants]
-        return branch(model, inputs, configs, answer_ids=torch.cat([answer, answer[-1:]]) if len(answer) else None)
+        branches = branch(model, inputs, configs, answer_ids=torch.cat([answer, answer[-1:]]) if len(answer) else None)
+    # A prompt without vision tokens evicts nothing.
+    tokens_per_vision = inputs["input_ids"].shape[1] / max(1, vision_tokens(model, inputs))
+    return branches, [group.share * (1 - (1 - kept) * tokens_per_vision) for kept in branches.kept]
 
 
 def _next_logits(

@@ -9,13 +9,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, PLPHPError, UnsupportedFeatureError, did_you_mean
+from ..cache import PrunedCache
+from ..errors import ConfigError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
 from ..loading import load_model
 from ..query_bank import bank_file
 from ..registry import get_method
 from ..suitability import method_for, refuse_unanswered
 from .answering import accepted_answers, decode_sample, generate_samples
 from .controls import smaller_inputs
+from .conversation import prompt_inputs
 from .identity import identity
 from .scoring import Outcome, label_free, verify
 from .settings import AnyTask, EvalSettings, mode_of, resolve_tasks, task_size
@@ -177,7 +179,10 @@ def _usable(
                 refuse_unanswered(method)
             if variant.images == "smaller":
                 smaller_inputs(model, processor, sample, variant.retention or 1.0)
-        except (ConfigError, UnsupportedFeatureError) as error:
+            if method.stage is not None:
+                # What keeps a method from acting inside prefill is in the model's layers and its attention.
+                PrunedCache.for_inputs(model, prompt_inputs(processor, sample), variant.config)
+        except (ConfigError, UnsupportedFeatureError, UnsupportedModelError) as error:
             log.warning("%s is left out: %s", variant.name, error)
             refused[variant.name] = str(error)
     return [variant for variant in variants if variant.name not in refused], refused

@@ -31,7 +31,8 @@ class Outcome:
     score : float, optional
         Of the task's metric, in [0, 1]; None where no answer is asked for.
     kept : float
-        Vision KV kept, measured: a fraction of the full cache's vision entries over layers and KV heads.
+        Vision KV kept, measured: a fraction of the full cache's vision entries over layers and KV heads; evicted text
+        counts like evicted vision entries.
     right_tokens, tokens : int, optional
         Tokens of the scored answers that are right before the first error, and how many there are.
     text : str, optional

@@ -15,6 +15,7 @@ from ..errors import ConfigError, LoadError, did_you_mean
 from .intervals import LEVEL, RESAMPLES, Resampled, averaged, resample
 from .settings import EvalSettings
 from .store import FORMAT, read_config, read_json, read_records, write_json
+from .tasks import available_tasks
 from .variants import FULL
 
 MEASURES = ("kept", "agreement", "kl", "right_share")
@@ -99,8 +100,16 @@ def compact_results(folder: str | Path, baseline: str | None = None) -> dict[str
         Of a finished evaluation.
     baseline : str, optional
         See `summarize`.
+
+    Raises
+    ------
+    LoadError
+        If samples of the built-in tasks are missing.
     """
     config = read_config(Path(folder))
+    missing = unfinished(folder)
+    if missing:
+        raise LoadError(f"{folder} is not finished: {missing}. Run the same command again: it goes on where it was.")
     about = {name: config[name] for name in ("date", "hardware", "versions", "model", "settings")}
     figures = summarize(folder, baseline)
     for task in figures["tasks"].values():
@@ -109,6 +118,15 @@ def compact_results(folder: str | Path, baseline: str | None = None) -> dict[str
             for name, one in task["variants"].items()
         }
     return {"format": FORMAT, "command": command_of(config["settings"]), **about, **figures}
+
+
+def unfinished(folder: str | Path) -> str:
+    """Say which built-in tasks of an evaluation lack samples, as in "cell: 7 of 40"; empty where none does."""
+    config = read_config(Path(folder))
+    built_in = {task["name"] for task in config["tasks"]} & set(available_tasks())
+    wanted = config["settings"]["samples"]
+    done = {name: len(read_records(Path(folder), name)) for name in sorted(built_in)}
+    return ", ".join(f"{name}: {count} of {wanted} samples" for name, count in done.items() if count < wanted)
 
 
 def command_of(settings: Mapping[str, Any]) -> str:

@@ -4,12 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..config import PLPHPConfig
 from ..errors import ConfigError, did_you_mean
 from ..registry import available_methods, get_method
+from ..selection import at_random
+
+if TYPE_CHECKING:
+    from .tasks import Sample
 
 FULL = "full"
 CONTROLS = {
@@ -48,6 +54,20 @@ class Variant:
     def name(self) -> str:
         """The label with the retention: unique among the variants of a run."""
         return self.label if self.retention is None else f"{self.label}@{self.retention:g}"
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in what is kept."""
+        method = get_method(self.config.method)
+        return method.rank is at_random or method.mix(self.config).random > 0
+
+    def for_sample(self, sample: Sample) -> Variant:
+        """Return the variant with a seed of its own for a sample: a draw that were the same for all samples would be
+        as good or bad for all of them, and their number would not make up for it."""
+        if not self.draws:
+            return self
+        seed = zlib.crc32(f"{self.config.seed} {sample.task} {sample.id}".encode())
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, seed=seed))
 
 
 def split_methods(texts: Iterable[str]) -> list[str]:

@@ -169,7 +169,7 @@ def _layout(rng: random.Random, split: Split, max_side: int) -> tuple[int, int]:
 def make_grid(rng: random.Random, split: Split, max_side: int = 5, empty: float = 0.2) -> Scene:
     """Draw a random grid of 2 to ``max_side`` rows and columns.
 
-    Held-out splits take a layout that training never shows half of the time.
+    Held-out splits take a layout that training never shows in most cases.
 
     Parameters
     ----------
