@@ -279,7 +279,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
     refused("does not hold a query bank", tmp_path / "other")
     about = {"format": FORMAT, "interleaved": '{"0": false}', "record": "{}"}
     save_file({"ahead": torch.zeros(4)}, tmp_path / "lacking", metadata=about)
-    refused(r"is broken \(KeyError\('0.queries'\)\): make it with plphp collect", tmp_path / "lacking")
+    refused(r"is broken \(KeyError\('0.queries'\)\)\. Make it with plphp collect", tmp_path / "lacking")
     refused("4 decoder layers, and this one has 3", settings(folder, "qwen3-vl").options["bank"])
     refused("got query_rows='text': leave it out", settings(folder, "llava").options["bank"], query_rows="text")
     with pytest.raises(ConfigError, match=r"'bank'.*must be text, got 3"):

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from plphp.evaluation.synthetic import scenes
+from training import checkpoints, optim
 from training import model as models
-from training import optim
 
 logger = logging.getLogger("training.vision")
 
@@ -100,14 +100,13 @@ def pretrain(
             labels = torch.from_numpy(np.stack([scene.patch_labels() for scene in drawn])).to(device)
             result[kind] = head(models.vision_features(model, pixels), labels)[1].item()
     logger.info("held-out patch accuracy %s after %d steps", result, step)
-    torch.save(
-        {
-            "tower": tower.state_dict(),
-            "head": head.state_dict(),
-            "held_out": result,
-            "steps": step,
-            "seconds": time.monotonic() - start,
-        },
+    checkpoints.save(
         out / "vision.pt",
+        tower=tower.state_dict(),
+        head=head.state_dict(),
+        held_out=result,
+        steps=step,
+        seed=seed,
+        seconds=time.monotonic() - start,
     )
     return result

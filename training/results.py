@@ -20,6 +20,7 @@ import torch
 
 from plphp.evaluation import EvalSettings, available_tasks, compact_results, evaluate
 from plphp.evaluation.summary import command_of
+from training import checkpoints
 
 logger = logging.getLogger("training.results")
 
@@ -54,8 +55,7 @@ def write_facts(run: Path, *, seed: int, threads: int, device: str = "cpu") -> N
     import sklearn
     import transformers
 
-    vision = torch.load(run / "vision.pt", weights_only=True, map_location="cpu")
-    text = torch.load(run / "text.pt", weights_only=True, map_location="cpu")
+    vision, text = (checkpoints.load(run / name, seed) for name in ("vision.pt", "text.pt"))
     on_gpu = torch.device(device).type == "cuda"
     facts = {
         "date": datetime.date.today().isoformat(),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from plphp.evaluation.synthetic import scenes
+from training import checkpoints, optim, rows, tokenizer
 from training import model as models
-from training import optim, rows, tokenizer
 
 logger = logging.getLogger("training.text")
 
@@ -94,9 +93,9 @@ def _sample_pixels(n: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([scenes.training_pixels(rng, scene) for scene in drawn]))
 
 
-def prepare(model, vision: Path) -> None:
-    """Load and freeze the pre-trained tower and initialise the projector on its output."""
-    saved = torch.load(vision, weights_only=True, map_location=model.device)
+def prepare(model, vision: Path, seed: int = 0) -> None:
+    """Load and freeze the tower that was pre-trained with a seed, and initialise the projector on its output."""
+    saved = checkpoints.load(vision, seed, model.device)
     model.model.vision_tower.load_state_dict(saved["tower"])
     model.model.vision_tower.requires_grad_(False)
     head = models.PatchHead(model.config.vision_config.hidden_size).to(model.device)
@@ -110,11 +109,6 @@ def _factor(progress: float, step: int, warm_up: int = 150) -> float:
     """Return the learning-rate factor: warm-up in steps, then a cosine over the progress."""
     cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.05) / 0.95)))
     return min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * cosine)
-
-
-def _save(path: Path, **state) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def train(
@@ -159,7 +153,7 @@ def train(
     checkpoint = out / CHECKPOINT
     first, row_count, before = 0, 0, 0.0
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=model.device)
+        state = checkpoints.load(checkpoint, seed, model.device)
         model.load_state_dict(state["model"])
         model.tie_weights()
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -167,12 +161,11 @@ def train(
         first, row_count, before = state["step"], state["rows"], state["seconds"]
         logger.info("resumed at step %d, %.1f minutes", first, before / 60)
     stream = DataLoader(_Stream(seed + 1000, first, steps), batch_size=None, num_workers=1, prefetch_factor=4)
-    log = (out / "log.jsonl").open("a")
     start = last_log = last_save = time.monotonic()
     window: dict[str, list[tuple[float, float]]] = {"one": [], "several": []}
 
     def save(step: int) -> None:
-        _save(
+        checkpoints.save(
             checkpoint,
             model=model.state_dict(),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
@@ -180,6 +173,7 @@ def train(
             rows=row_count,
             seconds=before + time.monotonic() - start,
             steps=steps,
+            seed=seed,
         )
 
     for step, (n, batch) in enumerate(stream, start=first):
@@ -206,11 +200,10 @@ def train(
                     record[name] = {"loss": round(float(mean[0]), 4), "right": round(float(mean[1]), 4)}
                 values.clear()
             logger.info("%s", record)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
         if now - last_save > every:
             last_save = now
             save(step + 1)
     save(steps)
-    log.close()
     return {"steps": steps, "rows": row_count, "seconds": before + time.monotonic() - start}

@@ -57,7 +57,7 @@ def main() -> None:
         model = export.new_model(args.seed).to(args.device)
         pretrain_vision.pretrain(model, args.out, steps=args.vision_steps, seed=args.seed, compiled=not args.no_compile)
     model = export.new_model(args.seed + 1).to(args.device)
-    train.prepare(model, vision)
+    train.prepare(model, vision, args.seed)
     train.train(
         model,
         args.out,

@@ -22,7 +22,7 @@ from .rotary import Rotation
 FORMAT = "plphp query bank 1"
 BUNDLED = Path(__file__).parent / "reference_model" / "query_bank.safetensors"
 """Bank of the bundled model, which the name ``bundled`` stands for."""
-_ADVICE = "make it with plphp collect or plphp.collect_query_bank."
+_ADVICE = "Make it with plphp collect or plphp.collect_query_bank."
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class QueryBank:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") != FORMAT:
-                    raise ConfigError(f"{path} does not hold a query bank: {_ADVICE}")
+                    raise ConfigError(f"{path} does not hold a query bank. {_ADVICE}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except OSError as error:
             raise ConfigError(f"Cannot read the query bank {path}: {error.strerror or error}. {_ADVICE}") from error
@@ -127,7 +127,7 @@ class QueryBank:
             }
             return cls(layers, tensors["ahead"], json.loads(about["record"]))
         except (KeyError, ValueError) as error:
-            raise ConfigError(f"The query bank {path} is broken ({error!r}): {_ADVICE}") from error
+            raise ConfigError(f"The query bank {path} is broken ({error!r}). {_ADVICE}") from error
 
     def of(self, layer: int) -> LayerBank:
         """That of a layer.

@@ -73,6 +73,12 @@ def test_a_folder_with_dialogues_in_groups(folder: Path) -> None:
     assert [(turn.answer, turn.scored) for turn in sample.turns] == [("B.", False), ("4", True)]
 
 
+def test_a_group_that_cannot_name_a_file_is_refused(folder: Path) -> None:
+    line = {"image": "a.png", "question": "What?", "answer": "x", "group": "../a"}
+    with pytest.raises(LoadError, match=r"the group '\.\./a' names files"):
+        read_data(write(folder / "one.jsonl", line))
+
+
 def test_several_answers_cannot_be_verified(folder: Path) -> None:
     line = {"image": "a.png", "question": "What?"}
     [one] = read_data(write(folder / "one.jsonl", {**line, "answer": "x"}))

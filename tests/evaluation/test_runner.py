@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import plphp
 import tiny_hub
@@ -193,6 +194,17 @@ def test_a_bank_that_was_made_again_makes_another_evaluation(tmp_path: Path, bun
     evaluate(settings, tmp_path / "out", progress=lambda *_: pytest.fail("done already"))
     dataclasses.replace(found, ahead=found.ahead + 1).save(path)
     with pytest.raises(ConfigError, match=r"another evaluation: query_banks\..*bank.safetensors is"):
+        evaluate(settings, tmp_path / "out")
+
+
+def test_data_that_changed_make_another_evaluation(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    data = tmp_path / "data.jsonl"
+    settings = dataclasses.replace(SETTINGS, tasks=(), data=(str(data),), methods=("zero",))
+    data.write_text('{"image": "a.png", "question": "A?", "answer": "x"}\n')
+    evaluate(settings, tmp_path / "out")
+    data.write_text('{"image": "a.png", "question": "A?", "answer": "y"}\n')
+    with pytest.raises(ConfigError, match=r"another evaluation: contents\..*data.jsonl is"):
         evaluate(settings, tmp_path / "out")
 
 

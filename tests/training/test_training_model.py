@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +100,31 @@ def test_every_number_of_images_that_a_task_asks_about_is_trained() -> None:
     assert trained >= {images for task in available_tasks().values() for images in task.images}
 
 
-def test_a_resumed_run_reads_the_batches_it_would_have_read() -> None:
-    whole = [pixels for _, (pixels, *_) in train._Stream(5, 0, 4)]
-    rest = [pixels for _, (pixels, *_) in train._Stream(5, 2, 4)]
-    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+def test_a_resumed_run_learns_what_it_would_have_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(folder: str, **settings: Any) -> dict[str, torch.Tensor]:
+        net = export.new_model(small=True)
+        net.model.vision_tower.requires_grad_(False)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        train.train(net, tmp_path / folder, steps=3, compiled=False, every=0, **settings)
+        return net.state_dict()
+
+    monkeypatch.setattr(train, "GRID", dataclasses.replace(train.GRID, rows=2, blocks=2))
+    monkeypatch.setattr(train, "PAGE", dataclasses.replace(train.PAGE, rows=2, blocks=2))
+    whole = run("whole")
+    with monkeypatch.context() as cut:
+        steps = iter(range(3))
+        step = optim.step
+
+        def stop(optimizers: Any) -> None:
+            if next(steps) == 2:
+                raise KeyboardInterrupt
+            step(optimizers)
+
+        cut.setattr(optim, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    assert torch.load(tmp_path / "cut" / train.CHECKPOINT, weights_only=True)["step"] == 2
+    resumed = run("cut", resume=True)
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    with pytest.raises(ValueError, match=r"seed 0, got 7: give that seed"):
+        run("cut", resume=True, seed=7)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from plphp.evaluation import compact_results
 from plphp.evaluation.identity import weights_hash
 from plphp.evaluation.store import read_records, records_path
 from plphp.loading import load_weights
-from training import export, results
+from training import checkpoints, export, results
 
 TASKS = "cell", "colour_of", "second_grid"
 RIGHT = {
@@ -29,8 +28,9 @@ RIGHT = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    torch.save({"seconds": 90.0, "steps": 3, "held_out": {"grid": 0.98765, "text": 1.0}}, folder / "vision.pt")
-    torch.save({"seconds": 600.0, "step": 7, "rows": 12345}, folder / "text.pt")
+    held_out = {"grid": 0.98765, "text": 1.0}
+    checkpoints.save(folder / "vision.pt", seed=5, seconds=90.0, steps=3, held_out=held_out)
+    checkpoints.save(folder / "text.pt", seed=5, seconds=600.0, step=7, rows=12345)
     export.save(export.new_model(small=True), folder / results.MODEL)
     results.write_facts(folder, seed=5, threads=2)
     results.write(folder, folder / results.MODEL, samples=2, tasks=TASKS)

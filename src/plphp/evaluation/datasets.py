@@ -103,6 +103,11 @@ def _tasks(name: str, metric: str, entries: list[Entry], source: str) -> list[Da
     if not entries:
         raise LoadError(f"{source} holds no samples.")
     groups = list(dict.fromkeys(group for group, _, _ in entries))
+    for group in groups:
+        if set(group) & set(r"/\:"):
+            raise LoadError(
+                f"{source}: the group {group!r} names files of its own, which may hold no / or \\ or colon."
+            )
     tasks = []
     for group in groups:
         mine = [(maker, several) for other, maker, several in entries if other == group]

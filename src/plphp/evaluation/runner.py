@@ -18,11 +18,13 @@ from ..suitability import method_for, refuse_unanswered
 from .answering import accepted_answers, decode_sample, generate_samples
 from .controls import smaller_inputs
 from .conversation import prompt_inputs
+from .datasets import METADATA
 from .identity import identity
 from .scoring import Outcome, label_free, verify
 from .settings import AnyTask, EvalSettings, mode_of, resolve_tasks, task_size
 from .store import FORMAT, Store, write_json
 from .summary import summarize
+from .tasks import Task
 from .variants import Variant, make_variants
 from .workers import run_workers
 
@@ -211,6 +213,7 @@ def _config(
             for one in variants
         ],
         "query_banks": _query_banks(variants),
+        "contents": _contents(settings, tasks),
         "refused": dict(refused),
         "tasks": [{**{name: getattr(task, name) for name in attributes}, "mode": modes[task.name]} for task in tasks],
         **about,
@@ -222,6 +225,19 @@ def _query_banks(variants: Sequence[Variant]) -> dict[str, str]:
     named = {get_method(one.config.method).evidence(one.config).bank for one in variants}
     files = {name: bank_file(name) for name in sorted(filter(None, named))}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
+def _contents(settings: EvalSettings, tasks: Sequence[AnyTask]) -> dict[str, str]:
+    """SHA-256 of what is asked: of the user's own files, without the images that they name, and of the first texts of
+    tasks that the code draws. Where they change, it is another evaluation."""
+    names = [*(source.partition(":")[0] for source in settings.data), *filter(None, [settings.prompts])]
+    files = [Path(name) / METADATA if Path(name).is_dir() else Path(name) for name in names]
+    found = {str(file): file.read_bytes() for file in files if file.is_file()}
+    for task in tasks:
+        if isinstance(task, Task):
+            samples = task.samples(settings.split, 3, settings.seed)
+            found[task.name] = repr([(one.id, one.system, one.turns) for one in samples]).encode()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
 def _todo(

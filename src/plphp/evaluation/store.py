@@ -18,8 +18,10 @@ from typing import Any
 from ..errors import ConfigError, LoadError, one_line
 
 FORMAT = 1
-COMPARED = ("format", "settings", "variants", "query_banks", "model", "versions")
+COMPARED = ("format", "settings", "variants", "query_banks", "contents", "model", "versions")
 """What has to be the same for a folder to be gone on with; date and hardware may differ."""
+TOLD = 3
+"""Differences that are told."""
 
 
 class Store:
@@ -47,9 +49,10 @@ class Store:
         if path.exists():
             differences = _differences(read_config(self.folder), json.loads(json.dumps(config)))
             if differences:
+                told = [*differences[:TOLD], *([f"{len(differences) - TOLD} more"] if len(differences) > TOLD else [])]
                 raise ConfigError(
-                    f"{folder} holds another evaluation: {'; '.join(differences)}. Name another folder, or ask for "
-                    "the same again to go on with it."
+                    f"{folder} holds another evaluation: {'; '.join(told)}. Name another folder, or ask for the same "
+                    "again to go on with it."
                 )
         else:
             write_json(path, config)
