@@ -8,6 +8,7 @@ PART is one of, in this order:
 - ``attention``    vision attention per layer and head over development prompts: benchmarks/results/attention.json
 - ``calibration``  thresholds from some development prompts, measured on others: benchmarks/results/calibration.json
 - ``ablation``     choices within methods on the development split: benchmarks/results/ablation.json
+- ``transfer``     query_bank on each group of tasks with a bank of the other groups: benchmarks/results/transfer.json
 - ``test``         all methods at all retentions on the test split: benchmarks/results/quality.json, docs/quality/*.png
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
@@ -82,6 +83,7 @@ def main() -> None:
         "attention": attention,
         "calibration": calibration,
         "ablation": ablation,
+        "transfer": transfer,
         "test": test,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,14 +171,50 @@ def ablation(arguments: argparse.Namespace) -> None:
     write_results(out, RESULTS / "ablation.json", next(iter(ABLATION)))
 
 
-def _prompts(processor: Any, each: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Inputs of the first questions of all tasks, from the development split."""
+def transfer(arguments: argparse.Namespace) -> None:
+    """Each group of tasks with a bank that was collected on the other groups alone, on the development split."""
+    import torch
+
+    import plphp
+    from plphp.evaluation import GROUPS, summarize
+    from plphp.evaluation.identity import weights_hash
+    from plphp.loading import load_model
+
+    model, processor = load_model(arguments.model, "float32", None)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    groups = {}
+    for group in GROUPS:
+        bank = arguments.runs / f"bank-without-{group}.safetensors"
+        plphp.collect_query_bank(model, _prompts(processor, 8, seed=3, without=group)).save(bank)
+        methods = {
+            "bank of the other groups": f"query_bank:bank={bank}",
+            "bank of all groups": "query_bank:bank=bundled",
+            "random": "random",
+        }
+        out = _evaluate(
+            arguments,
+            f"transfer-{group}",
+            tuple(f"{label}={method}" for label, method in methods.items()),
+            tasks=(group,),
+            split="dev",
+            retention=ABLATION_RETENTION,
+            samples=arguments.samples or 200,
+        )
+        figures = summarize(out, "bank of all groups")
+        groups[group] = {"variants": figures["variants"], "figures": figures["groups"][group]["variants"]}
+    about = {"samples": arguments.samples or 200, "split": "dev", "sha256": weights_hash(model.to(torch.bfloat16))}
+    _write("transfer.json", {"model": arguments.model or "the bundled model", **about, "groups": groups})
+
+
+def _prompts(processor: Any, each: int, seed: int, without: str = "") -> Iterator[dict[str, Any]]:
+    """Inputs of the first questions of all tasks, those of one group left out, from the development split."""
     from plphp.evaluation import available_tasks
     from plphp.evaluation.conversation import prompt_inputs
 
     for task in available_tasks().values():
-        for sample in task.samples("dev", each, seed):
-            yield prompt_inputs(processor, sample)
+        if task.group != without:
+            for sample in task.samples("dev", each, seed):
+                yield prompt_inputs(processor, sample)
 
 
 def bank(arguments: argparse.Namespace) -> None:

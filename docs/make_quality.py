@@ -21,13 +21,14 @@ HEAD = """# Quality
 
 Made by `docs/make_quality.py` from the files in `benchmarks/results`; do not edit. How the figures come about, and what
 they mean, is in [evaluation.md](evaluation.md). The commands that make them, in this order (`--samples` of the last
-two is in the tables here):
+three is in the tables here):
 
 ```bash
 python benchmarks/quality.py bank          # queries of the model's answers, for query_bank, development split
 python benchmarks/quality.py attention     # vision attention per layer, development split
 python benchmarks/quality.py calibration   # fixed thresholds on other prompts, development split
 python benchmarks/quality.py ablation      # choices within plphp and other evidence, development split
+python benchmarks/quality.py transfer      # query_bank with a bank of other tasks, development split
 python benchmarks/quality.py test          # all methods at all retentions, test split
 python docs/make_quality.py
 ```
@@ -213,6 +214,19 @@ def _ablation(results: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def _transfer(found: Mapping[str, Any]) -> str:
+    parts = [
+        "\n## Does the bank carry over?\n\n`query_bank` on each group with a bank that was collected on the tasks of "
+        f"the other groups alone, beside the bank of all groups: {found['samples']} samples a task, split "
+        f"`{found['split']}`. Score, and difference from the bank of all groups at the same retention.\n"
+    ]
+    for group, values in found["groups"].items():
+        scores = _matrix(values["variants"], values["figures"], lambda one: _interval(one, "score"))
+        signed = _matrix(values["variants"], values["figures"], lambda one: _signed(one, "vs_baseline"))
+        parts += [f"\n### {group.replace('_', ' ').capitalize()} with a bank of other groups\n\n", scores, "\n", signed]
+    return "".join(parts)
+
+
 def _attention(found: Mapping[str, Any]) -> str:
     lines = [f"- {statement}" for statement in found["re_attention"].values()]
     plots = [
@@ -242,6 +256,7 @@ def _calibration(found: Mapping[str, Any]) -> str:
 
 OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ablation": _ablation,
+    "transfer": _transfer,
     "attention": _attention,
     "calibration": _calibration,
 }

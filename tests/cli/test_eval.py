@@ -85,6 +85,7 @@ def test_mistakes_end_as_one_line(results: Path, tmp_path: Path) -> None:
     assert "Give one of --out" in error()
     assert "Give one of --out" in error("--list", *out)
     assert "Did you mean 'cell'" in error("--tasks", "cel", *out)
+    assert "separated by commas, got ' '" in error("--tasks", " ", *out)
     assert "Did you mean 'plphp'" in error("--methods", "plhp", *out)
     assert "numbers by commas" in error("--retention", "a,b", *out)
     assert "split must be" in error("--split", "train", *out)

@@ -61,10 +61,19 @@ def test_the_page_has_what_else_was_measured(generator: Any) -> None:
             "ablation": {**ABOUT, **METRICS, "baseline": "plphp"},
             "attention": {"prompts": 9, "re_attention": {"1": "query rows last 1: it appears"}},
             "calibration": {"targets": [row]},
+            "transfer": {
+                "samples": 7,
+                "split": "dev",
+                "groups": {
+                    name: {"variants": METRICS["variants"], "figures": group["variants"]}
+                    for name, group in METRICS["groups"].items()
+                },
+            },
         },
     )
     assert "Difference in score from `plphp`" in page
     assert "- query rows last 1: it appears" in page
+    assert "### One image with a bank of other groups\n\n| | 50 %" in page
     assert "| 0.5 | 0.470 ± 0.050 |" in page
     assert "over 9 prompts" in page
 

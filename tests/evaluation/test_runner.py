@@ -254,12 +254,17 @@ class TestRefused:
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(LoadError, match="format"):
             summarize(tmp_path)
+        (tmp_path / "config.json").write_text('{"format": 1, "settings": {}}')
+        with pytest.raises(LoadError, match="lacks refused, tasks, variants"):
+            summarize(tmp_path)
         with pytest.raises(ConfigError, match="is a file"):
             evaluate(SETTINGS, tmp_path / "config.json")
 
     def test_a_broken_line_in_the_middle(self, finished: Path, tmp_path: Path) -> None:
         (tmp_path / "predictions").mkdir()
         (tmp_path / "config.json").write_text((finished / "config.json").read_text())
-        (tmp_path / "predictions" / "cell.jsonl").write_text("{}\n" + "\n".join(lines(finished, "cell")) + "\n")
-        with pytest.raises(LoadError, match=r"cell\.jsonl, line 1 is broken"):
-            summarize(tmp_path)
+        for broken in ("{}", '{"index": 1}', "[]"):
+            text = "\n".join([broken, *lines(finished, "cell")]) + "\n"
+            (tmp_path / "predictions" / "cell.jsonl").write_text(text)
+            with pytest.raises(LoadError, match=r"cell\.jsonl, line 1 is broken"):
+                summarize(tmp_path)

@@ -143,7 +143,10 @@ def _show(metrics: dict[str, Any], per_task: bool, files: list[str], as_json: bo
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
+    names = tuple(filter(None, (part.strip() for part in text.split(","))))
+    if not names:
+        raise ConfigError(f"Expected one or several, separated by commas, got {text!r}; leave the option out for all.")
+    return names
 
 
 def _methods(texts: list[str]) -> tuple[str, ...]:

@@ -191,7 +191,8 @@ def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> tuple[Branche
         branches = branch(model, inputs, configs, answer_ids=torch.cat([answer, answer[-1:]]) if len(answer) else None)
     # A prompt without vision tokens evicts nothing.
     tokens_per_vision = inputs["input_ids"].shape[1] / max(1, vision_tokens(model, inputs))
-    return branches, [group.share * (1 - (1 - kept) * tokens_per_vision) for kept in branches.kept]
+    kept_of_vision = [1 - round((1 - kept) * tokens_per_vision, 12) for kept in branches.kept]
+    return branches, [group.share * kept for kept in kept_of_vision]
 
 
 def _next_logits(

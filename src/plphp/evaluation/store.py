@@ -99,7 +99,7 @@ def read_records(folder: Path, task: str) -> list[dict[str, Any]]:
         if line:
             try:
                 record = json.loads(line)
-                found[record["index"]] = record
+                found[record["index"]] = {**record, "outcomes": record["outcomes"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise LoadError(f"{path}, line {number} is broken ({one_line(error)}): remove the line.") from error
     return [found[index] for index in sorted(found)]
@@ -111,9 +111,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises
     ------
     LoadError
-        If the folder holds none.
+        If the folder holds none, or not a whole one.
     """
-    return read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    missing = sorted({"settings", "variants", "tasks", "refused"} - set(config))
+    if missing:
+        raise LoadError(f"{folder / 'config.json'} lacks {', '.join(missing)}: is it the folder of a run?")
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
