@@ -12,13 +12,14 @@ PART is one of, in this order:
 - ``test``         all methods at all retentions on the test split: benchmarks/results/quality.json, docs/quality/*.png
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
-docs/quality.md from the results.
+docs/quality.md from the results. Another model needs folders of its own (``--results``, ``--runs``).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -88,24 +89,28 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
-    parser.add_argument("--model", help="hub id or folder; default: the bundled model")
+    parser.add_argument("--model", help="hub id or folder, with --results; default: the bundled model")
+    parser.add_argument("--results", type=Path, help="folder for figures and plots; default: the committed ones")
     parser.add_argument("--samples", type=int, help="samples of each task; default: as in the committed results")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where unfinished parts are kept")
     arguments = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    if arguments.model is not None and arguments.results is None:
+        parser.error("--model needs --results FOLDER: the committed results are of the bundled model.")
+    arguments.plots = arguments.results or PLOTS
+    arguments.results = arguments.results or RESULTS
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    arguments.plots.mkdir(parents=True, exist_ok=True)
     parts[arguments.part](arguments)
 
 
 def _with_bank(arguments: argparse.Namespace, methods: tuple[str, ...]) -> tuple[str, ...]:
     """The methods, without those that need the bundled bank where the model is another; stop if it is outdated."""
-    from plphp.evaluation.identity import weights_hash
-    from plphp.loading import load_model
     from plphp.query_bank import bank_at
 
     if arguments.model is not None:
         return tuple(method for method in methods if "bank=bundled" not in method)
-    if bank_at("bundled").record["sha256"] != weights_hash(load_model()[0]):
+    if bank_at("bundled").record["sha256"] != _weights(None):
         raise SystemExit("The bundled query bank is of other weights: run the part bank first.")
     return methods
 
@@ -126,11 +131,8 @@ def _evaluate(arguments: argparse.Namespace, folder: str, methods: tuple[str, ..
 
 def _presets(arguments: argparse.Namespace) -> Iterator[str]:
     """Methods with the fixed thresholds that the part ``calibration`` found; stop if it found them on other weights."""
-    from plphp.evaluation.identity import weights_hash
-    from plphp.loading import load_model
-
-    found = json.loads((RESULTS / "calibration.json").read_text(encoding="utf-8"))
-    if found.get("sha256") != weights_hash(load_model(arguments.model)[0]):
+    found = json.loads((arguments.results / "calibration.json").read_text(encoding="utf-8"))
+    if found["sha256"] != _weights(arguments.model):
         raise SystemExit("The thresholds in calibration.json are of other weights: run the part calibration first.")
     names = ("retention_rate", "retention_delta", "attentive_threshold", "indifferent_threshold")
     for row in found["targets"]:
@@ -150,9 +152,8 @@ def test(arguments: argparse.Namespace) -> None:
         retention=RETENTION,
         samples=arguments.samples or 500,
     )
-    write_results(out, RESULTS / "quality.json", "random1")
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    save_score_plots(summarize(out, "random1"), PLOTS)
+    write_results(out, arguments.results / "quality.json", "random1")
+    save_score_plots(summarize(out, "random1"), arguments.plots)
 
 
 def ablation(arguments: argparse.Namespace) -> None:
@@ -168,17 +169,15 @@ def ablation(arguments: argparse.Namespace) -> None:
         retention=ABLATION_RETENTION,
         samples=arguments.samples or 200,
     )
-    write_results(out, RESULTS / "ablation.json", next(iter(ABLATION)))
+    write_results(out, arguments.results / "ablation.json", next(iter(ABLATION)))
 
 
 def transfer(arguments: argparse.Namespace) -> None:
     """Each group of tasks with a bank that was collected on the other groups alone, on the development split."""
-    import torch
-
     import plphp
     from plphp.evaluation import GROUPS, summarize
-    from plphp.evaluation.identity import weights_hash
     from plphp.loading import load_model
+    from plphp.provenance import provenance
 
     model, processor = load_model(arguments.model, "float32", None)
     arguments.runs.mkdir(parents=True, exist_ok=True)
@@ -202,8 +201,8 @@ def transfer(arguments: argparse.Namespace) -> None:
         )
         figures = summarize(out, "bank of all groups")
         groups[group] = {"variants": figures["variants"], "figures": figures["groups"][group]["variants"]}
-    about = {"samples": arguments.samples or 200, "split": "dev", "sha256": weights_hash(model.to(torch.bfloat16))}
-    _write("transfer.json", {"model": arguments.model or "the bundled model", **about, "groups": groups})
+    about = {**provenance(model), "samples": arguments.samples or 200, "split": "dev"}
+    _write(arguments, "transfer.json", {**about, "groups": groups})
 
 
 def _prompts(processor: Any, each: int, seed: int, without: str = "") -> Iterator[dict[str, Any]]:
@@ -219,10 +218,7 @@ def _prompts(processor: Any, each: int, seed: int, without: str = "") -> Iterato
 
 def bank(arguments: argparse.Namespace) -> None:
     """Queries of answers to prompts that no other part uses."""
-    import torch
-
     import plphp
-    from plphp.evaluation.identity import weights_hash
     from plphp.loading import load_model
     from plphp.query_bank import BUNDLED
 
@@ -231,14 +227,13 @@ def bank(arguments: argparse.Namespace) -> None:
     model, processor = load_model(None, "float32", None)
     prompts = _prompts(processor, arguments.samples or 8, seed=3)
     found = plphp.collect_query_bank(model, prompts, progress=lambda step: print(step, file=sys.stderr))
-    record = {**found.record, "sha256": weights_hash(model.to(torch.bfloat16))}
+    record = {**found.record, "sha256": _weights(None)}
     dataclasses.replace(found, record=record).save(BUNDLED)
 
 
 def attention(arguments: argparse.Namespace) -> None:
     """Vision attention per layer and head, for three choices of query rows."""
     import plphp
-    from plphp.evaluation.identity import weights_hash
     from plphp.loading import load_model
     from plphp.profile_plots import plot_heads, plot_profile
 
@@ -246,17 +241,15 @@ def attention(arguments: argparse.Namespace) -> None:
     found = plphp.profile(model, list(_prompts(processor, arguments.samples or 10, seed=1)), (1, 8, "text"))
     summary = {str(rows): found.summary(rows) for rows in found.query_rows}
     statements = {str(rows): str(found.re_attention(rows)) for rows in found.query_rows}
-    about = {**found.provenance, "sha256": weights_hash(model), "prompts": len(found.prompts)}
-    _write("attention.json", {**about, "re_attention": statements, **summary})
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    plot_profile(found).savefig(PLOTS / "vision-attention.png", dpi=120)
-    plot_heads(found).savefig(PLOTS / "heads.png", dpi=120)
+    about = {**found.provenance, "prompts": len(found.prompts)}
+    _write(arguments, "attention.json", {**about, "re_attention": statements, **summary})
+    plot_profile(found).savefig(arguments.plots / "vision-attention.png", dpi=120)
+    plot_heads(found).savefig(arguments.plots / "heads.png", dpi=120)
 
 
 def calibration(arguments: argparse.Namespace) -> None:
     """Thresholds from some prompts, and what they keep of others."""
     import plphp
-    from plphp.evaluation.identity import weights_hash
     from plphp.loading import load_model
     from plphp.provenance import provenance
 
@@ -272,11 +265,21 @@ def calibration(arguments: argparse.Namespace) -> None:
             "quantiles of each prompt": plphp.measure_retention(model, _prompts(processor, each, seed=2), asked),
         }
         rows.append({"target": target, "config": config.to_dict(), **{k: v.summary() for k, v in measured.items()}})
-    _write("calibration.json", {**provenance(model), "sha256": weights_hash(model), "targets": rows})
+    _write(arguments, "calibration.json", {**provenance(model), "targets": rows})
 
 
-def _write(name: str, values: dict[str, Any]) -> None:
-    (RESULTS / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+@functools.cache
+def _weights(model: str | None) -> str:
+    from plphp.evaluation.identity import weights_hash
+    from plphp.loading import load_model
+
+    return weights_hash(load_model(model)[0])
+
+
+def _write(arguments: argparse.Namespace, name: str, values: dict[str, Any]) -> None:
+    """Write a part's figures, with the hash of the weights that they are of."""
+    record = {**values, "sha256": _weights(arguments.model)}
+    (arguments.results / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def read_records(folder: Path, task: str) -> list[dict[str, Any]]:
         if line:
             try:
                 record = json.loads(line)
-                found[record["index"]] = {**record, "outcomes": record["outcomes"]}
+                index, _ = record["index"], record["outcomes"]
+                found[index] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise LoadError(f"{path}, line {number} is broken ({one_line(error)}): remove the line.") from error
     return [found[index] for index in sorted(found)]

@@ -62,8 +62,11 @@ class Variant:
         return method.rank is at_random or method.mix(self.config).random > 0
 
     def for_sample(self, sample: Sample) -> Variant:
-        """Return the variant with a seed of its own for a sample: a draw that were the same for all samples would be
-        as good or bad for all of them, and their number would not make up for it."""
+        """Return the variant with a seed of its own for a sample.
+
+        A draw that were the same for all samples would be as good or bad for all of them, and their number would not
+        make up for it.
+        """
         if not self.draws:
             return self
         seed = zlib.crc32(f"{self.config.seed} {sample.task} {sample.id}".encode())
