@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
@@ -81,6 +81,19 @@ def test_a_cut_off_run_goes_on_to_the_same_figures(finished: Path, tmp_path: Pat
     for name in ("metrics.json", "predictions/cell.jsonl", "predictions/second_grid.jsonl"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
     evaluate(SETTINGS, tmp_path, baseline="random", progress=lambda *_: pytest.fail("done already"))
+
+
+@pytest.mark.parametrize("mode", ["auto", "generate"])
+def test_more_samples_go_on_to_the_same_figures(tmp_path: Path, mode: Literal["auto", "generate"]) -> None:
+    settings = dataclasses.replace(SETTINGS, methods=("zero",), tasks=("cell",), mode=mode, batch=2, samples=4)
+    evaluate(settings, tmp_path / "all")
+    evaluate(dataclasses.replace(settings, samples=1), tmp_path / "more")
+    done = []
+    evaluate(settings, tmp_path / "more", progress=lambda task, number, total: done.append(number))
+    assert done == ([1, 2, 3, 4] if mode == "generate" else [2, 3, 4])
+    assert (tmp_path / "more/metrics.json").read_bytes() == (tmp_path / "all/metrics.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"settings\.samples is 4 there and 2 now"):
+        evaluate(dataclasses.replace(settings, samples=2), tmp_path / "more")
 
 
 def test_two_processes_find_what_one_finds(finished: Path, tmp_path: Path) -> None:
@@ -214,8 +227,8 @@ class TestRefused:
 
     def test_a_folder_of_another_run(self, finished: Path) -> None:
         before = {path: path.read_bytes() for path in finished.rglob("*.json*")}
-        with pytest.raises(ConfigError, match=r"settings\.samples is 3 there and 4 now"):
-            self.run(finished, samples=4)
+        with pytest.raises(ConfigError, match=r"settings\.samples is 3 there and 2 now"):
+            self.run(finished, samples=2)
         with pytest.raises(ConfigError, match=r"another evaluation.*model\.dtype is \"float32\" there"):
             self.run(finished, dtype="bfloat16")
         assert {path: path.read_bytes() for path in finished.rglob("*.json*")} == before

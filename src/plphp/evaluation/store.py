@@ -25,7 +25,7 @@ TOLD = 3
 
 
 class Store:
-    """The folder of one evaluation.
+    """The folder of one evaluation, which may be gone on with, also for more samples than were asked for before.
 
     Parameters
     ----------
@@ -47,13 +47,19 @@ class Store:
         (self.folder / "predictions").mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.json"
         if path.exists():
-            differences = _differences(read_config(self.folder), json.loads(json.dumps(config)))
+            before, now = read_config(self.folder), json.loads(json.dumps(config))
+            more = now["settings"]["samples"] > before["settings"]["samples"]
+            if more:  # the first of them are the same
+                before["settings"]["samples"] = now["settings"]["samples"]
+            differences = _differences(before, now)
             if differences:
                 told = [*differences[:TOLD], *([f"{len(differences) - TOLD} more"] if len(differences) > TOLD else [])]
                 raise ConfigError(
                     f"{folder} holds another evaluation: {'; '.join(told)}. Name another folder, or ask for the same "
-                    "again to go on with it."
+                    "again, or for more samples, to go on with it."
                 )
+            if more:
+                write_json(path, before)
         else:
             write_json(path, config)
 
