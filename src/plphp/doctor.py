@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -19,10 +18,10 @@ from .attachment import Lease
 from .attention import PREFIX, SUPPORTED_BASES
 from .cache import PrunedCache
 from .config import PLPHPConfig
-from .errors import PLPHPError, one_line
+from .errors import PLPHPError
 from .families.unsupported import UNSUPPORTED
 from .layer import PrunedLayer
-from .loading import bundled_model_path, load_model, read_model_config
+from .loading import bundled_model_path, empty_model, load_model
 from .registry import available_families, family_of
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
@@ -124,22 +123,17 @@ def check_model(model: str | Path) -> Check:
         A folder or hub id.
     """
     try:
-        read_model_config(model)
-        config = AutoConfig.from_pretrained(str(Path(model).expanduser() if Path(model).exists() else model))
-        with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(config)
+        empty = empty_model(model)
         lease = Lease.of(empty)
         layers = PrunedCache(lease.attachment, PLPHPConfig()).layers
         lease.end()
     except PLPHPError as error:
         return Check(str(model), False, str(error))
-    except (ImportError, OSError, ValueError) as error:
-        return Check(str(model), False, one_line(error))
     pruned = [number for number, layer in enumerate(layers) if isinstance(layer, PrunedLayer)]
     if not pruned:
         return Check(str(model), False, f"none of its {len(layers)} layers has full attention to prune")
     which = "all" if len(pruned) == len(layers) else ", ".join(map(str, pruned))
-    family = family_of(config)
+    family = family_of(empty.config)
     detail = f"{type(empty).__name__}, family {family.name}; layers pruned: {which} (of {len(layers)})"
     return Check(str(model), True, f"{detail}. {family.notes}".rstrip(". ") + ".")
 

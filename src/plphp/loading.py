@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel
 
 from .errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError, one_line
 from .registry import family_of
@@ -64,12 +64,37 @@ def load_processor(name_or_folder: str | Path | None = None) -> Any:
         return AutoProcessor.from_pretrained(source)
 
 
+def empty_model(name_or_folder: str | Path | None = None, dtype: str = "auto") -> PreTrainedModel:
+    """Make a model that plphp can prune without its weights, on the ``meta`` device, where tensors have shapes alone.
+
+    Parameters
+    ----------
+    name_or_folder : str or Path, optional
+        As for `load_model`; only the configuration is read.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        Of the weights; "auto" is what the configuration names.
+
+    Raises
+    ------
+    LoadError, UnsupportedModelError, BackendUnavailableError
+        See `load_model`.
+    """
+    _check_dtype(dtype)
+    read_model_config(name_or_folder)
+    source = _source(name_or_folder)
+    with _explained(source):
+        config = AutoConfig.from_pretrained(source)
+        options = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, **options)
+    return model.eval()
+
+
 def load_weights(
     name_or_folder: str | Path | None = None, dtype: str = "auto", device: str | None = None
 ) -> PreTrainedModel:
     """Load a model that plphp can prune, without its processor, see `load_model`."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    _check_dtype(dtype)
     target = _device(device)
     read_model_config(name_or_folder)
     source = _source(name_or_folder)
@@ -114,6 +139,11 @@ def load_model(
     """
     processor = load_processor(name_or_folder)
     return load_weights(name_or_folder, dtype, device), processor
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
 
 
 def _source(name_or_folder: str | Path | None) -> str:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plphp estimate``: KV bytes, largest batch and least step time, before and after pruning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from plphp.errors import ConfigError
+
+from ._app import JsonOption, app, console, print_json, progress
+
+if TYPE_CHECKING:
+    from plphp.estimate import Estimate
+
+
+@app.command()
+def estimate(
+    model: Annotated[
+        str | None, typer.Option("--model", "--config", help="Hub id or folder; default: the bundled model.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images of each prompt.", min=1)] = 1,
+    image_size: Annotated[str, typer.Option(help="Width and height of an image in pixels.")] = "1024x1024",
+    tokens_per_image: Annotated[
+        int | None, typer.Option(help="Vision tokens of an image; default: what the processor makes of it.", min=1)
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of each prompt.", min=0)] = 100,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences that are decoded together.", min=1)] = 1,
+    retention: Annotated[float, typer.Option(help="Fraction of the vision tokens to keep.", min=0, max=1)] = 0.4,
+    gpu: Annotated[
+        str | None, typer.Option(help="Name, such as H100, or memory and bandwidth: '24GB,1008GB/s'.")
+    ] = None,
+    reserve: Annotated[float, typer.Option(help="Part of the memory to leave free.", min=0, max=0.99)] = 0.1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Work out from a model's configuration what pruning saves: bytes, sequences and time. Nothing is measured."""
+    size = read_size(image_size)
+    with progress("loading plphp", quiet=as_json) as tell:
+        from plphp.accelerators import accelerator
+        from plphp.estimate import Workload
+        from plphp.estimate import estimate as work_out
+        from plphp.loading import empty_model
+        from plphp.model_cost import model_cost
+
+        device = None if gpu is None else accelerator(gpu)
+        tell("reading the configuration")
+        empty = empty_model(model, dtype)
+        if tokens_per_image is not None:
+            vision_tokens = images * tokens_per_image
+        else:
+            tell("loading the processor")
+            vision_tokens = count_vision_tokens(model, empty.config, images, size)
+        cost = model_cost(empty)
+    workload = Workload(vision_tokens, text_tokens, new_tokens, batch)
+    both = [work_out(cost, workload, rate, device, reserve) for rate in (1.0, retention)]
+    if as_json:
+        print_json(
+            {
+                "model": model or "the bundled model",
+                "dtype": str(empty.dtype).removeprefix("torch."),
+                "gpu": None if device is None else dataclasses.asdict(device),
+                "reserve": reserve,
+                "workload": dataclasses.asdict(workload),
+                "weight_bytes": cost.weight_bytes,
+                "step_weight_bytes": cost.step_weight_bytes,
+                "mixture_of_experts": cost.experts,
+                "unpruned": dataclasses.asdict(both[0]),
+                "pruned": dataclasses.asdict(both[1]),
+            }
+        )
+        return
+    title = f"{workload.vision_tokens} vision, {text_tokens} text and {new_tokens} new tokens, batch {batch}"
+    console().print(estimate_table(title, both[0], both[1]))
+    if cost.experts:
+        print("All experts are counted as read in every step; a small batch reads fewer.")
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Width and height from a text such as "640x480".
+
+    Raises
+    ------
+    ConfigError
+        If it is not of this form.
+    """
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ConfigError(f"An image size is WIDTHxHEIGHT in pixels, such as 1024x768, got {text!r}.")
+    return int(width), int(height)
+
+
+def count_vision_tokens(model: str | None, config: Any, images: int, size: tuple[int, int]) -> int:
+    """Vision tokens that the model's processor makes of a prompt with so many images."""
+    from PIL import Image
+
+    from plphp.loading import load_processor
+    from plphp.prompt import build_inputs
+    from plphp.registry import family_of
+    from plphp.spans import find_spans
+
+    inputs = build_inputs(load_processor(model), "What is this?", images=[Image.new("RGB", size)] * images)
+    return int(find_spans(family_of(config), config, inputs).vision.sum())
+
+
+def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
+    """Both estimates side by side, with the ratio."""
+    from plphp.tables import human_bytes
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("everything kept", f"retention {pruned.retention:g}", "ratio"):
+        table.add_column(heading, justify="right")
+    lines: list[tuple[str, str, Callable[[float], str]]] = [
+        ("KV cache of a sequence", "sequence_kv_bytes", human_bytes),
+        ("KV cache of the batch", "kv_bytes", human_bytes),
+        ("weights and KV cache", "memory_bytes", human_bytes),
+        ("read in a decoding step", "step_bytes", human_bytes),
+    ]
+    if unpruned.fits is not None:
+        lines += [
+            ("step takes at least", "step_seconds", lambda seconds: f"{1000 * seconds:.2f} ms"),
+            ("tokens per second at most", "tokens_per_second", lambda rate: f"{rate:,.0f}"),
+            ("largest batch", "largest_batch", lambda batch: f"{batch:,.0f}"),
+            ("tokens per second with it", "most_tokens_per_second", lambda rate: f"{rate:,.0f}"),
+        ]
+    for text, name, shown in lines:
+        before, after = getattr(unpruned, name), getattr(pruned, name)
+        table.add_row(text, shown(before), shown(after), f"{after / before:.2f}" if before else "")
+    if unpruned.fits is not None:
+        table.add_row("the batch fits", *("yes" if one.fits else "no" for one in (unpruned, pruned)), "")
+    return table

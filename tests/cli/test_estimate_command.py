@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plphp estimate``: its table, its JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import error, ok
+
+import tiny_hub
+from plphp.accelerators import accelerator
+from plphp.estimate import Workload, estimate
+from plphp.loading import empty_model
+from plphp.model_cost import model_cost
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_hub.save(tmp_path_factory.mktemp("hub"))
+
+
+def values(*arguments: object) -> dict[str, Any]:
+    return json.loads(ok("estimate", "--json", *arguments))
+
+
+def test_the_processor_tells_the_vision_tokens(folder: Path) -> None:
+    found = values("--model", folder, "--images", 3)
+    assert found["workload"]["vision_tokens"] == 3 * tiny_hub.IMAGE_TOKENS
+    assert found["unpruned"]["fits"] is None
+    assert values("--config", folder, "--images", 3) == found
+
+
+def test_the_figures_are_those_of_the_functions(folder: Path) -> None:
+    gpu = accelerator("1GB,50GB/s")
+    found = values(
+        *("--model", folder, "--tokens-per-image", 700, "--images", 10, "--text-tokens", 40, "--new-tokens", 9),
+        *("--batch", 6, "--retention", 0.25, "--gpu", "1GB,50GB/s", "--reserve", 0.2, "--dtype", "bfloat16"),
+    )
+    cost = model_cost(empty_model(folder, "bfloat16"))
+    workload = Workload(7000, 40, 9, 6)
+    for name, rate in (("unpruned", 1.0), ("pruned", 0.25)):
+        assert found[name] == vars(estimate(cost, workload, rate, gpu, 0.2))
+    assert found["step_weight_bytes"] == cost.step_weight_bytes
+    assert found["dtype"] == "bfloat16"
+
+
+def test_the_table(folder: Path) -> None:
+    shown = ok("estimate", "--model", folder, "--gpu", "H200", "--tokens-per-image", 7000, "--retention", 0.4)
+    for text in ("7000 vision, 100 text and 256 new tokens, batch 1", "retention 0.4", "largest batch", "0.43"):
+        assert text in shown
+    assert "largest batch" not in ok("estimate", "--model", folder)
+    assert ok("estimate", "--gpu", "1MB,1GB/s").count("no ") >= 2  # not even the weights fit
+
+
+def test_mistakes_end_as_one_line(folder: Path, tmp_path: Path) -> None:
+    assert "WIDTHxHEIGHT in pixels, such as 1024x768, got '640'" in error("estimate", "--image-size", "640")
+    assert "WIDTHxHEIGHT" in error("estimate", "--image-size", "0x5")
+    assert "Did you mean 'H200'" in error("estimate", "--gpu", "H20")
+    assert "There is no model folder" in error("estimate", "--model", tmp_path / "none")
+    assert "dtype must be one of" in error("estimate", "--dtype", "int4")

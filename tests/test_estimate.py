@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission arithmetic against the bytes of live tensors, over all families."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+import plphp
+from plphp.accelerators import ACCELERATORS, Accelerator, accelerator
+from plphp.cache import PrunedCache
+from plphp.errors import ConfigError, UnsupportedModelError
+from plphp.estimate import Workload, estimate
+from plphp.layer import PrunedLayer, layer_nbytes
+from plphp.model_cost import LayerCost, ModelCost, model_cost
+from tiny_models import TINY, tiny_model
+
+NEW = 3
+GPU = Accelerator("ours", memory=1000, bandwidth=10)
+COST = ModelCost(100, 60, False, (LayerCost(2, None, 0, True), LayerCost(4, 5, 7, False)))
+
+
+def empty(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    family = TINY[name]
+    with torch.device("meta"):
+        return getattr(transformers, family.model_class)._from_config(family.config(), dtype=dtype).eval()
+
+
+def held(cache: PrunedCache) -> int:
+    """Bytes of the entries of a cache, without room that is reserved for more."""
+    return sum(
+        layer.prefix.nbytes + sum(part.nbytes for part in layer.tail())
+        if isinstance(layer, PrunedLayer) and layer.prefix is not None
+        else layer_nbytes(layer)
+        for layer in cache.layers
+    )
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+@pytest.mark.parametrize("name", TINY)
+@torch.inference_mode()
+def test_kv_bytes_are_those_of_the_live_tensors(name: str, rate: float) -> None:
+    model = tiny_model(name)
+    inputs = TINY[name].inputs(model)
+    cache = PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig(method="uniform", retention_rate=rate))
+    vision = int(cache._plan.spans.vision.sum())
+    output = model(**inputs, past_key_values=cache)
+    for _ in range(NEW):
+        output = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=cache)
+    cost = model_cost(empty(name))
+    assert cost.kv_bytes(cache.get_seq_length(), vision, rate) == held(cache)
+    assert [layer.prunable for layer in cost.layers] == [isinstance(layer, PrunedLayer) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_weight_bytes_are_those_of_the_model(name: str) -> None:
+    model, cost = tiny_model(name), model_cost(empty(name))
+    assert cost.experts == ("moe" in name or name == "llama4")
+    assert cost.weight_bytes == sum(weight.nbytes for weight in model.parameters())
+    halved = model_cost(empty(name, torch.bfloat16))
+    assert 0.45 * cost.weight_bytes <= halved.weight_bytes <= 0.55 * cost.weight_bytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_reads_the_text_model_and_the_output_embeddings(tied: bool) -> None:
+    config = TINY["llava"].config()
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration._from_config(config)
+    text, table = model.model.language_model, model.lm_head.weight
+    expected = sum(weight.nbytes for weight in text.parameters()) + (0 if tied else table.nbytes)
+    expected -= 0 if tied else text.embed_tokens.weight.nbytes
+    assert model_cost(model).step_weight_bytes == expected
+
+
+def test_the_shape_of_a_7b_model() -> None:
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+        },
+        vision_config={"hidden_size": 3584},
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    cost = model_cost(model.eval())
+    assert cost.kv_bytes(1) == 57_344
+    # 15.2 GB of text weights, of which 1.1 GB are input embeddings.
+    assert cost.step_weight_bytes == pytest.approx(14.1e9, rel=0.01)
+    before, after = (estimate(cost, Workload(7000, 100, 1, 64), rate, accelerator("H200")) for rate in (1.0, 0.4))
+    assert before.step_bytes == cost.step_weight_bytes + 64 * 7101 * 57_344
+    assert after.step_bytes == cost.step_weight_bytes + 64 * (2800 + 101) * 57_344
+
+
+def test_what_does_not_grow_and_what_slides() -> None:
+    assert COST.kv_bytes(3) == 3 * 2 + 3 * 4 + 7
+    assert COST.kv_bytes(9) == 9 * 2 + 5 * 4 + 7
+    assert COST.kv_bytes(9, vision_tokens=6, retention=0.5) == 6 * 2 + 5 * 4 + 7
+
+
+def test_memory_and_time() -> None:
+    found = estimate(COST, Workload(6, 1, 2, batch=2), 0.5, GPU, reserve=0.2)
+    each = 6 * 2 + 5 * 4 + 7
+    assert (found.sequence_kv_bytes, found.kv_bytes) == (each, 2 * each)
+    assert (found.memory_bytes, found.step_bytes) == (100 + 2 * each, 60 + 2 * each)
+    assert found.largest_batch == (800 - 100) // each
+    assert found.step_seconds == (60 + 2 * each) / 10
+    assert found.tokens_per_second == 2 / found.step_seconds
+    assert found.most_tokens_per_second == found.largest_batch / ((60 + found.largest_batch * each) / 10)
+    assert found.fits
+    assert estimate(COST, Workload(6, 1, 2, batch=found.largest_batch), 0.5, GPU, reserve=0.2).fits
+    assert not estimate(COST, Workload(6, 1, 2, batch=found.largest_batch + 1), 0.5, GPU, reserve=0.2).fits
+
+
+def test_weights_alone_that_do_not_fit() -> None:
+    found = estimate(COST, Workload(6, 1), 1.0, Accelerator("small", 50, 10))
+    assert (found.fits, found.largest_batch, found.most_tokens_per_second) == (False, 0, 0)
+
+
+@given(st.integers(0, 500), st.integers(0, 50), st.floats(0, 1), st.floats(0, 1))
+def test_keeping_less_never_takes_more(vision: int, text: int, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    few, many = (estimate(COST, Workload(vision, text), rate, GPU) for rate in (low, high))
+    assert few.step_bytes <= many.step_bytes
+    assert few.largest_batch >= many.largest_batch
+
+
+def test_accelerators() -> None:
+    assert accelerator("rtx 4090") is ACCELERATORS["RTX-4090"]
+    assert accelerator("H200").memory == 141e9
+    given_ = accelerator("24 GiB, 1.5TB/s")
+    assert (given_.memory, given_.bandwidth) == (24 * 2**30, 1.5e12)
+    for text, message in (
+        ("H20", "Did you mean 'H200'"),
+        ("24GB", "Unknown GPU '24GB'"),
+        ("0GB,5GB/s", "positive numbers"),
+        ("1.2.3GB,5GB/s", "positive numbers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            accelerator(text)
+
+
+def test_numbers_out_of_range() -> None:
+    with pytest.raises(ConfigError, match="new_tokens must be an integer of at least 1, got 0"):
+        Workload(1, 1, new_tokens=0)
+    with pytest.raises(ConfigError, match="retention must be between 0 and 1, got 2"):
+        estimate(COST, Workload(1, 1), 2)
+    with pytest.raises(ConfigError, match=r"reserve must be between 0 and 0\.99, got 1"):
+        estimate(COST, Workload(1, 1), reserve=1)
+
+
+def test_a_quantized_checkpoint_is_refused() -> None:
+    model = empty("llava")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UnsupportedModelError, match=r"quantized.*name the model that it was made from"):
+        model_cost(model)
+
+
+def test_a_model_whose_pass_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = empty("llava")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("no such operator\nfor meta tensors")
+
+    monkeypatch.setattr(type(model), "forward", fail)
+    with pytest.raises(UnsupportedModelError, match=r"LlavaForConditionalGeneration cannot be told.*no such operator"):
+        model_cost(model)
