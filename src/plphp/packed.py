@@ -69,6 +69,13 @@ class PackedKV:
             return None
         return self._shaped(slice(None), self.batch, self.kv_heads, self.counts[0][0])
 
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 [2, batch, kv_heads] on the device of the entries: where each head of each row begins, and how many."""
+        counts = [self.counts[stored] for stored in self.rows]
+        starts = [list(accumulate(self.counts[stored][:-1], initial=self._starts[stored])) for stored in self.rows]
+        return torch.tensor([starts, counts], dtype=torch.int64).to(self.keys.device, non_blocking=True)
+
     def row(self, row: int) -> Iterator[tuple[slice, Segment]]:
         """Views on the entries of one row: one for all heads if they hold as many, else one per head.
 

@@ -116,10 +116,23 @@ def assert_attention(actual: Tensor, expected: Tensor, dtype: torch.dtype = torc
 
 
 KEPT = ("ragged", "dense", "row", "empty", "none")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The reference, and the Triton kernel: compiled on a GPU, under Triton's interpreter without one."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(decode, "unsupported_by_triton", lambda *_: None)
+    return request.param
+
+
+BOTH = pytest.mark.usefixtures("backend")
 WIDTHS = pytest.mark.parametrize("value_dim", [VALUE_DIM, KEY_DIM], ids=["narrow", "fused"])
 """Values as wide as the keys go through torch's fused kernel on a CPU."""
 
 
+@BOTH
 @WIDTHS
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kept", KEPT)
@@ -176,6 +189,7 @@ def tail_padding(case: Case) -> Tensor:
     return torch.arange(tail) >= torch.arange(batch)[:, None]
 
 
+@BOTH
 @WIDTHS
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("kind", ["bool", "bool heads", "additive", "additive heads", "one row", "bool 2d", "int 2d"])
@@ -208,6 +222,7 @@ def test_every_kind_of_mask(kind: str, length: int, kept: str, value_dim: int) -
     assert_attention(attend(case, full), case.naive(visible, bias))
 
 
+@BOTH
 @WIDTHS
 def test_additive_mask_with_finite_minimum_as_of_transformers(value_dim: int) -> None:
     case = make(4, length=2, dtype=torch.bfloat16, value_dim=value_dim)
@@ -269,6 +284,7 @@ def test_long_queries_of_the_fused_kernel_are_cut(
     assert_attention(cut, case.naive(visible))
 
 
+@BOTH
 @WIDTHS
 @pytest.mark.parametrize("kept", ["ragged", "dense"])
 @pytest.mark.parametrize("hidden", [False, -torch.inf, torch.finfo(torch.float32).min])
@@ -280,6 +296,7 @@ def test_a_query_that_sees_nothing_of_the_tail_sees_the_prefix(hidden: float, ke
     assert_attention(attend(case, mask), case.naive(case.visible(shown)))
 
 
+@BOTH
 @WIDTHS
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("which", ["query", "tail_keys", "tail_values"])
@@ -290,6 +307,7 @@ def test_any_strides_will_do(which: str, group: int, value_dim: int) -> None:
     assert_attention(attend(case), expected)
 
 
+@BOTH
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_evicted_entries_never_leak(bad: float) -> None:
     case = make(6, length=2)
@@ -299,6 +317,7 @@ def test_evicted_entries_never_leak(bad: float) -> None:
     assert_attention(attend(case), expected)
 
 
+@BOTH
 @pytest.mark.parametrize("kept", KEPT)
 def test_output_and_prefix_share_no_memory_with_the_inputs(kept: str) -> None:
     case = make(7, kept=kept)
@@ -316,6 +335,7 @@ def test_output_and_prefix_share_no_memory_with_the_inputs(kept: str) -> None:
     assert torch.equal(again, expected)
 
 
+@BOTH
 def test_inputs_are_not_changed() -> None:
     case = make(8, length=3)
     mask = torch.where(case.visible()[:, :1, :, case.keys.shape[2] :], 0.0, -torch.inf)

@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
+from ..errors import one_line
 from ..packed import PackedKV
 
+log = logging.getLogger("plphp")
+
+TRITON_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Dtypes of the Triton kernel, and the largest difference from the reference that is due to them."""
+TRITON_DIM, TRITON_ROWS = 256, 128
+"""Largest head dimension of the Triton kernel, and most query rows [group x query] of a KV head."""
+NO_CUDA = "it needs a CUDA device"
 MAX_LOGITS = 2**24
 """Logits that are held at once; long query chunks are cut so that they stay below."""
 
@@ -61,7 +73,8 @@ def decode_attention(
 ) -> Tensor:
     """Softmax attention of new queries over a packed prefix, all of it visible, and a dense tail.
 
-    Nothing is concatenated or padded: the logits of both parts share one softmax.
+    Nothing is concatenated or padded: the logits of both parts share one softmax. On a CUDA device a Triton kernel does
+    it, where it can (`unsupported_by_triton`) and does it right (`triton_trouble`); on a CPU torch's fused kernel.
 
     Parameters
     ----------
@@ -81,10 +94,28 @@ def decode_attention(
     Tensor
         [batch, query, q_heads, dim], contiguous, in the dtype of ``query``.
     """
-    batch, q_heads, length, _ = query.shape
-    kv_heads, tail = tail_keys.shape[1:3]
+    length, tail = query.shape[2], tail_keys.shape[2]
+    reason = unsupported_by_triton(query, tail_keys, tail_values)
+    if reason is None:
+        reason = triton_trouble(query.device, query.dtype, query.shape[-1], tail_values.shape[-1])
+    if reason is None:
+        from . import _decode_triton
+
+        shown = None if mask is None else tail_bias(mask.to(query.device), length, tail, torch.float32)
+        return _decode_triton.attend(query, prefix, tail_keys, tail_values, shown, scaling)
+    if reason != NO_CUDA:
+        _tell_once(reason)
     bias = tail_bias(mask, length, tail, torch.float32)
     bias = None if bias is None else bias.to(query.device)
+    return _by_torch(query, prefix, tail_keys, tail_values, bias, scaling)
+
+
+def _by_torch(
+    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
+) -> Tensor:
+    """The reference of all kernels, with an additive mask or none at all."""
+    batch, q_heads, length, _ = query.shape
+    kv_heads = tail_keys.shape[1]
     grouped = (query * scaling).unflatten(1, (kv_heads, q_heads // kv_heads))
     if _can_be_fused(grouped, tail_keys, tail_values):
         out = _attend_fused(grouped, prefix, tail_keys, tail_values, bias)
@@ -93,6 +124,60 @@ def decode_attention(
     else:
         out = _attend_rows(grouped, prefix, tail_keys, tail_values, bias)
     return out.permute(0, 3, 1, 2, 4).reshape(batch, length, q_heads, -1).contiguous()
+
+
+def unsupported_by_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> str | None:
+    """Say why the Triton kernel cannot attend, see `decode_attention` for the arguments; None where it can."""
+    if query.device.type != "cuda":
+        return NO_CUDA
+    if not _has_triton():
+        return "triton is not installed"
+    if query.dtype not in TRITON_TOLERANCE:
+        return f"it does not know the dtype {query.dtype}"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "it is for NVIDIA GPUs of compute capability 8.0 and later"
+    widest = max(query.shape[-1], tail_values.shape[-1])
+    if widest > TRITON_DIM:
+        return f"the head dimension is {widest}, and it goes up to {TRITON_DIM}"
+    rows = query.shape[1] // tail_keys.shape[1] * query.shape[2]
+    if rows > TRITON_ROWS:
+        return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}"
+    if any(one.requires_grad for one in (query, tail_keys, tail_values)):
+        return "it has no gradient"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def triton_trouble(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> str | None:
+    """Try the Triton kernel against the reference, once for each device, dtype and width; say what is wrong with it."""
+    from . import _decode_triton
+
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
+    query, keys, values = noise(2, 6, 1, dim), noise(2, 2, 70, dim), noise(2, 2, 70, value_dim)
+    arguments = (query, prefix, keys, values, None, dim**-0.5)
+    try:
+        found = _decode_triton.attend(*arguments)
+    except Exception as error:  # compilers raise what they like
+        return f"it fails on this device ({type(error).__name__}: {one_line(error, limit=200)})"
+    difference = (found.float() - _by_torch(*arguments).float()).abs().max().item()
+    if difference < TRITON_TOLERANCE[dtype]:
+        return None
+    return f"it differs from the reference on this device by {difference:.2g}"
+
+
+@cache
+def _tell_once(reason: str) -> None:
+    log.warning("Decoding without the Triton kernel: %s.", reason)
 
 
 def _attend_rows(

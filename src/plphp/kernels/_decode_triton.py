@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of `plphp.kernels.decode`: split-K attention over a packed prefix and a dense tail, and its merge.
+
+The query heads of a KV head are rows of one tile, so that each key and value is read once per KV head. Every program
+attends to a chunk of the entries of one row and KV head, in base 2, and writes its output with a natural-log LSE; the
+programs of one head are then merged. Rows and heads with fewer entries than others have programs that end at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..packed import PackedKV
+
+LOG2_E = 1.4426950408889634
+WAVES = 4
+"""Programs per multiprocessor to aim for."""
+ENTRIES = 64
+"""Most keys of one tile."""
+TILE_BYTES = 2**14
+"""Most bytes of a tile of keys or queries: several have to fit into 99 KiB of shared memory."""
+LARGEST_CHUNK = 4096
+
+
+def attend(
+    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
+) -> Tensor:
+    """Attend with query [batch, q_heads, length, dim]; see `plphp.kernels.decode_attention`.
+
+    ``bias`` is additive, float32 [batch or 1, q_heads or 1, length, tail], in the place of the causal mask.
+    """
+    batch, q_heads, length, dim = query.shape
+    kv_heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
+    group = q_heads // kv_heads
+    rows = group * length
+    wide, value_wide = _wide(dim), _wide(value_dim)
+    tile, entries = tile_shape(rows, max(wide, value_wide), query.element_size())
+    chunk = _chunk(batch * kv_heads, max(map(max, prefix.counts)) + tail, query.device)
+    early = triton.cdiv(max(map(max, prefix.counts)), chunk)
+    splits = early + triton.cdiv(tail, chunk)
+    starts, counts = prefix.index
+    partial = torch.empty(batch, kv_heads, rows, splits, value_dim, dtype=torch.float32, device=query.device)
+    lse = torch.empty(batch, kv_heads, rows, splits, dtype=torch.float32, device=query.device)
+    shown = tail_keys if bias is None else bias.expand(batch, q_heads, length, tail)
+    _attend_chunk[(batch * kv_heads, splits, triton.cdiv(rows, tile))](
+        query, prefix.keys, prefix.values, tail_keys, tail_values, starts, counts, shown, partial, lse,
+        scaling * LOG2_E, tail, length, early, chunk,
+        *query.stride(), *prefix.keys.stride(), *prefix.values.stride(), *tail_keys.stride(), *tail_values.stride(),
+        *shown.stride(),
+        KV_HEADS=kv_heads, ROWS=rows, DIM=dim, VALUE_DIM=value_dim, BIASED=bias is not None,
+        IN_FLOAT32=triton.knobs.runtime.interpret and query.dtype is torch.bfloat16,  # it multiplies their bits
+        TILE=tile, ENTRIES=entries, WIDE=wide, VALUE_WIDE=value_wide,
+    )  # fmt: skip
+    out = torch.empty(batch, length, q_heads, value_dim, dtype=query.dtype, device=query.device)
+    _merge[(batch * kv_heads * rows,)](
+        partial, lse, out, splits, length,
+        Q_HEADS=q_heads, ROWS=rows, VALUE_DIM=value_dim, VALUE_WIDE=value_wide,
+    )  # fmt: skip
+    return out
+
+
+def _wide(dim: int) -> int:
+    """Width of a tile: Triton's are powers of two, and the factors of a product at least 16 wide."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def tile_shape(rows: int, wide: int, itemsize: int) -> tuple[int, int]:
+    """Query rows and keys of one tile, for the rows of a KV head, the width of a tile and the bytes of a number."""
+    most = max(16, TILE_BYTES // (wide * itemsize))
+    return min(most, max(16, min(64, triton.next_power_of_2(rows)))), min(most, ENTRIES)
+
+
+def _chunk(pairs: int, entries: int, device: torch.device) -> int:
+    """Entries of one program: as many as leave every multiprocessor a few programs."""
+    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    wanted = triton.cdiv(pairs * entries, WAVES * cores)
+    return min(LARGEST_CHUNK, max(2 * ENTRIES, triton.cdiv(wanted, ENTRIES) * ENTRIES))
+
+
+@triton.jit
+def _attend_chunk(
+    query, keys, values, tail_keys, tail_values, starts, counts, bias, partial, lse,
+    scale, tail, length, early, chunk,
+    query_batch, query_head, query_place, query_dim, key_entry, key_dim, value_entry, value_dim,
+    tail_key_batch, tail_key_head, tail_key_entry, tail_key_dim,
+    tail_value_batch, tail_value_head, tail_value_entry, tail_value_dim,
+    bias_batch, bias_head, bias_place, bias_entry,
+    KV_HEADS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BIASED: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+    TILE: tl.constexpr, ENTRIES: tl.constexpr, WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr,
+):  # fmt: skip
+    """Attend with a tile of rows [group x length] of one KV head to one chunk of its entries."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    splits = tl.num_programs(1)
+    row, head = (pair // KV_HEADS).to(tl.int64), (pair % KV_HEADS).to(tl.int64)
+    of_tile = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    exists = of_tile < ROWS
+    q_head = head * (ROWS // length) + of_tile // length
+    place = of_tile % length
+    dims, value_dims = tl.arange(0, WIDE), tl.arange(0, VALUE_WIDE)
+    wide, value_wide = dims < DIM, value_dims < VALUE_DIM
+    at = query + row * query_batch + q_head[:, None] * query_head + place[:, None] * query_place
+    q = tl.load(at + dims[None, :] * query_dim, mask=exists[:, None] & wide[None, :], other=0.0)
+    if IN_FLOAT32:
+        q = q.to(tl.float32)
+
+    in_tail = split >= early
+    if in_tail:
+        begin = (split - early) * chunk
+        end = tl.minimum(begin + chunk, tail)
+        keys_at = tail_keys + row * tail_key_batch + head * tail_key_head
+        values_at = tail_values + row * tail_value_batch + head * tail_value_head
+        key_step, key_dim_step = tail_key_entry, tail_key_dim
+        value_step, value_dim_step = tail_value_entry, tail_value_dim
+    else:
+        begin = split * chunk
+        end = tl.minimum(begin + chunk, tl.load(counts + pair)).to(tl.int32)
+        start = tl.load(starts + pair)
+        keys_at, values_at = keys + start * key_entry, values + start * value_entry
+        key_step, key_dim_step, value_step, value_dim_step = key_entry, key_dim, value_entry, value_dim
+
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    mixed = tl.zeros([TILE, VALUE_WIDE], tl.float32)
+    for first in range(begin, end, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        inside = entry < end
+        far = entry.to(tl.int64)
+        k = tl.load(
+            keys_at + far[None, :] * key_step + dims[:, None] * key_dim_step,
+            mask=inside[None, :] & wide[:, None], other=0.0,
+        )  # fmt: skip
+        if IN_FLOAT32:
+            k = k.to(tl.float32)
+        logits = tl.dot(q, k, input_precision="ieee") * scale
+        seen = inside[None, :] & exists[:, None]
+        if in_tail:
+            if BIASED:
+                shown = tl.load(
+                    bias + row * bias_batch + q_head[:, None] * bias_head + place[:, None] * bias_place
+                    + far[None, :] * bias_entry,
+                    mask=seen, other=0.0,
+                )  # fmt: skip
+                # A mask's lowest number would overflow; one row may be masked altogether, so no -inf.
+                logits += tl.maximum(shown, -1e30) * 1.4426950408889634
+            else:
+                seen = seen & (entry[None, :] <= tail - length + place[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        # A row that has seen nothing yet: -inf less -inf would be NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(logits - base[:, None])
+        fade = tl.exp2(top - base)
+        v = tl.load(
+            values_at + far[:, None] * value_step + value_dims[None, :] * value_dim_step,
+            mask=inside[:, None] & value_wide[None, :], other=0.0,
+        )  # fmt: skip
+        if IN_FLOAT32:
+            v = v.to(tl.float32)
+        mixed = mixed * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        total = total * fade + tl.sum(weight, 1)
+        top = higher
+
+    found = total > 0
+    total = tl.where(found, total, 1.0)
+    slot = (pair.to(tl.int64) * ROWS + of_tile) * splits + split
+    tl.store(lse + slot, tl.where(found, (top + tl.log2(total)) / 1.4426950408889634, float("-inf")), mask=exists)
+    at = partial + slot[:, None] * VALUE_DIM + value_dims[None, :]
+    tl.store(at, mixed / total[:, None], mask=exists[:, None] & value_wide[None, :])
+
+
+@triton.jit
+def _merge(
+    partial, lse, out, splits, length,
+    Q_HEADS: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDE: tl.constexpr,
+):  # fmt: skip
+    """Merge the chunks of one row [group x length] of one KV head by their log-sum-exps."""
+    program = tl.program_id(0).to(tl.int64)
+    pair, of_pair = program // ROWS, program % ROWS
+    kv_heads = Q_HEADS // (ROWS // length)
+    dims = tl.arange(0, VALUE_WIDE)
+    wide = dims < VALUE_DIM
+    top, total = float("-inf"), 0.0
+    mixed = tl.zeros([VALUE_WIDE], tl.float32)
+    for split in range(splits):
+        one = tl.load(lse + program * splits + split)
+        higher = tl.maximum(top, one)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        fade, share = tl.exp(top - base), tl.exp(one - base)
+        part = tl.load(partial + (program * splits + split) * VALUE_DIM + dims, mask=wide, other=0.0)
+        mixed = mixed * fade + part * share
+        total = total * fade + share
+        top = higher
+    row, q_head = pair // kv_heads, (pair % kv_heads) * (ROWS // length) + of_pair // length
+    at = ((row * length + of_pair % length) * Q_HEADS + q_head) * VALUE_DIM
+    tl.store(out + at + dims, (mixed / total).to(out.dtype.element_ty), mask=wide)
