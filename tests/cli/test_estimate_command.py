@@ -60,4 +60,7 @@ def test_mistakes_end_as_one_line(folder: Path, tmp_path: Path) -> None:
     assert "WIDTHxHEIGHT" in error("estimate", "--image-size", "0x5")
     assert "Did you mean 'H200'" in error("estimate", "--gpu", "H20")
     assert "There is no model folder" in error("estimate", "--model", tmp_path / "none")
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "With --tokens-per-image no processor is needed." in error("estimate", "--model", tmp_path)
     assert "dtype must be one of" in error("estimate", "--dtype", "int4")

@@ -99,12 +99,17 @@ def count_vision_tokens(model: str | None, config: Any, images: int, size: tuple
     """Vision tokens that the model's processor makes of a prompt with so many images."""
     from PIL import Image
 
+    from plphp.errors import LoadError
     from plphp.loading import load_processor
     from plphp.prompt import build_inputs
     from plphp.registry import family_of
     from plphp.spans import find_spans
 
-    inputs = build_inputs(load_processor(model), "What is this?", images=[Image.new("RGB", size)] * images)
+    try:
+        processor = load_processor(model)
+    except LoadError as error:
+        raise LoadError(f"{error} With --tokens-per-image no processor is needed.") from error
+    inputs = build_inputs(processor, "What is this?", images=[Image.new("RGB", size)] * images)
     return int(find_spans(family_of(config), config, inputs).vision.sum())
 
 
