@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers import PretrainedConfig
 
 from .errors import ConfigError, LoadError, SpanError, UnsupportedFeatureError, one_line
 from .media import load_image
+from .registry import family_of
+from .spans import find_spans
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -123,6 +126,19 @@ def build_inputs(
         text=[text], return_tensors="pt", **{k: v for k, v in features.items() if v is not None}, **options
     )
     return dict(inputs)
+
+
+def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> int:
+    """Vision tokens of the inputs of a prompt, under a model's config.
+
+    Raises
+    ------
+    SpanError
+        If they cannot be found.
+    UnsupportedModelError
+        If the model is of no known family.
+    """
+    return int(find_spans(family_of(config), config, inputs).vision.sum())
 
 
 def _normalized(messages: Messages) -> list[dict[str, Any]]:

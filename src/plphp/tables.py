@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .compare import Comparison, Run
+    from .estimate import Estimate
     from .report import PromptReport, PruneReport, RowReport
 
 MAX_HEADS = 8
@@ -128,6 +130,33 @@ def summary(report: PruneReport) -> str:
         f"({-report.kv_reduction:+.0%}), {report.retention:.0%} of the vision entries kept, "
         f"pruning took {1000 * report.pruning_seconds:.1f} ms"
     )
+
+
+def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
+    """Both estimates side by side, with the ratio."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("everything kept", f"retention {pruned.retention:g}", "ratio"):
+        table.add_column(heading, justify="right")
+    lines: list[tuple[str, str, Callable[[float], str]]] = [
+        ("KV cache of a sequence", "sequence_kv_bytes", human_bytes),
+        ("KV cache of the batch", "kv_bytes", human_bytes),
+        ("weights and KV cache", "memory_bytes", human_bytes),
+        ("read in a decoding step", "step_bytes", human_bytes),
+    ]
+    if unpruned.fits is not None:
+        lines += [
+            ("step takes at least", "step_seconds", lambda seconds: f"{1000 * seconds:.2f} ms"),
+            ("tokens per second at most", "tokens_per_second", lambda rate: f"{rate:,.0f}"),
+            ("largest batch", "largest_batch", lambda batch: f"{batch:,.0f}"),
+            ("tokens per second with it", "most_tokens_per_second", lambda rate: f"{rate:,.0f}"),
+        ]
+    for text, name, shown in lines:
+        before, after = getattr(unpruned, name), getattr(pruned, name)
+        table.add_row(text, shown(before), shown(after), f"{after / before:.2f}" if before else "")
+    if unpruned.fits is not None:
+        table.add_row("the batch fits", *("yes" if one.fits else "no" for one in (unpruned, pruned)), "")
+    return table
 
 
 def human_bytes(count: float) -> str:

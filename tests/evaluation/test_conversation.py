@@ -15,9 +15,10 @@ from PIL import Image
 import tiny_hub
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.evaluation import Sample, Turn, make_variants
-from plphp.evaluation.controls import blank, smaller_inputs, vision_tokens
+from plphp.evaluation.controls import blank, smaller_inputs
 from plphp.evaluation.conversation import _tokenized, batch_inputs, encode, end_tokens, prompt_inputs
 from plphp.evaluation.forcing import force, groups_of
+from plphp.prompt import count_vision_tokens
 from plphp.session import prune
 from tiny_models import EOS, TINY
 
@@ -153,19 +154,19 @@ def test_forcing_places_a_dialogue_of_qwen_as_generate_does() -> None:
             assert found.tokens == tuple(said.tolist()), variant.name
             if variant.images == "as they are":
                 assert found.kept == pytest.approx(run.report.retention)
-    share = vision_tokens(model, groups[-1].inputs) / vision_tokens(model, inputs)
+    share = count_vision_tokens(model.config, groups[-1].inputs) / count_vision_tokens(model.config, inputs)
     assert found.kept == share < 0.6
 
 
 def test_smaller_images(bundled: Any) -> None:
     model, processor = bundled
     before = dict(processor.image_processor.size)
-    full = vision_tokens(model, prompt_inputs(processor, SAMPLE))
+    full = count_vision_tokens(model.config, prompt_inputs(processor, SAMPLE))
     for rate in (0.5, 0.1):
         inputs = smaller_inputs(model, processor, SAMPLE, rate)
-        assert vision_tokens(model, inputs) / full == pytest.approx(rate, abs=0.06)
+        assert count_vision_tokens(model.config, inputs) / full == pytest.approx(rate, abs=0.06)
     assert dict(processor.image_processor.size) == before
-    assert vision_tokens(model, smaller_inputs(model, processor, SAMPLE, 1.0)) == full
+    assert count_vision_tokens(model.config, smaller_inputs(model, processor, SAMPLE, 1.0)) == full
 
 
 def test_a_model_that_takes_one_size_is_refused(bundled: Any, monkeypatch: pytest.MonkeyPatch) -> None:

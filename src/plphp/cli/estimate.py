@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from plphp.errors import ConfigError
 
 from ._app import JsonOption, app, console, print_json, progress
-
-if TYPE_CHECKING:
-    from plphp.estimate import Estimate
 
 
 @app.command()
@@ -47,6 +42,7 @@ def estimate(
         from plphp.estimate import estimate as work_out
         from plphp.loading import empty_model
         from plphp.model_cost import model_cost
+        from plphp.tables import estimate_table
 
         device = None if gpu is None else accelerator(gpu)
         tell("reading the configuration")
@@ -55,7 +51,7 @@ def estimate(
             vision_tokens = images * tokens_per_image
         else:
             tell("loading the processor")
-            vision_tokens = count_vision_tokens(model, empty.config, images, size)
+            vision_tokens = _vision_tokens(model, empty.config, images, size)
         cost = model_cost(empty)
     workload = Workload(vision_tokens, text_tokens, new_tokens, batch)
     both = [work_out(cost, workload, rate, device, reserve) for rate in (1.0, retention)]
@@ -95,48 +91,16 @@ def read_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def count_vision_tokens(model: str | None, config: Any, images: int, size: tuple[int, int]) -> int:
-    """Vision tokens that the model's processor makes of a prompt with so many images."""
+def _vision_tokens(model: str | None, config: Any, images: int, size: tuple[int, int]) -> int:
     from PIL import Image
 
     from plphp.errors import LoadError
     from plphp.loading import load_processor
-    from plphp.prompt import build_inputs
-    from plphp.registry import family_of
-    from plphp.spans import find_spans
+    from plphp.prompt import build_inputs, count_vision_tokens
 
     try:
         processor = load_processor(model)
     except LoadError as error:
         raise LoadError(f"{error} With --tokens-per-image no processor is needed.") from error
     inputs = build_inputs(processor, "What is this?", images=[Image.new("RGB", size)] * images)
-    return int(find_spans(family_of(config), config, inputs).vision.sum())
-
-
-def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
-    """Both estimates side by side, with the ratio."""
-    from plphp.tables import human_bytes
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for heading in ("everything kept", f"retention {pruned.retention:g}", "ratio"):
-        table.add_column(heading, justify="right")
-    lines: list[tuple[str, str, Callable[[float], str]]] = [
-        ("KV cache of a sequence", "sequence_kv_bytes", human_bytes),
-        ("KV cache of the batch", "kv_bytes", human_bytes),
-        ("weights and KV cache", "memory_bytes", human_bytes),
-        ("read in a decoding step", "step_bytes", human_bytes),
-    ]
-    if unpruned.fits is not None:
-        lines += [
-            ("step takes at least", "step_seconds", lambda seconds: f"{1000 * seconds:.2f} ms"),
-            ("tokens per second at most", "tokens_per_second", lambda rate: f"{rate:,.0f}"),
-            ("largest batch", "largest_batch", lambda batch: f"{batch:,.0f}"),
-            ("tokens per second with it", "most_tokens_per_second", lambda rate: f"{rate:,.0f}"),
-        ]
-    for text, name, shown in lines:
-        before, after = getattr(unpruned, name), getattr(pruned, name)
-        table.add_row(text, shown(before), shown(after), f"{after / before:.2f}" if before else "")
-    if unpruned.fits is not None:
-        table.add_row("the batch fits", *("yes" if one.fits else "no" for one in (unpruned, pruned)), "")
-    return table
+    return count_vision_tokens(config, inputs)

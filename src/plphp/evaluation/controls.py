@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from ..errors import UnsupportedFeatureError
-from ..registry import family_of
-from ..spans import find_spans
+from ..prompt import count_vision_tokens
 from .conversation import prompt_inputs
 
 if TYPE_CHECKING:
@@ -29,17 +28,6 @@ GREY = (128, 128, 128)
 def blank(sample: Sample) -> Sample:
     """The same sample with every image replaced by uniform grey of the same size."""
     return dataclasses.replace(sample, images=tuple(Image.new("RGB", image.size, GREY) for image in sample.images))
-
-
-def vision_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
-    """Vision tokens of a prompt.
-
-    Raises
-    ------
-    SpanError
-        If they cannot be found.
-    """
-    return int(find_spans(family_of(model.config), model.config, inputs).vision.sum())
 
 
 def smaller_inputs(
@@ -73,14 +61,14 @@ def smaller_inputs(
     full = prompt_inputs(processor, sample) if full is None else full
     if retention == 1:
         return full
-    before, factor = vision_tokens(model, full), math.sqrt(retention)
+    before, factor = count_vision_tokens(model.config, full), math.sqrt(retention)
     resized = dataclasses.replace(sample, images=tuple(_resized(image, factor) for image in sample.images))
     inputs = prompt_inputs(processor, resized)
-    if vision_tokens(model, inputs) < before:
+    if count_vision_tokens(model.config, inputs) < before:
         return inputs
     with _smaller_tower_input(model, processor, factor):
         inputs = prompt_inputs(processor, sample)
-    if vision_tokens(model, inputs) >= before:
+    if count_vision_tokens(model.config, inputs) >= before:
         raise _refusal(model, "its processor makes as many vision tokens of smaller images")
     return inputs
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..branching import Branches, branch
-from .controls import blank, interpolated_positions, smaller_inputs, vision_tokens
+from ..prompt import count_vision_tokens
+from .controls import blank, interpolated_positions, smaller_inputs
 from .conversation import prompt_inputs
 from .variants import Variant
 
@@ -87,7 +88,7 @@ def groups_of(
             groups.append(Group(prompt_inputs(processor, blank(sample)), (variant,)))
         elif variant.images == "smaller":
             inputs = smaller_inputs(model, processor, sample, variant.retention or 1.0, plain)
-            share = vision_tokens(model, inputs) / vision_tokens(model, plain)
+            share = count_vision_tokens(model.config, inputs) / count_vision_tokens(model.config, plain)
             groups.append(Group(inputs, (variant,), share, interpolated=True))
     return groups
 
@@ -190,7 +191,7 @@ def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> tuple[Branche
         configs = [variant.config for variant in group.variants]
         branches = branch(model, inputs, configs, answer_ids=torch.cat([answer, answer[-1:]]) if len(answer) else None)
     # A prompt without vision tokens evicts nothing.
-    tokens_per_vision = inputs["input_ids"].shape[1] / max(1, vision_tokens(model, inputs))
+    tokens_per_vision = inputs["input_ids"].shape[1] / max(1, count_vision_tokens(model.config, inputs))
     kept_of_vision = [1 - round((1 - kept) * tokens_per_vision, 12) for kept in branches.kept]
     return branches, [group.share * kept for kept in kept_of_vision]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..packed import PackedKV
 
-LOG2_E = 1.4426950408889634
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 WAVES = 4
 """Programs per multiprocessor to aim for."""
 ENTRIES = 64
@@ -47,11 +47,11 @@ def attend(
     shown = tail_keys if bias is None else bias.expand(batch, q_heads, length, tail)
     _attend_chunk[(batch * kv_heads, splits, triton.cdiv(rows, tile))](
         query, prefix.keys, prefix.values, tail_keys, tail_values, starts, counts, shown, partial, lse,
-        scaling * LOG2_E, tail, length, early, chunk,
+        scaling * LOG2_E.value, tail, length, early, chunk,
         *query.stride(), *prefix.keys.stride(), *prefix.values.stride(), *tail_keys.stride(), *tail_values.stride(),
         *shown.stride(),
         KV_HEADS=kv_heads, ROWS=rows, DIM=dim, VALUE_DIM=value_dim, BIASED=bias is not None,
-        IN_FLOAT32=triton.knobs.runtime.interpret and query.dtype is torch.bfloat16,  # it multiplies their bits
+        IN_FLOAT32=query.device.type == "cpu" and query.dtype is torch.bfloat16,  # interpreted, it multiplies bits
         TILE=tile, ENTRIES=entries, WIDE=wide, VALUE_WIDE=value_wide,
     )  # fmt: skip
     out = torch.empty(batch, length, q_heads, value_dim, dtype=query.dtype, device=query.device)
@@ -145,7 +145,7 @@ def _attend_chunk(
                     mask=seen, other=0.0,
                 )  # fmt: skip
                 # A mask's lowest number would overflow; one row may be masked altogether, so no -inf.
-                logits += tl.maximum(shown, -1e30) * 1.4426950408889634
+                logits += tl.maximum(shown, -1e30) * LOG2_E
             else:
                 seen = seen & (entry[None, :] <= tail - length + place[:, None])
         logits = tl.where(seen, logits, float("-inf"))
@@ -167,7 +167,7 @@ def _attend_chunk(
     found = total > 0
     total = tl.where(found, total, 1.0)
     slot = (pair.to(tl.int64) * ROWS + of_tile) * splits + split
-    tl.store(lse + slot, tl.where(found, (top + tl.log2(total)) / 1.4426950408889634, float("-inf")), mask=exists)
+    tl.store(lse + slot, tl.where(found, (top + tl.log2(total)) / LOG2_E, float("-inf")), mask=exists)
     at = partial + slot[:, None] * VALUE_DIM + value_dims[None, :]
     tl.store(at, mixed / total[:, None], mask=exists[:, None] & value_wide[None, :])
 
