@@ -7,13 +7,11 @@ On the tests' small models with random weights in float32. Run ``python benchmar
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
 import transformers
 from rich.console import Console
@@ -59,7 +57,7 @@ def main() -> None:
     """Measure all families and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    out = parser.parse_args().out
+    args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     results = {family: measure(family) for family in sorted(TINY)}
     table = Table(title="largest difference of logits")
@@ -68,19 +66,7 @@ def main() -> None:
     for family, one in results.items():
         table.add_row(family, *(f"{value:.1e}" if isinstance(value, float) else str(value) for value in one.values()))
     Console(width=120).print(table)
-    if out:
-        about = {
-            "script": "benchmarks/exactness.py",
-            "date": datetime.date.today().isoformat(),
-            "hardware": platform.machine(),
-            "versions": {
-                "plphp": plphp.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    measuring.write(args.out, {**measuring.origin("exactness", args), "results": results})
 
 
 if __name__ == "__main__":

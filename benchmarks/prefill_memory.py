@@ -8,19 +8,16 @@ allocator statistics. Nothing is computed from shapes. Run ``python benchmarks/p
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -76,11 +73,7 @@ def variants(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Cache
 
 def run_cpu(prefill: Callable[[], None]) -> dict[str, Any]:
     """Peak of the live bytes, and the live bytes after each layer, from the allocator's events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        prefill()
-    events = recorded.profiler.kineto_results.events()
-    marks = [event.start_ns() for event in events if event.name() == MARK]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes, marks = measuring.memory_events(prefill, MARK)
     live = peak = 0
     after_layer: list[int] = []
     for moment, change in changes:
@@ -168,23 +161,7 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(f"Keys and values of one full layer: {full_layer / 1e6:.1f} MB (part of the peak without a cache).")
-    if args.out:
-        about = {
-            "script": "benchmarks/prefill_memory.py",
-            "date": datetime.date.today().isoformat(),
-            "settings": {k: v for k, v in vars(args).items() if k != "out"},
-            "hardware": torch.cuda.get_device_name()
-            if args.device == "cuda"
-            else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "plphp": plphp.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        args.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    measuring.write(args.out, {**measuring.origin("prefill_memory", args), "results": results})
 
 
 if __name__ == "__main__":

@@ -4,25 +4,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
-from pathlib import Path
 from typing import Any
 
+import prefill_memory as script
 import pytest
 from torch.multiprocessing.reductions import StorageWeakRef
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "prefill_memory.py"
 SETTINGS = argparse.Namespace(layers=6, hidden=128, heads=4, kv_heads=4, images=2, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("prefill_memory", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     model, inputs = script.build_model(SETTINGS), script.build_inputs(SETTINGS)
     for layer in model.get_decoder().layers:
         layer.register_forward_hook(script.mark_layer)

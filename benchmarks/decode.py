@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of a decoding step against the bytes that it has to read: ``python benchmarks/decode.py``.
+
+Caches are filled with random keys and values, as if prompts of so many vision tokens and 100 text tokens had been read;
+what is kept of them differs between layers and between the rows of a batch, as it does with plphp. Variants are
+interleaved step by step in one process; figures are medians. The floor is the time in which the memory moves the
+weights and the kept keys and values once at the bandwidth of a large copy, measured beforehand; reading alone may be
+faster than copying, so that more than all of the floor can be reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+from measuring import BASELINE
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, TEXT_TOKENS, build_model
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+from transformers.cache_utils import Cache, DynamicCache
+
+import plphp
+from plphp.attachment import Lease
+from plphp.layer import layer_nbytes
+from plphp.model_cost import model_cost
+from plphp.tables import human_bytes
+
+
+def entries(model: LlavaForConditionalGeneration, batch: int, length: int, layer: int) -> tuple[Tensor, Tensor]:
+    """Random keys and values [batch, kv_heads, length, dim] of one layer, the same for every variant."""
+    text = model.config.get_text_config()
+    shape = (2, batch, text.num_key_value_heads, length, text.hidden_size // text.num_attention_heads)
+    generator = torch.Generator(model.device).manual_seed(layer)
+    made = torch.empty(shape, dtype=model.dtype, device=model.device).normal_(generator=generator)
+    return made[0].clone(), made[1].clone()
+
+
+def kept(rate: float, layer: int, layers: int, batch: int, heads: int, vision: int) -> Tensor:
+    """Random entries to keep, bool [batch, heads, tokens]: layers take turns in keeping less, as many, and more."""
+    spread = min(rate, 1 - rate, 0.3) if layer < layers // 3 * 3 else 0.0
+    generator = torch.Generator().manual_seed(layer)
+    keep = torch.ones(batch, heads, vision + TEXT_TOKENS, dtype=torch.bool)
+    for row in range(batch):
+        count = round((rate + spread * ((layer + row) % 3 - 1)) * vision)
+        order = torch.rand(heads, vision, generator=generator).argsort(-1)
+        keep[row, :, TEXT_TOKENS // 2 :][:, :vision].scatter_(1, order[:, count:], False)
+    return keep
+
+
+def dynamic_cache(model: LlavaForConditionalGeneration, batch: int, vision: int) -> Cache:
+    """Transformers' own cache."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    for number in range(len(cache.layers)):
+        cache.update(*entries(model, batch, vision + TEXT_TOKENS, number), number)
+    return cache
+
+
+def pruned_cache(lease: Lease, batch: int, vision: int, rate: float) -> Cache:
+    """Ours, at a retention rate, for the model of a lease."""
+    model = lease.attachment.model
+    cache = plphp.PrunedCache(lease.attachment, plphp.PLPHPConfig())
+    for number, layer in enumerate(cache.layers):
+        keys, values = entries(model, batch, vision + TEXT_TOKENS, number)
+        layer.update(keys, values)
+        layer.compact(kept(rate, number, len(cache.layers), batch, keys.shape[1], vision).to(keys.device))
+    return cache
+
+
+def stepper(model: LlavaForConditionalGeneration, cache: Cache, batch: int) -> Callable[[], Any]:
+    """Make a function that decodes one token of every row."""
+    tokens = torch.arange(batch, device=model.device)[:, None] + 10
+
+    @torch.inference_mode()
+    def step() -> None:
+        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+
+    return step
+
+
+def measure(
+    stock: LlavaForConditionalGeneration,
+    lease: Lease,
+    batch: int,
+    vision: int,
+    args: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """Time a step with every cache at one batch and length."""
+    caches = {BASELINE: dynamic_cache(stock, batch, vision)}
+    caches |= {f"plphp {rate:g}": pruned_cache(lease, batch, vision, rate) for rate in args.retention}
+    ours = lease.attachment.model
+    steps = {name: stepper(stock if name == BASELINE else ours, cache, batch) for name, cache in caches.items()}
+    times = measuring.interleaved(steps, stock.device, args.steps)
+    for name, cache in caches.items():
+        kv_bytes = sum(layer_nbytes(layer) for layer in cache.layers)
+        yield {"batch": batch, "vision_tokens": vision, "variant": name, "seconds": times[name], "kv_bytes": kv_bytes}
+
+
+def show(rows: list[dict[str, Any]], args: argparse.Namespace, weights: int, bandwidth: float) -> None:
+    """Print the table."""
+    table = Table(title=f"Decoding, {args.shape} shape, {args.dtype}, {args.device}; one step, median of {args.steps}")
+    headings = ("batch", "vision", "variant", "ms", "tokens/s", "KV", "floor ms", "of floor", "x DynamicCache")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["batch"]),
+            str(row["vision_tokens"]),
+            row["variant"],
+            f"{1000 * row['seconds']:.1f}",
+            f"{row['batch'] / row['seconds']:.1f}",
+            human_bytes(row["kv_bytes"]),
+            f"{1000 * row['floor_seconds']:.1f}",
+            f"{row['floor_seconds'] / row['seconds']:.0%}",
+            f"{row['ratio']:.2f}",
+            end_section=row["variant"] == f"plphp {args.retention[-1]:g}",
+        )
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"{human_bytes(weights)} of weights are read in a step; a copy moves {bandwidth / 1e9:.1f} GB/s.")
+
+
+def main() -> None:
+    """Measure the grid, print one table."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="7B" if on_gpu else "0.5B")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32] if on_gpu else [1, 8])
+    parser.add_argument("--vision-tokens", type=int, nargs="+", default=[7000] if on_gpu else [2000, 8000])
+    parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2])
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each variant")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    stock = build_model(args.shape, getattr(torch, args.dtype), device)
+    # A second model with the same weights, so that plphp's attention is never in the way of the first.
+    ours = copy.deepcopy(stock, {id(weight): weight for weight in stock.parameters()})
+    lease = Lease.of(ours)
+    bandwidth = measuring.copy_bandwidth(device)
+    weights = model_cost(stock).step_weight_bytes
+    rows = []
+    for batch, vision in itertools.product(args.batch, args.vision_tokens):
+        found = list(measure(stock, lease, batch, vision, args))
+        for row in found:
+            row["floor_seconds"] = (weights + row["kv_bytes"]) / bandwidth
+            row["ratio"] = found[0]["seconds"] / row["seconds"]
+        rows += found
+        gc.collect()
+    lease.end()
+    show(rows, args, weights, bandwidth)
+    about = measuring.origin("decode", args)
+    measuring.write(args.out, {**about, "copy_bandwidth": bandwidth, "step_weight_bytes": weights, "results": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speed benchmarks run and measure what they say; how fast anything is, is not tested."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import decode
+import measuring
+import prefill
+import pytest
+import torch
+from shapes import build_model
+
+from plphp.attachment import Lease
+
+CPU = torch.device("cpu")
+ENTRY = 3 * 2 * 2 * 16 * 2
+"""Bytes of a token in the tiny shape: layers, keys and values, KV heads, dimension, bf16."""
+
+
+def run(script: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["script", "--shape", "tiny", "--device", "cpu", "--out", str(out), *arguments])
+    script.main()
+    results: dict[str, Any] = json.loads(out.read_text())
+    assert results["versions"]["torch"] == torch.__version__
+    return results
+
+
+def test_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--batch", "1", "3", "--vision-tokens", "300", "--retention", "1.0", "0.4", "--steps", "2"]
+    results = run(decode, monkeypatch, tmp_path / "decode.json", *settings)
+    assert [(row["batch"], row["variant"]) for row in results["results"]] == [
+        (batch, name) for batch in (1, 3) for name in ("DynamicCache", "plphp 1", "plphp 0.4")
+    ]
+    for row in results["results"]:
+        assert row["seconds"] > 0
+        moved = results["step_weight_bytes"] + row["kv_bytes"]
+        assert row["floor_seconds"] == pytest.approx(moved / results["copy_bandwidth"])
+        tail = 16 if row["variant"].startswith("plphp") else 4  # room of the tail, or steps
+        tokens = 100 + 300 * (0.4 if row["variant"] == "plphp 0.4" else 1)
+        assert row["kv_bytes"] == pytest.approx(row["batch"] * ENTRY * (tokens + tail), rel=0.01)
+    assert "x DynamicCache" in capsys.readouterr().out
+
+
+def test_decode_compares_like_with_like() -> None:
+    """With everything kept both caches hold the same entries, so the next token's logits are the same."""
+    model = build_model("tiny", torch.float32, CPU)
+    tokens = torch.tensor([[5], [6]])
+    with torch.inference_mode():
+        stock = model(input_ids=tokens, past_key_values=decode.dynamic_cache(model, 2, 50)).logits
+        lease = Lease.of(model)
+        ours, less = (
+            model(input_ids=tokens, past_key_values=decode.pruned_cache(lease, 2, 50, rate)).logits
+            for rate in (1.0, 0.4)
+        )
+        lease.end()
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
+    assert (less - stock).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.6, 0.2])
+def test_kept_tokens_differ_between_layers_and_rows(rate: float) -> None:
+    counts = torch.stack([decode.kept(rate, layer, 4, 3, 2, 1000).sum(-1) for layer in range(4)]) - 100
+    assert counts.float().mean() == pytest.approx(1000 * rate)
+    assert torch.equal(counts[..., 0], counts[..., 1])
+    assert len(counts[..., 0].unique()) == (1 if rate == 1 else 3)
+    assert decode.kept(rate, 0, 3, 1, 2, 1000)[:, :, [*range(50), *range(-50, 0)]].all()
+
+
+def test_prefill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = ["--batch", "2", "--vision-tokens", "300", "--retention", "0.4", "--rounds", "2"]
+    stock, pruned = run(prefill, monkeypatch, tmp_path / "prefill.json", *settings)["results"]
+    assert stock["pruning_seconds"] == 0
+    parts = [pruned[f"{part}_seconds"] for part in ("scoring", "compaction")]
+    assert min(parts) > 0
+    assert sum(parts) < pruned["pruning_seconds"]
+    assert stock["kv_bytes"] == 2 * 400 * ENTRY
+    assert pruned["kv_bytes"] == 2 * (100 + 0.4 * 300) * ENTRY
+    assert stock["peak_bytes"] > 2 * 400 * ENTRY
+
+
+def test_timing_waits_in_turn() -> None:
+    order: list[str] = []
+    works = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = measuring.interleaved(works, CPU, rounds=2, warm_up=1)
+    assert "".join(order) == "ababab"
+    assert set(times) == set("ab")
+
+
+def test_peak_is_of_what_is_alive_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(2**20, dtype=torch.uint8)
+
+    def together() -> None:
+        kept = [torch.ones(2**20, dtype=torch.uint8) for _ in range(3)]
+        kept.clear()
+
+    peaks = [measuring.peak_bytes(work, CPU) for work in (one_after_the_other, together)]
+    assert peaks == pytest.approx([2**20, 3 * 2**20], rel=0.01)
