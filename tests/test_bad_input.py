@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 import plphp
 from invariants import assert_same_generation, attention_set, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import (
+    CacheMemoryError,
     CacheStateError,
     ConfigError,
     NonFiniteAttentionError,
@@ -569,6 +571,114 @@ def test_a_forward_pass_that_failed_is_not_gone_on_with(family: str) -> None:
         model(**inputs, past_key_values=cache)
     with pytest.raises(CacheStateError, match="middle of a step"):
         model(**inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize("where", ["first", "middle", "attention", "last attention"])
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
+def test_a_decoding_step_that_failed_is_taken_back(family: str, where: str) -> None:
+    """Nothing is evicted while decoding, so the cache goes back to before the step."""
+    model = tiny_model(family)
+    inputs = TINY[family].inputs(model, [1, 1])
+    layers = model.get_decoder().layers
+    module = {
+        "first": layers[0],
+        "middle": layers[1].mlp,
+        "attention": layers[1].self_attn.v_proj,
+        "last attention": layers[-1].self_attn.q_proj,
+    }[where]
+    expected, _ = pruned(model, inputs, SETTINGS)
+    cache = PrunedCache.for_inputs(model, inputs, SETTINGS)
+    with failing(module, after=2), pytest.raises(BoomError):
+        generate(model, inputs, past_key_values=cache)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 1
+    assert assert_right_or_dead(model, inputs, cache, expected)
+
+
+def test_beams_that_failed_are_not_gone_on_with(llava: Any) -> None:
+    inputs = llava_inputs((1,))
+    cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
+    with failing(llava.get_decoder().layers[1], after=2), pytest.raises(BoomError):
+        generate(llava, inputs, past_key_values=cache, num_beams=2)
+    ids = torch.cat([inputs["input_ids"], torch.full((1, 4), 5)], 1)
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(UnsupportedFeatureError, match="the beams that were running"):
+        generate(llava, more, past_key_values=cache)
+
+
+def test_a_turn_of_text_that_failed_leaves_nothing_behind(llava: Any) -> None:
+    ids = torch.arange(5, 12)[None]
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    cache = PrunedCache.for_inputs(llava, text, SETTINGS)
+    with failing(llava.get_decoder().layers[1]), pytest.raises(BoomError):
+        generate(llava, text, past_key_values=cache)
+    assert cache.nbytes == 0
+    both = {name: value.expand(2, -1) for name, value in text.items()}
+    assert_same_generation(generate(llava, both), generate(llava, both, past_key_values=cache))
+
+
+@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize(
+    ("error", "text"), [(torch.OutOfMemoryError, "CUDA out of memory"), (RuntimeError, "can't allocate memory")]
+)
+@torch.no_grad()
+def test_no_memory_for_the_next_token(
+    llava: Any, call: int, error: type[RuntimeError], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys or values, in any layer."""
+    inputs = llava_inputs((1, 1))
+    expected, _ = pruned(llava, inputs, SETTINGS)
+    cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
+    llava(**inputs, past_key_values=cache)
+    length = cache.get_seq_length()
+    token = expected.sequences[:, length][:, None]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1)], 1).long()
+    calls, stock = itertools.count(), torch.Tensor.new_empty
+
+    def new_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls) == call:
+            raise error(text)
+        return stock(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        with pytest.raises(CacheMemoryError, match=f"memory.* room for 17 tokens .*holds {length} tokens as before"):
+            llava(input_ids=token, attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == length
+    logits = llava(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+    assert (logits[:, -1] - expected.logits[1]).abs().max() < 2e-5
+
+
+@torch.no_grad()
+def test_no_memory_where_a_step_cannot_be_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sliding-window layers forget what a step pushes out."""
+    model = tiny_model("gemma3")
+    inputs = TINY["gemma3"].inputs(model, [1])
+    cache = PrunedCache.for_inputs(model, inputs, SETTINGS)
+
+    def no_memory(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model(**inputs, past_key_values=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", no_memory)
+        with pytest.raises(CacheMemoryError, match=r"answers; this PrunedCache cannot be used any more\.$"):
+            model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+    with pytest.raises(CacheStateError, match="cannot be used any more"):
+        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("text", ["something else", "CUDA error: an illegal memory access was encountered"])
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    llava: Any, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(text)
+
+    inputs = llava_inputs((1,))
+    cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
+    monkeypatch.setattr(torch.Tensor, "new_empty", broken)
+    with pytest.raises(RuntimeError, match=text):
+        generate(llava, inputs, past_key_values=cache)
 
 
 @pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .config import PLPHPConfig
     from .errors import (
         BackendUnavailableError,
+        CacheMemoryError,
         CacheStateError,
         ConfigError,
         LoadError,
@@ -43,6 +44,7 @@ _MODULES = {
     "config": ("PLPHPConfig",),
     "errors": (
         "BackendUnavailableError",
+        "CacheMemoryError",
         "CacheStateError",
         "ConfigError",
         "LoadError",
@@ -65,6 +67,7 @@ __all__ = [
     "AttentionProfile",
     "BackendUnavailableError",
     "Branches",
+    "CacheMemoryError",
     "CacheStateError",
     "ConfigError",
     "LoadError",

@@ -258,7 +258,7 @@ class _Reader(PrunedCache):
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
         """Note the queries that were asked for."""
-        self._pending = None
+        self._guard.pending = None
         found = gather(self._wanted, query, self._pruned[layer_idx].get_seq_length() - query.shape[2])
         if found is not None:
             self._queries[layer_idx] = found, scaling

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .attachment import Attachment, Lease
 from .config import PLPHPConfig, checked
 from .errors import (
+    CacheMemoryError,
     CacheStateError,
     PLPHPError,
     SpanError,
@@ -23,6 +24,7 @@ from .errors import (
 )
 from .layer import PrunedLayer, layer_nbytes
 from .mrope import TurnPositions, turn_positions
+from .passes import PassGuard
 from .plan import PromptPlan
 from .registry import family_of
 from .report import LayerRecord, PruneReport, build_report
@@ -69,10 +71,10 @@ class PrunedCache(Cache):
         self._first, self._last = min(self._pruned), max(self._pruned)
         refuse_prompt_stage(self.method, attachment.model, len(self._pruned) == len(layers))
         dummy = getattr(self, "is_dummy", [False] * len(layers))
-        self._end = max(i for i in range(len(layers)) if not dummy[i])
-        self._reached, self._conv_of = self._end, -1
+        updated = [i for i in range(len(layers)) if not dummy[i]]
+        self._guard = PassGuard(max(updated))
+        self._can_take_back, self._before = all(i in self._pruned for i in updated), 0
         self._plan: PromptPlan | None = None
-        self._pending: int | None = None
         self._lease: Lease | None = None
         self._dead = self._spent = ""
 
@@ -175,30 +177,38 @@ class PrunedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens, see `transformers.Cache.update`."""
+        self._begin(layer_idx)
         layer = self._pruned.get(layer_idx)
-        new = key_states.shape[2]
-        self._enter(layer_idx, layer.get_seq_length() + new if layer and layer_idx == self._first else 0)
+        if layer is not None and layer_idx == self._first:
+            self._before = layer.get_seq_length()
+            self._check_length(self._before + key_states.shape[2])
+        self._guard.enter(layer_idx)
         if layer is None:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return keys, values
         if layer.batch_size not in (-1, key_states.shape[0]):
             self._kill(f"it holds {layer.batch_size} rows and was given {key_states.shape[0]}")
-        keys, values = layer.update(key_states, value_states)
+        try:
+            keys, values = layer.update(key_states, value_states)
+        except CacheMemoryError as error:
+            if not self._take_back():
+                self._kill(str(error), CacheMemoryError)
+            raise CacheMemoryError(f"{error} The cache holds {self._before} tokens as before.") from error
         keys.plphp_pending = PendingUpdate(self, layer_idx)  # type: ignore[attr-defined]
-        self._pending = layer_idx
+        self._guard.pending = layer_idx
         return keys, values
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Update a linear-attention layer, see `transformers.Cache.update_conv_state`."""
-        self._enter(layer_idx)
-        self._conv_of = layer_idx
+        self._begin(layer_idx)
+        self._guard.enter_conv(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Update a linear-attention layer, see `transformers.Cache.update_recurrent_state`."""
-        if self._conv_of != layer_idx:  # decoding may write the conv state in place
-            self._enter(layer_idx)
-        self._conv_of = -1
+        if not self._guard.in_conv(layer_idx):  # decoding may write the conv state in place
+            self._begin(layer_idx)
+            self._guard.enter(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
@@ -213,7 +223,7 @@ class PrunedCache(Cache):
         scaling : float
             Factor on the logits.
         """
-        self._pending = None
+        self._guard.pending = None
         plan, layer = self._plan, self._pruned[layer_idx]
         if plan is None:
             return
@@ -297,9 +307,9 @@ class PrunedCache(Cache):
 
     def check_read(self) -> None:
         """Raise `CacheStateError` if the last layer to be updated was not read as it has to be."""
-        if self._pending is not None:
+        if self._guard.pending is not None:
             self._kill(
-                f"layer {self._pending} did not read it through plphp's attention function (is this model class "
+                f"layer {self._guard.pending} did not read it through plphp's attention function (is this model class "
                 "a supported one, and was it compiled or changed while the cache was in use?)"
             )
 
@@ -315,10 +325,9 @@ class PrunedCache(Cache):
             )
 
     def after_failure(self) -> None:
-        """Decide after an exception whether the cache is still whole; if not, mark it as dead."""
-        cut_off = self._reached != self._end or self._conv_of >= 0 or self._pending is not None
+        """Make the cache whole again after an exception; if it cannot be, mark it as dead."""
         half_read = self._plan is not None and self._pruned[self._last].get_seq_length() > self._plan.spans.start
-        if not self._dead and (cut_off or half_read):
+        if not self._dead and (self._guard.cut_off or half_read) and not self._take_back():
             self._bury("an error stopped the model in the middle of a step")
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -335,11 +344,12 @@ class PrunedCache(Cache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes the entries and goes on behind them
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.records, self._plan, self._pending = [], None, None
+        self.records, self._plan = [], None
         self._turn, self.pruning_seconds, self._spent = None, 0.0, ""
-        self._reached, self._conv_of = self._end, -1
+        self._guard.reset()
 
     def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
+        reason = reason.rstrip(".")
         self._bury(reason)
         raise error(f"{reason[0].upper()}{reason[1:]}; this PrunedCache cannot be used any more.")
 
@@ -348,15 +358,25 @@ class PrunedCache(Cache):
         self.reset()
         self._dead = reason
 
-    def _enter(self, layer_idx: int, length: int = 0) -> None:
-        """Layers are updated in order: a pass that begins before the last was reached follows one that was cut off."""
+    def _begin(self, layer_idx: int) -> None:
+        """Look before the update of a layer whether the last one was read, and the last pass came to its end."""
         self.check_alive()
-        self.check_read()
-        if layer_idx <= self._reached < self._end:
+        if self._guard.begins_anew(layer_idx):  # too late to take it back: the mask of this pass is made
             self._kill("an error stopped the model in the middle of a step")
+        self.check_read()
+
+    def _take_back(self) -> bool:
+        """Forget the tokens of a pass that was cut off; return whether it can be done, as while decoding."""
+        if self._plan is not None or not self._can_take_back:
+            return False
+        for layer in self._pruned.values():
+            layer.crop(self._before - layer.get_seq_length())
+        self._guard.reset()
+        return True
+
+    def _check_length(self, length: int) -> None:
         if self._plan is not None and length > self._plan.spans.end:
             raise SpanError(
                 f"The cache was planned for a prompt of {self._plan.spans.end} tokens and would hold {length}: "
                 "pass the inputs that it was made for, or call cache.plan(inputs) first."
             )
-        self._reached, self._conv_of = layer_idx, -1

@@ -11,6 +11,7 @@
     ├── BackendUnavailableError              an optional dependency or device is missing
     ├── LoadError(OSError)                   a model, an image, a video or a chat cannot be read
     ├── CacheStateError(RuntimeError)        the cache cannot be used any more, or not in this way
+    ├── CacheMemoryError(MemoryError)        there is no memory for the keys and values of more tokens
     └── NonFiniteAttentionError(ArithmeticError)   the attention of a layer holds NaN
 """
 
@@ -50,6 +51,10 @@ class LoadError(PLPHPError, OSError):
 
 class CacheStateError(PLPHPError, RuntimeError):
     """A cache was left half-updated by an earlier failure, or is used outside its session."""
+
+
+class CacheMemoryError(PLPHPError, MemoryError):
+    """There is no memory for the keys and values of more tokens."""
 
 
 class NonFiniteAttentionError(PLPHPError, ArithmeticError):

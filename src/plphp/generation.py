@@ -83,8 +83,9 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     except BaseException:
         cache.after_failure()
         raise
-    if (config.num_beams or 1) > 1:
-        cache.end_here("it holds the beams that were running at the end, not the answer that was returned")
+    finally:
+        if (config.num_beams or 1) > 1:
+            cache.end_here("it holds the beams that were running at the end, not the answer that was returned")
     if session is not None:
         session.note(cache.report())
     return output

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .errors import CacheStateError, UnsupportedFeatureError
+from .errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError, one_line
 from .kernels import compact_kv
 from .packed import PackedKV
 
 MIN_GROWTH = 16
 """Tokens for which the tail reserves room at least when it grows."""
+NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""What torch says on a CPU, where it has no error of its own for it."""
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -86,6 +88,11 @@ class PrunedLayer(CacheLayerMixin):
         -------
         tuple of Tensor
             Views on the keys and values of the tail, [batch, kv_heads, tail, dim].
+
+        Raises
+        ------
+        CacheMemoryError
+            If there is no memory for them; the layer is as before.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -155,6 +162,8 @@ class PrunedLayer(CacheLayerMixin):
                 "pruned prompt are still complete. Start again from a new cache."
             )
         self.tail_length += tokens_to_remove
+        if self.get_seq_length() == 0:
+            self.keys = self.values = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, as beam search does."""
@@ -186,7 +195,16 @@ def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
     """Write ``new`` behind the first ``used`` entries of a buffer, or of a larger one if there is no room."""
     needed = used + new.shape[2]
     if buffer is None or buffer.shape[2] < needed:
-        grown = new.new_empty((*new.shape[:2], needed + max(MIN_GROWTH, needed // 8), new.shape[3]))
+        room = needed + max(MIN_GROWTH, needed // 8)
+        try:
+            grown = new.new_empty((*new.shape[:2], room, new.shape[3]))
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in NO_MEMORY):
+                raise
+            raise CacheMemoryError(
+                f"There is no memory for keys and values of {tuple(new.shape[:2])} rows and heads with room for {room} "
+                f"tokens ({one_line(error)}): free some, or decode fewer rows or shorter answers."
+            ) from error
         if buffer is not None:
             grown[:, :, :used] = buffer[:, :, :used]
         buffer = grown
