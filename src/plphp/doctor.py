@@ -18,8 +18,9 @@ from .attachment import Lease
 from .attention import PREFIX, SUPPORTED_BASES
 from .cache import PrunedCache
 from .config import PLPHPConfig
-from .errors import PLPHPError
+from .errors import PLPHPError, one_line
 from .families.unsupported import UNSUPPORTED
+from .kernels.decode import TRITON_TOLERANCE, triton_trouble, unsupported_by_triton
 from .layer import PrunedLayer
 from .loading import bundled_model_path, empty_model, load_model
 from .registry import available_families, family_of
@@ -31,6 +32,8 @@ EXTRAS = {
     "torchvision": "video inputs, and the processors of some families",
     "av": "video files (pip install av)",
 }
+HEAD_DIM = 128
+"""Head dimension with which the kernels are tried."""
 _REASONS = {
     "flex_attention": "compiles one mask for all layers, and pruned layers differ in length",
     "paged": "shares one block table between all layers and heads",
@@ -62,8 +65,8 @@ class Diagnosis:
 
     Parameters
     ----------
-    versions, devices, attention, extras : list of Check
-        Of this machine.
+    versions, devices, attention, kernels, extras : list of Check
+        Of this machine. ``kernels`` are the ones of our own, with the reason where the reference takes their place.
     families, unsupported : list of Check
         Model types that plphp prunes, and those it refuses, with the reason.
     model : Check
@@ -73,6 +76,7 @@ class Diagnosis:
     versions: list[Check]
     devices: list[Check]
     attention: list[Check]
+    kernels: list[Check]
     extras: list[Check]
     families: list[Check]
     unsupported: list[Check]
@@ -104,6 +108,7 @@ def diagnose(model: str | Path | None = None) -> Diagnosis:
         ],
         devices=_devices(),
         attention=_attention(),
+        kernels=_kernels(),
         extras=[Check(check.name, check.ok, f"{check.detail}: {EXTRAS[check.name]}") for check in _versions(EXTRAS)],
         families=[
             Check(family.name, True, _family(family.model_types, family.notes))
@@ -186,6 +191,24 @@ def _attention() -> list[Check]:
         if name not in SUPPORTED_BASES and not name.startswith(PREFIX):
             reason = next((why for key, why in _REASONS.items() if key in name), "plphp does not stand in for it")
             checks.append(Check(name, False, f"not supported: {reason}"))
+    return checks
+
+
+def _kernels() -> list[Check]:
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    checks = []
+    for device in devices:
+        for dtype in TRITON_TOLERANCE:
+            name = f"decode_attention, Triton, {device}, {str(dtype).removeprefix('torch.')}"
+            try:
+                states = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device)
+            except RuntimeError as error:
+                checks.append(Check(name, False, f"the device cannot be used now: {one_line(error)}"))
+                continue
+            reason = unsupported_by_triton(states, states, states)
+            reason = reason or triton_trouble(device, dtype, HEAD_DIM, HEAD_DIM)
+            used = f"used: it agrees with the reference here, at head dimension {HEAD_DIM}"
+            checks.append(Check(name, reason is None, f"not used: {reason}" if reason else used))
     return checks
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -292,6 +293,19 @@ class TestSupport:
         text = ok("doctor", "--model", folder)
         for part in ("torch", "transformers", "flex_attention", "not supported", "mllama", "plphp[plots]"):
             assert part in text
+
+    @pytest.mark.parametrize("trouble", [None, "it differs from the reference on this device by 0.3"])
+    def test_doctor_says_which_kernels_are_used(
+        self, folder: Path, trouble: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kernels = json.loads(ok("doctor", "--model", folder, "--json"))["kernels"]
+        assert len(kernels) == 3 * max(1, torch.cuda.device_count())
+        if not torch.cuda.is_available():
+            assert {(one["ok"], one["detail"]) for one in kernels} == {(False, "not used: it needs a CUDA device")}
+        monkeypatch.setattr("plphp.doctor.unsupported_by_triton", lambda *_: None)
+        monkeypatch.setattr("plphp.doctor.triton_trouble", lambda *_: trouble)
+        text = ok("doctor", "--model", folder)
+        assert ("used: it agrees with the reference here" if trouble is None else f"not used: {trouble}") in text
 
     def test_version(self) -> None:
         assert ok("--version") == f"plphp {plphp.__version__}\n"

@@ -162,10 +162,10 @@ def triton_trouble(device: torch.device, dtype: torch.dtype, dim: int, value_dim
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
-    query, keys, values = noise(2, 6, 1, dim), noise(2, 2, 70, dim), noise(2, 2, 70, value_dim)
-    arguments = (query, prefix, keys, values, None, dim**-0.5)
     try:
+        prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
+        query, keys, values = noise(2, 6, 1, dim), noise(2, 2, 70, dim), noise(2, 2, 70, value_dim)
+        arguments = (query, prefix, keys, values, None, dim**-0.5)
         found = _decode_triton.attend(*arguments)
     except Exception as error:  # compilers raise what they like
         return f"it fails on this device ({type(error).__name__}: {one_line(error, limit=200)})"
