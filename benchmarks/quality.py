@@ -69,7 +69,7 @@ ABLATION = {
     "the same, by value norm": "recall_rank:value_norm=1",
     "bank": "query_bank:bank=bundled",
     "bank, mean": "query_bank:bank=bundled,reduce=mean",
-    "bank, best rank": "query_bank:bank=bundled,reduce=best_rank",
+    "bank, peak": "query_bank:bank=bundled,reduce=peak",
     "bank, without value norm": "query_bank:bank=bundled,value_norm=0",
     "bank, random 0.25": "query_bank:bank=bundled,random_share=0.25",
 }
@@ -238,7 +238,7 @@ def attention(arguments: argparse.Namespace) -> None:
     from plphp.profile_plots import plot_heads, plot_profile
 
     model, processor = load_model(arguments.model, "auto", None)
-    found = plphp.profile(model, list(_prompts(processor, arguments.samples or 10, seed=1)), (1, 8, "text"))
+    found = plphp.profile(model, list(_prompts(processor, arguments.samples or 10, seed=4)), (1, 8, "text"))
     summary = {str(rows): found.summary(rows) for rows in found.query_rows}
     statements = {str(rows): str(found.re_attention(rows)) for rows in found.query_rows}
     about = {**found.provenance, "prompts": len(found.prompts)}

@@ -163,7 +163,7 @@ def test_padded_row_is_the_row_alone(family: str, folder: Path) -> None:
             assert [[place - shift for place in head] for head in together.kept_positions] == alone.kept_positions
 
 
-@pytest.mark.parametrize("options", [{}, {"reduce": "mean"}, {"value_norm": 0}, {"reduce": "best_rank"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduce": "mean"}, {"value_norm": 0}, {"reduce": "peak"}], ids=str)
 @pytest.mark.parametrize("family", ["llava", "qwen2-vl", "qwen3-vl", "glm4v"])
 def test_kept_are_what_the_bank_looks_at(family: str, options: dict[str, Any], folder: Path) -> None:
     """Recomputed from a stock cache in float64, query by query, with rotation matrices."""
@@ -192,9 +192,10 @@ def test_kept_are_what_the_bank_looks_at(family: str, options: dict[str, Any], f
         mass = mass.unflatten(0, (-1, group))[..., vision]
         assert layer.rows[0].vision_score == pytest.approx(mass.sum(-1).mean().item(), abs=1e-5)
         for head, kept in enumerate(layer.rows[0].kept_positions):
-            if options.get("reduce") == "mean":
+            reduce = options.get("reduce", "best_rank")
+            if reduce == "mean":
                 score = mass[head].mean((0, 1))
-            elif options.get("reduce") == "best_rank":
+            elif reduce == "best_rank":
                 of_group = mass[head].mean(0)
                 best = of_group.argsort(dim=-1, descending=True).argsort(dim=-1).amin(0)
                 mean = of_group.mean(0)
@@ -210,7 +211,7 @@ def test_kept_are_what_the_bank_looks_at(family: str, options: dict[str, Any], f
 @pytest.mark.parametrize("family", ["llava", "qwen2-vl", "gemma3"])
 def test_branch_and_bytes_and_later_turns(family: str, folder: Path) -> None:
     model, tiny = tiny_model(family), TINY[family]
-    configs = [settings(folder, family), settings(folder, family, reduce="best_rank", random_share=0.3)]
+    configs = [settings(folder, family, reduce="peak"), settings(folder, family, random_share=0.3)]
     maximum = PLPHPConfig.from_dict({**configs[1].to_dict(), "gqa_reduction": "max"})
     assert_rows_are_ordinary_runs(model, tiny.inputs(model, [2]), [*configs, PLPHPConfig(), maximum])
     inputs = tiny.inputs(model, [3, 1])

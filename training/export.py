@@ -20,7 +20,7 @@ def new_model(seed: int = 0, *, small: bool = False) -> LlavaForConditionalGener
 
 
 def export(run: Path, folder: Path) -> Path:
-    """Write the model of a run's text checkpoint into ``folder``.
+    """Write the running mean of a run's weights into ``folder``.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def export(run: Path, folder: Path) -> Path:
         ``folder``.
     """
     model = new_model()
-    model.load_state_dict(torch.load(run / CHECKPOINT, weights_only=True, map_location="cpu")["model"])
+    model.load_state_dict(torch.load(run / CHECKPOINT, weights_only=True, map_location="cpu")["average"])
     model.tie_weights()
     save(model, folder)
     return folder

@@ -302,9 +302,9 @@ class AnswerLoss(nn.Module):
         """Return the mean loss over answer tokens, the share of them that are right, and the loss of the numbering.
 
         The numbering is a help: with several images, every patch says after a layer which image it is of, and every
-        word of an answer after another which image was asked about or found. A thing that was found can be said to be
-        in that image, and a place can be looked up in the image that was asked about, only if both sides know; without
-        this loss they hardly learn to.
+        word of an answer after another which image was asked about or found (in one image, which line or row). A thing
+        that was found can be said to be in that image, and a place can be looked up in the image that was asked about,
+        only if both sides know; without this loss they hardly learn to.
 
         Parameters
         ----------

@@ -19,11 +19,12 @@ PER_IMAGE = len(tokenizer.encode("Image 1: ")) + models.IMAGE_TOKENS + 1
 PAD, END, IMAGE, _, USER, _ = range(len(tokenizer.SPECIAL))
 IMAGE_MENTIONS = {tokenizer.encode(word) for word in ("Image ", "image ", " Image ", " image ")}
 DIGITS = [tokenizer.encode(str(k))[0] for k in range(1, 5)]
-WIDTH = 88
+WIDTH = 120
 """Tokens of a block. A conversation lies in one block; those of a block do not see each other."""
 PREFIX_BLOCK, PAD_BLOCK = 0, -1
 AHEAD = len(tokenizer.encode(" red, in image"))
 """Tokens between the word behind a thing that was found ("... star is") and the number of its image, or line."""
+IN_ROW = tokenizer.encode(" is in row ")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def known_numbers(ids: Sequence[int], labels: Sequence[int]) -> list[int]:
     """Return for each token of a dialogue the number, counted from 0, that it is to know early; -100 where none is.
 
     The words of an answer are to know the number of the image that was last mentioned. Where none was, the word behind
-    a thing that is looked up ("the star is") is to know the number, of its image or line, that will be said of it.
+    a thing that is looked up ("the star is") is to know the number, of its image, line or row, that will be said of it,
+    up to four.
     """
     found = [-100] * len(ids)
     mentioned = -100
@@ -102,6 +104,9 @@ def known_numbers(ids: Sequence[int], labels: Sequence[int]) -> list[int]:
             found[at] = mentioned
         if label in tokenizer.NUMBERS and mentioned < 0:
             found[at - AHEAD] = tokenizer.NUMBERS.index(label)
+        behind = at + 1 - len(IN_ROW)
+        if label in DIGITS and mentioned < 0 and tuple(ids[max(0, behind) : at + 1]) == IN_ROW:
+            found[behind] = DIGITS.index(label)
     return found
 
 
@@ -142,7 +147,7 @@ def make_row(
     conversation, misses = 1, 0
     seen: set[str] = set()
     while misses < 10:
-        turns = draw_turns(rng, drawn, dialogues=0.15)
+        turns = draw_turns(rng, drawn, dialogues=0.3)
         if not turns or turns[0].answer in seen:
             misses += 1
             continue

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
 from plphp.evaluation.synthetic import scenes
@@ -37,12 +38,14 @@ class Shape:
     blocks: int
 
 
-GRID = Shape(("grid",), 1, 8, 8)
-PAGE = Shape(("text", "table", "table"), 1, 12, 3)
+GRID = Shape(("grid",), 1, 8, 6)
+PAGE = Shape(("text", "text", "table"), 1, 12, 3)
 ANY: tuple[scenes.Kind, ...] = ("grid", "grid", "grid", "text", "table", "table")
-SEVERAL = (Shape(ANY, 2, 6, 6), Shape(ANY, 3, 5, 6), Shape(ANY, 4, 4, 6))
+SEVERAL = (Shape(ANY, 2, 6, 5), Shape(ANY, 3, 5, 5), Shape(ANY, 4, 4, 5))
 NUMBERING = 0.3
 """Weight of the numbering's loss, see `training.model.AnswerLoss`."""
+AVERAGED = 0.995
+"""Decay of the running mean of the weights, which is what is exported: it does better on layouts that are not shown."""
 CHECKPOINT = "text.pt"
 
 
@@ -150,12 +153,15 @@ def train(
     forward = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
     optimizers = optim.make([loss_fn], muon=3e-3, adamw=1.5e-3, weight_decay=0.05)
     trainable = [p for p in loss_fn.parameters() if p.requires_grad]
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
     checkpoint = out / CHECKPOINT
     first, row_count, before = 0, 0, 0.0
     if resume and checkpoint.exists():
         state = checkpoints.load(checkpoint, seed, model.device)
         model.load_state_dict(state["model"])
         model.tie_weights()
+        average.module.load_state_dict(state["average"])
+        average.n_averaged.fill_(state["step"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, row_count, before = state["step"], state["rows"], state["seconds"]
@@ -168,6 +174,7 @@ def train(
         checkpoints.save(
             checkpoint,
             model=model.state_dict(),
+            average=average.module.state_dict(),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
             step=step,
             rows=row_count,
@@ -187,6 +194,7 @@ def train(
         (loss + NUMBERING * numbering).backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optim.step(optimizers)
+        average.update_parameters(model)
         row_count += len(ids)
         window["one" if n == 1 else "several"].append((loss.item(), right.item()))
         now = time.monotonic()

@@ -52,6 +52,36 @@ def test_all_groups_are_seen_at_a_glance(generator: Any, monkeypatch: pytest.Mon
     assert "| `[zero]` | 10.0 |" not in page
 
 
+def test_losses_stand_beside_what_was_aimed_at(generator: Any) -> None:
+    def figures(vs_full: float, vs_baseline: float) -> dict[str, Any]:
+        score = {"mean": 0.9 + vs_full, "low": 0.0, "high": 1.0}
+        differences = {"vs_full": vs_full, "vs_baseline": vs_baseline}
+        spread = {name: {"mean": mean, "low": mean - 0.01, "high": mean + 0.01} for name, mean in differences.items()}
+        return {"score": score, "kept": 0.5, **spread}
+
+    losses = {"plphp": (-0.4, -0.3), "query_bank": (-0.1, 0.005), "oracle": (0.0, 0.1), "random1": (-0.1, 0.0)}
+    variants = [
+        {"name": f"{label}@{rate}", "label": label, "retention": rate} for label in losses for rate in generator.AIMS
+    ]
+    full = {"name": "full", "label": "full", "retention": None}
+    found = {one["name"]: figures(*losses[one["label"]]) for one in variants}
+    group = {"tasks": ["cell"], "samples": 7, "variants": {"full": figures(0.0, 0.0), **found}}
+    results = {
+        **ABOUT,
+        "variants": [full, *variants],
+        "groups": {"one_image": group, "dialogue": group},
+        "baseline": "random1",
+        "tasks": {},
+        "refused": {},
+    }
+    page = generator.page(results)
+    line = "| {} | 25 | **-40.0** (-41.0, -39.0) | {} | **-10.0** (-11.0, -9.0) | 25 % | +0.5 (-0.5, +1.5) |"
+    assert line.format("one image", "-1.5") in page
+    assert line.format("dialogue", "") in page
+    assert "aimed at" not in generator.page({**results, "baseline": "plphp"})
+    assert "aimed at" not in generator.page({**results, "variants": [full, *variants[:-5]]})
+
+
 def test_the_page_has_what_else_was_measured(generator: Any) -> None:
     retention = {"prompts": 9, "vision_tokens_min": 196, "vision_tokens_max": 784, "retention_std": 0.05}
     row = {"target": 0.5, "config": {}, "others": {**retention, "retention_mean": 0.47}}

@@ -38,18 +38,21 @@ def _check_one(kind: str, question: questions.Question, scene: Scene) -> None:
             assert [i.colour for i in scene.items if i.value == value] == [colour]
             assert value in text
     elif kind in ("relation", "neighbours"):
-        sides = {"Right of": (0, 1), "Left of": (0, -1), "Above": (-1, 0), "Below": (1, 0)}
-        said = re.findall(r"(Right of|Left of|Above|Below) the (\w+ \w+) is (?:an? )?([\w ]+)\.", answer)
-        item = things[said[0][1]]
-        for side, thing, content in said:
-            down, right = sides[side]
-            assert things[thing] is item
-            assert scene.cell(item.row + down, item.col + right) == content
-            assert kind == "neighbours" or f"{side.lower()} " in text
-        near = [(item.row + down, item.col + right) for down, right in sides.values()]
-        inside = sum(1 <= row <= scene.rows and 1 <= col <= scene.cols for row, col in near)
-        assert len(said) == (inside if kind == "neighbours" else 1)
-        assert said[0][1] in text
+        sides = {"right of": (0, 1), "left of": (0, -1), "above": (-1, 0), "below": (1, 0)}
+        thing, row, col = re.match(r"The (\w+ \w+) is in row (\d), column (\d)\. ", answer).groups()  # type: ignore[union-attr]
+        item = things[thing]
+        assert (item.row, item.col) == (int(row), int(col))
+        assert thing in text
+        said = re.findall(r"Row (\d), column (\d) shows (?:an? )?([\w ]+)\.", answer)
+        assert all(scene.cell(int(r), int(c)) == content for r, c, content in said)
+        near = {side: (item.row + down, item.col + right) for side, (down, right) in sides.items()}
+        inside = {side: (r, c) for side, (r, c) in near.items() if 1 <= r <= scene.rows and 1 <= c <= scene.cols}
+        asked = (
+            inside
+            if kind == "neighbours"
+            else {side: at for side, at in inside.items() if re.search(f"{side} (the|it)", text)}
+        )
+        assert [(int(r), int(c)) for r, c, _ in said] == list(asked.values())
     elif kind in ("lookup", "lookups"):
         said = re.findall(r"(\w) is (\w+), on line (\w+)\. The value is (\w+)\.", answer)
         assert len(said) == 1 if kind == "lookup" else len({key for key, *_ in said}) >= 2

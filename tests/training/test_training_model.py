@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,25 @@ def test_every_number_of_images_that_a_task_asks_about_is_trained() -> None:
     assert trained >= {images for task in available_tasks().values() for images in task.images}
 
 
+def test_the_running_mean_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, mean = (export.new_model(seed, small=True) for seed in (0, 1))
+    states = {"model": net.state_dict(), "average": mean.state_dict()}
+    torch.save(states, tmp_path / train.CHECKPOINT)
+    monkeypatch.setattr(export, "new_model", functools.partial(export.new_model, small=True))
+    folder = export.export(tmp_path, tmp_path / "model")
+    read = type(net).from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(read[name], weight.bfloat16()) for name, weight in mean.state_dict().items())
+
+
 def test_a_resumed_run_learns_what_it_would_have_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(folder: str, **settings: Any) -> dict[str, torch.Tensor]:
         net = export.new_model(small=True)
         net.model.vision_tower.requires_grad_(False)
         (tmp_path / folder).mkdir(exist_ok=True)
         train.train(net, tmp_path / folder, steps=3, compiled=False, every=0, **settings)
-        return net.state_dict()
+        state = torch.load(tmp_path / folder / train.CHECKPOINT, weights_only=True)
+        assert not torch.equal(state["average"]["lm_head.weight"], state["model"]["lm_head.weight"])
+        return {**state["model"], **{f"average.{name}": weight for name, weight in state["average"].items()}}
 
     monkeypatch.setattr(train, "GRID", dataclasses.replace(train.GRID, rows=2, blocks=2))
     monkeypatch.setattr(train, "PAGE", dataclasses.replace(train.PAGE, rows=2, blocks=2))

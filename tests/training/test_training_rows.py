@@ -25,6 +25,9 @@ def _known(*turns: tuple[str, str]) -> dict[str, list[int]]:
 def test_the_word_behind_a_thing_knows_the_number_that_is_said_of_it() -> None:
     found = _known(("Which images?", "The star is red, in image two. The digit 4 is cyan, in image one."))
     assert found == {" is": [1, 0]}
+    assert _known(("What is above?", "The red star is in row 3, column 1. Row 2, column 1 shows nothing.")) == {
+        " is": [2]
+    }
     assert _known(("Which value?", "J is red, on line three. The value is NC.")) == {" is": [2]}
 
 

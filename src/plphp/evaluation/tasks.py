@@ -173,13 +173,14 @@ FORM = frozenset(
 )
 """Words of answers that say nothing about an image."""
 SEVERAL = 2, 3, 4
-THING, CODE, DIGIT, COLOUR = 1 / 80, 0.001, 0.1, 1 / 8
+THING, PLACED_THING, CODE, DIGIT, COLOUR = 1 / 80, 0.001, 0.001, 0.1, 1 / 8
 TASKS = (
     Task("cell", "one_image", "what a cell of a grid shows", THING, ("cell",)),
     Task("digit_of_colour", "one_image", "the handwritten digit of a colour", DIGIT, ("digit_of_colour",),
          scored=False),
     Task("colour_of", "one_image", "the colour of a thing", COLOUR, ("colour_of",)),
-    Task("relation", "one_image", "what is beside, above or below a thing", THING, ("relation",)),
+    Task("relation", "one_image", "where a thing is, and what is beside, above or below it", PLACED_THING,
+         ("relation",)),
     Task("lookup", "one_image", "the value of a key in a table", CODE, ("lookup",), ("table",)),
     Task("read_line", "one_image", "the code on a line of a page", CODE, ("read_line",), ("text",)),
     Task("read_colour", "one_image", "the code printed in a colour", CODE, ("read_colour",), ("text",)),

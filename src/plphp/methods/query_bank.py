@@ -4,13 +4,15 @@
 The last prompt token ranks what the answer says *first*; the rest of an answer, or a later question, looks elsewhere.
 The queries with which the model wrote answers to *other* prompts are kept once (``plphp collect``), per layer and query
 head, without their rotary position. Turned to the places behind a new prompt, they stand for the answer that is not
-there yet. With A the softmax attention over all keys that a query t of the bank gives, and v_j the value of entry j:
+there yet. With A the softmax attention of a KV head (query heads combined by ``gqa_reduction``) for the queries t of
+the bank, and v_j the value of entry j:
 
-    s[j] = max over t of A[t, j]     times ||v_j|| with ``value_norm=1``
+    best[j] = min over t of the place of j among the vision tokens by A[t, j], from 0
+    s[j]    = 1 / (2 + best[j] - mean[j] / max(mean))        times ||v_j|| with ``value_norm=1``
 
-the query heads of a KV head combined by ``gqa_reduction``. ``reduce`` may be the mean over the bank, or the best place
-(see `plphp.methods.recall_rank`) instead. ``random_share`` of each head's places is drawn at random from what the
-ranking leaves. Related: arXiv:2510.00636 foretells the attention of later queries from the distribution of the
+as in `plphp.methods.recall_rank`, with the mean of A over the bank. ``reduce`` may be the largest attention that any
+query gives (``peak``), or their ``mean``, instead. ``random_share`` of each head's places is drawn at random from what
+the ranking leaves. Related: arXiv:2510.00636 foretells the attention of later queries from the distribution of the
 prompt's own.
 """
 
@@ -28,7 +30,7 @@ from .base import Method
 RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_rank}
 OPTIONS = {
     "bank": Option(""),
-    "reduce": Option("peak", choices=tuple(RANKERS)),
+    "reduce": Option("best_rank", choices=tuple(RANKERS)),
     "value_norm": Option(1, low=0, high=1),
     "random_share": Option(0.0, low=0, high=1),
 }

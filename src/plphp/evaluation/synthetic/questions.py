@@ -132,13 +132,13 @@ ONE_IMAGE = {
         "digit_of_colour": 0.5,
         "colour_of": 0.6,
         "colours_of": 1.0,
-        "relation": 1.6,
+        "relation": 3.6,
         "neighbours": 1.8,
         "list_row": 0.8,
-        "list_grid": 1.2,
-        "count": 2.4,
+        "list_grid": 2.4,
+        "count": 3.2,
     },
-    "text": {"read_line": 1.5, "read_colour": 1.5, "read_page": 1.0, "colours_of": 2.0},
+    "text": {"read_line": 1.5, "read_colour": 1.5, "read_page": 2.2, "colours_of": 2.0},
     "table": {"lookup": 1.2, "lookups": 1.8, "read_table": 0.7, "colours_of": 2.0},
 }
 """Kind of scene -> question about one image -> how often training asks it.

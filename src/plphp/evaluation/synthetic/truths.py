@@ -55,25 +55,28 @@ def _all_of(things: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}"
 
 
-def _beside(rng: random.Random, scene: Scene) -> tuple[str, dict[str, str]] | None:
-    """Return a thing of its own kind, and for each side of it what is there; None where there is no such thing."""
+def _cell_shows(scene: Scene, row: int, col: int) -> str:
+    return f"Row {row}, column {col} shows {_article(scene.cell(row, col))}."
+
+
+def _beside(rng: random.Random, scene: Scene) -> tuple[str, str, dict[str, str]] | None:
+    """Return a thing of its own kind, where it is, and for each side of it what is there; None if there is none."""
     item = _only(rng, scene.items, lambda i: f"{i.colour} {i.value}")
     if item is None:
         return None
     thing = f"{item.colour} {item.value}"
-    inside = {
-        side: (item.row + down, item.col + right)
-        for side, (down, right) in SIDES.items()
-        if 1 <= item.row + down <= scene.rows and 1 <= item.col + right <= scene.cols
+    places = {side: (item.row + down, item.col + right) for side, (down, right) in SIDES.items()}
+    shown = {
+        side: _cell_shows(scene, row, col)
+        for side, (row, col) in places.items()
+        if 1 <= row <= scene.rows and 1 <= col <= scene.cols
     }
-    return thing, {
-        side: f"{side.capitalize()} the {thing} is {_article(scene.cell(*place))}." for side, place in inside.items()
-    }
+    return thing, f"The {thing} is in row {item.row}, column {item.col}.", shown
 
 
 def _cell(rng: random.Random, scene: Scene) -> Asked:
     r, c = rng.randint(1, scene.rows), rng.randint(1, scene.cols)
-    return {"r": r, "c": c}, f"Row {r}, column {c} shows {_article(scene.cell(r, c))}."
+    return {"r": r, "c": c}, _cell_shows(scene, r, c)
 
 
 def _digit_of_colour(rng: random.Random, scene: Scene) -> Asked:
@@ -101,14 +104,17 @@ def _relation(rng: random.Random, scene: Scene) -> Asked:
     found = _beside(rng, scene)
     if found is None:
         return None
-    thing, said = found
-    side = rng.choice(list(said))
-    return {"side": side, "thing": thing}, said[side]
+    thing, place, shown = found
+    side = rng.choice(list(shown))
+    return {"side": side, "thing": thing}, f"{place} {shown[side]}"
 
 
 def _neighbours(rng: random.Random, scene: Scene) -> Asked:
     found = _beside(rng, scene)
-    return None if found is None else ({"thing": found[0]}, " ".join(found[1].values()))
+    if found is None:
+        return None
+    thing, place, shown = found
+    return {"thing": thing}, " ".join([place, *shown.values()])
 
 
 def _looked_up(scene: Scene, r: int) -> str:
