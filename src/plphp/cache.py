@@ -14,14 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .attachment import Attachment, Lease
 from .config import PLPHPConfig, checked
-from .errors import (
-    CacheMemoryError,
-    CacheStateError,
-    PLPHPError,
-    SpanError,
-    UnsupportedFeatureError,
-    UnsupportedModelError,
-)
+from .errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
 from .layer import PrunedLayer, layer_nbytes
 from .mrope import TurnPositions, turn_positions
 from .passes import PassGuard
@@ -181,7 +174,8 @@ class PrunedCache(Cache):
         layer = self._pruned.get(layer_idx)
         if layer is not None and layer_idx == self._first:
             self._before = layer.get_seq_length()
-            self._check_length(self._before + key_states.shape[2])
+            if self._plan is not None:
+                self._plan.check_length(self._before + key_states.shape[2])
         self._guard.enter(layer_idx)
         if layer is None:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -315,14 +309,8 @@ class PrunedCache(Cache):
 
     def check_prompt(self, inputs: Mapping[str, Any]) -> None:
         """Raise `SpanError` unless a prompt has the shape of the planned one."""
-        if self._plan is None:
-            return
-        planned, given = self._plan.spans.real.shape, real_tokens(inputs, self.get_seq_length()).shape
-        if given != planned:
-            raise SpanError(
-                f"The cache was planned for {planned[0]} rows of {planned[1]} tokens, got {given[0]} rows of "
-                f"{given[1]}: pass the inputs that it was made for, or make a new one."
-            )
+        if self._plan is not None:
+            self._plan.check_shape(*real_tokens(inputs, self.get_seq_length()).shape)
 
     def after_failure(self) -> None:
         """Make the cache whole again after an exception; if it cannot be, mark it as dead."""
@@ -373,10 +361,3 @@ class PrunedCache(Cache):
             layer.crop(self._before - layer.get_seq_length())
         self._guard.reset()
         return True
-
-    def _check_length(self, length: int) -> None:
-        if self._plan is not None and length > self._plan.spans.end:
-            raise SpanError(
-                f"The cache was planned for a prompt of {self._plan.spans.end} tokens and would hold {length}: "
-                "pass the inputs that it was made for, or call cache.plan(inputs) first."
-            )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import PLPHPConfig
-from .errors import ConfigError, NonFiniteAttentionError
+from .errors import ConfigError, NonFiniteAttentionError, SpanError
 from .kernels import window_scores
 from .layer import PrunedLayer
 from .methods.base import Method
@@ -95,6 +95,23 @@ class PromptPlan:
         self.queries = self.queries.repeat_interleave(times, dim=0)
         if self.rope_delta is not None:
             self.rope_delta = self.rope_delta.repeat_interleave(times, dim=0)
+
+    def check_shape(self, rows: int, tokens: int) -> None:
+        """Raise `SpanError` unless a prompt has the shape of this one."""
+        planned = self.spans.real.shape
+        if (rows, tokens) != planned:
+            raise SpanError(
+                f"The cache was planned for {planned[0]} rows of {planned[1]} tokens, got {rows} rows of {tokens}: "
+                "pass the inputs that it was made for, or make a new one."
+            )
+
+    def check_length(self, tokens: int) -> None:
+        """Raise `SpanError` if more tokens are read than the prompt has."""
+        if tokens > self.spans.end:
+            raise SpanError(
+                f"The cache was planned for a prompt of {self.spans.end} tokens and would hold {tokens}: pass the "
+                "inputs that it was made for, or call cache.plan(inputs) first."
+            )
 
     def gather(self, layer_idx: int, query: Tensor, begin: int) -> None:
         """Hold on to the queries of a chunk that will rank the vision tokens.
