@@ -38,10 +38,10 @@ from plphp.tables import human_bytes
 def entries(model: LlavaForConditionalGeneration, batch: int, length: int, layer: int) -> tuple[Tensor, Tensor]:
     """Random keys and values [batch, kv_heads, length, dim] of one layer, the same for every variant."""
     text = model.config.get_text_config()
-    shape = (2, batch, text.num_key_value_heads, length, text.hidden_size // text.num_attention_heads)
+    shape = (batch, text.num_key_value_heads, length, text.hidden_size // text.num_attention_heads)
     generator = torch.Generator(model.device).manual_seed(layer)
-    made = torch.empty(shape, dtype=model.dtype, device=model.device).normal_(generator=generator)
-    return made[0].clone(), made[1].clone()
+    keys, values = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+    return keys.normal_(generator=generator), values.normal_(generator=generator)
 
 
 def kept(rate: float, layer: int, layers: int, batch: int, heads: int, vision: int) -> Tensor:
@@ -77,7 +77,7 @@ def pruned_cache(lease: Lease, batch: int, vision: int, rate: float) -> Cache:
 
 def stepper(model: LlavaForConditionalGeneration, cache: Cache, batch: int) -> Callable[[], Any]:
     """Make a function that decodes one token of every row."""
-    tokens = torch.arange(batch, device=model.device)[:, None] + 10
+    tokens = torch.arange(batch, device=model.device)[:, None] % 400 + 10
 
     @torch.inference_mode()
     def step() -> None:

@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import capacity
 import decode
 import measuring
 import prefill
 import pytest
+import scaling
 import torch
 from shapes import build_model
 
+import plphp
 from plphp.attachment import Lease
 
 CPU = torch.device("cpu")
@@ -81,6 +86,49 @@ def test_prefill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert stock["kv_bytes"] == 2 * 400 * ENTRY
     assert pruned["kv_bytes"] == 2 * (100 + 0.4 * 300) * ENTRY
     assert stock["peak_bytes"] > 2 * 400 * ENTRY
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process is Linux's")
+def test_capacity(tmp_path: Path) -> None:
+    """In a process of its own, as its memory is limited."""
+    out = tmp_path / "capacity.json"
+    command = [sys.executable, capacity.__file__, "--shape", "tiny", "--device", "cpu", "--out", str(out)]
+    command += ["--memory", "0.1", "--vision-tokens", "16000", "--retention", "1.0", "0.2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(plphp.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    rows = json.loads(out.read_text())["results"]
+    full, less = rows[1:]
+    assert full["sequence_bytes"] == ENTRY * 16101
+    assert less["sequence_bytes"] == ENTRY * 3301
+    for row in rows:
+        assert 0 < row["largest_batch"] <= row["worked_out"]
+    assert less["largest_batch"] > full["largest_batch"]
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 8, 9, 1000])
+def test_the_largest_that_works_is_found(most: int) -> None:
+    tried: list[int] = []
+
+    def works(number: int) -> bool:
+        tried.append(number)
+        return number <= most
+
+    assert capacity.largest(works) == most
+    assert len(tried) < 25
+
+
+def test_scaling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = ["--batch", "1", "2", "--vision-tokens", "200", "400", "--retention", "0.5", "--steps", "2"]
+    results = run(scaling, monkeypatch, tmp_path / "scaling.json", *settings)
+    assert len(results["results"]) == 8
+    assert set(results["lines"]) == {"DynamicCache", "plphp, all retentions"}
+
+
+def test_a_line_is_fitted() -> None:
+    rows = [{"kv_bytes": count, "seconds": 0.25 + count / 2e9} for count in (10**6, 10**7, 10**8, 10**9)]
+    assert scaling.line(rows) == pytest.approx({"fixed_seconds": 0.25, "seconds_per_byte": 5e-10, "explained": 1.0})
+    rows[0]["seconds"] += 0.1
+    assert scaling.line(rows)["explained"] < 0.99
 
 
 def test_timing_waits_in_turn() -> None:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many sequences fit into a memory, by allocating them: ``python benchmarks/capacity.py --memory 4``.
+
+For each cache the largest batch is searched that can be filled, layer by layer, and decode a token of every sequence,
+in so much memory beside the weights. On a GPU the allocator is limited, on a CPU the process (Linux). "worked out" is
+what `plphp estimate` says of the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import decode
+import measuring
+import torch
+from measuring import BASELINE
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, TEXT_TOKENS, build_model
+from transformers.cache_utils import Cache
+
+from plphp.attachment import Lease
+from plphp.errors import CacheMemoryError
+from plphp.layer import NO_MEMORY
+from plphp.model_cost import model_cost
+
+ONEDNN = "could not create a primitive"
+"""What oneDNN says where there is no memory for its workspace."""
+
+
+@contextmanager
+def limited(memory: int, device: torch.device) -> Iterator[None]:
+    """Let no more than ``memory`` bytes be allocated beside what is."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated(device) + memory) / total, device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return
+    status = dict(one.split(":", 1) for one in Path("/proc/self/status").read_text().splitlines())
+    used = 1024 * int(status["VmData"].split()[0])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + memory, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def fits(make_cache: Callable[[int], Cache], model: Any, batch: int) -> bool:
+    """Whether a batch can be filled, and decode a token."""
+    cache = None
+    try:
+        cache = make_cache(batch)
+        decode.stepper(model, cache, batch)()
+    except (CacheMemoryError, torch.OutOfMemoryError):
+        return False
+    except RuntimeError as error:
+        if not any(text in str(error) for text in (*NO_MEMORY, ONEDNN)):
+            raise
+        return False
+    finally:
+        del cache
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
+
+
+def largest(works: Callable[[int], bool]) -> int:
+    """The largest number for which something works, where it works for all smaller ones: doubled, then halved."""
+    low, high = 0, 1
+    while works(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return low
+
+
+def main() -> None:
+    """Search, print one table."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="7B" if on_gpu else "0.5B")
+    parser.add_argument("--memory", type=float, default=64 if on_gpu else 2, help="GiB beside the weights")
+    parser.add_argument("--vision-tokens", type=int, default=7000)
+    parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    args = parser.parse_args()
+
+    device, vision, memory = torch.device(args.device), args.vision_tokens, int(args.memory * 2**30)
+    stock = build_model(args.shape, getattr(torch, args.dtype), device)
+    ours = copy.deepcopy(stock, {id(weight): weight for weight in stock.parameters()})
+    lease, cost = Lease.of(ours), model_cost(stock)
+    makers: dict[str, tuple[Any, float, Callable[[int], Cache]]] = {
+        BASELINE: (stock, 1.0, lambda batch: decode.dynamic_cache(stock, batch, vision))
+    }
+    for rate in args.retention:
+        makers[f"plphp {rate:g}"] = ours, rate, lambda batch, r=rate: decode.pruned_cache(lease, batch, vision, r)
+    rows: list[dict[str, Any]] = []
+    for name, (model, rate, make_cache) in makers.items():
+        fits(make_cache, model, 1)  # what libraries allocate once is not to count
+        with limited(memory, device):
+            found = largest(lambda batch, model=model, make=make_cache: fits(make, model, batch))
+        each = cost.kv_bytes(vision + TEXT_TOKENS + 1, vision, rate)
+        rows.append({"variant": name, "largest_batch": found, "worked_out": memory // each, "sequence_bytes": each})
+    lease.end()
+
+    table = Table(title=f"{args.shape} shape, {args.dtype}, {vision} vision tokens in {args.memory:g} GiB of {device}")
+    for heading in ("variant", "largest batch", "x DynamicCache", "worked out"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        ratio = f"{row['largest_batch'] / rows[0]['largest_batch']:.2f}" if rows[0]["largest_batch"] else ""
+        table.add_row(row["variant"], str(row["largest_batch"]), ratio, str(row["worked_out"]))
+    Console(width=120).print(table)
+    measuring.write(args.out, {**measuring.origin("capacity", args), "results": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a decoding step costs what is *kept*: ``python benchmarks/scaling.py``.
+
+Steps are measured as in ``decode.py`` over prompt lengths, batches and retentions. For each cache a line is fitted to
+the times: a fixed cost, and seconds per byte of the kept keys and values. Where one line fits all points of a cache,
+however the bytes come about, the cost is linear in what is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import decode
+import measuring
+import torch
+from measuring import BASELINE
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, build_model
+
+from plphp.attachment import Lease
+from plphp.tables import human_bytes
+
+
+def line(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Fit ``seconds = fixed + per_byte * kv_bytes``, and say which share of the variance it explains."""
+    kept = torch.tensor([row["kv_bytes"] for row in rows], dtype=torch.float64)
+    taken = torch.tensor([row["seconds"] for row in rows], dtype=torch.float64)
+    factors = torch.stack([torch.ones_like(kept), kept], 1)
+    fixed, per_byte = torch.linalg.lstsq(factors, taken[:, None]).solution[:, 0]
+    missed = (taken - fixed - per_byte * kept).square().sum()
+    explained = 1 - missed / (taken - taken.mean()).square().sum()
+    return {"fixed_seconds": float(fixed), "seconds_per_byte": float(per_byte), "explained": float(explained)}
+
+
+def main() -> None:
+    """Measure the grid, print one table."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="7B" if on_gpu else "0.5B")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32] if on_gpu else [1, 4])
+    parser.add_argument("--vision-tokens", type=int, nargs="+", default=[1000, 4000, 16000])
+    parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.4, 0.1])
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    args = parser.parse_args()
+
+    stock = build_model(args.shape, getattr(torch, args.dtype), torch.device(args.device))
+    ours = copy.deepcopy(stock, {id(weight): weight for weight in stock.parameters()})
+    lease = Lease.of(ours)
+    points = itertools.product(args.batch, args.vision_tokens)
+    rows = [row for batch, vision in points for row in decode.measure(stock, lease, batch, vision, args)]
+    lease.end()
+    lines = {
+        BASELINE: line([row for row in rows if row["variant"] == BASELINE]),
+        "plphp, all retentions": line([row for row in rows if row["variant"] != BASELINE]),
+    }
+
+    console = Console(width=120)
+    table = Table(title=f"Decoding, {args.shape} shape, {args.dtype}, {args.device}; ms a step, median of {args.steps}")
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for heading in ("batch", "vision", *variants):
+        table.add_column(heading, justify="right")
+    for (batch, vision), of_point in itertools.groupby(rows, lambda row: (row["batch"], row["vision_tokens"])):
+        cells = (f"{1000 * row['seconds']:.1f} ({human_bytes(row['kv_bytes'])})" for row in of_point)
+        table.add_row(str(batch), str(vision), *cells)
+    console.print(table)
+    for name, one in lines.items():
+        rate = 1e-9 / one["seconds_per_byte"]
+        fixed = 1000 * one["fixed_seconds"]
+        console.print(f"{name}: {fixed:.1f} ms + kept bytes at {rate:.1f} GB/s; explains {one['explained']:.1%}.")
+    measuring.write(args.out, {**measuring.origin("scaling", args), "lines": lines, "results": rows})
+
+
+if __name__ == "__main__":
+    main()
