@@ -8,8 +8,6 @@ what `plphp estimate` says of the same.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import gc
 import resource
 from collections.abc import Callable, Iterator
@@ -22,13 +20,12 @@ import measuring
 import torch
 from measuring import BASELINE
 from rich.console import Console
-from rich.table import Table
-from shapes import SHAPES, TEXT_TOKENS, build_model
+from shapes import TEXT_TOKENS, build_model, twin
 from transformers.cache_utils import Cache
 
 from plphp.attachment import Lease
 from plphp.errors import CacheMemoryError
-from plphp.layer import NO_MEMORY
+from plphp.layer import lacks_memory
 from plphp.model_cost import model_cost
 
 ONEDNN = "could not create a primitive"
@@ -62,10 +59,10 @@ def fits(make_cache: Callable[[int], Cache], model: Any, batch: int) -> bool:
     try:
         cache = make_cache(batch)
         decode.stepper(model, cache, batch)()
-    except (CacheMemoryError, torch.OutOfMemoryError):
+    except CacheMemoryError:
         return False
     except RuntimeError as error:
-        if not any(text in str(error) for text in (*NO_MEMORY, ONEDNN)):
+        if not lacks_memory(error) and ONEDNN not in str(error):
             raise
         return False
     finally:
@@ -90,19 +87,15 @@ def largest(works: Callable[[int], bool]) -> int:
 def main() -> None:
     """Search, print one table."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="7B" if on_gpu else "0.5B")
+    parser = measuring.arguments(__doc__)
     parser.add_argument("--memory", type=float, default=64 if on_gpu else 2, help="GiB beside the weights")
     parser.add_argument("--vision-tokens", type=int, default=7000)
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2])
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
 
     device, vision, memory = torch.device(args.device), args.vision_tokens, int(args.memory * 2**30)
     stock = build_model(args.shape, getattr(torch, args.dtype), device)
-    ours = copy.deepcopy(stock, {id(weight): weight for weight in stock.parameters()})
+    ours = twin(stock)
     lease, cost = Lease.of(ours), model_cost(stock)
     makers: dict[str, tuple[Any, float, Callable[[int], Cache]]] = {
         BASELINE: (stock, 1.0, lambda batch: decode.dynamic_cache(stock, batch, vision))
@@ -118,9 +111,8 @@ def main() -> None:
         rows.append({"variant": name, "largest_batch": found, "worked_out": memory // each, "sequence_bytes": each})
     lease.end()
 
-    table = Table(title=f"{args.shape} shape, {args.dtype}, {vision} vision tokens in {args.memory:g} GiB of {device}")
-    for heading in ("variant", "largest batch", "x DynamicCache", "worked out"):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    title = f"{args.shape} shape, {args.dtype}, {vision} vision tokens in {args.memory:g} GiB of {device}"
+    table = measuring.table(title, ("variant", "largest batch", "x DynamicCache", "worked out"))
     for row in rows:
         ratio = f"{row['largest_batch'] / rows[0]['largest_batch']:.2f}" if rows[0]["largest_batch"] else ""
         table.add_row(row["variant"], str(row["largest_batch"]), ratio, str(row["worked_out"]))

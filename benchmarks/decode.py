@@ -11,26 +11,23 @@ faster than copying, so that more than all of the floor can be reached.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import measuring
 import torch
 from measuring import BASELINE
 from rich.console import Console
-from rich.table import Table
-from shapes import SHAPES, TEXT_TOKENS, build_model
+from shapes import TEXT_TOKENS, build_model, twin
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
 from plphp.attachment import Lease
-from plphp.layer import layer_nbytes
+from plphp.compare import kv_bytes
 from plphp.model_cost import model_cost
 from plphp.tables import human_bytes
 
@@ -100,16 +97,15 @@ def measure(
     steps = {name: stepper(stock if name == BASELINE else ours, cache, batch) for name, cache in caches.items()}
     times = measuring.interleaved(steps, stock.device, args.steps)
     for name, cache in caches.items():
-        kv_bytes = sum(layer_nbytes(layer) for layer in cache.layers)
-        yield {"batch": batch, "vision_tokens": vision, "variant": name, "seconds": times[name], "kv_bytes": kv_bytes}
+        point = {"batch": batch, "vision_tokens": vision, "variant": name}
+        yield {**point, "seconds": times[name], "kv_bytes": kv_bytes(cache)}
 
 
 def show(rows: list[dict[str, Any]], args: argparse.Namespace, weights: int, bandwidth: float) -> None:
     """Print the table."""
-    table = Table(title=f"Decoding, {args.shape} shape, {args.dtype}, {args.device}; one step, median of {args.steps}")
+    title = f"Decoding, {args.shape} shape, {args.dtype}, {args.device}; one step, median of {args.steps}"
     headings = ("batch", "vision", "variant", "ms", "tokens/s", "KV", "floor ms", "of floor", "x DynamicCache")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=True)
+    table = measuring.table(title, headings)
     for row in rows:
         table.add_row(
             str(row["batch"]),
@@ -131,21 +127,16 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace, weights: int, ban
 def main() -> None:
     """Measure the grid, print one table."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="7B" if on_gpu else "0.5B")
+    parser = measuring.arguments(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32] if on_gpu else [1, 8])
     parser.add_argument("--vision-tokens", type=int, nargs="+", default=[7000] if on_gpu else [2000, 8000])
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2])
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each variant")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
 
     device = torch.device(args.device)
     stock = build_model(args.shape, getattr(torch, args.dtype), device)
-    # A second model with the same weights, so that plphp's attention is never in the way of the first.
-    ours = copy.deepcopy(stock, {id(weight): weight for weight in stock.parameters()})
+    ours = twin(stock)
     lease = Lease.of(ours)
     bandwidth = measuring.copy_bandwidth(device)
     weights = model_cost(stock).step_weight_bytes

@@ -10,18 +10,39 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from rich.table import Table
+from shapes import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
 import plphp
 
 BASELINE = "DynamicCache"
 """Transformers' own cache, which every variant is compared with."""
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Make a parser with what every script asks for; the shape of the model is smaller where there is no GPU."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="7B" if on_gpu else "0.5B")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    return parser
+
+
+def table(title: str, headings: Iterable[str]) -> Table:
+    """Make an empty table of figures, with the names of variants to the left."""
+    made = Table(title=title)
+    for heading in headings:
+        made.add_column(heading, justify="left" if heading == "variant" else "right")
+    return made
 
 
 def origin(script: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -15,21 +15,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import measuring
 import torch
 from measuring import BASELINE
 from rich.console import Console
-from rich.table import Table
-from shapes import SHAPES, TEXT_TOKENS, build_model
+from shapes import TEXT_TOKENS, build_model
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
-from plphp.layer import PrunedLayer, layer_nbytes
+from plphp.compare import kv_bytes
+from plphp.layer import PrunedLayer
 from plphp.plan import PromptPlan
 from plphp.tables import human_bytes
 
@@ -106,7 +105,7 @@ def measure(
     rows = []
     for name, work in works.items():
         row = {"batch": batch, "vision_tokens": vision, "variant": name, "seconds": times[name]}
-        row["kv_bytes"] = sum(layer_nbytes(layer) for layer in work().layers)
+        row["kv_bytes"] = kv_bytes(work())
         row["peak_bytes"] = measuring.peak_bytes(work, model.device)
         parts: dict[str, list[float]] = {part: [] for part in PARTS}
         for _ in range(args.rounds if name != BASELINE else 0):
@@ -121,10 +120,9 @@ def measure(
 
 def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Print the table."""
-    table = Table(title=f"Prefill, {args.shape} shape, {args.dtype}, {args.device}; median of {args.rounds}")
+    title = f"Prefill, {args.shape} shape, {args.dtype}, {args.device}; median of {args.rounds}"
     headings = ("batch", "vision", "variant", "s", "ratio", *(f"{part} ms" for part in PARTS), "share", "KV", "peak")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    table = measuring.table(title, headings)
     baseline: dict[str, Any] = {}
     for row in rows:
         baseline = row if row["variant"] == BASELINE else baseline
@@ -148,15 +146,11 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 def main() -> None:
     """Measure the grid, print one table."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="7B" if on_gpu else "0.5B")
+    parser = measuring.arguments(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8] if on_gpu else [1])
     parser.add_argument("--vision-tokens", type=int, nargs="+", default=[2000, 7000] if on_gpu else [2000, 4000])
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.4])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
 
     model = build_model(args.shape, getattr(torch, args.dtype), torch.device(args.device))

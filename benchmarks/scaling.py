@@ -8,11 +8,8 @@ however the bytes come about, the cost is linear in what is kept.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import decode
@@ -20,8 +17,7 @@ import measuring
 import torch
 from measuring import BASELINE
 from rich.console import Console
-from rich.table import Table
-from shapes import SHAPES, build_model
+from shapes import build_model, twin
 
 from plphp.attachment import Lease
 from plphp.tables import human_bytes
@@ -41,19 +37,15 @@ def line(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     """Measure the grid, print one table."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="7B" if on_gpu else "0.5B")
+    parser = measuring.arguments(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32] if on_gpu else [1, 4])
     parser.add_argument("--vision-tokens", type=int, nargs="+", default=[1000, 4000, 16000])
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.4, 0.1])
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
 
     stock = build_model(args.shape, getattr(torch, args.dtype), torch.device(args.device))
-    ours = copy.deepcopy(stock, {id(weight): weight for weight in stock.parameters()})
+    ours = twin(stock)
     lease = Lease.of(ours)
     points = itertools.product(args.batch, args.vision_tokens)
     rows = [row for batch, vision in points for row in decode.measure(stock, lease, batch, vision, args)]
@@ -64,10 +56,9 @@ def main() -> None:
     }
 
     console = Console(width=120)
-    table = Table(title=f"Decoding, {args.shape} shape, {args.dtype}, {args.device}; ms a step, median of {args.steps}")
+    title = f"Decoding, {args.shape} shape, {args.dtype}, {args.device}; ms a step, median of {args.steps}"
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    for heading in ("batch", "vision", *variants):
-        table.add_column(heading, justify="right")
+    table = measuring.table(title, ("batch", "vision", *variants))
     for (batch, vision), of_point in itertools.groupby(rows, lambda row: (row["batch"], row["vision_tokens"])):
         cells = (f"{1000 * row['seconds']:.1f} ({human_bytes(row['kv_bytes'])})" for row in of_point)
         table.add_row(str(batch), str(vision), *cells)

@@ -3,30 +3,33 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2 text model."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+
 SHAPES = {
-    "tiny": {
-        "hidden": 64, "intermediate": 128, "layers": 3, "heads": 4, "kv_heads": 2, "vocabulary": 512, "tied": True,
-    },
-    "0.5B": {
-        "hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocabulary": 151936,
-        "tied": True,
-    },
-    "2B": {
-        "hidden": 1536, "intermediate": 8960, "layers": 28, "heads": 12, "kv_heads": 2, "vocabulary": 151936,
-        "tied": True,
-    },
-    "7B": {
-        "hidden": 3584, "intermediate": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "vocabulary": 152064,
-        "tied": False,
-    },
-    "32B": {
-        "hidden": 5120, "intermediate": 27648, "layers": 64, "heads": 40, "kv_heads": 8, "vocabulary": 152064,
-        "tied": False,
-    },
-}  # fmt: skip
+    "tiny": Shape(64, 128, 3, 4, 2, 512, tied=True),
+    "0.5B": Shape(896, 4864, 24, 14, 2, 151936, tied=True),
+    "2B": Shape(1536, 8960, 28, 12, 2, 151936, tied=True),
+    "7B": Shape(3584, 18944, 28, 28, 4, 152064, tied=False),
+    "32B": Shape(5120, 27648, 64, 40, 8, 152064, tied=False),
+}
 """Of Qwen2-0.5B, Qwen2-VL-2B, Qwen2-7B and Qwen2.5-VL-32B, and one to try the scripts with."""
 IMAGE, TEXT_TOKENS = 7, 100
 """Token id of an image; text tokens of every prompt."""
@@ -37,14 +40,14 @@ def build_model(shape: str, dtype: torch.dtype, device: torch.device) -> LlavaFo
     size = SHAPES[shape]
     torch.manual_seed(0)
     text = Qwen2Config(
-        vocab_size=size["vocabulary"],
-        hidden_size=size["hidden"],
-        intermediate_size=size["intermediate"],
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
-        num_key_value_heads=size["kv_heads"],
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         max_position_embeddings=131072,
-        tie_word_embeddings=size["tied"],
+        tie_word_embeddings=size.tied,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -57,8 +60,13 @@ def build_model(shape: str, dtype: torch.dtype, device: torch.device) -> LlavaFo
         image_token_id=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        tie_word_embeddings=size["tied"],
+        tie_word_embeddings=size.tied,
     )
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     return model.eval()
+
+
+def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """Make a second model with the same weights, so that plphp's attention is never in the way of the first."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})

@@ -154,7 +154,7 @@ def _aims(results: Mapping[str, Any]) -> str:
 
 
 def _ahead(results: Mapping[str, Any]) -> str:
-    """Which methods score higher than plphp at the same retention; it was to be below none of the others' papers."""
+    """Which methods score higher than plphp at the same retention."""
     lines = []
     for group, values in results["groups"].items():
         for rate in AIMS:
@@ -162,9 +162,8 @@ def _ahead(results: Mapping[str, Any]) -> str:
             scores = {one["label"]: values["variants"][one["name"]]["score"]["mean"] for one in at_rate}
             higher = [f"`{label}`" for label, score in scores.items() if score > scores["plphp"]]
             lines.append(f"- {group.replace('_', ' ')}, {100 * rate:g} %: {', '.join(higher) or 'none'}\n")
-    return "\nMethods that score higher than `plphp`, which was to be below none that needs no training:\n\n" + "".join(
-        lines
-    )
+    about = "\nMethods that score higher than `plphp`, which was to be below none that needs no training:\n\n"
+    return about + "".join(lines)
 
 
 def _origin(results: Mapping[str, Any]) -> str:

@@ -66,7 +66,8 @@ class PrunedCache(Cache):
         dummy = getattr(self, "is_dummy", [False] * len(layers))
         updated = [i for i in range(len(layers)) if not dummy[i]]
         self._guard = PassGuard(max(updated))
-        self._can_take_back, self._before = all(i in self._pruned for i in updated), 0
+        self._can_take_back = all(i in self._pruned for i in updated)
+        self._before = 0
         self._plan: PromptPlan | None = None
         self._lease: Lease | None = None
         self._dead = self._spent = ""

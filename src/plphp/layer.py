@@ -16,7 +16,7 @@ from .packed import PackedKV
 MIN_GROWTH = 16
 """Tokens for which the tail reserves room at least when it grows."""
 NO_MEMORY = ("can't allocate memory", "not enough memory")
-"""What torch says on a CPU, where it has no error of its own for it."""
+"""What torch says on a CPU."""
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -199,7 +199,7 @@ def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
         try:
             grown = new.new_empty((*new.shape[:2], room, new.shape[3]))
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in NO_MEMORY):
+            if not lacks_memory(error):
                 raise
             raise CacheMemoryError(
                 f"There is no memory for keys and values of {tuple(new.shape[:2])} rows and heads with room for {room} "
@@ -212,6 +212,11 @@ def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
         buffer = buffer.clone()  # a turn under inference_mode, then one outside of it
     buffer[:, :, used:needed] = new
     return buffer
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether torch raised it because there is no memory; on a CPU only the words tell."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def layer_nbytes(layer: Any) -> int:
