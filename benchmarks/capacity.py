@@ -8,8 +8,10 @@ what `plphp estimate` says of the same.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,8 @@ from plphp.model_cost import model_cost
 
 ONEDNN = "could not create a primitive"
 """What oneDNN says where there is no memory for its workspace."""
+MMAP_THRESHOLD = -3
+"""`M_MMAP_THRESHOLD` of glibc's malloc.h."""
 
 
 @contextmanager
@@ -53,12 +57,17 @@ def limited(memory: int, device: torch.device) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def fits(make_cache: Callable[[int], Cache], model: Any, batch: int) -> bool:
-    """Whether a batch can be filled, and decode a token."""
+def fits(make_cache: Callable[[int], Cache], model: Any, batch: int, memory: int) -> bool:
+    """Whether a batch can be filled, and decode a token, in ``memory`` bytes.
+
+    What libraries allocate once for a batch, as oneDNN does for its primitives, is allocated before and does not count.
+    """
+    decode.stepper(model, decode.dynamic_cache(model, batch, 0), batch)()
     cache = None
     try:
-        cache = make_cache(batch)
-        decode.stepper(model, cache, batch)()
+        with limited(memory, model.device):
+            cache = make_cache(batch)
+            decode.stepper(model, cache, batch)()
     except CacheMemoryError:
         return False
     except RuntimeError as error:
@@ -93,6 +102,8 @@ def main() -> None:
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2])
     args = parser.parse_args()
 
+    if sys.platform == "linux":  # what is freed is to be given back: else it counts as used
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)
     device, vision, memory = torch.device(args.device), args.vision_tokens, int(args.memory * 2**30)
     stock = build_model(args.shape, getattr(torch, args.dtype), device)
     ours = twin(stock)
@@ -104,9 +115,7 @@ def main() -> None:
         makers[f"plphp {rate:g}"] = ours, rate, lambda batch, r=rate: decode.pruned_cache(lease, batch, vision, r)
     rows: list[dict[str, Any]] = []
     for name, (model, rate, make_cache) in makers.items():
-        fits(make_cache, model, 1)  # what libraries allocate once is not to count
-        with limited(memory, device):
-            found = largest(lambda batch, model=model, make=make_cache: fits(make, model, batch))
+        found = largest(lambda batch, model=model, make=make_cache: fits(make, model, batch, memory))
         each = cost.kv_bytes(vision + TEXT_TOKENS + 1, vision, rate)
         rows.append({"variant": name, "largest_batch": found, "worked_out": memory // each, "sequence_bytes": each})
     lease.end()
