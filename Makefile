@@ -4,18 +4,26 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help demo test test-oldest lint wheel train clean
+.PHONY: help demo bench test test-oldest lint wheel train clean
 
 help:
 	@echo "make demo         answer questions on images, unpruned and pruned side by side"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests on the oldest supported transformers"
+	@echo "make bench        time and memory on this machine, beside transformers' own cache"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        build the wheel and try it in a clean environment"
 	@echo "make train        train the bundled model again (hours on 2 CPU cores)"
 
 demo: $(VENV)/.plphp
 	$(BIN)/python examples/demo.py
+
+# A small set that ends within five minutes on 2 CPU cores; the scripts' defaults measure more.
+bench: $(VENV)/.plphp
+	$(BIN)/python benchmarks/decode.py --batch 1 8 --vision-tokens 2000 --retention 1.0 0.4 --steps 10
+	$(BIN)/python benchmarks/prefill.py --vision-tokens 2000 --retention 0.4 --rounds 2
+	$(BIN)/python benchmarks/capacity.py --memory 1 --retention 1.0 0.4
+	$(BIN)/python benchmarks/end_to_end.py --images 2 --new-tokens 64 --retention 0.4 --rounds 1
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto

@@ -35,8 +35,24 @@ IMAGE, TEXT_TOKENS = 7, 100
 """Token id of an image; text tokens of every prompt."""
 
 
-def build_model(shape: str, dtype: torch.dtype, device: torch.device) -> LlavaForConditionalGeneration:
-    """Make a LLaVA with a Qwen2 text model of a shape and a small tower: no benchmark here reads pixels."""
+SMALL = SiglipVisionConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=378, patch_size=14
+)
+SO400M = SiglipVisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=378,
+    patch_size=14,
+)
+"""Vision towers with 729 tokens an image: one for benchmarks that read no pixels, and that of SigLIP so400m."""
+
+
+def build_model(
+    shape: str, dtype: torch.dtype, device: torch.device, tower: SiglipVisionConfig = SMALL
+) -> LlavaForConditionalGeneration:
+    """Make a LLaVA with a Qwen2 text model of a shape."""
     size = SHAPES[shape]
     torch.manual_seed(0)
     text = Qwen2Config(
@@ -51,12 +67,9 @@ def build_model(shape: str, dtype: torch.dtype, device: torch.device) -> LlavaFo
         bos_token_id=None,
         eos_token_id=None,
     )
-    vision = SiglipVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=378, patch_size=14
-    )
     config = LlavaConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config=tower,
         image_token_id=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",

@@ -12,6 +12,7 @@ from typing import Any
 
 import capacity
 import decode
+import end_to_end
 import measuring
 import prefill
 import pytest
@@ -86,6 +87,17 @@ def test_prefill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert stock["kv_bytes"] == 2 * 400 * ENTRY
     assert pruned["kv_bytes"] == 2 * (100 + 0.4 * 300) * ENTRY
     assert stock["peak_bytes"] > 2 * 400 * ENTRY
+
+
+def test_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = ["--batch", "2", "--images", "1", "--new-tokens", "3", "--retention", "0.4", "0.2", "--rounds", "1"]
+    stock, *pruned = run(end_to_end, monkeypatch, tmp_path / "end_to_end.json", *settings)["results"]
+    assert [row["variant"] for row in pruned] == ["plphp 0.4", "plphp 0.2"]
+    assert stock["kv_bytes"] == 2 * (100 + 729) * ENTRY
+    for row, rate in zip(pruned, (0.4, 0.2), strict=True):
+        assert row["kv_bytes"] == pytest.approx(2 * (100 + rate * 729) * ENTRY, rel=0.01)
+        assert row["total_seconds"] == row["first_token_seconds"] + 2 * row["seconds_per_token"]
+        assert row["ratio_total"] > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process is Linux's")
