@@ -10,31 +10,43 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from plphp.kernels import _decode_triton as kernels
+from plphp.kernels import _compact_triton, _decode_triton, _scores_triton
+from plphp.kernels._triton_shapes import tile_shape, wide_of
 
 TARGET = GPUTarget("cuda", 80, 32)
 
 
 def shared_bytes(kernel: triton.JITFunction, constants: dict[str, int], pointers: dict[str, str]) -> int:
-    """Compile a kernel whose other arguments are integers."""
-    types = {**dict.fromkeys(kernel.arg_names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
+    """Compile a kernel whose arguments are integers, but for the constants and the pointers among those given."""
+    given = {name: pointer for name, pointer in pointers.items() if name in kernel.arg_names}
+    types = {**dict.fromkeys(kernel.arg_names, "i32"), **given, **dict.fromkeys(constants, "constexpr")}
     return triton.compile(ASTSource(kernel, types, constexprs=constants), target=TARGET).metadata.shared
 
 
 def main(dtype: str) -> None:
     """Print the shared memory of the kernels of one dtype, for all head dimensions."""
-    states = dict.fromkeys(("query", "keys", "values", "tail_keys", "tail_values", "bias", "out"), f"*{dtype}")
+    states = dict.fromkeys(("query", "keys", "values", "tail_keys", "tail_values"), f"*{dtype}")
     float32 = dict.fromkeys(("partial", "lse"), "*fp32")
+    index = dict.fromkeys(("starts", "counts", "position", "places"), "*i64")
+    flags = dict.fromkeys(("real", "keep"), "*i1")
     for dim in (64, 80, 128, 256):
-        wide = kernels._wide(dim)
-        shape = kernels.tile_shape(100, wide, 4 if dtype == "fp32" else 2)
-        tile = dict(zip(("TILE", "ENTRIES"), shape, strict=True))
-        widths = {"ROWS": 100, "VALUE_DIM": dim, "VALUE_WIDE": wide}
-        flags = {"KV_HEADS": 4, "DIM": dim, "WIDE": wide, "BIASED": True, "IN_FLOAT32": False}
-        pointers = {**states, **float32, "bias": "*fp32", "starts": "*i64", "counts": "*i64", "scale": "fp32"}
-        pointers.pop("out")
-        print(shared_bytes(kernels._attend_chunk, {**tile, **widths, **flags}, pointers))
-        print(shared_bytes(kernels._merge, {**widths, "Q_HEADS": 100}, {**float32, "out": states["out"]}))
+        wide = wide_of(dim)
+        tile = dict(zip(("TILE", "ENTRIES"), tile_shape(100, wide, 4 if dtype == "fp32" else 2), strict=True))
+        widths = {"VALUE_DIM": dim, "VALUE_WIDE": wide}
+        heads = {"KV_HEADS": 4, "DIM": dim, "WIDE": wide}
+        reading = {**tile, **heads, "IN_FLOAT32": False}
+        scale = {**states, **index, **flags, "scale": "fp32"}
+        print(shared_bytes(_decode_triton._attend_chunk, {**reading, **widths, "ROWS": 100, "BIASED": True},
+                           {**scale, **float32, "bias": "*fp32"}))  # fmt: skip
+        print(shared_bytes(_decode_triton._merge, {**widths, "ROWS": 100, "Q_HEADS": 100},
+                           {**float32, "out": f"*{dtype}"}))  # fmt: skip
+        print(shared_bytes(_scores_triton._window_lse, {**reading, "ROWS": 100},
+                           {**scale, "old": f"*{dtype}", "parts": "*fp32"}))  # fmt: skip
+        print(shared_bytes(_scores_triton._window_mass, {**reading, "GROUP": 7},
+                           {**scale, **dict.fromkeys(("weight", "lse", "mass"), "*fp32")}))  # fmt: skip
+        new = dict.fromkeys(("new_keys", "new_values"), f"*{dtype}")
+        print(shared_bytes(_compact_triton._gather, {"ENTRIES": tile["ENTRIES"], **heads, **widths},
+                           {**states, **index, **flags, **new}))  # fmt: skip
 
 
 if __name__ == "__main__":

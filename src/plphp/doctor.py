@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .cache import PrunedCache
 from .config import PLPHPConfig
 from .errors import PLPHPError, one_line
 from .families.unsupported import UNSUPPORTED
-from .kernels.decode import TRITON_TOLERANCE, triton_trouble, unsupported_by_triton
+from .kernels import TRIALS, triton_choice
 from .layer import PrunedLayer
 from .loading import bundled_model_path, empty_model, load_model
 from .registry import available_families, family_of
@@ -198,15 +199,15 @@ def _kernels() -> list[Check]:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
     checks = []
     for device in devices:
-        for dtype in TRITON_TOLERANCE:
-            name = f"decode_attention, Triton, {device}, {str(dtype).removeprefix('torch.')}"
+        for (operation, trial), dtype in itertools.product(TRIALS.items(), triton_choice.TOLERANCE):
+            name = f"{operation}, Triton, {device}, {str(dtype).removeprefix('torch.')}"
             try:
                 states = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device)
             except RuntimeError as error:
                 checks.append(Check(name, False, f"the device cannot be used now: {one_line(error)}"))
                 continue
-            reason = unsupported_by_triton(states, states, states)
-            reason = reason or triton_trouble(device, dtype, HEAD_DIM, HEAD_DIM)
+            reason = triton_choice.unsupported(states)
+            reason = reason or triton_choice.trouble(trial, device, dtype, HEAD_DIM, HEAD_DIM)
             used = f"used: it agrees with the reference here, at head dimension {HEAD_DIM}"
             checks.append(Check(name, reason is None, f"not used: {reason}" if reason else used))
     return checks

@@ -299,11 +299,11 @@ class TestSupport:
         self, folder: Path, trouble: str | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         kernels = json.loads(ok("doctor", "--model", folder, "--json"))["kernels"]
-        assert len(kernels) == 3 * max(1, torch.cuda.device_count())
+        assert len(kernels) == 9 * max(1, torch.cuda.device_count())
         if not torch.cuda.is_available():
             assert {(one["ok"], one["detail"]) for one in kernels} == {(False, "not used: it needs a CUDA device")}
-        monkeypatch.setattr("plphp.doctor.unsupported_by_triton", lambda *_: None)
-        monkeypatch.setattr("plphp.doctor.triton_trouble", lambda *_: trouble)
+        monkeypatch.setattr("plphp.doctor.triton_choice.unsupported", lambda *_: None)
+        monkeypatch.setattr("plphp.doctor.triton_choice.trouble", lambda *_: trouble)
         text = ok("doctor", "--model", folder)
         assert ("used: it agrees with the reference here" if trouble is None else f"not used: {trouble}") in text
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plphp.kernels import compact_kv, decode, decode_attention, scores, window_scores
+from plphp.kernels import compact_kv, decode, decode_attention, scores, triton_choice, window_scores
 from plphp.packed import PackedKV
 from plphp.types import Evidence
 
@@ -123,7 +123,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The reference, and the Triton kernel: compiled on a GPU, under Triton's interpreter without one."""
     if request.param == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(decode, "unsupported_by_triton", lambda *_: None)
+        monkeypatch.setattr(triton_choice, "unsupported", lambda *_: None)
     return request.param
 
 
@@ -393,6 +393,7 @@ def window(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return weight / weight.sum(1, keepdim=True), position, real
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kept", [*KEPT, None])
 @pytest.mark.parametrize(("kv_heads", "group", "length", "tail"), [(1, 4, 1, 6), (2, 3, 4, 7), (3, 1, 3, 9)])
@@ -420,6 +421,7 @@ def test_scores_read_the_keys_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(window_scores(*arguments).attention, whole)
 
 
+@BOTH
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_do_not_read_padding_or_later_keys(bad: float) -> None:
     case = make(11, length=1, tail=6)
@@ -433,6 +435,7 @@ def test_scores_do_not_read_padding_or_later_keys(bad: float) -> None:
     assert (actual[:, :, 5] == 0).all()
 
 
+@BOTH
 def test_rows_without_a_query_in_a_column_take_nothing_from_it() -> None:
     """Also where the query that does not count is NaN."""
     case = make(12, length=2, tail=5)
@@ -445,6 +448,7 @@ def test_rows_without_a_query_in_a_column_take_nothing_from_it() -> None:
     assert (actual.double() - expected).abs().max() < 1e-6
 
 
+@BOTH
 @pytest.mark.parametrize("where", ["query", "key", "prefix"])
 def test_nan_that_is_seen_shows_in_the_scores(where: str) -> None:
     case = make(13, length=1)

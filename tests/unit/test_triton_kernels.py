@@ -8,17 +8,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_kernels import SCALING, TOLERANCE, assert_attention, make, noise
+from test_kernels import SCALING, TOLERANCE, assert_attention, make, naive_scores, noise, window
 
-from plphp.kernels import decode
-from plphp.kernels.decode import TRITON_ROWS, triton_trouble, unsupported_by_triton
+from plphp.kernels import TRIALS, decode, triton_choice
+from plphp.kernels.decode import TRITON_ROWS, triton_trial, unsupported_by_triton
 from plphp.packed import PackedKV
 
 pytest.importorskip("triton")
-from plphp.kernels import _decode_triton
+from plphp.kernels import _compact_triton, _decode_triton, _scores_triton, _triton_shapes
 
 DTYPES = list(TOLERANCE)
 ROOT = Path(__file__).parents[2]
@@ -29,8 +30,8 @@ SHARED = 99 * 1024
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk", [16, 32, 48])
 def test_chunks_are_merged(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(_decode_triton, "ENTRIES", 16)
-    monkeypatch.setattr(_decode_triton, "_chunk", lambda *_: chunk)
+    monkeypatch.setattr(_triton_shapes, "ENTRIES", 16)
+    monkeypatch.setattr(_decode_triton, "chunk_of", lambda *_: chunk)
     case = make(20, 2, 2, 3, 2, tail=37, seq=130, dtype=dtype)
     found = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
     assert_attention(found, case.naive(case.visible()), dtype)
@@ -115,29 +116,87 @@ def test_what_a_gpu_cannot_do_is_named(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_kernel_that_does_it_right_is_taken(dtype: torch.dtype) -> None:
-    assert triton_trouble.__wrapped__(torch.device("cpu"), dtype, 8, 6) is None
+@pytest.mark.parametrize("operation", TRIALS)
+def test_a_kernel_that_does_it_right_is_taken(operation: str, dtype: torch.dtype) -> None:
+    assert triton_choice.trouble.__wrapped__(TRIALS[operation], torch.device("cpu"), dtype, 8, 6) is None
 
 
-def test_a_kernel_that_is_wrong_is_told_once_and_not_taken(
+@pytest.mark.parametrize(
+    ("operation", "module", "name"),
+    [
+        ("window_scores", _scores_triton, "attention_mass"),
+        ("compact_kv", _compact_triton, "gather"),
+        ("decode_attention", _decode_triton, "attend"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, operation: str, module: Any, name: str
+) -> None:
+    right = getattr(module, name)
+
+    def wrong(*arguments: Any) -> Any:
+        found = right(*arguments)
+        return found + 1e-3 if isinstance(found, torch.Tensor) else (found[0], found[1] + 1e-3)
+
+    monkeypatch.setattr(module, name, wrong)
+    reason = triton_choice.trouble.__wrapped__(TRIALS[operation], torch.device("cpu"), torch.float32, 8, 6)
+    assert "differs from the reference on this device by 0.001" in reason
+
+
+def test_a_kernel_that_fails_is_told_once_and_not_taken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = _decode_triton.attend
     case = make(26)
-    monkeypatch.setattr(_decode_triton, "attend", lambda *arguments: right(*arguments) + 1e-3)
-    assert "differs from the reference on this device by 0.001" in str(
-        triton_trouble.__wrapped__(torch.device("cpu"), torch.float32, 8, 6)
-    )
     monkeypatch.setattr(_decode_triton, "attend", lambda *_: 1 / 0)
-    reason = triton_trouble.__wrapped__(torch.device("cpu"), torch.float32, 8, 6)
+    reason = triton_choice.trouble.__wrapped__(triton_trial, torch.device("cpu"), torch.float32, 8, 6)
     assert reason == "it fails on this device (ZeroDivisionError: division by zero)"
-    monkeypatch.setattr(decode, "unsupported_by_triton", lambda *_: None)
-    monkeypatch.setattr(decode, "triton_trouble", lambda *_: reason)
-    monkeypatch.setattr(decode, "_tell_once", functools.cache(decode._tell_once.__wrapped__))
+    monkeypatch.setattr(triton_choice, "unsupported", lambda *_: None)
+    monkeypatch.setattr(triton_choice, "trouble", lambda trial, *_: reason if trial is triton_trial else None)
+    monkeypatch.setattr(triton_choice, "_tell_once", functools.cache(triton_choice._tell_once.__wrapped__))
     for _ in range(2):
         found = decode.decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
         assert_attention(found, case.naive(case.visible()))
-    assert [record.getMessage() for record in caplog.records] == [f"Decoding without the Triton kernel: {reason}."]
+    told = f"decode_attention does without its Triton kernel: {reason}."
+    assert [record.getMessage() for record in caplog.records] == [told]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "length"), [(1, 1), (7, 1), (3, 5), (2, 37)])
+def test_scores_of_chunks_and_tiles(
+    monkeypatch: pytest.MonkeyPatch, group: int, length: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(_triton_shapes, "ENTRIES", 16)
+    monkeypatch.setattr(_scores_triton, "chunk_of", lambda *_: 32)
+    case = make(27, 3, 2, group, length, tail=79, seq=90, dtype=dtype)
+    weight, position, real = window(case)
+    for prefix in (case.prefix, None):
+        found = _scores_triton.attention_mass(case.query, weight, position, case.tail_keys, real, prefix, SCALING)
+        expected = naive_scores(case, weight, position, real, prefix is not None)
+        assert (found.double() - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_scores_at_head_dimensions(dim: int) -> None:
+    case = make(28, length=2, tail=20)
+    generator = torch.Generator().manual_seed(1)
+    case.values = noise(generator, 2, 2, 9, dim)
+    case.query = noise(generator, 2, 4, 2, dim) / dim**0.5
+    case.keys, case.tail_keys = noise(generator, 2, 2, 9, dim), noise(generator, 2, 2, 20, dim)
+    weight, position, real = window(case)
+    found = _scores_triton.attention_mass(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING)
+    assert (found.double() - naive_scores(case, weight, position, real, True)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kept", ["ragged", "empty", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gathered_entries_are_those_of_the_reference(dtype: torch.dtype, kept: str) -> None:
+    """Exactly, of strided keys, and without reading what is evicted."""
+    case = make(29, 3, 2, seq=150, kept=kept, dtype=dtype)
+    keys = case.keys.transpose(1, 2).contiguous().transpose(1, 2)
+    keys[~case.keep] = torch.nan
+    found = _compact_triton.gather(keys, case.values, case.keep, int(case.keep.sum()))
+    assert torch.equal(found[0], keys[case.keep])
+    assert torch.equal(found[1], case.values[case.keep])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -148,5 +207,5 @@ def test_kernels_compile_for_a_gpu(dtype: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     shared = [int(line) for line in done.stdout.split()]
-    assert len(shared) == 8
+    assert len(shared) == 4 * 5
     assert max(shared) <= SHARED

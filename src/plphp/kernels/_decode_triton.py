@@ -14,15 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import PackedKV
-
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-WAVES = 4
-"""Programs per multiprocessor to aim for."""
-ENTRIES = 64
-"""Most keys of one tile."""
-TILE_BYTES = 2**14
-"""Most bytes of a tile of keys or queries: several have to fit into 99 KiB of shared memory."""
-LARGEST_CHUNK = 4096
+from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, tile_shape, wide_of
 
 
 def attend(
@@ -36,9 +28,9 @@ def attend(
     kv_heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
     group = q_heads // kv_heads
     rows = group * length
-    wide, value_wide = _wide(dim), _wide(value_dim)
+    wide, value_wide = wide_of(dim), wide_of(value_dim)
     tile, entries = tile_shape(rows, max(wide, value_wide), query.element_size())
-    chunk = _chunk(batch * kv_heads, max(map(max, prefix.counts)) + tail, query.device)
+    chunk = chunk_of(batch * kv_heads, max(map(max, prefix.counts)) + tail, query.device)
     early = triton.cdiv(max(map(max, prefix.counts)), chunk)
     splits = early + triton.cdiv(tail, chunk)
     starts, counts = prefix.index
@@ -51,7 +43,7 @@ def attend(
         *query.stride(), *prefix.keys.stride(), *prefix.values.stride(), *tail_keys.stride(), *tail_values.stride(),
         *shown.stride(),
         KV_HEADS=kv_heads, ROWS=rows, DIM=dim, VALUE_DIM=value_dim, BIASED=bias is not None,
-        IN_FLOAT32=query.device.type == "cpu" and query.dtype is torch.bfloat16,  # interpreted, it multiplies bits
+        IN_FLOAT32=multiplies_bits(query),
         TILE=tile, ENTRIES=entries, WIDE=wide, VALUE_WIDE=value_wide,
     )  # fmt: skip
     out = torch.empty(batch, length, q_heads, value_dim, dtype=query.dtype, device=query.device)
@@ -60,24 +52,6 @@ def attend(
         Q_HEADS=q_heads, ROWS=rows, VALUE_DIM=value_dim, VALUE_WIDE=value_wide,
     )  # fmt: skip
     return out
-
-
-def _wide(dim: int) -> int:
-    """Width of a tile: Triton's are powers of two, and the factors of a product at least 16 wide."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def tile_shape(rows: int, wide: int, itemsize: int) -> tuple[int, int]:
-    """Query rows and keys of one tile, for the rows of a KV head, the width of a tile and the bytes of a number."""
-    most = max(16, TILE_BYTES // (wide * itemsize))
-    return min(most, max(16, min(64, triton.next_power_of_2(rows)))), min(most, ENTRIES)
-
-
-def _chunk(pairs: int, entries: int, device: torch.device) -> int:
-    """Entries of one program: as many as leave every multiprocessor a few programs."""
-    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = triton.cdiv(pairs * entries, WAVES * cores)
-    return min(LARGEST_CHUNK, max(2 * ENTRIES, triton.cdiv(wanted, ENTRIES) * ENTRIES))
 
 
 @triton.jit

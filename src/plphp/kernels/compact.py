@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..packed import PackedKV
+from . import triton_choice
 
 
 def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:
     """Copy the kept entries into a packed block, in their original order.
+
+    On a CUDA device a Triton kernel does it, where it can and does it right.
 
     Parameters
     ----------
@@ -25,4 +29,29 @@ def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:
     """
     counts = tuple(tuple(row) for row in keep.sum(-1).tolist())
     keep = keep.to(keys.device)
-    return PackedKV(keys[keep], values[keep], counts, tuple(range(len(counts))))
+    reason = triton_choice.unsupported(keys, values)
+    if triton_choice.usable("compact_kv", reason, triton_trial, keys, values):
+        from . import _compact_triton
+
+        packed = _compact_triton.gather(keys, values, keep, sum(map(sum, counts)))
+    else:
+        packed = _by_torch(keys, values, keep)
+    return PackedKV(*packed, counts, tuple(range(len(counts))))
+
+
+def _by_torch(keys: Tensor, values: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference: what is kept of the keys and the values, [kept, dim] each."""
+    where = keep.nonzero(as_tuple=True)
+    return keys[where], values[where]
+
+
+def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
+    """Largest difference between the Triton kernel and the reference on a small case: none, as both copy."""
+    from . import _compact_triton
+
+    noise = triton_choice.noise(device, dtype)
+    keys, values = noise(2, 150, 3, dim).transpose(1, 2), noise(2, 3, 150, value_dim)
+    keep = noise(2, 3, 150) > 0
+    found = _compact_triton.gather(keys, values, keep, int(keep.sum()))
+    pairs = zip(found, _by_torch(keys, values, keep), strict=True)
+    return max(triton_choice.difference(one, other) for one, other in pairs)

@@ -3,23 +3,14 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-from ..errors import one_line
 from ..packed import PackedKV
+from . import triton_choice
 
-log = logging.getLogger("plphp")
-
-TRITON_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Dtypes of the Triton kernel, and the largest difference from the reference that is due to them."""
-TRITON_DIM, TRITON_ROWS = 256, 128
-"""Largest head dimension of the Triton kernel, and most query rows [group x query] of a KV head."""
-NO_CUDA = "it needs a CUDA device"
+TRITON_ROWS = 128
+"""Most query rows [group x query] of a KV head in the Triton kernel."""
 MAX_LOGITS = 2**24
 """Logits that are held at once; long query chunks are cut so that they stay below."""
 
@@ -74,7 +65,7 @@ def decode_attention(
     """Softmax attention of new queries over a packed prefix, all of it visible, and a dense tail.
 
     Nothing is concatenated or padded: the logits of both parts share one softmax. On a CUDA device a Triton kernel does
-    it, where it can (`unsupported_by_triton`) and does it right (`triton_trouble`); on a CPU torch's fused kernel.
+    it, where it can (`unsupported_by_triton`) and does it right (`triton_trial`); on a CPU torch's fused kernel.
 
     Parameters
     ----------
@@ -96,15 +87,11 @@ def decode_attention(
     """
     length, tail = query.shape[2], tail_keys.shape[2]
     reason = unsupported_by_triton(query, tail_keys, tail_values)
-    if reason is None:
-        reason = triton_trouble(query.device, query.dtype, query.shape[-1], tail_values.shape[-1])
-    if reason is None:
+    if triton_choice.usable("decode_attention", reason, triton_trial, tail_keys, tail_values):
         from . import _decode_triton
 
         shown = None if mask is None else tail_bias(mask.to(query.device), length, tail, torch.float32)
         return _decode_triton.attend(query, prefix, tail_keys, tail_values, shown, scaling)
-    if reason != NO_CUDA:
-        _tell_once(reason)
     bias = tail_bias(mask, length, tail, torch.float32)
     bias = None if bias is None else bias.to(query.device)
     return _by_torch(query, prefix, tail_keys, tail_values, bias, scaling)
@@ -128,56 +115,22 @@ def _by_torch(
 
 def unsupported_by_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> str | None:
     """Say why the Triton kernel cannot attend, see `decode_attention` for the arguments; None where it can."""
-    if query.device.type != "cuda":
-        return NO_CUDA
-    if not _has_triton():
-        return "triton is not installed"
-    if query.dtype not in TRITON_TOLERANCE:
-        return f"it does not know the dtype {query.dtype}"
-    if torch.version.hip is not None or torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "it is for NVIDIA GPUs of compute capability 8.0 and later"
-    widest = max(query.shape[-1], tail_values.shape[-1])
-    if widest > TRITON_DIM:
-        return f"the head dimension is {widest}, and it goes up to {TRITON_DIM}"
+    reason = triton_choice.unsupported(query, tail_keys, tail_values)
     rows = query.shape[1] // tail_keys.shape[1] * query.shape[2]
-    if rows > TRITON_ROWS:
+    if reason is None and rows > TRITON_ROWS:
         return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}"
-    if any(one.requires_grad for one in (query, tail_keys, tail_values)):
-        return "it has no gradient"
-    return None
+    return reason
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
-def triton_trouble(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> str | None:
-    """Try the Triton kernel against the reference, once for each device, dtype and width; say what is wrong with it."""
+def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
+    """Largest difference between the Triton kernel and the reference on a small case."""
     from . import _decode_triton
 
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    try:
-        prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
-        query, keys, values = noise(2, 6, 1, dim), noise(2, 2, 70, dim), noise(2, 2, 70, value_dim)
-        arguments = (query, prefix, keys, values, None, dim**-0.5)
-        found = _decode_triton.attend(*arguments)
-    except Exception as error:  # compilers raise what they like
-        return f"it fails on this device ({type(error).__name__}: {one_line(error, limit=200)})"
-    difference = (found.float() - _by_torch(*arguments).float()).abs().max().item()
-    if difference < TRITON_TOLERANCE[dtype]:
-        return None
-    return f"it differs from the reference on this device by {difference:.2g}"
-
-
-@cache
-def _tell_once(reason: str) -> None:
-    log.warning("Decoding without the Triton kernel: %s.", reason)
+    noise = triton_choice.noise(device, dtype)
+    prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
+    query, keys, values = noise(2, 6, 1, dim), noise(2, 2, 70, dim), noise(2, 2, 70, value_dim)
+    arguments = (query, prefix, keys, values, None, dim**-0.5)
+    return triton_choice.difference(_decode_triton.attend(*arguments), _by_torch(*arguments))
 
 
 def _attend_rows(

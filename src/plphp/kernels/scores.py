@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..packed import PackedKV
 from ..types import PLAIN, Evidence
+from . import triton_choice
 
 KEYS_AT_ONCE = 2048
 """Keys that are held in float32 at once."""
@@ -54,6 +55,8 @@ def window_scores(
 ) -> WindowScores:
     """Softmax mass that a few query rows give to every entry of the tail, over prefix and tail together.
 
+    On a CUDA device a Triton kernel does it, where it can and does it right, and nothing beside the mean is asked for.
+
     Parameters
     ----------
     query : Tensor
@@ -82,6 +85,28 @@ def window_scores(
     WindowScores
         Computed in float32. NaN where a query or a visible key is NaN.
     """
+    if not (evidence.peak or evidence.best_rank or evidence.density is not None):
+        reason = triton_choice.unsupported(query, keys)
+        if triton_choice.usable("window_scores", reason, triton_trial, keys, keys):
+            from . import _scores_triton
+
+            return WindowScores(_scores_triton.attention_mass(query, weight, position, keys, real, prefix, scaling))
+    return _by_torch(query, weight, position, keys, real, prefix, scaling, evidence, vision, gqa_reduction)
+
+
+def _by_torch(
+    query: Tensor,
+    weight: Tensor,
+    position: Tensor,
+    keys: Tensor,
+    real: Tensor,
+    prefix: PackedKV | None,
+    scaling: float,
+    evidence: Evidence,
+    vision: Tensor | None,
+    gqa_reduction: str,
+) -> WindowScores:
+    """The reference."""
     batch, q_heads = query.shape[:2]
     kv_heads, seq = keys.shape[1:3]
     grouped = (query.float() * scaling).unflatten(1, (kv_heads, -1))
@@ -119,6 +144,20 @@ def window_scores(
             dense = reached.sum(-1) / visible.sum(-1)[:, None]
             result.density += torch.where(share[..., 0] > 0, dense * share[..., 0], 0).sum(2)
     return result
+
+
+def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
+    """Largest difference between the Triton kernel and the reference on a small case; it reads no values."""
+    from . import _scores_triton
+
+    noise = triton_choice.noise(device, dtype)
+    prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
+    query, keys = noise(2, 6, 3, dim), noise(2, 2, 70, dim)
+    weight = torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.3, 0.5]], device=device)
+    position, real = torch.tensor([40, 60, 69], device=device), torch.arange(70, device=device).expand(2, -1) > 5
+    arguments = (query, weight, position, keys, real, prefix, dim**-0.5)
+    expected = _by_torch(*arguments, PLAIN, None, "mean").attention
+    return triton_choice.difference(_scores_triton.attention_mass(*arguments), expected)
 
 
 def places(rank: Tensor, candidates: Tensor | None = None) -> Tensor:

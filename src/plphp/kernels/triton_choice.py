@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an operation can use its Triton kernel, and whether the kernel does it right on a device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..errors import one_line
+
+log = logging.getLogger("plphp")
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Dtypes of the kernels, and the largest difference from the reference that is due to them."""
+WIDEST = 256
+"""Largest head dimension."""
+NO_CUDA = "it needs a CUDA device"
+
+Trial = Callable[[torch.device, torch.dtype, int, int], float]
+"""Runs a kernel and its reference on a device at a dtype and the widths of keys and values: the largest difference."""
+
+
+def unsupported(*states: Tensor) -> str | None:
+    """Say why no Triton kernel can read these states [batch, heads, seq, dim]; None where one can."""
+    first = states[0]
+    if first.device.type != "cuda":
+        return NO_CUDA
+    if not _has_triton():
+        return "triton is not installed"
+    if first.dtype not in TOLERANCE:
+        return f"it does not know the dtype {first.dtype}"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(first.device) < (8, 0):
+        return "it is for NVIDIA GPUs of compute capability 8.0 and later"
+    widest = max(one.shape[-1] for one in states)
+    if widest > WIDEST:
+        return f"the head dimension is {widest}, and it goes up to {WIDEST}"
+    if any(one.requires_grad for one in states):
+        return "it has no gradient"
+    return None
+
+
+@cache
+def trouble(trial: Trial, device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> str | None:
+    """Try a Triton kernel against its reference, once for each device, dtype and width; say what is wrong with it."""
+    try:
+        worst = trial(device, dtype, dim, value_dim)
+    except Exception as error:  # compilers raise what they like
+        return f"it fails on this device ({type(error).__name__}: {one_line(error, limit=200)})"
+    if worst < TOLERANCE[dtype]:
+        return None
+    return f"it differs from the reference on this device by {worst:.2g}"
+
+
+def usable(operation: str, reason: str | None, trial: Trial, keys: Tensor, values: Tensor) -> bool:
+    """Whether an operation on keys and values can use its kernel; why not, a given ``reason`` first, is logged once."""
+    reason = reason or trouble(trial, keys.device, keys.dtype, keys.shape[-1], values.shape[-1])
+    if reason is not None and reason != NO_CUDA:
+        _tell_once(operation, reason)
+    return reason is None
+
+
+def noise(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Make what draws normal numbers of a shape for a trial, the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference between two results, NaN where one of them has one."""
+    return (found.float() - expected.float()).abs().max().item()
+
+
+@cache
+def _tell_once(operation: str, reason: str) -> None:
+    log.warning("%s does without its Triton kernel: %s.", operation, reason)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
