@@ -28,8 +28,12 @@ from transformers.cache_utils import Cache, DynamicCache
 import plphp
 from plphp.attachment import Lease
 from plphp.compare import kv_bytes
+from plphp.graph import GraphedDecoding
 from plphp.model_cost import model_cost
 from plphp.tables import human_bytes
+
+WARM_UP = 4
+"""Steps that are not timed: with a graph the first is eager, the second captured, and it and the third compared."""
 
 
 def entries(model: LlavaForConditionalGeneration, batch: int, length: int, layer: int) -> tuple[Tensor, Tensor]:
@@ -72,13 +76,16 @@ def pruned_cache(lease: Lease, batch: int, vision: int, rate: float) -> Cache:
     return cache
 
 
-def stepper(model: LlavaForConditionalGeneration, cache: Cache, batch: int) -> Callable[[], Any]:
-    """Make a function that decodes one token of every row."""
+def stepper(
+    model: LlavaForConditionalGeneration, cache: Cache, batch: int, forward: Callable[..., Any] | None = None
+) -> Callable[[], Any]:
+    """Make a function that decodes one token of every row, with another forward than the model's if one is given."""
     tokens = torch.arange(batch, device=model.device)[:, None] % 400 + 10
 
     @torch.inference_mode()
     def step() -> None:
-        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        positions = torch.full_like(tokens, cache.get_seq_length())
+        (forward or model)(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
 
     return step
 
@@ -95,7 +102,12 @@ def measure(
     caches |= {f"plphp {rate:g}": pruned_cache(lease, batch, vision, rate) for rate in args.retention}
     ours = lease.attachment.model
     steps = {name: stepper(stock if name == BASELINE else ours, cache, batch) for name, cache in caches.items()}
-    times = measuring.interleaved(steps, stock.device, args.steps)
+    for rate in args.retention if args.graphs else ():
+        name = f"plphp {rate:g}, graph"
+        caches[name] = cache = pruned_cache(lease, batch, vision, rate)
+        replayed = GraphedDecoding(cache, ours.forward, args.steps + WARM_UP + 1, required=True)
+        steps[name] = stepper(ours, cache, batch, replayed)
+    times = measuring.interleaved(steps, stock.device, args.steps, WARM_UP)
     for name, cache in caches.items():
         point = {"batch": batch, "vision_tokens": vision, "variant": name}
         yield {**point, "seconds": times[name], "kv_bytes": kv_bytes(cache)}
@@ -117,7 +129,7 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace, weights: int, ban
             f"{1000 * row['floor_seconds']:.1f}",
             f"{row['floor_seconds'] / row['seconds']:.0%}",
             f"{row['ratio']:.2f}",
-            end_section=row["variant"] == f"plphp {args.retention[-1]:g}",
+            end_section=row["variant"] == rows[-1]["variant"],
         )
     console = Console(width=120)
     console.print(table)
@@ -132,6 +144,7 @@ def main() -> None:
     parser.add_argument("--vision-tokens", type=int, nargs="+", default=[7000] if on_gpu else [2000, 8000])
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2])
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each variant")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=on_gpu, help="also CUDA graphs")
     args = parser.parse_args()
 
     device = torch.device(args.device)

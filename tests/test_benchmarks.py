@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from shapes import build_model
 
 import plphp
 from plphp.attachment import Lease
+from plphp.graph import GraphedDecoding
+from test_graph import Recorder
 
 CPU = torch.device("cpu")
 ENTRY = 3 * 2 * 2 * 16 * 2
@@ -66,6 +69,15 @@ def test_decode_compares_like_with_like() -> None:
         lease.end()
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
     assert (less - stock).abs().max() > 1e-3
+
+
+def test_decode_with_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(decode, "GraphedDecoding", partial(GraphedDecoding, capture=recorder.capture))
+    settings = ["--batch", "2", "--vision-tokens", "300", "--retention", "0.4", "--steps", "3", "--graphs"]
+    results = run(decode, monkeypatch, tmp_path / "decode.json", *settings)
+    assert [row["variant"] for row in results["results"]] == ["DynamicCache", "plphp 0.4", "plphp 0.4, graph"]
+    assert (recorder.captures, recorder.replays) == (1, 4 + 3 - 1)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.6, 0.2])

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .attachment import Attachment, Lease
-from .config import PLPHPConfig, checked
+from .config import PLPHPConfig, checked, checked_mode
 from .errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
 from .layer import PrunedLayer, layer_nbytes
 from .mrope import TurnPositions, turn_positions
@@ -44,11 +45,11 @@ class PrunedCache(Cache):
     plphp.prune : the same as a context manager.
     """
 
-    def __init__(self, attachment: Attachment, config: PLPHPConfig) -> None:
+    def __init__(self, attachment: Attachment, config: PLPHPConfig, decode: str = "eager") -> None:
         text_config = attachment.model.config.get_text_config(decoder=True)
         layers = DynamicCache(config=text_config).layers
         super().__init__(layers=[PrunedLayer() if type(layer) is DynamicLayer else layer for layer in layers])
-        self.config = config
+        self.config, self.decode = config, checked_mode(decode)
         self.method = method_for(config, len(layers))
         refuse_unanswered(self.method)
         self.attachment = attachment
@@ -71,6 +72,7 @@ class PrunedCache(Cache):
         self._plan: PromptPlan | None = None
         self._lease: Lease | None = None
         self._dead = self._spent = ""
+        self.shown: Tensor | None = None
 
     @classmethod
     def for_inputs(
@@ -80,6 +82,7 @@ class PrunedCache(Cache):
         config: PLPHPConfig | None = None,
         *,
         vision_mask: Tensor | None = None,
+        decode: str = "eager",
     ) -> PrunedCache:
         """Make a cache for one batch of prompts.
 
@@ -96,6 +99,8 @@ class PrunedCache(Cache):
             Default: ``PLPHPConfig()``.
         vision_mask : Tensor, optional
             bool [batch, seq]; the vision tokens, if they cannot be found from ``input_ids``.
+        decode : {"eager", "auto", "graph"}
+            How ``generate`` runs decoding steps, see `plphp.prune`.
 
         Returns
         -------
@@ -108,7 +113,7 @@ class PrunedCache(Cache):
         """
         lease = Lease.of(model)
         try:
-            cache = cls(lease.attachment, checked(config))
+            cache = cls(lease.attachment, checked(config), decode)
             cache._lease = lease
             cache.plan(inputs, vision_mask=vision_mask)
         except BaseException:
@@ -192,6 +197,43 @@ class PrunedCache(Cache):
         keys.plphp_pending = PendingUpdate(self, layer_idx)  # type: ignore[attr-defined]
         self._guard.pending = layer_idx
         return keys, values
+
+    @property
+    def is_read(self) -> bool:
+        """Whether there is no prompt that has been planned and not been read to its end."""
+        return self._plan is None
+
+    def reserve(self, room: int) -> int:
+        """Make room in the tails for so many tokens more; return how many tokens a tail has room for now.
+
+        Raises
+        ------
+        CacheMemoryError
+            If there is no memory for it; the cache holds what it held.
+        """
+        return min(layer.reserve(room) for layer in self._pruned.values())
+
+    @contextmanager
+    def written_at(self, slot: Tensor, bias: Tensor) -> Iterator[None]:
+        """Let a step be written to a slot of the tails without being counted, for a graph to replay it.
+
+        Parameters
+        ----------
+        slot : Tensor
+            int64 [1]; the place in the tail.
+        bias : Tensor
+            Additive float32 [1, 1, 1, room]; hides what is behind it.
+        """
+        self.shown = bias
+        for layer in self._pruned.values():
+            layer.slot = slot
+        try:
+            yield
+        finally:
+            self.shown = None
+            self._guard.reset()  # nothing was counted, so there is nothing to take back
+            for layer in self._pruned.values():
+                layer.slot = None
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Update a linear-attention layer, see `transformers.Cache.update_conv_state`."""

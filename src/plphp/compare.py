@@ -89,6 +89,7 @@ def compare(
     *,
     rounds: int = 3,
     seed: int = 0,
+    decode: str = "eager",
     progress: Callable[[str], None] = lambda step: None,
     **generation: Any,
 ) -> Comparison:
@@ -108,6 +109,8 @@ def compare(
         How often each of the two runs; times are medians over the steps of all rounds.
     seed : int
         Of the sampling, the same for both; the random state of the caller is left alone.
+    decode : {"eager", "auto", "graph"}
+        How the pruned run decodes, see `plphp.prune`.
     progress : callable
         Told what is going on, in a few words.
     **generation
@@ -134,7 +137,7 @@ def compare(
         plain = DynamicCache(config=model.config.get_text_config(decoder=True))
         unpruned.run(model, inputs, plain, seed, generation)
         progress(f"round {number} of {rounds}, pruned")
-        cache = PrunedCache.for_inputs(model, inputs, config)
+        cache = PrunedCache.for_inputs(model, inputs, config, decode=decode)
         pruned.run(model, inputs, cache, seed, generation)
         report = cache.report()
         del cache, plain  # the next round starts from a model without plphp, and memory holds one cache only

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from .errors import ConfigError, did_you_mean
 from .options import Options, Value
 
+DECODE_MODES = ("eager", "auto", "graph")
 DEFAULT_DELTA = 0.3
 QueryRows = int | Literal["text"]
 
@@ -225,6 +226,19 @@ class PLPHPConfig:
             if key not in known:
                 raise ConfigError(f"Unknown setting {key!r}.{did_you_mean(key, known)}")
         return cls.from_dict({**values, "options": options})
+
+
+def checked_mode(decode: str) -> str:
+    """Return a mode of decoding.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name.
+    """
+    if decode not in DECODE_MODES:
+        raise ConfigError(f"decode must be one of {', '.join(map(repr, DECODE_MODES))}, got {decode!r}.")
+    return decode
 
 
 def checked(config: object) -> PLPHPConfig:

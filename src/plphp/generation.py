@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .attachment import Attachment
 from .cache import PrunedCache
 from .errors import UnsupportedFeatureError
+from .graph import FEWEST_STEPS, GraphedDecoding, no_graph
 from .mrope import position_holder
 
 SUPPORTED_MODES = (
@@ -57,7 +59,7 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     _refuse_unsupported(model, config, kwargs)
     if cache is None:
         assert session is not None
-        cache = PrunedCache(attachment, session.config)
+        cache = PrunedCache(attachment, session.config, session.decode)
     elif not isinstance(cache, PrunedCache):
         raise UnsupportedFeatureError(
             f"Inside a plphp session past_key_values must be a PrunedCache, got {type(cache).__name__}: static, "
@@ -78,7 +80,8 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     if session is not None:
         session.note(None)
     try:
-        output = original(**kwargs)
+        with _replayed(model, cache, config, inputs):
+            output = original(**kwargs)
         cache.check_read()
     except BaseException:
         cache.after_failure()
@@ -89,6 +92,31 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     if session is not None:
         session.note(cache.report())
     return output
+
+
+@contextmanager
+def _replayed(
+    model: PreTrainedModel, cache: PrunedCache, config: GenerationConfig, inputs: dict[str, Any]
+) -> Iterator[None]:
+    """Let decoding steps be replayed from a graph while the context is open, as the cache is to be decoded with."""
+    steps = config.max_new_tokens
+    if steps is None:
+        prompt = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        steps = (config.max_length or 0) - (0 if prompt is None else prompt.shape[1])
+    reason = no_graph(model, config.num_beams or 1)
+    if cache.decode == "graph" and reason is not None:
+        raise UnsupportedFeatureError(f"decode='graph' cannot be done here: {reason}. Use 'auto' or 'eager' instead.")
+    if reason is not None or cache.decode == "eager" or (cache.decode == "auto" and steps < FEWEST_STEPS):
+        yield
+        return
+    before, forward = model.__dict__.get("forward"), model.forward
+    model.__dict__["forward"] = GraphedDecoding(cache, forward, steps, required=cache.decode == "graph")
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if before is not None:
+            model.__dict__["forward"] = before
 
 
 def _positions(model: PreTrainedModel, cache: PrunedCache, config: GenerationConfig) -> dict[str, Any]:

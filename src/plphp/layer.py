@@ -34,6 +34,8 @@ class PrunedLayer(CacheLayerMixin):
         Tokens seen up to the last `compact`.
     tail_length : int
         Tokens seen since.
+    slot : Tensor or None
+        int64 [1] on the device; while it is set `update` writes one token there and counts nothing.
     """
 
     is_sliding = False
@@ -46,6 +48,7 @@ class PrunedLayer(CacheLayerMixin):
         self.prefix: PackedKV | None = None
         self.prefix_length = 0
         self.tail_length = 0
+        self.slot: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -87,13 +90,16 @@ class PrunedLayer(CacheLayerMixin):
         Returns
         -------
         tuple of Tensor
-            Views on the keys and values of the tail, [batch, kv_heads, tail, dim].
+            Views on the keys and values of the tail, [batch, kv_heads, tail, dim]; with the room behind it while
+            ``slot`` is set.
 
         Raises
         ------
         CacheMemoryError
             If there is no memory for them; the layer is as before.
         """
+        if self.slot is not None and self.keys is not None and self.values is not None:
+            return self.keys.index_copy_(2, self.slot, key_states), self.values.index_copy_(2, self.slot, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = self.tail_length + key_states.shape[2]
@@ -111,6 +117,20 @@ class PrunedLayer(CacheLayerMixin):
         if self.keys is None or self.values is None:
             raise CacheStateError("The tail of the layer is empty.")
         return self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
+
+    def reserve(self, room: int) -> int:
+        """Make room for so many tokens more, without NaN or inf in it; return how many the tail has room for now.
+
+        Raises
+        ------
+        CacheMemoryError
+            If there is no memory for it; the layer is as before.
+        """
+        keys, values = self.tail()
+        needed = self.tail_length + room
+        larger = [_grown(one, self.tail_length, needed) for one in (keys, values)]
+        self.keys, self.values = larger
+        return needed
 
     def compact(self, keep: Tensor) -> None:
         """Move the kept entries of the tail into the prefix and free the tail.
@@ -195,23 +215,26 @@ def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
     """Write ``new`` behind the first ``used`` entries of a buffer, or of a larger one if there is no room."""
     needed = used + new.shape[2]
     if buffer is None or buffer.shape[2] < needed:
-        room = needed + max(MIN_GROWTH, needed // 8)
-        try:
-            grown = new.new_empty((*new.shape[:2], room, new.shape[3]))
-        except RuntimeError as error:
-            if not lacks_memory(error):
-                raise
-            raise CacheMemoryError(
-                f"There is no memory for keys and values of {tuple(new.shape[:2])} rows and heads with room for {room} "
-                f"tokens ({one_line(error)}): free some, or decode fewer rows or shorter answers."
-            ) from error
-        if buffer is not None:
-            grown[:, :, :used] = buffer[:, :, :used]
-        buffer = grown
+        buffer = _grown(new[:, :, :0] if buffer is None else buffer, used, needed + max(MIN_GROWTH, needed // 8))
     elif buffer.is_inference() and not torch.is_inference_mode_enabled():
         buffer = buffer.clone()  # a turn under inference_mode, then one outside of it
     buffer[:, :, used:needed] = new
     return buffer
+
+
+def _grown(buffer: Tensor, used: int, room: int) -> Tensor:
+    """Copy the first ``used`` entries of a buffer to a new one with room for ``room``, zeros behind them."""
+    try:
+        grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3]))
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        raise CacheMemoryError(
+            f"There is no memory for keys and values of {tuple(buffer.shape[:2])} rows and heads with room for {room} "
+            f"tokens ({one_line(error)}): free some, or decode fewer rows or shorter answers."
+        ) from error
+    grown[:, :, :used] = buffer[:, :, :used]
+    return grown
 
 
 def lacks_memory(error: RuntimeError) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from .attachment import ATTRIBUTE, Lease
-from .config import PLPHPConfig, checked
+from .config import PLPHPConfig, checked, checked_mode
 from .errors import CacheStateError
 from .registry import resolve
 from .report import PruneReport
@@ -22,10 +22,12 @@ class Session:
     ----------
     config : PLPHPConfig
         Settings of the caches that ``generate`` makes.
+    decode : str
+        How they are decoded with.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PLPHPConfig | None) -> None:
-        self.config = checked(config)
+    def __init__(self, model: PreTrainedModel, config: PLPHPConfig | None, decode: str = "eager") -> None:
+        self.config, self.decode = checked(config), checked_mode(decode)
         resolve(self.config)
         self._report: PruneReport | None = None
         self._lease = Lease.of(model)
@@ -55,7 +57,7 @@ class Session:
 
 
 @contextmanager
-def prune(model: PreTrainedModel, config: PLPHPConfig | None = None) -> Iterator[Session]:
+def prune(model: PreTrainedModel, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Iterator[Session]:
     """Prune whatever the model generates inside the block.
 
     Sessions may be nested, the innermost counts. A thread that has no session of its own uses the newest one of any
@@ -67,6 +69,8 @@ def prune(model: PreTrainedModel, config: PLPHPConfig | None = None) -> Iterator
         A supported vision-language model, in evaluation mode.
     config : PLPHPConfig, optional
         Default: ``PLPHPConfig()``.
+    decode : {"eager", "auto", "graph"}
+        Replay decoding steps from a CUDA graph ("graph"), where that is possible and pays ("auto"), or never.
 
     Yields
     ------
@@ -83,14 +87,14 @@ def prune(model: PreTrainedModel, config: PLPHPConfig | None = None) -> Iterator
     ...     output = model.generate(**inputs, max_new_tokens=100)
     >>> run.report.kv_reduction  # doctest: +SKIP
     """
-    session = Session(model, config)
+    session = Session(model, config, decode)
     try:
         yield session
     finally:
         session.close()
 
 
-def apply(model: PreTrainedModel, config: PLPHPConfig | None = None) -> Session:
+def apply(model: PreTrainedModel, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Session:
     """Prune whatever the model generates from now on, until `remove`; pipelines work unchanged.
 
     A second ``apply`` takes the place of the first.
@@ -101,13 +105,15 @@ def apply(model: PreTrainedModel, config: PLPHPConfig | None = None) -> Session:
         A supported vision-language model.
     config : PLPHPConfig, optional
         Default: ``PLPHPConfig()``.
+    decode : {"eager", "auto", "graph"}
+        As for `prune`.
 
     Returns
     -------
     Session
         Its ``report`` tells what the newest ``generate`` kept.
     """
-    session = Session(model, config)
+    session = Session(model, config, decode)
     attachment = session._lease.attachment
     previous, attachment.applied = attachment.applied, session
     if previous is not None:

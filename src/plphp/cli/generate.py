@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plphp.config import PLPHPConfig
+from plphp.config import PLPHPConfig, checked_mode
 from plphp.errors import ConfigError
 
 from ._app import JsonOption, app, console, loading_bars, print_json, progress
@@ -53,6 +53,9 @@ def generate(
     top_p: Annotated[float | None, _option(GENERATION, "Sample from this share of the probability.")] = None,
     seed: Annotated[int | None, _option(GENERATION, "Seed of the sampling.", min=0)] = None,
     num_beams: Annotated[int, _option(GENERATION, "Beams; default 1.", min=1)] = 1,
+    decode: Annotated[
+        str, _option(GENERATION, "eager, auto or graph: replay decoding steps from a CUDA graph; default eager.")
+    ] = "eager",
     dtype: Annotated[str, _option(GENERATION, "auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, _option(GENERATION, "Default: a GPU if there is one.")] = None,
     compare: Annotated[bool, _option(OUTPUT, "Show the unpruned answer beside.", "--compare")] = False,
@@ -62,6 +65,7 @@ def generate(
 ) -> None:
     """Answer a prompt about images, with a pruned KV cache."""
     settings = read_settings(config, config_file, method, retention_rate, target_retention)
+    checked_mode(decode)
     sampling = sampling_options(temperature, top_p, seed)
     options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling}
     if report is not None and not report.parent.is_dir():
@@ -88,7 +92,7 @@ def generate(
         weights = load_weights(model, dtype, device)
     action = _compare if compare else _answer
     extra = {"rounds": rounds} if compare else {}
-    found = action(weights, processor, inputs, settings, options, seed or 0, as_json, **extra)
+    found = action(weights, processor, inputs, settings, decode, options, seed or 0, as_json, **extra)
     if report is not None:
         found.to_json(report)
 
@@ -136,6 +140,7 @@ def _answer(
     processor: Any,
     inputs: dict[str, Any],
     settings: PLPHPConfig,
+    decode: str,
     options: dict[str, Any],
     seed: int,
     as_json: bool,
@@ -149,7 +154,7 @@ def _answer(
     streams = not as_json and options["num_beams"] == 1
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     torch.manual_seed(seed)
-    with prune(model, settings) as run, torch.no_grad():
+    with prune(model, settings, decode=decode) as run, torch.no_grad():
         output: Any = model.generate(**_on_device(inputs, model), **options, streamer=streamer)
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
@@ -167,6 +172,7 @@ def _compare(
     processor: Any,
     inputs: dict[str, Any],
     settings: PLPHPConfig,
+    decode: str,
     options: dict[str, Any],
     seed: int,
     as_json: bool,
@@ -176,7 +182,9 @@ def _compare(
     from plphp.tables import comparison_table, comparison_values, layer_table
 
     with progress("comparing", quiet=as_json) as tell:
-        found = compare(model, processor, inputs, settings, rounds=rounds, seed=seed, progress=tell, **options)
+        found = compare(
+            model, processor, inputs, settings, rounds=rounds, seed=seed, decode=decode, progress=tell, **options
+        )
     if as_json:
         print_json(comparison_values(found))
     else:
