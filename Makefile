@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help demo bench test test-oldest lint wheel train clean
+.PHONY: help demo bench bench-all test test-oldest lint wheel train clean
 
 help:
 	@echo "make demo         answer questions on images, unpruned and pruned side by side"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests on the oldest supported transformers"
 	@echo "make bench        time and memory on this machine, beside transformers' own cache"
+	@echo "make bench-all    the same for all sizes, with results files (an hour or more on a CPU)"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        build the wheel and try it in a clean environment"
 	@echo "make train        train the bundled model again (hours on 2 CPU cores)"
@@ -24,6 +25,14 @@ bench: $(VENV)/.plphp
 	$(BIN)/python benchmarks/prefill.py --vision-tokens 2000 --retention 0.4 --rounds 2
 	$(BIN)/python benchmarks/capacity.py --memory 1 --retention 1.0 0.4
 	$(BIN)/python benchmarks/end_to_end.py --images 2 --new-tokens 64 --retention 0.4 --rounds 1
+
+# All of it, with results files: make bench-all DEVICE=cuda.
+DEVICE ?= cpu
+bench-all: $(VENV)/.plphp
+	for script in decode prefill scaling capacity end_to_end; do \
+		$(BIN)/python benchmarks/$$script.py --device $(DEVICE) \
+			--out benchmarks/results/$${script}_$(DEVICE).json || exit 1; \
+	done
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto

@@ -5,7 +5,8 @@ Caches are filled with random keys and values, as if prompts of so many vision t
 what is kept of them differs between layers and between the rows of a batch, as it does with plphp. Variants are
 interleaved step by step in one process; figures are medians. The floor is the time in which the memory moves the
 weights and the kept keys and values once at the bandwidth of a large copy, measured beforehand; reading alone may be
-faster than copying, so that more than all of the floor can be reached.
+faster than copying, so that more than all of the floor can be reached. On a GPU two more are measured: transformers'
+StaticCache with a compiled model, and our steps replayed from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.console import Console
 from shapes import TEXT_TOKENS, build_model, twin
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 import plphp
 from plphp.attachment import Lease
@@ -34,6 +35,8 @@ from plphp.tables import human_bytes
 
 WARM_UP = 4
 """Steps that are not timed: with a graph the first is eager, the second captured, and it and the third compared."""
+
+COMPILED = "StaticCache, compiled"
 
 
 def entries(model: LlavaForConditionalGeneration, batch: int, length: int, layer: int) -> tuple[Tensor, Tensor]:
@@ -65,6 +68,14 @@ def dynamic_cache(model: LlavaForConditionalGeneration, batch: int, vision: int)
     return cache
 
 
+def static_cache(model: LlavaForConditionalGeneration, batch: int, vision: int, room: int) -> Cache:
+    """Transformers' own cache of a fixed size, for compiled models."""
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=vision + TEXT_TOKENS + room)
+    for number in range(len(cache.layers)):
+        cache.update(*entries(model, batch, vision + TEXT_TOKENS, number), number)
+    return cache
+
+
 def pruned_cache(lease: Lease, batch: int, vision: int, rate: float) -> Cache:
     """Ours, at a retention rate, for the model of a lease."""
     model = lease.attachment.model
@@ -81,10 +92,11 @@ def stepper(
 ) -> Callable[[], Any]:
     """Make a function that decodes one token of every row, with another forward than the model's if one is given."""
     tokens = torch.arange(batch, device=model.device)[:, None] % 400 + 10
+    place = itertools.count(int(cache.get_seq_length()))
 
     @torch.inference_mode()
     def step() -> None:
-        positions = torch.full_like(tokens, cache.get_seq_length())
+        positions = torch.full_like(tokens, next(place))
         (forward or model)(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
 
     return step
@@ -102,6 +114,9 @@ def measure(
     caches |= {f"plphp {rate:g}": pruned_cache(lease, batch, vision, rate) for rate in args.retention}
     ours = lease.attachment.model
     steps = {name: stepper(stock if name == BASELINE else ours, cache, batch) for name, cache in caches.items()}
+    if args.compiled:
+        caches[COMPILED] = cache = static_cache(stock, batch, vision, args.steps + WARM_UP)
+        steps[COMPILED] = stepper(stock, cache, batch, torch.compile(stock.forward, mode="reduce-overhead"))
     for rate in args.retention if args.graphs else ():
         name = f"plphp {rate:g}, graph"
         caches[name] = cache = pruned_cache(lease, batch, vision, rate)
@@ -144,6 +159,9 @@ def main() -> None:
     parser.add_argument("--vision-tokens", type=int, nargs="+", default=[7000] if on_gpu else [2000, 8000])
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2])
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each variant")
+    parser.add_argument(
+        "--compiled", action=argparse.BooleanOptionalAction, default=on_gpu, help="also StaticCache, compiled"
+    )
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=on_gpu, help="also CUDA graphs")
     args = parser.parse_args()
 

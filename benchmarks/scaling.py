@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.4, 0.1])
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
     args = parser.parse_args()
-    args.graphs = False
+    args.compiled = args.graphs = False
 
     stock = build_model(args.shape, getattr(torch, args.dtype), torch.device(args.device))
     ours = twin(stock)

@@ -61,6 +61,7 @@ def test_decode_compares_like_with_like() -> None:
     tokens = torch.tensor([[5], [6]])
     with torch.inference_mode():
         stock = model(input_ids=tokens, past_key_values=decode.dynamic_cache(model, 2, 50)).logits
+        static = model(input_ids=tokens, past_key_values=decode.static_cache(model, 2, 50, 9)).logits
         lease = Lease.of(model)
         ours, less = (
             model(input_ids=tokens, past_key_values=decode.pruned_cache(lease, 2, 50, rate)).logits
@@ -68,15 +69,29 @@ def test_decode_compares_like_with_like() -> None:
         )
         lease.end()
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(static, stock, atol=1e-5, rtol=0)
     assert (less - stock).abs().max() > 1e-3
 
 
-def test_decode_with_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_decode_with_graphs_and_a_static_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder()
+    monkeypatch.setattr(torch, "compile", lambda forward, mode: forward)
     monkeypatch.setattr(decode, "GraphedDecoding", partial(GraphedDecoding, capture=recorder.capture))
-    settings = ["--batch", "2", "--vision-tokens", "300", "--retention", "0.4", "--steps", "3", "--graphs"]
+    settings = [
+        "--batch",
+        "2",
+        "--vision-tokens",
+        "300",
+        "--retention",
+        "0.4",
+        "--steps",
+        "3",
+        "--graphs",
+        "--compiled",
+    ]
     results = run(decode, monkeypatch, tmp_path / "decode.json", *settings)
-    assert [row["variant"] for row in results["results"]] == ["DynamicCache", "plphp 0.4", "plphp 0.4, graph"]
+    names = ["DynamicCache", "plphp 0.4", "StaticCache, compiled", "plphp 0.4, graph"]
+    assert [row["variant"] for row in results["results"]] == names
     assert (recorder.captures, recorder.replays) == (1, 4 + 3 - 1)
 
 
