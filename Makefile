@@ -11,7 +11,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests on the oldest supported transformers"
 	@echo "make bench        time and memory on this machine, beside transformers' own cache"
-	@echo "make bench-all    the same for all sizes, with results files (an hour or more on a CPU)"
+	@echo "make bench-all    the same for all sizes, with results files"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        build the wheel and try it in a clean environment"
 	@echo "make train        train the bundled model again (hours on 2 CPU cores)"

@@ -48,13 +48,12 @@ def table(title: str, headings: Iterable[str]) -> Table:
 def origin(script: str, args: argparse.Namespace) -> dict[str, Any]:
     """Describe where a file of results comes from, of a script's arguments; without ``device`` it ran on the CPU."""
     device = torch.device(getattr(args, "device", "cpu"))
-    cpu = platform.processor() or platform.machine()
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     return {
         "script": f"benchmarks/{script}.py",
         "date": datetime.date.today().isoformat(),
         "settings": settings,
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
         "versions": {
             "plphp": plphp.__version__,
@@ -63,6 +62,15 @@ def origin(script: str, args: argparse.Namespace) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _cpu() -> str:
+    """Name of the processor where the system tells it, and the widest instructions that torch uses."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def write(out: Path | None, results: Mapping[str, Any]) -> None:
