@@ -41,7 +41,10 @@ def limited(memory: int, device: torch.device) -> Iterator[None]:
     """Let no more than ``memory`` bytes be allocated beside what is."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated(device) + memory) / total, device)
+        share = (torch.cuda.memory_allocated(device) + memory) / total
+        if share > 1:
+            raise SystemExit(f"--memory {memory / 2**30:g} is more than the {total / 2**30:.0f} GiB of the GPU allow.")
+        torch.cuda.set_per_process_memory_fraction(share, device)
         try:
             yield
         finally:
@@ -62,9 +65,9 @@ def fits(make_cache: Callable[[int], Cache], model: Any, batch: int, memory: int
 
     What libraries allocate once for a batch, as oneDNN does for its primitives, is allocated before and does not count.
     """
-    decode.stepper(model, decode.dynamic_cache(model, batch, 0), batch)()
     cache = None
     try:
+        decode.stepper(model, decode.dynamic_cache(model, batch, 0), batch)()
         with limited(memory, model.device):
             cache = make_cache(batch)
             decode.stepper(model, cache, batch)()

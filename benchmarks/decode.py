@@ -164,6 +164,8 @@ def main() -> None:
     )
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=on_gpu, help="also CUDA graphs")
     args = parser.parse_args()
+    if args.graphs and torch.device(args.device).type != "cuda":
+        parser.error("--graphs needs --device cuda: a CPU has no CUDA graphs.")
 
     device = torch.device(args.device)
     stock = build_model(args.shape, getattr(torch, args.dtype), device)

@@ -22,6 +22,7 @@ from transformers import LlavaForConditionalGeneration
 
 import plphp
 from plphp.compare import Run, compare
+from plphp.config import DECODE_MODES
 from plphp.tables import human_bytes
 
 
@@ -48,17 +49,21 @@ def make_inputs(model: LlavaForConditionalGeneration, batch: int, images: int) -
 def figures(variant: str, run: Run, against: Run, new_tokens: int) -> dict[str, Any]:
     """One row of the table: of a run, and of the unpruned one that it took turns with."""
 
+    def each(one: Run) -> float:
+        assert one.seconds_per_token is not None
+        return one.seconds_per_token
+
     def total(one: Run) -> float:
-        return one.prefill_seconds + (new_tokens - 1) * (one.seconds_per_token or 0.0)
+        return one.prefill_seconds + (new_tokens - 1) * each(one)
 
     return {
         "variant": variant,
         "first_token_seconds": run.prefill_seconds,
-        "seconds_per_token": run.seconds_per_token,
+        "seconds_per_token": each(run),
         "total_seconds": total(run),
         "kv_bytes": run.kv_bytes,
         "ratio_first_token": against.prefill_seconds / run.prefill_seconds,
-        "ratio_per_token": (against.seconds_per_token or 0.0) / (run.seconds_per_token or 1.0),
+        "ratio_per_token": each(against) / each(run),
         "ratio_total": total(against) / total(run),
     }
 
@@ -96,7 +101,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--retention", type=float, nargs="+", default=[0.4, 0.2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--decode", choices=DECODE_MODES, default="auto", help="how the pruned runs decode")
     args = parser.parse_args()
+    if args.new_tokens < 2:
+        parser.error("--new-tokens must be at least 2: the first one comes out of the prompt.")
 
     tower = SMALL if args.shape == "tiny" else SO400M
     model = build_model(args.shape, getattr(torch, args.dtype), torch.device(args.device), tower)
@@ -109,6 +117,7 @@ def main() -> None:
             inputs,
             plphp.PLPHPConfig(retention_rate=rate, retention_delta=0.0),
             rounds=args.rounds,
+            decode=args.decode,
             max_new_tokens=args.new_tokens,
             do_sample=False,
         )

@@ -17,7 +17,11 @@ TARGET = GPUTarget("cuda", 80, 32)
 
 
 def shared_bytes(kernel: triton.JITFunction, constants: dict[str, int], pointers: dict[str, str]) -> int:
-    """Compile a kernel whose arguments are integers, but for the constants and the pointers among those given."""
+    """Compile a kernel whose arguments are integers, but for the constants and the pointers among those given.
+
+    Strides over a head's dimension are compiled as the constant 1 that they are, as at run time.
+    """
+    constants = {**{name: 1 for name in kernel.arg_names if name.endswith("_dim")}, **constants}
     given = {name: pointer for name, pointer in pointers.items() if name in kernel.arg_names}
     types = {**dict.fromkeys(kernel.arg_names, "i32"), **given, **dict.fromkeys(constants, "constexpr")}
     return triton.compile(ASTSource(kernel, types, constexprs=constants), target=TARGET).metadata.shared

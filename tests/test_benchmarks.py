@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import prefill
 import pytest
 import scaling
 import torch
-from shapes import build_model
+from shapes import build_model, twin
 
 import plphp
 from plphp.attachment import Lease
@@ -73,26 +74,26 @@ def test_decode_compares_like_with_like() -> None:
     assert (less - stock).abs().max() > 1e-3
 
 
-def test_decode_with_graphs_and_a_static_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_decode_with_graphs_and_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does beside, recorded on the CPU and not compiled."""
     recorder = Recorder()
-    monkeypatch.setattr(torch, "compile", lambda forward, mode: forward)
     monkeypatch.setattr(decode, "GraphedDecoding", partial(GraphedDecoding, capture=recorder.capture))
-    settings = [
-        "--batch",
-        "2",
-        "--vision-tokens",
-        "300",
-        "--retention",
-        "0.4",
-        "--steps",
-        "3",
-        "--graphs",
-        "--compiled",
-    ]
-    results = run(decode, monkeypatch, tmp_path / "decode.json", *settings)
+    monkeypatch.setattr(torch, "compile", lambda forward, mode: forward)
+    model = build_model("tiny", torch.float32, CPU)
+    ours = twin(model)
+    lease = Lease.of(ours)
+    args = argparse.Namespace(retention=[0.4], steps=3, graphs=True, compiled=True)
+    rows = list(decode.measure(model, lease, 2, 300, args))
+    lease.end()
     names = ["DynamicCache", "plphp 0.4", "StaticCache, compiled", "plphp 0.4, graph"]
-    assert [row["variant"] for row in results["results"]] == names
+    assert [row["variant"] for row in rows] == names
     assert (recorder.captures, recorder.replays) == (1, 4 + 3 - 1)
+
+
+def test_graphs_need_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(decode, monkeypatch, tmp_path / "decode.json", "--graphs")
+    assert "--graphs needs --device cuda" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.6, 0.2])

@@ -70,8 +70,8 @@ def _attention_over(base: str) -> Callable[..., Result]:
         attend = partial(_stock(base, module), module, **kwargs)
         prefix = pending.cache.layers[pending.layer].prefix
         hidden = pending.cache.hidden(pending.layer)
-        if pending.cache.shown is not None:
-            attention_mask = pending.cache.shown
+        if pending.cache.tail_bias is not None:
+            attention_mask = pending.cache.tail_bias
         if hidden is not None and prefix is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
             output = _among_shown(attend, query, key, value, attention_mask, hidden.to(key.device))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -72,7 +72,7 @@ class PrunedCache(Cache):
         self._plan: PromptPlan | None = None
         self._lease: Lease | None = None
         self._dead = self._spent = ""
-        self.shown: Tensor | None = None
+        self.tail_bias: Tensor | None = None
 
     @classmethod
     def for_inputs(
@@ -211,7 +211,13 @@ class PrunedCache(Cache):
         CacheMemoryError
             If there is no memory for it; the cache holds what it held.
         """
-        return min(layer.reserve(room) for layer in self._pruned.values())
+        try:
+            return min(layer.reserve(room) for layer in self._pruned.values())
+        except CacheMemoryError:
+            with suppress(CacheMemoryError):
+                for layer in self._pruned.values():
+                    layer.reserve(0)
+            raise
 
     @contextmanager
     def written_at(self, slot: Tensor, bias: Tensor) -> Iterator[None]:
@@ -224,13 +230,13 @@ class PrunedCache(Cache):
         bias : Tensor
             Additive float32 [1, 1, 1, room]; hides what is behind it.
         """
-        self.shown = bias
+        self.tail_bias = bias
         for layer in self._pruned.values():
             layer.slot = slot
         try:
             yield
         finally:
-            self.shown = None
+            self.tail_bias = None
             self._guard.reset()  # nothing was counted, so there is nothing to take back
             for layer in self._pruned.values():
                 layer.slot = None

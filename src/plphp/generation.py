@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .attachment import Attachment
 from .cache import PrunedCache
 from .errors import UnsupportedFeatureError
-from .graph import FEWEST_STEPS, GraphedDecoding, no_graph
+from .graph import FEWEST_STEPS, graph_obstacle, replayed
 from .mrope import position_holder
 
 SUPPORTED_MODES = (
@@ -94,29 +94,21 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     return output
 
 
-@contextmanager
 def _replayed(
     model: PreTrainedModel, cache: PrunedCache, config: GenerationConfig, inputs: dict[str, Any]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let decoding steps be replayed from a graph while the context is open, as the cache is to be decoded with."""
+    reason = graph_obstacle(model, config.num_beams or 1)
+    if cache.decode == "graph" and reason is not None:
+        raise UnsupportedFeatureError(f"decode='graph' cannot be done here: {reason}. Use 'auto' or 'eager' instead.")
     steps = config.max_new_tokens
     if steps is None:
         prompt = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        steps = (config.max_length or 0) - (0 if prompt is None else prompt.shape[1])
-    reason = no_graph(model, config.num_beams or 1)
-    if cache.decode == "graph" and reason is not None:
-        raise UnsupportedFeatureError(f"decode='graph' cannot be done here: {reason}. Use 'auto' or 'eager' instead.")
-    if reason is not None or cache.decode == "eager" or (cache.decode == "auto" and steps < FEWEST_STEPS):
-        yield
-        return
-    before, forward = model.__dict__.get("forward"), model.forward
-    model.__dict__["forward"] = GraphedDecoding(cache, forward, steps, required=cache.decode == "graph")
-    try:
-        yield
-    finally:
-        del model.__dict__["forward"]
-        if before is not None:
-            model.__dict__["forward"] = before
+        # The default length of transformers counts new tokens alone.
+        steps = 20 if config.max_length is None or prompt is None else max(0, config.max_length - prompt.shape[1])
+    if cache.decode == "graph" or (cache.decode == "auto" and reason is None and steps >= FEWEST_STEPS):
+        return replayed(model, cache, steps, required=cache.decode == "graph")
+    return nullcontext()
 
 
 def _positions(model: PreTrainedModel, cache: PrunedCache, config: GenerationConfig) -> dict[str, Any]:

@@ -99,7 +99,9 @@ class PrunedLayer(CacheLayerMixin):
             If there is no memory for them; the layer is as before.
         """
         if self.slot is not None and self.keys is not None and self.values is not None:
-            return self.keys.index_copy_(2, self.slot, key_states), self.values.index_copy_(2, self.slot, value_states)
+            self.keys.index_copy_(2, self.slot, key_states)
+            self.values.index_copy_(2, self.slot, value_states)
+            return self.keys[:], self.values[:]  # views, as the cache marks what it returns
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = self.tail_length + key_states.shape[2]

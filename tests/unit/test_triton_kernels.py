@@ -96,6 +96,8 @@ def test_what_the_kernel_cannot_do_is_named() -> None:
         ({"dim": 257}, "the head dimension is 257, and it goes up to 256"),
         ({"length": TRITON_ROWS}, f"a KV head has {2 * TRITON_ROWS} query rows, and it takes up to {TRITON_ROWS}"),
         ({"grad": True}, "it has no gradient"),
+        # A bank's queries are float32, in a model of half precision too.
+        ({"tail": torch.float16}, "the states have different dtypes: torch.float32, torch.float16, torch.float16"),
         ({"capability": (7, 5)}, "it is for NVIDIA GPUs of compute capability 8.0 and later"),
         ({}, None),
     ],
@@ -109,7 +111,7 @@ def test_what_a_gpu_cannot_do_is_named(
     dtype, dim = changes.get("dtype", torch.float32), changes.get("dim", 8)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: changes.get("capability", (9, 0)))
     query = torch.zeros(1, 4, changes.get("length", 1), dim, dtype=dtype).as_subclass(OnGpu)
-    tail = torch.zeros(1, 2, 3, dim, dtype=dtype)
+    tail = torch.zeros(1, 2, 3, dim, dtype=changes.get("tail", dtype))
     if changes.get("grad"):
         query.requires_grad_()
     assert unsupported_by_triton(query, tail, tail) == reason

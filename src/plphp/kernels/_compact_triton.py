@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_shapes import tile_shape, wide_of
+from ._triton_shapes import on_its_device, tile_shape, wide_of
 
 
+@on_its_device
 def gather(keys: Tensor, values: Tensor, keep: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Copy what is kept of keys and values [batch, kv_heads, seq, dim] to [total, dim] each.
 

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import PackedKV
-from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, tile_shape, wide_of
+from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
 
 
+@on_its_device
 def attend(
     query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of `plphp.kernels.scores`: the keys are read twice, for the softmax's sums and for its weights.
+"""Triton kernels of `plphp.kernels.scores`: the keys are read for the softmax's sums, then for its weights.
 
-No logits are stored. The query rows of a KV head are tiles as in `_decode_triton`; sums are in base 2 inside a program.
+No logits are stored. The query rows of a KV head are tiles as in `_decode_triton`, and every tile reads the keys for
+the sums; sums are in base 2 inside a program.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import PackedKV
-from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, tile_shape, wide_of
+from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
 
 
+@on_its_device
 def attention_mass(
     query: Tensor,
     weight: Tensor,

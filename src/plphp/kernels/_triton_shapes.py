@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the Triton kernels cut their work: widths, tiles, and chunks of entries."""
+"""What the Triton kernels share: how they cut their work, and where it is launched."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -15,6 +19,23 @@ ENTRIES = 64
 TILE_BYTES = 2**14
 """Most bytes of a tile of keys or queries: several have to fit into 99 KiB of shared memory."""
 LARGEST_CHUNK = 4096
+
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+
+def on_its_device(
+    launches: Callable[Concatenate[torch.Tensor, Rest], Result],
+) -> Callable[Concatenate[torch.Tensor, Rest], Result]:
+    """Let a function launch where its first argument is: Triton takes the current device and its stream."""
+
+    def launch(first: torch.Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        with torch.cuda.device_of(first):
+            return launches(first, *args, **kwargs)
+
+    functools.update_wrapper(launch, launches)
+    return launch
 
 
 def wide_of(dim: int) -> int:

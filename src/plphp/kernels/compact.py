@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,9 +52,13 @@ def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: 
     """Largest difference between the Triton kernel and the reference on a small case: none, as both copy."""
     from . import _compact_triton
 
-    noise = triton_choice.noise(device, dtype)
-    keys, values = noise(2, 150, 3, dim).transpose(1, 2), noise(2, 3, 150, value_dim)
-    keep = noise(2, 3, 150) > 0
-    found = _compact_triton.gather(keys, values, keep, int(keep.sum()))
-    pairs = zip(found, _by_torch(keys, values, keep), strict=True)
-    return max(triton_choice.difference(one, other) for one, other in pairs)
+    def case(noise: Callable[..., Tensor], _: torch.device) -> tuple[Any, ...]:
+        return noise(2, 150, 3, dim).transpose(1, 2), noise(2, 3, 150, value_dim), noise(2, 3, 150) > 0
+
+    def gather(keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
+        return torch.cat(_compact_triton.gather(keys, values, keep, int(keep.sum())), dim=1)
+
+    def reference(keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
+        return torch.cat(_by_torch(keys, values, keep), dim=1)
+
+    return triton_choice.difference(gather, reference, case, device, dtype)

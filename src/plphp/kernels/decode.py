@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -126,11 +129,11 @@ def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: 
     """Largest difference between the Triton kernel and the reference on a small case."""
     from . import _decode_triton
 
-    noise = triton_choice.noise(device, dtype)
-    prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
-    query, keys, values = noise(2, 6, 1, dim), noise(2, 2, 70, dim), noise(2, 2, 70, value_dim)
-    arguments = (query, prefix, keys, values, None, dim**-0.5)
-    return triton_choice.difference(_decode_triton.attend(*arguments), _by_torch(*arguments))
+    def case(noise: Callable[..., Tensor], _: torch.device) -> tuple[Any, ...]:
+        prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
+        return noise(2, 6, 1, dim), prefix, noise(2, 2, 70, dim), noise(2, 2, 70, value_dim), None, dim**-0.5
+
+    return triton_choice.difference(_decode_triton.attend, _by_torch, case, device, dtype)
 
 
 def _attend_rows(

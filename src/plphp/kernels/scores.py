@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,14 +152,17 @@ def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: 
     """Largest difference between the Triton kernel and the reference on a small case; it reads no values."""
     from . import _scores_triton
 
-    noise = triton_choice.noise(device, dtype)
-    prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
-    query, keys = noise(2, 6, 3, dim), noise(2, 2, 70, dim)
-    weight = torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.3, 0.5]], device=device)
-    position, real = torch.tensor([40, 60, 69], device=device), torch.arange(70, device=device).expand(2, -1) > 5
-    arguments = (query, weight, position, keys, real, prefix, dim**-0.5)
-    expected = _by_torch(*arguments, PLAIN, None, "mean").attention
-    return triton_choice.difference(_scores_triton.attention_mass(*arguments), expected)
+    def case(noise: Callable[..., Tensor], where: torch.device) -> tuple[Any, ...]:
+        prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
+        weight = torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.3, 0.5]], device=where)
+        position, real = torch.tensor([40, 60, 69], device=where), torch.arange(70, device=where).expand(2, -1) > 5
+        return noise(2, 6, 3, dim), weight, position, noise(2, 2, 70, dim), real, prefix, dim**-0.5
+
+    def reference(*arguments: Any) -> Tensor:
+        more: tuple[Any, ...] = (PLAIN, None, "mean")
+        return _by_torch(*arguments, *more).attention
+
+    return triton_choice.difference(_scores_triton.attention_mass, reference, case, device, dtype)
 
 
 def places(rank: Tensor, candidates: Tensor | None = None) -> Tensor:

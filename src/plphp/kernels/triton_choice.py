@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ NO_CUDA = "it needs a CUDA device"
 Trial = Callable[[torch.device, torch.dtype, int, int], float]
 """Runs a kernel and its reference on a device at a dtype and the widths of keys and values: the largest difference."""
 
+Case = Callable[[Callable[..., Tensor], torch.device], tuple[Any, ...]]
+"""Makes the arguments of a trial on a device, with what draws normal numbers of a shape."""
+
 
 def unsupported(*states: Tensor) -> str | None:
     """Say why no Triton kernel can read these states [batch, heads, seq, dim]; None where one can."""
@@ -34,6 +38,8 @@ def unsupported(*states: Tensor) -> str | None:
         return "triton is not installed"
     if first.dtype not in TOLERANCE:
         return f"it does not know the dtype {first.dtype}"
+    if any(one.dtype != first.dtype for one in states):
+        return f"the states have different dtypes: {', '.join(str(one.dtype) for one in states)}"
     if torch.version.hip is not None or torch.cuda.get_device_capability(first.device) < (8, 0):
         return "it is for NVIDIA GPUs of compute capability 8.0 and later"
     widest = max(one.shape[-1] for one in states)
@@ -49,6 +55,8 @@ def trouble(trial: Trial, device: torch.device, dtype: torch.dtype, dim: int, va
     """Try a Triton kernel against its reference, once for each device, dtype and width; say what is wrong with it."""
     try:
         worst = trial(device, dtype, dim, value_dim)
+    except torch.OutOfMemoryError:  # says nothing about the kernel, and is not kept as its result
+        raise
     except Exception as error:  # compilers raise what they like
         return f"it fails on this device ({type(error).__name__}: {one_line(error, limit=200)})"
     if worst < TOLERANCE[dtype]:
@@ -64,15 +72,26 @@ def usable(operation: str, reason: str | None, trial: Trial, keys: Tensor, value
     return reason is None
 
 
-def noise(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Make what draws normal numbers of a shape for a trial, the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
+def difference(
+    kernel: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Largest difference of a kernel, on a device and in a dtype, from the reference in float64 on the CPU.
 
+    There the reference depends on no setting of the process. NaN where one of them has one.
+    """
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference between two results, NaN where one of them has one."""
-    return (found.float() - expected.float()).abs().max().item()
+    def noise(cast: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return lambda *shape: cast(torch.randn(shape, generator=generator, device="cpu").to(dtype))
+
+    found = kernel(*case(noise(lambda one: one.to(device)), device))
+    with torch.autocast("cpu", enabled=False):
+        expected = reference(*case(noise(lambda one: one.double()), torch.device("cpu")))
+    return (found.double().cpu() - expected.double()).abs().max().item()
 
 
 @cache
