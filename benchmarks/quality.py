@@ -167,7 +167,7 @@ def ablation(arguments: argparse.Namespace) -> None:
         methods,
         split="dev",
         retention=ABLATION_RETENTION,
-        samples=arguments.samples or 200,
+        samples=arguments.samples or 40,
     )
     write_results(out, arguments.results / "ablation.json", next(iter(ABLATION)))
 
@@ -197,11 +197,12 @@ def transfer(arguments: argparse.Namespace) -> None:
             tasks=(group,),
             split="dev",
             retention=ABLATION_RETENTION,
-            samples=arguments.samples or 200,
+            samples=arguments.samples or 40,
         )
         figures = summarize(out, "bank of all groups")
         groups[group] = {"variants": figures["variants"], "figures": figures["groups"][group]["variants"]}
-    about = {**provenance(model), "samples": arguments.samples or 200, "split": "dev"}
+    about = {**provenance(model), "samples": arguments.samples or 40, "split": "dev"}
+    about["bank_dtype"] = about.pop("dtype")  # the answers are given in the model's own
     _write(arguments, "transfer.json", {**about, "groups": groups})
 
 

@@ -14,6 +14,7 @@ PAGE = Path(__file__).parent / "quality.md"
 PLOTS = Path(__file__).parent / "quality"
 """Where the plots are looked for; ``benchmarks/quality.py`` draws them."""
 GLANCE = (0.5, 0.25, 0.1)
+BY_TASK = ("plphp", "random1", "snapkv", "query_bank", "oracle")
 """Retentions of the first table."""
 AIMS = {0.5: 0.46, 0.25: 1.5, 0.1: 5.0}
 """Most points that were to be lost on questions about one region, by retention; the first is the paper's figure."""
@@ -23,8 +24,7 @@ Figures = Mapping[str, Any]
 HEAD = """# Quality
 
 Made by `docs/make_quality.py` from the files in `benchmarks/results`; do not edit. How the figures come about, and what
-they mean, is in [evaluation.md](evaluation.md). The commands that make them, in this order (`--samples` of the last
-three is in the tables here):
+they mean, is in [evaluation.md](evaluation.md). The commands that make them, in this order:
 
 ```bash
 python benchmarks/quality.py bank          # queries of the model's answers, for query_bank, development split
@@ -250,7 +250,27 @@ def _tasks(results: Mapping[str, Any]) -> str:
     about = (
         "`full`: the full cache. `zero`: every vision token evicted after prefill. `blank`: uniform grey images.\n\n"
     )
-    return about + "\n".join(lines) + "\n"
+    return about + "\n".join(lines) + "\n" + _by_task(results)
+
+
+def _by_task(results: Mapping[str, Any]) -> str:
+    """What the means over groups hide: some methods, task by task."""
+    names = {(one["label"], one["retention"]): one["name"] for one in results["variants"]}
+    labels = [label for label in BY_TASK if all((label, rate) in names for rate in GLANCE)]
+    if not labels:
+        return ""
+    lines = [
+        f"| task | {' | '.join(f'`{label}`' for label in labels)} |",
+        f"|---|{'---|' * len(labels)}",
+    ]
+    for task, values in results["tasks"].items():
+        cells = []
+        for label in labels:
+            found = [values["variants"][names[label, rate]]["score"]["mean"] for rate in GLANCE]
+            cells.append(" · ".join(f"{100 * score:.1f}" for score in found))
+        lines.append(f"| {' | '.join((f'`{task}`', *cells))} |")
+    rates = " · ".join(f"{100 * rate:.0f}" for rate in GLANCE)
+    return f"\nTask by task, at {rates} % of the vision KV:\n\n" + "\n".join(lines) + "\n"
 
 
 def _ablation(results: Mapping[str, Any]) -> str:

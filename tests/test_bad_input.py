@@ -632,15 +632,15 @@ def test_no_memory_for_the_next_token(
     length = cache.get_seq_length()
     token = expected.sequences[:, length][:, None]
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1)], 1).long()
-    calls, stock = itertools.count(), torch.Tensor.new_empty
+    calls, stock = itertools.count(), torch.Tensor.new_zeros
 
-    def new_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def new_zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
         if next(calls) == call:
             raise error(text)
         return stock(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        patch.setattr(torch.Tensor, "new_zeros", new_zeros)
         with pytest.raises(CacheMemoryError, match=f"memory.* room for 17 tokens .*holds {length} tokens as before"):
             llava(input_ids=token, attention_mask=mask, past_key_values=cache)
     assert cache.get_seq_length() == length
@@ -660,7 +660,7 @@ def test_no_memory_where_a_step_cannot_be_taken_back(monkeypatch: pytest.MonkeyP
 
     model(**inputs, past_key_values=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", no_memory)
+        patch.setattr(torch.Tensor, "new_zeros", no_memory)
         with pytest.raises(CacheMemoryError, match=r"answers; this PrunedCache cannot be used any more\.$"):
             model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
     with pytest.raises(CacheStateError, match="cannot be used any more"):
@@ -676,7 +676,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 
     inputs = llava_inputs((1,))
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
-    monkeypatch.setattr(torch.Tensor, "new_empty", broken)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", broken)
     with pytest.raises(RuntimeError, match=text):
         generate(llava, inputs, past_key_values=cache)
 

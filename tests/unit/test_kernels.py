@@ -422,6 +422,7 @@ def test_scores_read_the_keys_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @BOTH
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter's numpy
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_do_not_read_padding_or_later_keys(bad: float) -> None:
     case = make(11, length=1, tail=6)
