@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import plphp
 from invariants import assert_same_generation, generate, pruned
-from plphp import PLPHPConfig, PrunedCache, generation, graph
+from plphp import PLPHPConfig, PrunedCache, captured, generation, graph
 from plphp.errors import CacheMemoryError, ConfigError, UnsupportedFeatureError
 from plphp.layer import PrunedLayer
 from test_invariants import config
@@ -232,12 +232,12 @@ def test_a_position_that_a_capture_holds_fast_is_found_out(
     model = tiny_model("llava", dtype)
     inputs = TINY["llava"].inputs(model, (2, 0, 1))
     expected, _ = pruned(model, inputs, config("plphp"), max_new_tokens=50)
-    taken = graph._Step.__call__
+    taken = captured.CapturedStep.__call__
 
     def stale(self: Any, kwargs: dict[str, Any]) -> Tensor:
         return taken(self, {**kwargs, "position_ids": self._given["position_ids"].clone()})
 
-    monkeypatch.setattr(graph._Step, "__call__", stale)
+    monkeypatch.setattr(captured.CapturedStep, "__call__", stale)
     monkeypatch.setitem(graph.TOLERANCE, dtype, 1e9)
     found = graphed(model, inputs, config("plphp"), "auto", max_new_tokens=50)
     assert torch.equal(found.sequences, expected.sequences)
@@ -248,8 +248,8 @@ def test_a_position_that_a_capture_holds_fast_is_found_out(
 def test_what_a_graph_reads_stays_alive(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph holds addresses, no tensors."""
     made: list[weakref.ref[Tensor]] = []
-    steps: list[graph._Step] = []
-    started = graph._Step.__init__
+    steps: list[captured.CapturedStep] = []
+    started = captured.CapturedStep.__init__
 
     def watched(self: Any, *args: Any) -> None:
         started(self, *args)
@@ -261,7 +261,7 @@ def test_what_a_graph_reads_stays_alive(recorder: Recorder, monkeypatch: pytest.
         logits = run()
         return lambda: logits
 
-    monkeypatch.setattr(graph._Step, "__init__", watched)
+    monkeypatch.setattr(captured.CapturedStep, "__init__", watched)
     monkeypatch.setattr(generation, "replayed", partial(graph.replayed, capture=capture))
     model, inputs = setup("llava")
     graphed(model, inputs, config("plphp"), "auto", max_new_tokens=50)
@@ -273,7 +273,7 @@ def test_what_a_graph_reads_stays_alive(recorder: Recorder, monkeypatch: pytest.
 def test_tails_that_moved_are_captured_anew(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = setup("llava")
     expected, _ = pruned(model, inputs, config("plphp"), max_new_tokens=9)
-    taken = graph._Step.__call__
+    taken = captured.CapturedStep.__call__
 
     def moving(self: Any, kwargs: dict[str, Any]) -> Tensor:
         logits = taken(self, kwargs)
@@ -283,7 +283,7 @@ def test_tails_that_moved_are_captured_anew(recorder: Recorder, monkeypatch: pyt
             old.fill_(torch.nan)
         return logits
 
-    monkeypatch.setattr(graph._Step, "__call__", moving)
+    monkeypatch.setattr(captured.CapturedStep, "__call__", moving)
     assert_same_generation(graphed(model, inputs, config("plphp"), max_new_tokens=9), expected)
     assert recorder.captures == 2
 

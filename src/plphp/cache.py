@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -203,43 +202,9 @@ class PrunedCache(Cache):
         """Whether there is no prompt that has been planned and not been read to its end."""
         return self._plan is None
 
-    def reserve(self, room: int) -> int:
-        """Make room in the tails for so many tokens more; return how many tokens a tail has room for now.
-
-        Raises
-        ------
-        CacheMemoryError
-            If there is no memory for it; the cache holds what it held.
-        """
-        try:
-            return min(layer.reserve(room) for layer in self._pruned.values())
-        except CacheMemoryError:
-            with suppress(CacheMemoryError):
-                for layer in self._pruned.values():
-                    layer.reserve(0)
-            raise
-
-    @contextmanager
-    def written_at(self, slot: Tensor, bias: Tensor) -> Iterator[None]:
-        """Let a step be written to a slot of the tails without being counted, for a graph to replay it.
-
-        Parameters
-        ----------
-        slot : Tensor
-            int64 [1]; the place in the tail.
-        bias : Tensor
-            Additive float32 [1, 1, 1, room]; hides what is behind it.
-        """
-        self.tail_bias = bias
-        for layer in self._pruned.values():
-            layer.slot = slot
-        try:
-            yield
-        finally:
-            self.tail_bias = None
-            self._guard.reset()  # nothing was counted, so there is nothing to take back
-            for layer in self._pruned.values():
-                layer.slot = None
+    def forget_pass(self) -> None:
+        """Be between two passes again, after one that was not counted."""
+        self._guard.reset()
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Update a linear-attention layer, see `transformers.Cache.update_conv_state`."""

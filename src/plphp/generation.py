@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .attachment import Attachment
 from .cache import PrunedCache
 from .errors import UnsupportedFeatureError
-from .graph import FEWEST_STEPS, graph_obstacle, replayed
+from .graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
 from .mrope import position_holder
 
 SUPPORTED_MODES = (
@@ -100,7 +100,7 @@ def _replayed(
     """Let decoding steps be replayed from a graph while the context is open, as the cache is to be decoded with."""
     reason = graph_obstacle(model, config.num_beams or 1)
     if cache.decode == "graph" and reason is not None:
-        raise UnsupportedFeatureError(f"decode='graph' cannot be done here: {reason}. Use 'auto' or 'eager' instead.")
+        raise refusal(reason)
     steps = config.max_new_tokens
     if steps is None:
         prompt = inputs.get("input_ids", inputs.get("inputs_embeds"))

@@ -14,7 +14,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache import PrunedCache
+from .captured import Capture, CapturedStep, capture_cuda, reserve
 from .errors import CacheMemoryError, UnsupportedFeatureError, one_line
 from .layer import PrunedLayer
 
@@ -38,12 +38,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference between replayed and eager logits, as a share of the largest logit."""
 FIRST_LAYER = 0.01
 """The same of the keys and values of the first layer, which depend on the token and its position alone."""
-
-Capture = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
-"""Makes, of a function that runs a step and gives its logits, one that replays the same on a device.
-
-What the function reads has to stay alive as long as the result is used.
-"""
 
 _failed: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 """Models of which a capture failed, and why: it would again."""
@@ -61,36 +55,11 @@ def graph_obstacle(model: PreTrainedModel, beams: int = 1) -> str | None:
     return None
 
 
-def capture_cuda(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Capture in a CUDA graph, after one run that compiles and allocates what is needed once.
-
-    In that run whatever waits for the device raises, as a capture would be broken by it, and torch with it.
-    """
-    graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
-    with _lock, torch.cuda.device(device):
-        current = torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # gives the stream back where the capture does not
-            mode = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")  # of the whole process, for this one step
-            try:
-                run()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                logits = run()
-        current.wait_stream(side)
-
-    def replay() -> Tensor:
-        graph.replay()
-        return logits
-
-    return replay
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def refusal(reason: str) -> UnsupportedFeatureError:
+    """Make the error for what was to be replayed from a graph and cannot be."""
+    return UnsupportedFeatureError(
+        f"decode='graph' cannot be done here: {reason}. Use decode='auto' or 'eager' instead."
+    )
 
 
 class GraphedDecoding:
@@ -127,7 +96,7 @@ class GraphedDecoding:
         self._left, self._required = steps, required
         self._first: dict[str, Any] | None = None
         self._template: Any = None
-        self._step: _Step | None = None
+        self._step: CapturedStep | None = None
         self._off, self._compared = False, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +144,7 @@ class GraphedDecoding:
         self._step, self._compared = None, 0  # frees the graph before
         room = max(1, min(self._left, MOST_ROOM))
         try:
-            self._step = _Step(self.cache, self._forward, first, kwargs, room, self._capture)
+            self._step = CapturedStep(self.cache, self._forward, first, kwargs, room, self._capture)
         except CacheMemoryError as error:
             return one_line(error)
         except Exception as error:  # models do what cannot be captured, and compilers raise what they like
@@ -184,7 +153,7 @@ class GraphedDecoding:
             return reason
         return None
 
-    def _compare(self, step: _Step, kwargs: dict[str, Any]) -> Any:
+    def _compare(self, step: CapturedStep, kwargs: dict[str, Any]) -> Any:
         """Replay a step that is also done eagerly."""
         expected = self._forward(**kwargs)
         written = step.written()
@@ -206,13 +175,11 @@ class GraphedDecoding:
     def _give_up(self, reason: str, kwargs: dict[str, Any]) -> Any:
         self._off, self._step, self._first = True, None, None
         if self._required:
-            raise UnsupportedFeatureError(
-                f"decode='graph' cannot be done here: {reason}. Use decode='auto' or 'eager' instead."
-            )
+            raise refusal(reason)
         log.warning("Decoding without a CUDA graph: %s.", reason)
         if self._template is not None:
             with suppress(CacheMemoryError):
-                self.cache.reserve(0)  # gives the room back
+                reserve(self.cache, 0)  # gives the room back
         return self._forward(**kwargs)
 
     def _output(self, logits: Tensor) -> Any:
@@ -220,69 +187,6 @@ class GraphedDecoding:
         output = copy.copy(self._template)
         output["logits"] = logits.clone()  # the next replay writes to the same memory
         return output
-
-
-class _Step:
-    """A captured step of one cache."""
-
-    def __init__(
-        self,
-        cache: PrunedCache,
-        forward: Callable[..., Any],
-        first: dict[str, Any],
-        kwargs: dict[str, Any],
-        room: int,
-        capture: Capture,
-    ) -> None:
-        self._layers = [layer for layer in cache.layers if isinstance(layer, PrunedLayer)]
-        self._capacity = cache.reserve(room)
-        self._buffers = self._held()
-        # What changes its shape from step to step says what the prompt was, and does not matter any more.
-        given = {name: one.clone() for name, one in _tensors(kwargs).items() if _same_shape(first.get(name), one)}
-        others = {name: kwargs[name] for name in kwargs if name not in (*given, "attention_mask")}
-        device = given["input_ids"].device
-        slot = torch.full((1,), self._layers[0].tail_length, device=device)
-        place = torch.arange(self._capacity, device=device)
-        lowest = torch.finfo(torch.float32).min
-
-        def run() -> Tensor:
-            bias = torch.where(place <= slot, 0.0, lowest)[None, None, None]
-            with cache.written_at(slot, bias):
-                logits: Tensor = forward(**given, **others, attention_mask=None).logits
-            return logits
-
-        self._given, self._settings, self._slot = given, _settings(kwargs), slot
-        self._run = run  # keeps alive what the graph reads
-        self._replay = capture(run, device)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether the tail has room for one token more, in the memory that was captured."""
-        same = all(one is other for one, other in zip(self._held(), self._buffers, strict=True))
-        return same and self._layers[0].tail_length < self._capacity
-
-    def takes(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a step has these arguments, but for what is in its tensors."""
-        same_shapes = all(_same_shape(kwargs.get(name), tensor) for name, tensor in self._given.items())
-        return same_shapes and _settings(kwargs) == self._settings
-
-    def written(self) -> list[Tensor]:
-        """Copies of the newest keys and values of the first layer, [batch, kv_heads, dim] each."""
-        return [states[:, :, -1].clone() for states in self._layers[0].tail()]
-
-    def __call__(self, kwargs: dict[str, Any]) -> Tensor:
-        """Replay; the logits [batch, 1, vocabulary] are those of the newest replay."""
-        for name, tensor in self._given.items():
-            tensor.copy_(kwargs[name])
-        self._slot.fill_(self._layers[0].tail_length)
-        logits = self._replay()
-        for layer in self._layers:
-            layer.tail_length += 1
-        return logits
-
-    def _held(self) -> list[Any]:
-        """What the graph reads of the layers and writes to them."""
-        return [held for layer in self._layers for held in (layer.prefix, layer.keys, layer.values)]
 
 
 class _Dispatcher:
@@ -320,22 +224,6 @@ def replayed(
                 del model.__dict__["forward"]
                 if dispatcher.before is not None:
                     model.__dict__["forward"] = dispatcher.before
-
-
-def _tensors(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a step, but for the mask: there is nothing for it to hide."""
-    return {name: one for name, one in kwargs.items() if isinstance(one, Tensor) and name != "attention_mask"}
-
-
-def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a step that are no tensors, as what can be compared."""
-    plain = (bool, int, float, str, type(None))
-    others = {name: one for name, one in kwargs.items() if not isinstance(one, Tensor)}
-    return {name: one if isinstance(one, plain) else id(one) for name, one in others.items()}
-
-
-def _same_shape(one: Any, other: Tensor) -> bool:
-    return isinstance(one, Tensor) and one.shape == other.shape
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

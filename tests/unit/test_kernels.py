@@ -124,6 +124,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "triton":
         pytest.importorskip("triton")
         monkeypatch.setattr(triton_choice, "unsupported", lambda *_: None)
+        monkeypatch.setattr(
+            triton_choice, "trouble", lambda *_: None
+        )  # a wrong one is to fail here, not to be left out
     return request.param
 
 
