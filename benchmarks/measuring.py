@@ -65,12 +65,13 @@ def origin(script: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """Name of the processor where the system tells it, and the widest instructions that torch uses."""
+    """Name of the processor where the system tells it, the widest instructions that torch uses, and AMX."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    matrices = ", AMX" if any("amx_bf16" in line for line in lines) else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{matrices}"
 
 
 def write(out: Path | None, results: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a decoding step costs what is *kept*: ``python benchmarks/scaling.py``.
 
-Steps are measured as in ``decode.py`` over prompt lengths, batches and retentions. For each cache a line is fitted to
+Steps are measured as in ``decode.py`` over prompt lengths, batches and retentions, in several passes over all of them,
+so that a slow minute of the machine does not hit one length alone. For each cache a line is fitted to
 the times: a fixed cost, and seconds per byte of the kept keys and values. Where one line fits all points of a cache,
 however the bytes come about, the cost is linear in what is kept.
 """
@@ -9,6 +10,7 @@ however the bytes come about, the cost is linear in what is kept.
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,15 +43,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32] if on_gpu else [1, 4])
     parser.add_argument("--vision-tokens", type=int, nargs="+", default=[1000, 4000, 16000])
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.4, 0.1])
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each variant in a pass")
+    parser.add_argument("--passes", type=int, default=3, help="over all points; their median counts")
     args = parser.parse_args()
     args.compiled = args.graphs = False
 
     stock = build_model(args.shape, getattr(torch, args.dtype), torch.device(args.device))
     ours = twin(stock)
     lease = Lease.of(ours)
-    points = itertools.product(args.batch, args.vision_tokens)
-    rows = [row for batch, vision in points for row in decode.measure(stock, lease, batch, vision, args)]
+    points = list(itertools.product(args.batch, args.vision_tokens))
+    passes = [
+        [row for batch, vision in points for row in decode.measure(stock, lease, batch, vision, args)]
+        for _ in range(args.passes)
+    ]
+    rows = [
+        {**same[0], "seconds": statistics.median(row["seconds"] for row in same)} for same in zip(*passes, strict=True)
+    ]
     lease.end()
     lines = {
         BASELINE: line([row for row in rows if row["variant"] == BASELINE]),
@@ -57,7 +66,7 @@ def main() -> None:
     }
 
     console = Console(width=120)
-    title = f"Decoding, {args.shape} shape, {args.dtype}, {args.device}; ms a step, median of {args.steps}"
+    title = f"Decoding, {args.shape} shape, {args.dtype}, {args.device}; ms a step, {args.passes} x {args.steps} steps"
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     table = measuring.table(title, ("batch", "vision", *variants))
     for (batch, vision), of_point in itertools.groupby(rows, lambda row: (row["batch"], row["vision_tokens"])):

@@ -21,7 +21,7 @@ from .cache import PrunedCache
 from .config import PLPHPConfig
 from .errors import PLPHPError, one_line
 from .families.unsupported import UNSUPPORTED
-from .kernels import TRIALS, triton_choice
+from .kernels import TRIALS, choice
 from .layer import PrunedLayer
 from .loading import bundled_model_path, empty_model, load_model
 from .registry import available_families, family_of
@@ -196,18 +196,18 @@ def _attention() -> list[Check]:
 
 
 def _kernels() -> list[Check]:
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    cpu, gpus = torch.device("cpu"), [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     checks = []
-    for device in devices:
-        for (operation, trial), dtype in itertools.product(TRIALS.items(), triton_choice.TOLERANCE):
-            name = f"{operation}, Triton, {device}, {str(dtype).removeprefix('torch.')}"
+    for ((operation, language), trial), dtype in itertools.product(TRIALS.items(), choice.TOLERANCE):
+        for device in [cpu] if language == "C++" else gpus or [cpu]:
+            name = f"{operation}, {language}, {device}, {str(dtype).removeprefix('torch.')}"
             try:
                 states = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device)
             except RuntimeError as error:
                 checks.append(Check(name, False, f"the device cannot be used now: {one_line(error)}"))
                 continue
-            reason = triton_choice.unsupported(states)
-            reason = reason or triton_choice.trouble(trial, device, dtype, HEAD_DIM, HEAD_DIM)
+            reason = choice.UNSUPPORTED[language](states)
+            reason = reason or choice.trouble(trial, device, dtype, HEAD_DIM, HEAD_DIM)
             used = f"used: it agrees with the reference here, at head dimension {HEAD_DIM}"
             checks.append(Check(name, reason is None, f"not used: {reason}" if reason else used))
     return checks

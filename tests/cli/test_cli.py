@@ -299,11 +299,17 @@ class TestSupport:
         self, folder: Path, trouble: str | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         kernels = json.loads(ok("doctor", "--model", folder, "--json"))["kernels"]
-        assert len(kernels) == 9 * max(1, torch.cuda.device_count())
+        triton = [one for one in kernels if "Triton" in one["name"]]
+        assert len(triton) == 9 * max(1, torch.cuda.device_count())
         if not torch.cuda.is_available():
-            assert {(one["ok"], one["detail"]) for one in kernels} == {(False, "not used: it needs a CUDA device")}
-        monkeypatch.setattr("plphp.doctor.triton_choice.unsupported", lambda *_: None)
-        monkeypatch.setattr("plphp.doctor.triton_choice.trouble", lambda *_: trouble)
+            assert {(one["ok"], one["detail"]) for one in triton} == {(False, "not used: it needs a CUDA device")}
+        found = {one["name"]: one["detail"] for one in kernels if "C++" in one["name"]}
+        unknown = "not used: it does not know the dtype torch.float16"
+        assert found.pop("decode_attention, C++, cpu, float16") == unknown
+        used = "used: it agrees with the reference here, at head dimension 128"
+        assert found == {f"decode_attention, C++, cpu, {dtype}": used for dtype in ("float32", "bfloat16")}
+        monkeypatch.setattr("plphp.doctor.choice.UNSUPPORTED", dict.fromkeys(("Triton", "C++"), lambda *_: None))
+        monkeypatch.setattr("plphp.doctor.choice.trouble", lambda *_: trouble)
         text = ok("doctor", "--model", folder)
         assert ("used: it agrees with the reference here" if trouble is None else f"not used: {trouble}") in text
 

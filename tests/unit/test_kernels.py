@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plphp.kernels import compact_kv, decode, decode_attention, scores, triton_choice, window_scores
+from plphp.kernels import _decode_cpp, choice, compact_kv, decode, decode_attention, scores, window_scores
 from plphp.packed import PackedKV
 from plphp.types import Evidence
 
@@ -118,24 +119,44 @@ def assert_attention(actual: Tensor, expected: Tensor, dtype: torch.dtype = torc
 KEPT = ("ragged", "dense", "row", "empty", "none")
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "C++"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The reference, and the Triton kernel: compiled on a GPU, under Triton's interpreter without one."""
+    """The reference; the Triton kernels, under Triton's interpreter where there is no GPU; and the C++ kernel."""
     if request.param == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(triton_choice, "unsupported", lambda *_: None)
-        monkeypatch.setattr(
-            triton_choice, "trouble", lambda *_: None
-        )  # a wrong one is to fail here, not to be left out
+        monkeypatch.setattr(choice, "unsupported_by_triton", lambda *_: None)
+        monkeypatch.setattr(choice, "trouble", lambda *_: None)  # a wrong one is to fail here, not to be left out
+    if request.param == "C++":
+        monkeypatch.setattr(decode, "_by_torch", by_cpp(decode._by_torch))
     return request.param
 
 
-BOTH = pytest.mark.usefixtures("backend")
+def by_cpp(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The C++ kernel, on states with zeros behind their few dimensions."""
+
+    def attend(
+        query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
+    ) -> Tensor:
+        if query.dtype is torch.float16:
+            return otherwise(query, prefix, tail_keys, tail_values, bias, scaling)
+        wide = dataclasses.replace(prefix, keys=widened(prefix.keys, 40), values=widened(prefix.values, 35))
+        states = widened(query, 40), wide, widened(tail_keys, 40), widened(tail_values, 35)
+        return _decode_cpp.attend(*states, bias, scaling)[..., : tail_values.shape[-1]].contiguous()
+
+    return attend
+
+
+def widened(states: Tensor, dim: int) -> Tensor:
+    """Zeros behind the dimensions of each head."""
+    return torch.nn.functional.pad(states, (0, dim - states.shape[-1]))
+
+
+ALL = pytest.mark.usefixtures("backend")
 WIDTHS = pytest.mark.parametrize("value_dim", [VALUE_DIM, KEY_DIM], ids=["narrow", "fused"])
 """Values as wide as the keys go through torch's fused kernel on a CPU."""
 
 
-@BOTH
+@ALL
 @WIDTHS
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kept", KEPT)
@@ -192,7 +213,7 @@ def tail_padding(case: Case) -> Tensor:
     return torch.arange(tail) >= torch.arange(batch)[:, None]
 
 
-@BOTH
+@ALL
 @WIDTHS
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("kind", ["bool", "bool heads", "additive", "additive heads", "one row", "bool 2d", "int 2d"])
@@ -225,7 +246,7 @@ def test_every_kind_of_mask(kind: str, length: int, kept: str, value_dim: int) -
     assert_attention(attend(case, full), case.naive(visible, bias))
 
 
-@BOTH
+@ALL
 @WIDTHS
 def test_additive_mask_with_finite_minimum_as_of_transformers(value_dim: int) -> None:
     case = make(4, length=2, dtype=torch.bfloat16, value_dim=value_dim)
@@ -287,7 +308,7 @@ def test_long_queries_of_the_fused_kernel_are_cut(
     assert_attention(cut, case.naive(visible))
 
 
-@BOTH
+@ALL
 @WIDTHS
 @pytest.mark.parametrize("kept", ["ragged", "dense"])
 @pytest.mark.parametrize("hidden", [False, -torch.inf, torch.finfo(torch.float32).min])
@@ -299,7 +320,7 @@ def test_a_query_that_sees_nothing_of_the_tail_sees_the_prefix(hidden: float, ke
     assert_attention(attend(case, mask), case.naive(case.visible(shown)))
 
 
-@BOTH
+@ALL
 @WIDTHS
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("which", ["query", "tail_keys", "tail_values"])
@@ -310,7 +331,7 @@ def test_any_strides_will_do(which: str, group: int, value_dim: int) -> None:
     assert_attention(attend(case), expected)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_evicted_entries_never_leak(bad: float) -> None:
     case = make(6, length=2)
@@ -320,7 +341,7 @@ def test_evicted_entries_never_leak(bad: float) -> None:
     assert_attention(attend(case), expected)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("kept", KEPT)
 def test_output_and_prefix_share_no_memory_with_the_inputs(kept: str) -> None:
     case = make(7, kept=kept)
@@ -338,7 +359,7 @@ def test_output_and_prefix_share_no_memory_with_the_inputs(kept: str) -> None:
     assert torch.equal(again, expected)
 
 
-@BOTH
+@ALL
 def test_inputs_are_not_changed() -> None:
     case = make(8, length=3)
     mask = torch.where(case.visible()[:, :1, :, case.keys.shape[2] :], 0.0, -torch.inf)
@@ -396,7 +417,7 @@ def window(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return weight / weight.sum(1, keepdim=True), position, real
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kept", [*KEPT, None])
 @pytest.mark.parametrize(("kv_heads", "group", "length", "tail"), [(1, 4, 1, 6), (2, 3, 4, 7), (3, 1, 3, 9)])
@@ -424,7 +445,7 @@ def test_scores_read_the_keys_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(window_scores(*arguments).attention, whole)
 
 
-@BOTH
+@ALL
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter's numpy
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_do_not_read_padding_or_later_keys(bad: float) -> None:
@@ -439,7 +460,7 @@ def test_scores_do_not_read_padding_or_later_keys(bad: float) -> None:
     assert (actual[:, :, 5] == 0).all()
 
 
-@BOTH
+@ALL
 def test_rows_without_a_query_in_a_column_take_nothing_from_it() -> None:
     """Also where the query that does not count is NaN."""
     case = make(12, length=2, tail=5)
@@ -452,7 +473,7 @@ def test_rows_without_a_query_in_a_column_take_nothing_from_it() -> None:
     assert (actual.double() - expected).abs().max() < 1e-6
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("where", ["query", "key", "prefix"])
 def test_nan_that_is_seen_shows_in_the_scores(where: str) -> None:
     case = make(13, length=1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_kernels import SCALING, TOLERANCE, assert_attention, make, naive_scores, noise, window
 
-from plphp.kernels import TRIALS, decode, triton_choice
+from plphp.kernels import TRIALS, choice, decode
 from plphp.kernels.decode import TRITON_ROWS, triton_trial, unsupported_by_triton
 from plphp.packed import PackedKV
 
@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 from plphp.kernels import _compact_triton, _decode_triton, _scores_triton, _triton_shapes
 
 DTYPES = list(TOLERANCE)
+OPERATIONS = [operation for operation, language in TRIALS if language == "Triton"]
 ROOT = Path(__file__).parents[2]
 SHARED = 99 * 1024
 """Bytes of shared memory of a block on the GPUs of capability 8.0 and later that have least (8.6, 8.9)."""
@@ -118,9 +119,9 @@ def test_what_a_gpu_cannot_do_is_named(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("operation", TRIALS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_kernel_that_does_it_right_is_taken(operation: str, dtype: torch.dtype) -> None:
-    assert triton_choice.trouble.__wrapped__(TRIALS[operation], torch.device("cpu"), dtype, 8, 6) is None
+    assert choice.trouble.__wrapped__(TRIALS[operation, "Triton"], torch.device("cpu"), dtype, 8, 6) is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_a_kernel_that_is_wrong_is_not_taken(
         return found + 1e-3 if isinstance(found, torch.Tensor) else (found[0], found[1] + 1e-3)
 
     monkeypatch.setattr(module, name, wrong)
-    reason = triton_choice.trouble.__wrapped__(TRIALS[operation], torch.device("cpu"), torch.float32, 8, 6)
+    reason = choice.trouble.__wrapped__(TRIALS[operation, "Triton"], torch.device("cpu"), torch.float32, 8, 6)
     assert "differs from the reference on this device by 0.001" in reason
 
 
@@ -150,11 +151,11 @@ def test_a_kernel_that_fails_is_told_once_and_not_taken(
 ) -> None:
     case = make(26)
     monkeypatch.setattr(_decode_triton, "attend", lambda *_: 1 / 0)
-    reason = triton_choice.trouble.__wrapped__(triton_trial, torch.device("cpu"), torch.float32, 8, 6)
+    reason = choice.trouble.__wrapped__(triton_trial, torch.device("cpu"), torch.float32, 8, 6)
     assert reason == "it fails on this device (ZeroDivisionError: division by zero)"
-    monkeypatch.setattr(triton_choice, "unsupported", lambda *_: None)
-    monkeypatch.setattr(triton_choice, "trouble", lambda trial, *_: reason if trial is triton_trial else None)
-    monkeypatch.setattr(triton_choice, "_tell_once", functools.cache(triton_choice._tell_once.__wrapped__))
+    monkeypatch.setattr(choice, "unsupported_by_triton", lambda *_: None)
+    monkeypatch.setattr(choice, "trouble", lambda trial, *_: reason if trial is triton_trial else None)
+    monkeypatch.setattr(choice, "_tell_once", functools.cache(choice._tell_once.__wrapped__))
     for _ in range(2):
         found = decode.decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
         assert_attention(found, case.naive(case.visible()))

@@ -7,10 +7,11 @@ from .decode import decode_attention
 from .scores import WindowScores, window_scores
 
 TRIALS = {
-    "window_scores": scores.triton_trial,
-    "compact_kv": compact.triton_trial,
-    "decode_attention": decode.triton_trial,
+    ("window_scores", "Triton"): scores.triton_trial,
+    ("compact_kv", "Triton"): compact.triton_trial,
+    ("decode_attention", "Triton"): decode.triton_trial,
+    ("decode_attention", "C++"): decode.cpp_trial,
 }
-"""Each operation's trial of its Triton kernel, see `plphp.kernels.triton_choice`."""
+"""Trials of all kernels, by the operation and the language; see `plphp.kernels.choice`."""
 
 __all__ = ["compact_kv", "decode_attention", "WindowScores", "window_scores"]

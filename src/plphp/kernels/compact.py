@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..packed import PackedKV
-from . import triton_choice
+from . import choice
 
 
 def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:
@@ -32,8 +32,8 @@ def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:
     """
     counts = tuple(tuple(row) for row in keep.sum(-1).tolist())
     keep = keep.to(keys.device)
-    reason = triton_choice.unsupported(keys, values)
-    if triton_choice.usable("compact_kv", reason, triton_trial, keys, values):
+    reason = choice.unsupported_by_triton(keys, values)
+    if choice.usable("compact_kv", "Triton", reason, triton_trial, keys, values):
         from . import _compact_triton
 
         packed = _compact_triton.gather(keys, values, keep, sum(map(sum, counts)))
@@ -61,4 +61,4 @@ def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: 
     def reference(keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
         return torch.cat(_by_torch(keys, values, keep), dim=1)
 
-    return triton_choice.difference(gather, reference, case, device, dtype)
+    return choice.difference(gather, reference, case, device, dtype)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..packed import PackedKV
-from . import triton_choice
+from . import _decode_cpp, choice
 
 TRITON_ROWS = 128
 """Most query rows [group x query] of a KV head in the Triton kernel."""
+CPP_ROWS = 16
+"""As many rows are faster in the C++ kernel than in torch's, which is made for long queries."""
 MAX_LOGITS = 2**24
 """Logits that are held at once; long query chunks are cut so that they stay below."""
 
@@ -68,7 +70,8 @@ def decode_attention(
     """Softmax attention of new queries over a packed prefix, all of it visible, and a dense tail.
 
     Nothing is concatenated or padded: the logits of both parts share one softmax. On a CUDA device a Triton kernel does
-    it, where it can (`unsupported_by_triton`) and does it right (`triton_trial`); on a CPU torch's fused kernel.
+    it, where it can (`unsupported_by_triton`) and does it right (`triton_trial`); on a CPU a C++ kernel, which is built
+    when it is first used, does short queries, and torch's fused kernel the rest.
 
     Parameters
     ----------
@@ -90,13 +93,16 @@ def decode_attention(
     """
     length, tail = query.shape[2], tail_keys.shape[2]
     reason = unsupported_by_triton(query, tail_keys, tail_values)
-    if triton_choice.usable("decode_attention", reason, triton_trial, tail_keys, tail_values):
+    if choice.usable("decode_attention", "Triton", reason, triton_trial, tail_keys, tail_values):
         from . import _decode_triton
 
         shown = None if mask is None else tail_bias(mask.to(query.device), length, tail, torch.float32)
         return _decode_triton.attend(query, prefix, tail_keys, tail_values, shown, scaling)
     bias = tail_bias(mask, length, tail, torch.float32)
     bias = None if bias is None else bias.to(query.device)
+    meant = unsupported_by_cpp(query, prefix, tail_keys, tail_values) is None  # if not, torch's is: no need to log it
+    if meant and choice.usable("decode_attention", "C++", None, cpp_trial, tail_keys, tail_values):
+        return _decode_cpp.attend(query, prefix, tail_keys, tail_values, bias, scaling)
     return _by_torch(query, prefix, tail_keys, tail_values, bias, scaling)
 
 
@@ -118,22 +124,50 @@ def _by_torch(
 
 def unsupported_by_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> str | None:
     """Say why the Triton kernel cannot attend, see `decode_attention` for the arguments; None where it can."""
-    reason = triton_choice.unsupported(query, tail_keys, tail_values)
-    rows = query.shape[1] // tail_keys.shape[1] * query.shape[2]
+    reason = choice.unsupported_by_triton(query, tail_keys, tail_values)
+    rows = _query_rows(query, tail_keys)
     if reason is None and rows > TRITON_ROWS:
         return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}"
     return reason
+
+
+def unsupported_by_cpp(query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor) -> str | None:
+    """Say why the C++ kernel cannot attend, see `decode_attention` for the arguments; None where it can."""
+    rows = _query_rows(query, tail_keys)
+    if rows > CPP_ROWS:
+        return f"a KV head has {rows} query rows, and it is faster than torch up to {CPP_ROWS}"
+    return choice.unsupported_by_cpp(query, tail_keys, tail_values, prefix.keys, prefix.values)
 
 
 def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
     """Largest difference between the Triton kernel and the reference on a small case."""
     from . import _decode_triton
 
+    return choice.difference(_decode_triton.attend, _by_torch, _trial_case(dim, value_dim), device, dtype)
+
+
+def cpp_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
+    """Largest difference between the C++ kernel and the reference on a small case.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If it cannot be built.
+    """
+    return choice.difference(_decode_cpp.attend, _by_torch, _trial_case(dim, value_dim), device, dtype)
+
+
+def _trial_case(dim: int, value_dim: int) -> choice.Case:
     def case(noise: Callable[..., Tensor], _: torch.device) -> tuple[Any, ...]:
         prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
         return noise(2, 6, 1, dim), prefix, noise(2, 2, 70, dim), noise(2, 2, 70, value_dim), None, dim**-0.5
 
-    return triton_choice.difference(_decode_triton.attend, _by_torch, case, device, dtype)
+    return case
+
+
+def _query_rows(query: Tensor, tail_keys: Tensor) -> int:
+    """Query rows of a KV head."""
+    return query.shape[1] // tail_keys.shape[1] * query.shape[2]
 
 
 def _attend_rows(
@@ -195,6 +229,7 @@ def _can_be_fused(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> bool
     states = (query, tail_keys, tail_values)
     return (
         query.device.type == "cpu"
+        and query.dtype in choice.TOLERANCE
         and tail_values.shape[-1] == query.shape[-1]
         # The kernel does not look at the last stride. Log-sum-exps have no gradient.
         and all(one.stride(-1) == 1 and not one.requires_grad for one in states)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..packed import PackedKV
 from ..types import PLAIN, Evidence
-from . import triton_choice
+from . import choice
 
 KEYS_AT_ONCE = 2048
 """Keys that are held in float32 at once."""
@@ -88,8 +88,8 @@ def window_scores(
         Computed in float32. NaN where a query or a visible key is NaN.
     """
     if not (evidence.peak or evidence.best_rank or evidence.density is not None):
-        reason = triton_choice.unsupported(query, keys)
-        if triton_choice.usable("window_scores", reason, triton_trial, keys, keys):
+        reason = choice.unsupported_by_triton(query, keys)
+        if choice.usable("window_scores", "Triton", reason, triton_trial, keys, keys):
             from . import _scores_triton
 
             return WindowScores(_scores_triton.attention_mass(query, weight, position, keys, real, prefix, scaling))
@@ -162,7 +162,7 @@ def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: 
         more: tuple[Any, ...] = (PLAIN, None, "mean")
         return _by_torch(*arguments, *more).attention
 
-    return triton_choice.difference(_scores_triton.attention_mass, reference, case, device, dtype)
+    return choice.difference(_scores_triton.attention_mass, reference, case, device, dtype)
 
 
 def places(rank: Tensor, candidates: Tensor | None = None) -> Tensor:

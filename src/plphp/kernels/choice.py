@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an operation can use its Triton kernel, and whether the kernel does it right on a device."""
+"""Whether an operation can use a kernel of its own, in Triton or C++, and whether the kernel does it right here."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Container, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import one_line
+from ..errors import BackendUnavailableError, one_line
 
 log = logging.getLogger("plphp")
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Dtypes of the kernels, and the largest difference from the reference that is due to them."""
 WIDEST = 256
-"""Largest head dimension."""
+"""Largest head dimension of the Triton kernels."""
+NARROWEST = 32
+"""Smallest head dimension of the C++ kernels: what the widest vectors take at once."""
 NO_CUDA = "it needs a CUDA device"
 
 Trial = Callable[[torch.device, torch.dtype, int, int], float]
@@ -29,17 +32,16 @@ Case = Callable[[Callable[..., Tensor], torch.device], tuple[Any, ...]]
 """Makes the arguments of a trial on a device, with what draws normal numbers of a shape."""
 
 
-def unsupported(*states: Tensor) -> str | None:
+def unsupported_by_triton(*states: Tensor) -> str | None:
     """Say why no Triton kernel can read these states [batch, heads, seq, dim]; None where one can."""
     first = states[0]
     if first.device.type != "cuda":
         return NO_CUDA
     if not _has_triton():
         return "triton is not installed"
-    if first.dtype not in TOLERANCE:
-        return f"it does not know the dtype {first.dtype}"
-    if any(one.dtype != first.dtype for one in states):
-        return f"the states have different dtypes: {', '.join(str(one.dtype) for one in states)}"
+    reason = _strange_dtype(states, TOLERANCE)
+    if reason is not None:
+        return reason
     if torch.version.hip is not None or torch.cuda.get_device_capability(first.device) < (8, 0):
         return "it is for NVIDIA GPUs of compute capability 8.0 and later"
     widest = max(one.shape[-1] for one in states)
@@ -50,13 +52,40 @@ def unsupported(*states: Tensor) -> str | None:
     return None
 
 
+def unsupported_by_cpp(*states: Tensor) -> str | None:
+    """Say why no C++ kernel can read these states [batch, heads, seq, dim]; None where one can."""
+    if sys.platform != "linux":
+        return f"it is for Linux, and this is {sys.platform}"
+    if any(one.device.type != "cpu" for one in states):
+        return "it is for a CPU"
+    reason = _strange_dtype(states, (torch.float32, torch.bfloat16))
+    if reason is not None:
+        return reason
+    narrowest = min(one.shape[-1] for one in states)
+    if narrowest < NARROWEST:
+        return f"the head dimension is {narrowest}, and it starts at {NARROWEST}"
+    if any(one.stride(-1) != 1 for one in states):
+        return "the numbers of a head do not lie side by side"
+    if any(one.requires_grad for one in states):
+        return "it has no gradient"
+    if torch.compiler.is_compiling() or any(type(one) is not Tensor for one in states):
+        return "only plain tensors have the memory that it reads"
+    return None
+
+
+UNSUPPORTED = {"Triton": unsupported_by_triton, "C++": unsupported_by_cpp}
+"""What says why no kernel of a language can read states, by the language."""
+
+
 @cache
 def trouble(trial: Trial, device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> str | None:
-    """Try a Triton kernel against its reference, once for each device, dtype and width; say what is wrong with it."""
+    """Try a kernel against its reference, once for each device, dtype and width; say what is wrong with it."""
     try:
         worst = trial(device, dtype, dim, value_dim)
-    except torch.OutOfMemoryError:  # says nothing about the kernel, and is not kept as its result
+    except (torch.OutOfMemoryError, MemoryError):  # says nothing about the kernel, and is not kept as its result
         raise
+    except BackendUnavailableError as error:
+        return str(error)
     except Exception as error:  # compilers raise what they like
         return f"it fails on this device ({type(error).__name__}: {one_line(error, limit=200)})"
     if worst < TOLERANCE[dtype]:
@@ -64,11 +93,11 @@ def trouble(trial: Trial, device: torch.device, dtype: torch.dtype, dim: int, va
     return f"it differs from the reference on this device by {worst:.2g}"
 
 
-def usable(operation: str, reason: str | None, trial: Trial, keys: Tensor, values: Tensor) -> bool:
+def usable(operation: str, language: str, reason: str | None, trial: Trial, keys: Tensor, values: Tensor) -> bool:
     """Whether an operation on keys and values can use its kernel; why not, a given ``reason`` first, is logged once."""
     reason = reason or trouble(trial, keys.device, keys.dtype, keys.shape[-1], values.shape[-1])
     if reason is not None and reason != NO_CUDA:
-        _tell_once(operation, reason)
+        _tell_once(operation, language, reason)
     return reason is None
 
 
@@ -94,9 +123,19 @@ def difference(
     return (found.double().cpu() - expected.double()).abs().max().item()
 
 
+def _strange_dtype(states: Sequence[Tensor], known: Container[torch.dtype]) -> str | None:
+    """Say what is wrong with the dtypes of states."""
+    first = states[0].dtype
+    if first not in known:
+        return f"it does not know the dtype {first}"
+    if any(one.dtype != first for one in states):
+        return f"the states have different dtypes: {', '.join(str(one.dtype) for one in states)}"
+    return None
+
+
 @cache
-def _tell_once(operation: str, reason: str) -> None:
-    log.warning("%s does without its Triton kernel: %s.", operation, reason)
+def _tell_once(operation: str, language: str, reason: str) -> None:
+    log.warning("%s does without its %s kernel: %s.", operation, language, reason)
 
 
 @cache

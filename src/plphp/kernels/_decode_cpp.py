@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls cpp/decode.cpp: attention of a few query rows over a packed prefix and a dense tail, on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheMemoryError
+from ..packed import PackedKV
+from .cpp_library import library
+
+MOST_ROWS = 64
+"""Query rows of a KV head, [group x query], that cpp/by_vectors.h has room for."""
+_STRIDES = ctypes.c_int64 * 3
+
+
+class _Call(ctypes.Structure):
+    """The struct of the same name in cpp/call.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "prefix_keys", "prefix_values", "tail_keys", "tail_values")),
+        *((name, ctypes.c_void_p) for name in ("index", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "group", "length", "dim", "value_dim", "tail")),
+        *((name, _STRIDES) for name in ("query_strides", "key_strides", "value_strides", "bias_strides")),
+        ("threads", ctypes.c_int64),
+        ("scaling", ctypes.c_double),
+    )
+
+
+def attend(
+    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
+) -> Tensor:
+    """Softmax attention over a packed prefix and a dense tail; all as in `plphp.kernels.decode_attention`.
+
+    Parameters
+    ----------
+    query : Tensor
+        float32 or bfloat16 [batch, q_heads, query, dim], as all states.
+    prefix : PackedKV
+    tail_keys, tail_values : Tensor
+        [batch, kv_heads, tail, dim].
+    bias : Tensor, optional
+        float32 [batch or 1, q_heads or 1, query, tail], added to the logits of the tail.
+    scaling : float
+
+    Returns
+    -------
+    Tensor
+        [batch, query, q_heads, dim], contiguous.
+
+    Raises
+    ------
+    ValueError
+        If a KV head has more query rows than `MOST_ROWS`.
+    CacheMemoryError
+        If there is no memory for the partial sums.
+    """
+    batch, q_heads, length, dim = query.shape
+    kv_heads, tail, value_dim = tail_values.shape[1:]
+    if q_heads // kv_heads * length > MOST_ROWS:
+        raise ValueError(
+            f"The kernel takes up to {MOST_ROWS} query rows of a KV head, got {q_heads // kv_heads * length}."
+        )
+    out = query.new_empty(batch, length, q_heads, value_dim)
+    if bias is not None:
+        bias = bias.expand(-1, -1, -1, tail).contiguous().expand(batch, q_heads, length, tail)
+    prefix_keys, prefix_values = prefix.keys.contiguous(), prefix.values.contiguous()
+    call = _Call(
+        *(one.data_ptr() for one in (query, prefix_keys, prefix_values, tail_keys, tail_values, prefix.index)),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        *(batch, kv_heads, q_heads // kv_heads, length, dim, value_dim, tail),
+        *(_STRIDES(*one.stride()[:3]) for one in (query, tail_keys, tail_values)),
+        _STRIDES() if bias is None else _STRIDES(*bias.stride()[:3]),
+        torch.get_num_threads(),
+        scaling,
+    )
+    of_dtype = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
+    if getattr(library("decode"), of_dtype[query.dtype])(ctypes.byref(call)):
+        raise CacheMemoryError(f"There is no memory for attention over {tail} new and the kept tokens.")
+    return out

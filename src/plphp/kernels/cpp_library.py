@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""C++ kernels, built for this processor when they are first used, as torch.compile builds its own.
+
+They are compiled for the very instructions of the machine, which a wheel could not assume. What was built stays in
+``$XDG_CACHE_HOME/plphp`` (``~/.cache/plphp``), under a name that changes with the source, the compiler and the
+processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from ..errors import BackendUnavailableError, one_line
+
+SOURCES = Path(__file__).with_name("cpp")
+COMPILERS = ("g++", *(f"g++-{version}" for version in range(16, 11, -1)), "clang++", "c++")
+"""They are tried in turn, unless ``$CXX`` names one."""
+COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi", "-c")
+LINK = ("-shared",)
+"""Without OpenMP: the library that torch has loaded is taken, so that both use the same threads."""
+TIMEOUT = 300
+"""Seconds that the compiler may take."""
+
+log = logging.getLogger("plphp")
+
+
+@cache
+def library(name: str) -> ctypes.CDLL:
+    """Load a C++ file of the folder ``cpp``; it is built first, unless it was before.
+
+    Parameters
+    ----------
+    name : str
+        Of the file, without ``.cpp``.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is no compiler, or none can build it; the message says what to do.
+    """
+    failed = []
+    for compiler in _compilers():
+        try:
+            return _made_with(compiler, name)
+        except (OSError, BackendUnavailableError) as error:
+            failed.append(f"{shlex.join(compiler)}: {one_line(error, limit=200)}")
+    raise BackendUnavailableError(f"it cannot be built ({'; '.join(failed)}): install g++ 12 or newer")
+
+
+def _compilers() -> list[list[str]]:
+    """The commands that can be tried, with their paths."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    commands = [asked] if asked else [[name] for name in COMPILERS]
+    found = [[path, *more] for name, *more in commands if (path := shutil.which(name)) is not None]
+    if not found:
+        what = f"$CXX names {asked[0]!r}, which is not found" if asked else f"none of {', '.join(COMPILERS)} is found"
+        raise BackendUnavailableError(f"there is no C++ compiler ({what}): install one, for example g++")
+    return found
+
+
+def _made_with(compiler: list[str], name: str) -> ctypes.CDLL:
+    folder = _folder()
+    kept = folder and folder / f"{name}-{_key(compiler)}.so"
+    if kept and kept.exists():
+        with suppress(OSError):  # a damaged file is made again
+            return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory(prefix="plphp-") as place:
+        compiled, linked = Path(place) / "compiled.o", Path(place) / f"{name}.so"
+        _call([*compiler, *COMPILE, str(SOURCES / f"{name}.cpp"), "-o", str(compiled)])
+        _call([*compiler, *LINK, str(compiled), "-o", str(linked)])
+        made = ctypes.CDLL(str(linked))  # stays when the file is gone
+        if kept:
+            _keep(linked, kept)
+    log.info("The C++ kernel %s was built with %s, %s.", name, compiler[0], f"as {kept}" if kept else "not kept")
+    return made
+
+
+def _folder() -> Path | None:
+    """Where libraries are kept; None where there is no folder that the user alone can write to."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "plphp"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        return None
+    return folder if about.st_uid == os.getuid() and not about.st_mode & 0o022 else None
+
+
+def _keep(linked: Path, kept: Path) -> None:
+    """Put a library into the cache, complete at once, if that can be written."""
+    with suppress(OSError), tempfile.TemporaryDirectory(dir=kept.parent) as place:
+        Path(shutil.copy(linked, place)).replace(kept)
+
+
+def _key(compiler: list[str]) -> str:
+    """Changes with all that a library depends on: the sources, the compiler, its flags, and the processor."""
+    about = os.stat(compiler[0])
+    parts = [*compiler, str(about.st_size), str(about.st_mtime_ns), *COMPILE, *LINK, platform.machine(), _features()]
+    sources = [source.read_bytes() for source in sorted(SOURCES.iterdir()) if source.suffix in (".h", ".cpp")]
+    return hashlib.sha256(b"\n".join(["\n".join(parts).encode(), *sources])).hexdigest()[:20]
+
+
+def _features() -> str:
+    """What the processor can do, as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _call(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BackendUnavailableError(f"it took more than {TIMEOUT} seconds") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").splitlines()
+        raise BackendUnavailableError(
+            next((line for line in said if "error" in line), f"it ended with {done.returncode}")
+        )
