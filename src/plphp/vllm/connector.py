@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way from the worker to the scheduler: which blocks of which request are empty and go back to the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+
+from ..errors import CacheStateError, UnsupportedModelError
+from .metrics import PruneMetrics, PruneStats
+from .news import PrunedPrompt
+from .refusals import refuse_unsupported
+from .runner import attach_to_runner
+from .specs import PrunedLayerSpec
+from .worker import Pruning
+
+_logger = init_logger("vllm.plphp")
+
+
+class Nothing(KVConnectorMetadata):
+    """The scheduler tells the worker nothing."""
+
+
+@dataclass
+class News(KVConnectorWorkerMetadata):
+    """The prompts that were pruned in a pass, by request."""
+
+    prompts: dict[str, PrunedPrompt] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Join the news of two workers, who must agree."""
+        if not isinstance(other, News) or other.prompts != self.prompts:
+            raise CacheStateError("Two workers pruned the same prompts differently; plphp works with one.")
+        return self
+
+
+class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
+    """Carries no keys and values: vLLM's connectors are its only way from a worker to the scheduler.
+
+    In the worker it holds the state of pruning. In the scheduler it frees blocks.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        config, method = refuse_unsupported(vllm_config)
+        self._groups = _group_of_layer(kv_cache_config)
+        sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
+        if len(sizes) != 1:
+            raise UnsupportedModelError(f"plphp needs blocks of one size in all layers, got {sorted(sizes)}.")
+        self.pruning: Pruning | None = None
+        self._stats = PruneStats()
+        if role == KVConnectorRole.WORKER:
+            self.pruning = Pruning(config, method, len(self._groups), sizes.pop())
+            attach_to_runner()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nothing is handed on."""
+        return False
+
+    # In the worker.
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing is loaded."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing is loaded."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing is saved."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved."""
+
+    def build_connector_worker_meta(self) -> News | None:
+        """What was pruned in the pass that has ended."""
+        prompts = {} if self.pruning is None else self.pruning.take_news()
+        return News(prompts) if prompts else None
+
+    # In the scheduler.
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """Nothing is found elsewhere."""
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Nothing is to be loaded."""
+
+    def build_connector_meta(self, scheduler_output: Any) -> Nothing:
+        """Nothing is told."""
+        return Nothing()
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The blocks of a request that has ended may be freed at once."""
+        return False, None
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Free the blocks that fell empty in a pass."""
+        news = connector_output.kv_connector_worker_meta
+        for request_id, prompt in news.prompts.items() if isinstance(news, News) else ():
+            self._free(request_id, prompt)
+
+    def _free(self, request_id: str, prompt: PrunedPrompt) -> None:
+        if self._kv_cache_manager is None:
+            raise CacheStateError("The scheduler told its KV connector of a pruned prompt before its KV cache manager.")
+        managers = self._kv_cache_manager.coordinator.single_type_managers
+        pool = self._kv_cache_manager.block_pool
+        before = pool.get_num_free_blocks()
+        for layer, blocks in prompt.blocks.items():
+            # A request that has ended meanwhile has given all of its blocks back.
+            managers[self._groups[layer]]._remove_blocks_in_range(request_id, 0, blocks)
+        freed = pool.get_num_free_blocks() - before
+        self._stats.add(prompt, freed)
+        _logger.info(
+            "plphp: request %s keeps %.1f %% of its %d vision tokens (%s per layer), %d blocks freed.",
+            request_id,
+            100 * prompt.retention,
+            prompt.vision_tokens,
+            ", ".join(f"{prompt.kept[layer]:g}" for layer in sorted(prompt.kept)),
+            freed,
+        )
+
+    # Of the metrics.
+
+    def get_kv_connector_stats(self) -> PruneStats | None:
+        """What was pruned since the last call; the scheduler's connector alone knows."""
+        stats, self._stats = self._stats, PruneStats()
+        return None if stats.is_empty() else stats
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PruneStats | None:
+        """Read what `get_kv_connector_stats` gave in another process."""
+        return None if data is None else PruneStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> PruneMetrics:
+        """Make the metrics of the Prometheus endpoint."""
+        return PruneMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _group_of_layer(kv_cache_config: Any) -> dict[int, int]:
+    """The number of the KV cache group of each decoder layer."""
+    groups = {}
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        if not isinstance(group.kv_cache_spec, PrunedLayerSpec) or len(group.layer_names) != 1:
+            raise UnsupportedModelError(
+                f"plphp needs full attention and a KV cache group of its own in each decoder layer, got a group of "
+                f"{type(group.kv_cache_spec).__name__} with the layers {', '.join(group.layer_names)}."
+            )
+        groups[extract_layer_index(group.layer_names[0])] = number
+    if sorted(groups) != list(range(len(groups))):
+        raise UnsupportedModelError(f"plphp needs a KV cache in each decoder layer, got it in {sorted(groups)}.")
+    return groups

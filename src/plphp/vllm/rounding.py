@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a method keeps to what leaves in whole blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedFeatureError
+from ..kernels.scores import places
+from ..types import LayerScores
+
+
+def evict_whole_blocks(keep: Tensor, rank: Tensor, scores: LayerScores, block_size: int) -> tuple[Tensor, int]:
+    """Keep so much more that what is evicted fills whole blocks.
+
+    A block that is empty in part cannot go back to the pool. So each head gets back the best-ranked of what it would
+    have lost: fewer than ``block_size`` entries.
+
+    Parameters
+    ----------
+    keep : Tensor
+        bool [1, kv_heads, seq]; what the method keeps, as much in every head.
+    rank : Tensor
+        float [1, kv_heads, seq]; the method's ranking, higher is better.
+    scores : LayerScores
+        Gives the candidates.
+    block_size : int
+        Tokens of a block.
+
+    Returns
+    -------
+    Tensor
+        bool [1, kv_heads, seq]; what stays.
+    int
+        Blocks that fall empty.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If the heads keep different numbers of entries, which one block table cannot hold.
+    """
+    evicted = set((~keep).sum(-1).flatten().tolist())
+    if len(evicted) != 1:
+        raise UnsupportedFeatureError(
+            f"The KV heads of layer {scores.layer} evict different numbers of entries ({min(evicted)} to "
+            f"{max(evicted)}), and in vLLM they share one block table: use a method that keeps as many in each head."
+        )
+    blocks, extra = divmod(evicted.pop(), block_size)
+    if extra:
+        left = scores.candidates[:, None] & ~keep
+        keep = keep | (left & (places(rank.masked_fill(~left, -torch.inf)) < extra))
+    return keep, blocks

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward pass of the worker: whose tokens stand where, and what becomes of the prompts that end in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteAttentionError, UnsupportedFeatureError
+from ..kernels import decode_attention
+from .reading import PromptReading, PrunedPart
+from .worker import Pruning
+
+_current: ContextVar[Step | None] = ContextVar("plphp_step", default=None)
+
+
+class Writer(Protocol):
+    """Writes keys and values [tokens, kv_heads, dim] into slots, int64 [tokens], of a layer's paged cache."""
+
+    def __call__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one request in the pass.
+
+    Parameters
+    ----------
+    request : str
+        Its id.
+    reading : PromptReading
+        What is known of it.
+    start : int
+        Where its tokens begin in the pass.
+    tokens : int
+        Number of its tokens.
+    computed : int
+        Position of the first of them.
+    """
+
+    request: str
+    reading: PromptReading
+    start: int
+    tokens: int
+    computed: int
+
+    @property
+    def of_prompt(self) -> int:
+        """How many of the tokens are of the prompt; those behind it are recomputed after a preemption."""
+        return max(0, min(self.tokens, self.reading.tokens - self.computed))
+
+    def prompt_part(self, states: Tensor) -> Tensor:
+        """Those of the prompt among states [tokens of the pass, ...]."""
+        return states[self.start : self.start + self.of_prompt]
+
+    def answer_part(self, states: Tensor) -> Tensor:
+        """Those behind the prompt among states [tokens of the pass, ...]."""
+        return states[self.start + self.of_prompt : self.start + self.tokens]
+
+
+@dataclass
+class Step:
+    """One pass; made before the metadata of the layers are built.
+
+    Parameters
+    ----------
+    pruning : Pruning
+        The state of the worker.
+    rows : list of Row
+        In the order of the pass.
+    """
+
+    pruning: Pruning
+    rows: list[Row]
+    _tables: dict[int, Tensor] = field(default_factory=dict)
+    _writers: dict[int, Writer] = field(default_factory=dict)
+
+    def shortened(self, layer_idx: int, block_size: int, common: Any) -> Any:
+        """Begin the block tables of a layer behind the empty blocks.
+
+        Parameters
+        ----------
+        layer_idx : int
+            Decoder layer.
+        block_size : int
+            Tokens of a block of the attention kernel.
+        common : vllm.v1.attention.backend.CommonAttentionMetadata
+            What vLLM made for the layer's KV cache group.
+
+        Returns
+        -------
+        CommonAttentionMetadata
+        """
+        if block_size != self.pruning.block_size:
+            raise UnsupportedFeatureError(
+                f"The attention kernel reads blocks of {block_size} tokens and the pool holds blocks of "
+                f"{self.pruning.block_size}: start with --block-size {block_size}."
+            )
+        table = self._tables[layer_idx] = common.block_table_tensor
+        dropped = [row.reading.dropped.get(layer_idx, 0) for row in self.rows]
+        if not any(dropped):
+            return common
+        shift = torch.zeros(table.shape[0], dtype=torch.int64)
+        shift[: len(dropped)] = torch.tensor(dropped)
+        shift = shift.to(table.device)
+        columns = torch.arange(table.shape[1], device=table.device) + shift[:, None]
+        lengths = common.seq_lens - (shift * block_size).to(common.seq_lens.dtype)
+        # What stands behind the end of a table is never read.
+        table = table.gather(1, columns.clamp(max=table.shape[1] - 1))
+        return common.replace(seq_lens=lengths, block_table_tensor=table)
+
+    def after_attention(
+        self, layer_idx: int, states: tuple[Tensor, Tensor, Tensor], output: Tensor, scaling: float, write: Writer
+    ) -> None:
+        """Take in the prompts of the pass, and prune those that end in it.
+
+        Parameters
+        ----------
+        layer_idx : int
+            Decoder layer.
+        states : tuple of Tensor
+            Queries, keys and values of the pass, [tokens, heads, dim].
+        output : Tensor
+            [tokens, q_heads * dim] or [tokens, q_heads, dim]; the attention of the pass. Tokens behind the end of a
+            prompt see the pruned one here, as when they were made.
+        scaling : float
+            Factor on the logits.
+        write : callable
+            Writes into the paged cache of the layer.
+        """
+        self._writers[layer_idx] = write
+        for row_idx, row in enumerate(self.rows):
+            reading = row.reading
+            if reading.plan is None or not row.of_prompt:
+                continue
+            query, keys, values = map(row.prompt_part, states)
+            if not reading.read(layer_idx, query, keys, values, row.computed):
+                continue
+            reading.score(layer_idx, scaling)
+            if self.pruning.waits_for_all and layer_idx != self.pruning.last_layer:
+                continue
+            for part in self._evicted(row):
+                self._compact(row_idx, part)
+                if part.layer == layer_idx and row.tokens > row.of_prompt:
+                    self._attend_again(row, part, states, output, scaling)
+            if layer_idx == self.pruning.last_layer:
+                self.pruning.done(row.request, reading)
+
+    def _evicted(self, row: Row) -> Iterator[PrunedPart]:
+        pruning = self.pruning
+        try:
+            for part in row.reading.evict(pruning.method, pruning.config, pruning.judged, pruning.block_size):
+                pruning.note(row.request, row.reading, part)
+                yield part
+        except NonFiniteAttentionError as error:
+            pruning.give_up(row.request, row.reading, str(error))
+
+    def _compact(self, row_idx: int, part: PrunedPart) -> None:
+        """Write what a layer keeps right-aligned into the slots of the prompt."""
+        if part.entries is None or part.entries.dense is None:
+            return
+        keys, values = (states[0].transpose(0, 1).contiguous() for states in part.entries.dense)
+        size, table = self.pruning.block_size, self._tables[part.layer]
+        position = torch.arange(part.blocks * size, self.rows[row_idx].reading.tokens, device=table.device)
+        slots = table[row_idx, position // size].long() * size + position % size
+        self._writers[part.layer](keys, values, slots)
+
+    def _attend_again(
+        self, row: Row, part: PrunedPart, states: tuple[Tensor, Tensor, Tensor], output: Tensor, scaling: float
+    ) -> None:
+        """Let the tokens behind the prompt see what is kept of it."""
+        if part.entries is None:
+            return
+        query, keys, values = (row.answer_part(one).transpose(0, 1)[None] for one in states)
+        seen = decode_attention(query, part.entries, keys, values, None, scaling)
+        target = row.answer_part(output)
+        target.copy_(seen[0].reshape(target.shape))
+
+
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """While it lasts, `current` is ``step``."""
+    token = _current.set(step)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Step | None:
+    """The pass whose metadata are being built, None where nothing is pruned."""
+    return _current.get()
+
+
+def step_of(runner: Any, pruning: Pruning, tokens: dict[str, int]) -> Step:
+    """Describe a pass of vLLM's model runner.
+
+    Parameters
+    ----------
+    runner : vllm.v1.worker.gpu_model_runner.GPUModelRunner
+        Knows its requests and their order.
+    pruning : Pruning
+        The state of the worker.
+    tokens : dict
+        Tokens of each request in the pass.
+    """
+    rows, start = [], 0
+    pruning.forget_all_but(runner.requests)
+    for row_idx, request in enumerate(runner.input_batch.req_ids):
+        computed = int(runner.input_batch.num_computed_tokens_cpu[row_idx])
+        reading = pruning.reading(request, runner.requests[request], computed)
+        rows.append(Row(request, reading, start, tokens[request], computed))
+        start += tokens[request]
+    return Step(pruning, rows)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the vLLM plugin does with a prompt, without vLLM."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from plphp import PLPHPConfig
+from plphp.errors import UnsupportedFeatureError
+from plphp.methods.base import Method
+from plphp.registry import resolve
+from plphp.types import LayerScores
+from plphp.vllm.reading import PromptReading, vision_spans
+from plphp.vllm.rounding import evict_whole_blocks
+from plphp.vllm.step import Row, Step
+from plphp.vllm.worker import Pruning
+
+Q_HEADS, KV_HEADS, DIM, LAYERS, BLOCK = 4, 2, 8, 3, 4
+TOKENS, IMAGES = 40, ((3, 12), (20, 10))
+"""A prompt with two images, each with its first position and its length."""
+
+
+def feature(offset: int, length: int, modality: str = "image") -> Any:
+    place = SimpleNamespace(offset=offset, extract_embeds_range=lambda: [(offset, offset + length - 1)])
+    return SimpleNamespace(modality=modality, mm_position=place)
+
+
+def request(tokens: int = TOKENS, images: Any = IMAGES) -> Any:
+    return SimpleNamespace(
+        num_prompt_tokens=tokens, mm_features=[feature(*one) for one in images], mrope_position_delta=None
+    )
+
+
+def scores(vision: int = 20, seq: int = 24) -> LayerScores:
+    segment = torch.full((1, seq), -1)
+    segment[0, 2 : 2 + vision] = 0
+    attention = torch.rand(1, Q_HEADS, seq, generator=torch.Generator().manual_seed(1))
+    return LayerScores(attention, segment, torch.ones(1, seq, dtype=torch.bool), 0, KV_HEADS)
+
+
+def test_vision_spans() -> None:
+    spans = vision_spans([feature(20, 3), feature(9, 5, "audio"), feature(2, 4)], 30)
+    assert [(spans.segment == number).nonzero()[:, 1].tolist() for number in (0, 1)] == [[2, 3, 4, 5], [20, 21, 22]]
+    assert spans.vision.sum() == 7
+    assert spans.real.all()
+
+
+@pytest.mark.parametrize(("kept", "stays", "blocks"), [(20, 20, 0), (17, 20, 0), (16, 16, 1), (9, 12, 2), (1, 4, 4)])
+def test_what_leaves_fills_whole_blocks(kept: int, stays: int, blocks: int) -> None:
+    known = scores()
+    rank = torch.rand(1, KV_HEADS, 24, generator=torch.Generator().manual_seed(2))
+    keep = torch.ones(1, KV_HEADS, 24, dtype=torch.bool)
+    best = rank[:, :, 2:22].sort(descending=True).indices + 2
+    for head in range(KV_HEADS):
+        keep[0, head, best[0, head, kept:]] = False
+    found, empty = evict_whole_blocks(keep, rank, known, BLOCK)
+    assert empty == blocks
+    for head in range(KV_HEADS):
+        assert sorted(best[0, head, :stays].tolist()) == found[0, head, 2:22].nonzero()[:, 0].add(2).tolist()
+    assert found[0, :, :2].all()
+    assert found[0, :, 22:].all()
+
+
+def test_heads_with_different_numbers_are_refused() -> None:
+    keep = torch.ones(1, KV_HEADS, 24, dtype=torch.bool)
+    keep[0, 0, 5] = False
+    with pytest.raises(UnsupportedFeatureError, match="0 to 1"):
+        evict_whole_blocks(keep, torch.rand(1, KV_HEADS, 24), scores(), BLOCK)
+
+
+class Paged:
+    """The paged cache of one layer, of entries that NaN stands for until they are written."""
+
+    def __init__(self, blocks: int) -> None:
+        self.keys = torch.full((blocks * BLOCK, KV_HEADS, DIM), torch.nan)
+        self.values = self.keys.clone()
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        self.keys[slots], self.values[slots] = keys, values
+
+
+def states(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    heads = (Q_HEADS, KV_HEADS, KV_HEADS)
+    query, keys, values = (torch.randn(tokens, count, DIM, generator=generator) for count in heads)
+    return query, keys, values
+
+
+def pruning_of(**settings: Any) -> Pruning:
+    config = PLPHPConfig.from_dict({"method": "uniform", "retention_rate": 0.3, **settings})
+    method: Method = resolve(config)
+    return Pruning(config, method, LAYERS, BLOCK)
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Naive attention of [tokens, heads, dim], the queries being the last tokens."""
+    group = Q_HEADS // KV_HEADS
+    keys, values = (one.repeat_interleave(group, 1).double() for one in (keys, values))
+    logits = torch.einsum("qhd,khd->hqk", query.double(), keys) * DIM**-0.5
+    seen = torch.arange(len(keys)) <= torch.arange(len(keys) - len(query), len(keys))[:, None]
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).float()
+
+
+def run(pruning: Pruning, prompt: Any, chunks: list[int], table: Tensor) -> tuple[list[Paged], list[Tensor]]:
+    """Read the tokens of a request in chunks; return the caches and the attention of the last chunk by layer."""
+    caches = [Paged(32) for _ in range(LAYERS)]
+    of_layer = [states(sum(chunks), layer) for layer in range(LAYERS)]
+    begin, outputs = 0, []
+    for chunk in chunks:
+        reading = pruning.reading("one", prompt, begin)
+        step = Step(pruning, [Row("one", reading, 0, chunk, begin)])
+        outputs = []
+        for layer, (query, keys, values) in enumerate(of_layer):
+            step._tables[layer] = table
+            now = slice(begin, begin + chunk)
+            position = torch.arange(begin, begin + chunk)
+            slots = table[0, position // BLOCK].long() * BLOCK + position % BLOCK
+            caches[layer].write(keys[now], values[now], slots)
+            output = attention(query[now], keys[: begin + chunk], values[: begin + chunk]).flatten(1)
+            step.after_attention(layer, (query[now], keys[now], values[now]), output, DIM**-0.5, caches[layer].write)
+            outputs.append(output)
+        begin += chunk
+    return caches, outputs
+
+
+TABLE = torch.randperm(32, generator=torch.Generator().manual_seed(3))[:16][None].int()
+# 22 vision tokens: 7 stay, 15 leave, of which 12 fill 3 blocks; so 10 vision tokens and 18 of text are left.
+LEFT = TOKENS - 3 * BLOCK
+
+
+@pytest.mark.parametrize("chunks", [[40], [16, 24], [5, 20, 14, 1]], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"method": "plphp", "retention_rate": 0.3, "target_retention": 0.3}], ids=str)
+def test_what_is_kept_lies_behind_the_empty_blocks(chunks: list[int], settings: dict[str, Any]) -> None:
+    pruning = pruning_of(**settings)
+    caches, _ = run(pruning, request(), chunks, TABLE)
+    told = pruning.take_news()["one"]
+    assert told.vision_tokens == 22
+    assert pruning.take_news() == {}
+    for layer, cache in enumerate(caches):
+        empty = told.blocks[layer]
+        if not settings:
+            assert empty == 3
+            assert told.kept[layer] == 10
+        position = torch.arange(empty * BLOCK, TOKENS)
+        slots = TABLE[0, position // BLOCK].long() * BLOCK + position % BLOCK
+        _, keys, values = states(TOKENS, layer)
+        for head in range(KV_HEADS):
+            # every entry that is there is one of the prompt, in order, and all text is among them
+            rows = [(keys[:, head] == one).all(1).nonzero()[:, 0].tolist() for one in cache.keys[slots, head]]
+            found = [one for (one,) in rows]
+            assert found == sorted(found)
+            text = [one for one in range(TOKENS) if not any(first <= one < first + n for first, n in IMAGES)]
+            assert set(text) <= set(found)
+            assert torch.equal(cache.values[slots, head], values[found, head])
+
+
+def test_tokens_behind_the_prompt_see_what_is_left_of_it() -> None:
+    pruning = pruning_of()
+    caches, outputs = run(pruning, request(), [16, 30], TABLE)
+    assert pruning.take_news()["one"].blocks == dict.fromkeys(range(LAYERS), 3)
+    for layer, (cache, output) in enumerate(zip(caches, outputs, strict=True)):
+        query, _, _ = states(46, layer)
+        position = torch.arange(3 * BLOCK, 46)
+        slots = TABLE[0, position // BLOCK].long() * BLOCK + position % BLOCK
+        expected = attention(query[TOKENS:], cache.keys[slots], cache.values[slots])
+        assert torch.allclose(output[TOKENS - 16 :], expected.flatten(1), atol=1e-5)
+
+
+def test_a_request_that_begins_anew_is_pruned_anew() -> None:
+    pruning = pruning_of()
+    run(pruning, request(), [40], TABLE)
+    known = pruning.reading("one", request(), TOKENS)
+    assert known.dropped == dict.fromkeys(range(LAYERS), 3)
+    assert pruning.reading("one", request(), 0).dropped == {}
+
+
+def test_requests_that_have_ended_are_forgotten() -> None:
+    pruning = pruning_of()
+    run(pruning, request(), [20], TABLE)
+    pruning.forget_all_but([])
+    assert not pruning._readings
+    assert pruning.take_news() == {}
+
+
+def test_text_is_left_alone() -> None:
+    pruning = pruning_of()
+    caches, _ = run(pruning, request(images=()), [40], TABLE)
+    assert pruning.take_news() == {}
+    assert pruning.reading("one", request(), TOKENS).dropped == {}
+    assert len(caches[0].keys.isnan().any(-1).any(-1).nonzero()) == 32 * BLOCK - TOKENS
+
+
+def test_attention_that_is_not_finite_keeps_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    pruning = pruning_of()
+    reading = PromptReading.of(request(), pruning.config, pruning.method)
+    query, keys, values = states(TOKENS, 0)
+    step = Step(pruning, [Row("one", reading, 0, TOKENS, 0)])
+    step.after_attention(0, (query * torch.nan, keys, values), query.flatten(1), 1.0, Paged(32).write)
+    assert reading.plan is None
+    assert reading.dropped == {}
+    assert "request one whole" in caplog.text
+
+
+def test_block_tables_begin_behind_the_empty_blocks() -> None:
+    pruning = pruning_of()
+    rows = [Row(str(n), PromptReading(40, None, {0: n}), n, 1, 40) for n in (2, 0)]
+    step = Step(pruning, rows)
+    made: dict[str, Tensor] = {}
+    table = torch.tensor([[4, 5, 6, 7], [8, 9, 1, 2]], dtype=torch.int32)
+    common = SimpleNamespace(
+        block_table_tensor=table, seq_lens=torch.tensor([15, 9], dtype=torch.int32), replace=made.update
+    )
+    step.shortened(0, BLOCK, common)
+    assert made["seq_lens"].tolist() == [7, 9]
+    assert made["seq_lens"].dtype == torch.int32
+    assert made["block_table_tensor"][:, :2].tolist() == [[6, 7], [8, 9]]
+    assert table.tolist() == [[4, 5, 6, 7], [8, 9, 1, 2]]
+    assert step.shortened(1, BLOCK, common) is common
+    with pytest.raises(UnsupportedFeatureError, match="--block-size 8"):
+        step.shortened(0, 8, common)
