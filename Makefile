@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help demo bench bench-all test test-oldest lint wheel train clean
+.PHONY: help demo bench bench-all test test-oldest test-vllm lint wheel train clean
 
 help:
 	@echo "make demo         answer questions on images, unpruned and pruned side by side"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests on the oldest supported transformers"
+	@echo "make test-vllm    run the tests of serving, in an environment with vLLM's CPU build (3.5 GB)"
 	@echo "make bench        time and memory on this machine, beside transformers' own cache"
 	@echo "make bench-all    the same for all sizes, with results files"
 	@echo "make lint         ruff and mypy"
@@ -45,6 +46,9 @@ lint: $(VENV)/.dev
 test-oldest: .venv-oldest/.dev
 	.venv-oldest/bin/python -m pytest -n auto
 
+test-vllm: .venv-vllm/.dev
+	.venv-vllm/bin/python -m pytest tests/vllm tests/unit/test_vllm_reading.py
+
 # The wheel has to work, with its bundled model, where nothing of this folder is.
 wheel: $(VENV)/.dev
 	rm -rf dist .venv-wheel
@@ -61,7 +65,7 @@ train: $(VENV)/.dev
 	$(BIN)/python -m training.train_all --out training/runs/reference --resume
 
 clean:
-	rm -rf .venv .venv-oldest .venv-wheel dist
+	rm -rf .venv .venv-oldest .venv-vllm .venv-wheel dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -78,4 +82,8 @@ $(VENV)/.dev: $(VENV)/.plphp
 	$(PYTHON) -m venv .venv-oldest
 	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e ".[dev]" "transformers==5.17.0"
+	touch $@
+
+.venv-vllm/.dev: $(SOURCES) tests/vllm/environment.sh tests/vllm/declare_operators.py
+	PYTHON="$(PYTHON)" tests/vllm/environment.sh .venv-vllm
 	touch $@

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vLLM engine in a process of its own: ``python engine.py JOB.json RESULT.json``.
+
+An engine cannot be undone within a process, so each test module asks for the engines that it needs, through `run`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+ENGINE = {
+    "block_size": 32,
+    "dtype": "float32",
+    "enable_prefix_caching": False,
+    "enforce_eager": True,
+    "limit_mm_per_prompt": {"image": 4, "video": 0},
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 4096,
+    "max_num_seqs": 8,
+    "seed": 0,
+}
+CONNECTOR = {"kv_connector": "PLPHPConnector", "kv_role": "kv_producer"}
+
+Request = dict[str, Any]
+"""``text`` with a mark for each image, ``images`` as (width, height, seed), ``max_tokens``."""
+
+
+class EngineError(Exception):
+    """The process ended with an error; the text is what it wrote."""
+
+
+def run(folder: Path, model: Path, environment: dict[str, str] | None = None, **job: Any) -> dict[str, Any]:
+    """Run a job in a new process and return its result, with what it wrote under ``log``."""
+    given, result = folder / "job.json", folder / "result.json"
+    result.unlink(missing_ok=True)
+    given.write_text(json.dumps({"model": str(model), **job}), encoding="utf-8")
+    command = [sys.executable, str(HERE / "engine.py"), str(given), str(result)]
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    env = {**os.environ, "PYTHONPATH": paths, **ENVIRONMENT, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
+    log = done.stdout + done.stderr
+    if done.returncode or not result.exists():
+        raise EngineError(log)
+    return {**json.loads(result.read_text(encoding="utf-8")), "log": log}
+
+
+def make(job: dict[str, Any]) -> Any:
+    """Start the engine of a job."""
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    options = {**ENGINE, **job.get("engine", {})}
+    if job.get("settings") is not None:
+        options.setdefault("additional_config", {"plphp": job["settings"]})
+    if job.get("connector", job.get("settings") is not None):
+        options["kv_transfer_config"] = KVTransferConfig(**CONNECTOR)
+    return LLM(model=job["model"], **options)
+
+
+def prompt_of(request: Request) -> dict[str, Any]:
+    """A prompt as vLLM takes it."""
+    from pictures import picture
+
+    images = [picture(*one) for one in request["images"]]
+    return {"prompt": request["text"], **({"multi_modal_data": {"image": images}} if images else {})}
+
+
+def sampling(request: Request) -> Any:
+    """Greedy, of a fixed length."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True)
+
+
+class Watch:
+    """What the scheduler of an engine in this process does.
+
+    Attributes
+    ----------
+    free : list of int
+        Free blocks after each step.
+    pruned : dict
+        By request, what the worker told of its prompt; again for every time that it was pruned.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self.engine = llm.llm_engine
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.total = self.pool.get_num_free_blocks()
+        self.free: list[int] = []
+        self.running: list[int] = []
+        self.preempted = 0
+        self.pruned: dict[str, list[dict[str, Any]]] = {}
+        step, preempt = self.engine.step, self.scheduler._preempt_request
+
+        def counted_step() -> Any:
+            outputs = step()
+            self.free.append(self.pool.get_num_free_blocks())
+            self.running.append(len(self.scheduler.running))
+            return outputs
+
+        def counted_preempt(*args: Any, **kwargs: Any) -> Any:
+            self.preempted += 1
+            return preempt(*args, **kwargs)
+
+        self.engine.step, self.scheduler._preempt_request = counted_step, counted_preempt
+        connector = self.scheduler.connector
+        if connector is not None:
+            update = connector.update_connector_output
+
+            def noted_update(output: Any) -> None:
+                news = output.kv_connector_worker_meta
+                for request, prompt in news.prompts.items() if news is not None else ():
+                    told = {
+                        "tokens": prompt.tokens,
+                        "vision_tokens": prompt.vision_tokens,
+                        "kept": [prompt.kept[layer] for layer in sorted(prompt.kept)],
+                        "blocks": [prompt.blocks[layer] for layer in sorted(prompt.blocks)],
+                        "classes": [prompt.allocation[layer].layer_class for layer in sorted(prompt.allocation)],
+                    }
+                    self.pruned.setdefault(request.split("-")[0], []).append(told)
+                update(output)
+
+            connector.update_connector_output = noted_update
+
+    def result(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "total": self.total,
+            "free": self.free,
+            "free_now": self.pool.get_num_free_blocks(),
+            "running": self.running,
+            "preempted": self.preempted,
+            "pruned": self.pruned,
+            "known_to_worker": self.known_to_worker(),
+        }
+
+    def known_to_worker(self) -> int:
+        """Requests that the worker still holds something of; those that ended last count until the next pass."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+        pruning = getattr(get_kv_transfer_group(), "pruning", None) if has_kv_transfer_group() else None
+        return 0 if pruning is None else len(pruning._readings)
+
+
+def generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Answer all requests at once."""
+    requests = job["requests"]
+    watch = Watch(llm) if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" else None
+    outputs = llm.generate([prompt_of(one) for one in requests], [sampling(one) for one in requests], use_tqdm=False)
+    return {
+        "prompts": [list(output.prompt_token_ids) for output in outputs],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        **({} if watch is None else watch.result()),
+    }
+
+
+def disorder(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Add, abort and go on at random; return what became of those that were not aborted."""
+    watch, chance = Watch(llm), random.Random(job["seed"])
+    waiting, alive, tokens, aborted = list(enumerate(job["requests"])), [], {}, []
+
+    def go_on() -> None:
+        for output in watch.engine.step():
+            if output.finished:
+                name = output.request_id.split("-")[0]
+                tokens[name] = list(output.outputs[0].token_ids)
+                alive.remove(name)
+
+    internal: dict[str, str] = {}
+    while waiting or watch.engine.has_unfinished_requests():
+        choice = chance.random()
+        if waiting and choice < 0.3:
+            number, request = waiting.pop(0)
+            internal[str(number)] = watch.engine.add_request(str(number), prompt_of(request), sampling(request))
+            alive.append(str(number))
+        elif alive and choice < 0.42:
+            name = alive.pop(chance.randrange(len(alive)))
+            watch.engine.abort_request([internal[name]], internal=True)
+            aborted.append(name)
+        elif watch.engine.has_unfinished_requests():
+            go_on()
+    return {"finished": tokens, "aborted": aborted, **watch.result()}
+
+
+def main() -> None:
+    """Do what the job says."""
+    given, result = map(Path, sys.argv[1:])
+    job = json.loads(given.read_text(encoding="utf-8"))
+    llm = make(job)
+    found = {"generate": generate, "disorder": disorder}[job.get("do", "generate")](llm, job)
+    result.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
