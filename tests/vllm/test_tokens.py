@@ -80,9 +80,9 @@ def test_keeping_all_is_the_engine_without_the_plugin(
         PLPHP,
         {"method": "uniform", "retention_rate": 0.3},
         {"retention_rate": 0.4, "target_retention": 0.4},
-        {"method": "uniform", "retention_rate": 0.1, "image_quota": "per_image", "exempt_layers": [0]},
+        {"method": "uniform", "retention_rate": 0.1, "exempt_layers": [0]},
     ],
-    ids=["plphp", "uniform", "target", "quota"],
+    ids=["plphp", "uniform", "target", "exempt"],
 )
 def test_pruned_answers_are_those_of_transformers(
     checkpoint: Path, tmp_path: Path, reference: Reference, unpruned: dict[str, Any], settings: dict[str, Any]

@@ -8,6 +8,7 @@ from typing import Any
 from ..config import PLPHPConfig
 from ..errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from ..methods.base import Method
+from ..registry import resolve
 from ..suitability import method_for, refuse_unanswered
 from . import CONNECTOR
 from .settings import ENVIRONMENT, KEY, settings_of
@@ -64,14 +65,14 @@ def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
 
 
 def _method(config: PLPHPConfig, layers: int) -> Method:
-    method = method_for(config, layers)
+    method = resolve(config)
     refuse_unanswered(method)
     if method.stage is not None:
         raise UnsupportedFeatureError(
             f"The method {method.name!r} takes tokens out inside prefill, which vLLM has no place for: choose one that "
             "prunes the KV cache after it, such as 'plphp'."
         )
-    return method
+    return method_for(config, layers)
 
 
 def _refuse_engine(vllm_config: Any) -> None:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin refuses when an engine starts, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import vllm
+
+from engine import EngineError, run
+from plphp.errors import BackendUnavailableError, ConfigError, PLPHPError, UnsupportedFeatureError
+from plphp.vllm.refusals import refuse_unsupported
+from reference import requests
+
+SOME = requests([[(280, 336, 1)]], max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ({"engine": {"enable_prefix_caching": True}}, "--no-enable-prefix-caching"),
+        ({"connector": False}, "add --kv-transfer-config"),
+        ({"settings": {"retention": 0.5}}, "Unknown setting 'retention'"),
+        ({"settings": None, "connector": True}, "no settings"),
+    ],
+    ids=["prefix-caching", "no-connector", "unknown-setting", "no-settings"],
+)
+def test_an_engine_does_not_start(checkpoint: Path, tmp_path: Path, job: dict[str, Any], words: str) -> None:
+    with pytest.raises(EngineError, match=words):
+        run(tmp_path, checkpoint, requests=SOME, **{"settings": {}, **job})
+
+
+def engine_config(**changes: Any) -> SimpleNamespace:
+    """What `refuse_unsupported` looks at, of an engine that it lets pass."""
+    parts: dict[str, dict[str, Any]] = {
+        "parallel_config": {
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "enable_dbo": False,
+        },
+        "scheduler_config": {"async_scheduling": False, "disable_hybrid_kv_cache_manager": False},
+        "cache_config": {"enable_prefix_caching": False, "cache_dtype": "auto"},
+        "kv_transfer_config": {"kv_connector": "PLPHPConnector", "kv_role": "kv_producer", "is_kv_consumer": False},
+        "model_config": {
+            "model": "tiny",
+            "hf_text_config": SimpleNamespace(num_hidden_layers=4, model_type="tiny"),
+            "is_multimodal_model": True,
+            "runner_type": "generate",
+            "is_encoder_decoder": False,
+            "use_mla": False,
+            "is_mm_prefix_lm": False,
+        },
+    }
+    whole = {"speculative_config": None, "use_v2_model_runner": False, "additional_config": {"plphp": {}}}
+    for name, value in changes.items():
+        part, _, key = name.partition("__")
+        if key:
+            parts[part][key] = value
+        else:
+            whole[name] = value
+    return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in parts.items()}, **whole)
+
+
+def test_the_rest_passes() -> None:
+    config, method = refuse_unsupported(engine_config())
+    assert (config.method, method.name) == ("plphp", "plphp")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"parallel_config__tensor_parallel_size": 2}, "tensor parallelism of 2"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism of 2"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
+        ({"scheduler_config__async_scheduling": True}, "--no-async-scheduling"),
+        ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"cache_config__cache_dtype": "fp8"}, "'fp8'"),
+        ({"kv_transfer_config__kv_connector": "OffloadingConnector"}, "got 'OffloadingConnector'"),
+        ({"kv_transfer_config__is_kv_consumer": True}, "clients of a KV consumer"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"model_config__use_mla": True}, "multi-head latent attention"),
+        ({"model_config__is_multimodal_model": False}, "nothing to prune"),
+        ({"model_config__is_mm_prefix_lm": True}, "both directions"),
+        ({"model_config__is_encoder_decoder": True}, "encoder"),
+        ({"model_config__runner_type": "pooling"}, "does not generate"),
+        (
+            {
+                "model_config__hf_text_config": SimpleNamespace(
+                    num_hidden_layers=2, model_type="tiny", layer_types=["full_attention", "sliding_attention"]
+                )
+            },
+            "no full attention",
+        ),
+        ({"additional_config": {"plphp": {"method": "fastv"}}}, "'fastv'"),
+        ({"additional_config": {"plphp": {"method": "oracle"}}}, "'oracle'"),
+        ({"additional_config": {"plphp": {"exempt_layers": [4]}}}, "layers 0 to 3"),
+        ({"additional_config": {"plphp": [1]}}, "table of settings"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(PLPHPError, match=words):
+        refuse_unsupported(engine_config(**change))
+
+
+def test_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    with pytest.raises(BackendUnavailableError, match=r"0\.32\.x, and this is 0\.33\.0"):
+        refuse_unsupported(engine_config())
+
+
+def test_settings_in_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLPHP_VLLM_CONFIG", "{}")
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        refuse_unsupported(engine_config())
+
+
+def test_settings_that_are_no_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLPHP_VLLM_CONFIG", "{retention")
+    with pytest.raises(ConfigError, match="must hold a JSON object"):
+        refuse_unsupported(engine_config(additional_config={}))
+
+
+def test_another_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(UnsupportedFeatureError, match="the platform"):
+        refuse_unsupported(engine_config())
