@@ -110,8 +110,8 @@ def test_prompts_in_chunks(checkpoint: Path, tmp_path: Path, reference: Referenc
 
 
 def test_answers_after_a_preemption_are_the_same(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
-    some = requests([[(*SQUARE, number)] for number in range(8)], max_tokens=40)
-    engine = {"num_gpu_blocks_override": 4 * 32 + 1}
+    some = requests([[(*SQUARE, number)] for number in range(8)], max_tokens=150)
+    engine = {"num_gpu_blocks_override": 4 * 26 + 1, "max_model_len": 800}
     found = run(tmp_path, checkpoint, requests=some, settings=PLPHP, engine=engine)
     assert found["preempted"] > 0
     check(found, reference, some, PLPHP)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks: as many go back to the pool as follows from the rates, and all of them in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import run
+from reference import requests
+
+BLOCK, LAYERS = 32, 4
+SOME = requests([[(448, 448, 1)], [(560, 280, 2)], [(448, 448, 3), (280, 336, 4)], []], max_tokens=4)
+VISION = (256, 200, 256 + 120, 0)
+UNIFORM = {"method": "uniform", "retention_rate": 0.3}
+
+
+def blocks(tokens: int) -> int:
+    """Blocks that so many tokens take in one layer."""
+    return -(-tokens // BLOCK)
+
+
+def test_blocks_are_freed_as_computed_by_hand(checkpoint: Path, tmp_path: Path) -> None:
+    found = run(tmp_path, checkpoint, requests=SOME, settings=UNIFORM)
+    # 256: 77 stay, 179 leave, 5 blocks. 200: 60 stay, 140 leave, 4. 376: 113 stay, 263 leave, 8.
+    freed = {"0": [5] * LAYERS, "1": [4] * LAYERS, "2": [8] * LAYERS}
+    assert {name: told[-1]["blocks"] for name, told in found["pruned"].items()} == freed
+    assert {name: told[-1]["vision_tokens"] for name, told in found["pruned"].items()} == {"0": 256, "1": 200, "2": 376}
+    held = sum(LAYERS * blocks(len(prompt)) for prompt in found["prompts"]) - LAYERS * (5 + 4 + 8)
+    assert found["free"][0] == found["total"] - held  # after the pass that read all prompts
+    assert found["free_now"] == found["total"]
+    assert f"{LAYERS * 5} blocks freed" in found["log"]
+
+
+def test_exempt_layers_free_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    found = run(tmp_path, checkpoint, requests=SOME[:1], settings={**UNIFORM, "exempt_layers": [0, -1]})
+    assert found["pruned"]["0"][-1]["blocks"] == [0, 5, 5, 0]
+    assert found["pruned"]["0"][-1]["kept"] == [256, 256 - 5 * BLOCK, 256 - 5 * BLOCK, 256]
+
+
+def test_an_answer_of_one_token_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
+    found = run(tmp_path, checkpoint, requests=[{**one, "max_tokens": 1} for one in SOME], settings=UNIFORM)
+    assert found["free_now"] == found["total"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_pool_is_full_after_disorder(checkpoint: Path, tmp_path: Path, seed: int) -> None:
+    sizes = [(448, 448), (280, 336), (560, 280)]
+    some = requests([[(*sizes[(number + part) % 3], number) for part in range(number % 3)] for number in range(24)], 40)
+    engine = {"num_gpu_blocks_override": LAYERS * 36 + 1, "max_model_len": 1024, "max_num_batched_tokens": 192}
+    found: dict[str, Any] = run(
+        tmp_path, checkpoint, requests=some, settings=UNIFORM, engine=engine, do="disorder", seed=seed
+    )
+    assert found["aborted"]
+    assert found["preempted"] > 0
+    assert set(found["finished"]) | set(found["aborted"]) == {str(number) for number in range(len(some))}
+    assert {len(tokens) for tokens in found["finished"].values()} == {40}
+    assert found["free_now"] == found["total"]
+    assert found["known_to_worker"] <= engine_rows(engine)
+
+
+def engine_rows(engine: dict[str, Any]) -> int:
+    """Requests of one pass; those of the last one are forgotten in the next."""
+    return int(engine.get("max_num_seqs", 8))
