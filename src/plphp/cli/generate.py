@@ -28,6 +28,17 @@ def _option(panel: str, text: str, *names: str, **limits: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **limits)
 
 
+ConfigOption = Annotated[str | None, _option(PRUNING, "Settings such as 'plphp:retention_rate=0.5'.")]
+ConfigFileOption = Annotated[Path | None, _option(PRUNING, "Settings as a TOML file.")]
+MethodOption = Annotated[str | None, _option(PRUNING, "Method, see `plphp methods`.")]
+RetentionRateOption = Annotated[
+    float | None, _option(PRUNING, "Fraction of vision tokens that a balanced layer keeps.")
+]
+TargetRetentionOption = Annotated[
+    float | None, _option(PRUNING, "Mean fraction of vision tokens kept over all layers; default 0.4.")
+]
+
+
 @app.command()
 def generate(
     model: Annotated[str | None, _option(PROMPT, "Hub id or folder; default: the bundled model.")] = None,
@@ -39,15 +50,11 @@ def generate(
     prompt: Annotated[str | None, _option(PROMPT, "The question.")] = None,
     chat: Annotated[Path | None, _option(PROMPT, "JSON file of messages, in the place of --prompt.")] = None,
     system: Annotated[str | None, _option(PROMPT, "System message.")] = None,
-    config: Annotated[str | None, _option(PRUNING, "Settings such as 'plphp:retention_rate=0.5'.")] = None,
-    config_file: Annotated[Path | None, _option(PRUNING, "Settings as a TOML file.")] = None,
-    method: Annotated[str | None, _option(PRUNING, "Method, see `plphp methods`.")] = None,
-    retention_rate: Annotated[
-        float | None, _option(PRUNING, "Fraction of vision tokens that a balanced layer keeps.")
-    ] = None,
-    target_retention: Annotated[
-        float | None, _option(PRUNING, "Mean fraction of vision tokens kept over all layers; default 0.4.")
-    ] = None,
+    config: ConfigOption = None,
+    config_file: ConfigFileOption = None,
+    method: MethodOption = None,
+    retention_rate: RetentionRateOption = None,
+    target_retention: TargetRetentionOption = None,
     max_new_tokens: Annotated[int, _option(GENERATION, "Length of the answer; default 128.", min=1)] = 128,
     temperature: Annotated[float | None, _option(GENERATION, "Sample, with this temperature.")] = None,
     top_p: Annotated[float | None, _option(GENERATION, "Sample from this share of the probability.")] = None,
