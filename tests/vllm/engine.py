@@ -92,8 +92,8 @@ class Watch:
 
     Attributes
     ----------
-    free : list of int
-        Free blocks after each step.
+    free, held : list of int
+        Blocks after each step: free ones, and those in the block tables of requests.
     pruned : dict
         By request, what the worker told of its prompt; again for every time that it was pruned.
     """
@@ -104,6 +104,7 @@ class Watch:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.total = self.pool.get_num_free_blocks()
         self.free: list[int] = []
+        self.held: list[int] = []
         self.running: list[int] = []
         self.preempted = 0
         self.pruned: dict[str, list[dict[str, Any]]] = {}
@@ -112,6 +113,7 @@ class Watch:
         def counted_step() -> Any:
             outputs = step()
             self.free.append(self.pool.get_num_free_blocks())
+            self.held.append(self.in_tables())
             self.running.append(len(self.scheduler.running))
             return outputs
 
@@ -139,11 +141,18 @@ class Watch:
 
             connector.update_connector_output = noted_update
 
+    def in_tables(self) -> int:
+        """Blocks in the block tables of requests."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        tables = [table for manager in managers for table in manager.req_to_blocks.values()]
+        return sum(not block.is_null for table in tables for block in table)
+
     def result(self) -> dict[str, Any]:
         """All of it."""
         return {
             "total": self.total,
             "free": self.free,
+            "held": self.held,
             "free_now": self.pool.get_num_free_blocks(),
             "running": self.running,
             "preempted": self.preempted,
@@ -172,31 +181,50 @@ def generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def disorder(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Add, abort and go on at random; return what became of those that were not aborted."""
-    watch, chance = Watch(llm), random.Random(job["seed"])
-    waiting, alive, tokens, aborted = list(enumerate(job["requests"])), [], {}, []
+    """Add, abort and go on at random, schedule by schedule; then answer each request that was not aborted alone.
 
-    def go_on() -> None:
-        for output in watch.engine.step():
-            if output.finished:
-                name = output.request_id.split("-")[0]
-                tokens[name] = list(output.outputs[0].token_ids)
-                alive.remove(name)
+    A schedule has ``requests``, a ``seed`` and the chance of an ``abort`` before a step.
+    """
+    watch = Watch(llm)
+    schedules = [_schedule(watch, one) for one in job["schedules"]]
+    preempted = watch.preempted
+    for given, done in zip(job["schedules"], schedules, strict=True):
+        done["alone"] = {}
+        for name in done["finished"]:
+            request = given["requests"][int(name)]
+            [output] = llm.generate([prompt_of(request)], [sampling(request)], use_tqdm=False)
+            done["alone"][name] = list(output.outputs[0].token_ids)
+    return {**watch.result(), "preempted": preempted, "schedules": schedules}
 
+
+def _schedule(watch: Watch, given: dict[str, Any]) -> dict[str, Any]:
+    """One schedule to its end."""
+    from vllm.exceptions import VLLMValidationError
+
+    engine, chance = watch.engine, random.Random(given["seed"])
+    waiting = list(enumerate(given["requests"]))
     internal: dict[str, str] = {}
-    while waiting or watch.engine.has_unfinished_requests():
-        choice = chance.random()
-        if waiting and choice < 0.3:
+    finished, aborted, refused, alive = {}, [], [], []
+    while waiting or engine.has_unfinished_requests():
+        if waiting and chance.random() < 0.3:
             number, request = waiting.pop(0)
-            internal[str(number)] = watch.engine.add_request(str(number), prompt_of(request), sampling(request))
-            alive.append(str(number))
-        elif alive and choice < 0.42:
+            name = str(number)
+            try:
+                internal[name] = engine.add_request(name, prompt_of(request), sampling(request))
+                alive.append(name)
+            except VLLMValidationError:
+                refused.append(name)
+        elif alive and chance.random() < given["abort"]:
             name = alive.pop(chance.randrange(len(alive)))
-            watch.engine.abort_request([internal[name]], internal=True)
+            engine.abort_request([internal[name]], internal=True)
             aborted.append(name)
-        elif watch.engine.has_unfinished_requests():
-            go_on()
-    return {"finished": tokens, "aborted": aborted, **watch.result()}
+        elif engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    name = output.request_id.split("-")[0]
+                    finished[name] = list(output.outputs[0].token_ids)
+                    alive.remove(name)
+    return {"finished": finished, "aborted": aborted, "refused": refused, "free": watch.pool.get_num_free_blocks()}
 
 
 def main() -> None:
