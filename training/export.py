@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from training import model as models
@@ -50,4 +51,12 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
         do_sample=False, eos_token_id=rows.END, pad_token_id=rows.PAD, max_new_tokens=128
     )
     model.save_pretrained(folder)
+    publish_names(folder / "model.safetensors")
     tokenizer.build_processor().save_pretrained(folder)
+
+
+def publish_names(file: Path) -> None:
+    """Name the vision weights as SigLIP's checkpoints on the hub do: transformers reads both, vLLM only those."""
+    weights = load_file(file)
+    named = {name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in weights.items()}
+    save_file(named, file, metadata={"format": "pt"})

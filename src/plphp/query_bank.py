@@ -20,7 +20,7 @@ from .errors import ConfigError
 from .rotary import Rotation
 
 FORMAT = "plphp query bank 1"
-BUNDLED = Path(__file__).parent / "reference_model" / "query_bank.safetensors"
+BUNDLED = Path(__file__).parent / "reference_model" / "query_bank" / "bank.safetensors"
 """Bank of the bundled model, which the name ``bundled`` stands for."""
 _ADVICE = "Make it with plphp collect or plphp.collect_query_bank."
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
 
 from plphp.evaluation import available_tasks
 from plphp.evaluation.synthetic import scenes
@@ -62,6 +64,17 @@ def test_the_numbering_asks_for_the_numbers_of_the_row() -> None:
         assert loss_fn._numbering(hidden, numbers) < 0.01
         assert loss_fn._numbering(hidden, numbers.where(numbers < 0, (numbers + 1) % 4)) > 1
         assert loss_fn._numbering(hidden, torch.full_like(numbers, -100)) == 0
+
+
+def test_weights_are_saved_with_the_names_that_vllm_reads(tmp_path: Path) -> None:
+    net = export.new_model(small=True)
+    export.save(net, tmp_path)
+    names = list(load_file(tmp_path / "model.safetensors"))
+    assert all(name.startswith("vision_tower.vision_model.") for name in names if "vision" in name)
+    loaded, told = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values())
+    weights = net.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded.state_dict().items())
 
 
 def test_a_few_steps_reduce_the_loss() -> None:

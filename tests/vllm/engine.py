@@ -37,11 +37,12 @@ ENGINE = {
 CONNECTOR = {"kv_connector": "PLPHPConnector", "kv_role": "kv_producer"}
 
 Request = dict[str, Any]
-"""``text`` with a mark for each image, ``images`` as (width, height, seed), ``max_tokens``."""
+"""``text`` with marks, ``images`` as for `pictures.load`, ``videos`` as for `pictures.frames`, ``max_tokens``, and
+whether it ``stops`` at the end of the answer."""
 
 
 class EngineError(Exception):
-    """The process ended with an error; the text is what it wrote."""
+    """The process ended with an error; the text is the end of what it wrote."""
 
 
 def run(folder: Path, model: Path, environment: dict[str, str] | None = None, **job: Any) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def run(folder: Path, model: Path, environment: dict[str, str] | None = None, **
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
     log = done.stdout + done.stderr
     if done.returncode or not result.exists():
-        raise EngineError(log)
+        raise EngineError(log[-8000:])
     return {**json.loads(result.read_text(encoding="utf-8")), "log": log}
 
 
@@ -72,19 +73,34 @@ def make(job: dict[str, Any]) -> Any:
     return LLM(model=job["model"], **options)
 
 
+def video_metadata(frames: int) -> dict[str, Any]:
+    """What vLLM wants to know of a video whose frames are all used, two per second."""
+    return {
+        "fps": 2.0,
+        "duration": frames / 2,
+        "total_num_frames": frames,
+        "frames_indices": list(range(frames)),
+    }
+
+
 def prompt_of(request: Request) -> dict[str, Any]:
     """A prompt as vLLM takes it."""
-    from pictures import picture
+    from pictures import frames, load
 
-    images = [picture(*one) for one in request["images"]]
-    return {"prompt": request["text"], **({"multi_modal_data": {"image": images}} if images else {})}
+    media = {
+        "image": [load(one) for one in request["images"]],
+        "video": [(frames(*one), video_metadata(one[0])) for one in request.get("videos", ())],
+    }
+    given = {kind: some for kind, some in media.items() if some}
+    return {"prompt": request["text"], **({"multi_modal_data": given} if given else {})}
 
 
 def sampling(request: Request) -> Any:
-    """Greedy, of a fixed length."""
+    """Greedy; of a fixed length, but where the request stops at the end of the answer."""
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True)
+    ignore_eos = not request.get("stops", False)
+    return SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=ignore_eos)
 
 
 class Watch:

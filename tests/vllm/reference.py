@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import plphp
-from engine import Request
-from pictures import picture
+from engine import Request, video_metadata
+from pictures import frames, load
 from plphp import PLPHPConfig
 from plphp.allocation import kept_count
 from plphp.registry import get_method, register_method
-from tiny_checkpoint import IMAGE
+from tiny_checkpoint import IMAGE, VIDEO
 
 
 def in_blocks(name: str, block_size: int) -> str:
@@ -42,18 +43,24 @@ class Reference:
     """A model of transformers that answers one request after the other."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
 
     def inputs(self, request: Request) -> Any:
         """What the processor makes of a request."""
-        images = [picture(*one) for one in request["images"]]
-        return self.processor(text=[request["text"]], images=images or None, return_tensors="pt")
+        images = [load(one) for one in request["images"]]
+        videos = [torch.from_numpy(frames(*one)).permute(0, 3, 1, 2) for one in request.get("videos", ())]
+        told = [video_metadata(len(one)) for one in videos]
+        given = {"images": images, "videos": videos, "video_metadata": told}
+        given = {name: some for name, some in given.items() if some}
+        return self.processor(text=[request["text"]], **given, return_tensors="pt")
 
     def answer(self, request: Request, config: PLPHPConfig | None = None) -> tuple[list[int], Any]:
         """The tokens of the answer, and the report of what was kept where there is a config."""
         inputs = self.inputs(request)
-        length = {"max_new_tokens": request["max_tokens"], "min_new_tokens": request["max_tokens"]}
+        length = {"max_new_tokens": request["max_tokens"]}
+        if not request.get("stops", False):
+            length["min_new_tokens"] = request["max_tokens"]
         if config is None:
             output, report = self.model.generate(**inputs, **length, do_sample=False), None
         else:
@@ -62,19 +69,51 @@ class Reference:
             report = session.report
         return output[0, inputs["input_ids"].shape[1] :].tolist(), report
 
+    def gap(self, request: Request, config: PLPHPConfig, tokens: list[int]) -> float:
+        """Where an answer parts from that of transformers, how much higher the logit of the latter's token is."""
+        inputs = self.inputs(request)
+        options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        with plphp.prune(self.model, config):
+            output = self.model.generate(**inputs, max_new_tokens=len(tokens), min_new_tokens=len(tokens), **options)
+        own = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        for logits, mine, other in zip(output.logits, own, tokens, strict=True):
+            if mine != other:
+                return (logits[0, mine] - logits[0, other]).item()
+        return 0.0
 
-def text_with(images: int, question: str, before: str = "") -> str:
-    """A prompt with images in front of a question."""
-    return f"<|im_start|>user\n{before}{IMAGE * images}{question}<|im_end|>\n<|im_start|>assistant\n"
+
+def text_with(marks: str, question: str, before: str = "") -> str:
+    """A prompt with images or videos in front of a question."""
+    return f"<|im_start|>user\n{before}{marks}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def requests(images: Sequence[Sequence[tuple[int, int, int]]], max_tokens: int = 24) -> list[Request]:
     """Requests with the given images, of different length and with different questions."""
     return [
         {
-            "text": text_with(len(some), f"What is in row {number}? " * (1 + number % 3), "Look. " * (number % 4)),
+            "text": text_with(IMAGE * len(some), f"What is in row {n}? " * (1 + n % 3), "Look. " * (n % 4)),
             "images": [list(one) for one in some],
             "max_tokens": max_tokens,
         }
-        for number, some in enumerate(images)
+        for n, some in enumerate(images)
     ]
+
+
+def video_request(videos: Sequence[tuple[int, int, int, int]], images: Sequence[tuple[int, int, int]] = ()) -> Request:
+    """A request with videos, given as for `pictures.frames`, and then images."""
+    text = text_with(VIDEO * len(videos) + IMAGE * len(images), "What happens?")
+    return {"text": text, "images": list(images), "videos": list(videos), "max_tokens": 24}
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "images"
+
+
+def example_requests(processor: Any) -> list[Request]:
+    """The questions of ``examples/images``, for the bundled model; each with its right ``answer``."""
+    made = []
+    for one in json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8")):
+        content = [*({"type": "image"} for _ in one["images"]), {"type": "text", "text": one["question"]}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        images = [str(EXAMPLES / name) for name in one["images"]]
+        made.append({"text": text, "images": images, "max_tokens": 128, "stops": True, "answer": one["answer"]})
+    return made

@@ -56,7 +56,9 @@ def schedule(seed: int) -> dict[str, Any]:
     return {"seed": seed, "requests": some, "abort": 0.02 * (seed % 2)}
 
 
-@pytest.mark.parametrize("settings", [UNIFORM, {"retention_rate": 0.4, "target_retention": 0.3}], ids=["uniform", "plphp"])
+@pytest.mark.parametrize(
+    "settings", [UNIFORM, {"retention_rate": 0.4, "target_retention": 0.3}], ids=["uniform", "plphp"]
+)
 def test_the_pool_is_full_after_disorder(checkpoint: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     schedules = [schedule(seed) for seed in range(3)]
     engine = {"num_gpu_blocks_override": LAYERS * 28 + 1, "max_model_len": 800, "max_num_batched_tokens": 192}

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine import Request, run
 from plphp import PLPHPConfig
-from reference import Reference, in_blocks, requests
+from reference import Reference, in_blocks, requests, video_request
 
 BLOCK = 32
 SQUARE, WIDE, SMALL = (448, 448), (560, 280), (280, 336)
@@ -49,10 +50,11 @@ def check(found: dict[str, Any], reference: Reference, some: list[Request], sett
     assert found["prompts"] == [reference.inputs(one)["input_ids"][0].tolist() for one in some]
     assert found["tokens"] == tokens
     for number, (one, report) in enumerate(zip(some, reports, strict=True)):
-        if one["images"]:
+        if one["images"] or one.get("videos"):
             assert found["pruned"][str(number)][-1]["kept"] == kept(report)
         else:
             assert str(number) not in found["pruned"]
+    assert found["free_now"] == found["total"]
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +93,6 @@ def test_pruned_answers_are_those_of_transformers(
     check(found, reference, SINGLE + SEVERAL, settings)
     differs = [a != b for a, b in zip(found["tokens"], unpruned["tokens"], strict=True)]
     assert sum(differs) >= 5, "pruning has to change answers, or the comparison says nothing"
-    assert found["free_now"] == found["total"]
 
 
 def test_all_classes_occur(checkpoint: Path, tmp_path: Path) -> None:
@@ -106,7 +107,6 @@ def test_all_classes_occur(checkpoint: Path, tmp_path: Path) -> None:
 def test_prompts_in_chunks(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     found = run(tmp_path, checkpoint, requests=SINGLE + SEVERAL, settings=PLPHP, engine=CHUNKED)
     check(found, reference, SINGLE + SEVERAL, PLPHP)
-    assert found["free_now"] == found["total"]
 
 
 def test_answers_after_a_preemption_are_the_same(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
@@ -115,7 +115,6 @@ def test_answers_after_a_preemption_are_the_same(checkpoint: Path, tmp_path: Pat
     found = run(tmp_path, checkpoint, requests=some, settings=PLPHP, engine=engine)
     assert found["preempted"] > 0
     check(found, reference, some, PLPHP)
-    assert found["free_now"] == found["total"]
 
 
 def test_worker_and_engine_in_processes_of_their_own(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
@@ -139,9 +138,30 @@ def test_keeping_all_in_bfloat16(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_pruned_in_bfloat16(checkpoint: Path, tmp_path: Path) -> None:
-    """The engine rounds elsewhere than transformers, whose tokens part from its own; what is kept can be told."""
-    found = run(tmp_path, checkpoint, requests=SINGLE, engine=BFLOAT16, settings={"retention_rate": 0.3, **UNIFORM})
+    """The engine rounds elsewhere than transformers, so that random weights may answer otherwise where logits are near.
+
+    Where the answers part, transformers' logits of both tokens have to be nearly equal; they spread by 1, and bfloat16
+    holds logits of 4 to 0.03. `test_the_bundled_model.py` compares the answers of a trained model.
+    """
+    settings = {"retention_rate": 0.3, **UNIFORM}
+    found = run(tmp_path, checkpoint, requests=SINGLE, engine=BFLOAT16, settings=settings)
     # 256 tokens: 179 leave. 200: 140. 120: 84.
     assert [found["pruned"][str(number)][-1]["blocks"] for number in range(4)] == [[5] * 4, [4] * 4, [5] * 4, [2] * 4]
-    assert {len(tokens) for tokens in found["tokens"]} == {24}
     assert found["free_now"] == found["total"]
+    rounded = PLPHPConfig.from_dict({**settings, "method": in_blocks("uniform", BLOCK)})
+    reference = Reference(checkpoint, torch.bfloat16)
+    for one, tokens in zip(SINGLE, found["tokens"], strict=True):
+        assert len(tokens) == 24
+        assert reference.gap(one, rounded, tokens) < 0.1
+
+
+def test_videos(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
+    some = [
+        video_request([(4, 224, 168, 1)]),
+        video_request([(4, 280, 280, 2)], [(*SQUARE, 3)]),
+        video_request([(4, 168, 224, 4), (2, 280, 280, 5)]),
+    ]
+    engine = {"limit_mm_per_prompt": {"image": 1, "video": 2}, **CHUNKED}
+    found = run(tmp_path, checkpoint, requests=some, settings=PLPHP, engine=engine)
+    check(found, reference, some, PLPHP)
+    assert all(sum(told[-1]["blocks"]) for told in found["pruned"].values())

@@ -27,6 +27,7 @@ SPECIAL = (
 BYTES = 256
 IDS = {token: BYTES + number for number, token in enumerate(SPECIAL)}
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -114,4 +115,7 @@ def save(folder: Path) -> Path:
         "image_std": [0.5, 0.5, 0.5],
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels), encoding="utf-8")
+    video = {**pixels, "video_processor_type": "Qwen2VLVideoProcessor", "do_sample_frames": False}
+    del video["image_processor_type"]
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video), encoding="utf-8")
     return folder

@@ -21,7 +21,7 @@ from .generate import (
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder; default: the bundled model.")] = None,
     config: ConfigOption = None,
     config_file: ConfigFileOption = None,
     method: MethodOption = None,
@@ -36,4 +36,5 @@ def serve(
     from plphp.vllm.server import serve as run
     from plphp.vllm.server import server_arguments
 
-    run(server_arguments(model, settings, context.args))
+    # Where an option comes first, it is what was taken for the model.
+    run(server_arguments(settings, [*([] if model is None else [model]), *context.args]))

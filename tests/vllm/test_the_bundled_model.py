@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that ships with plphp, trained and of another family: answers that mean something, methods, bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import run
+from plphp import PLPHPConfig
+from plphp.loading import bundled_model_path
+from reference import Reference, example_requests, in_blocks
+
+BLOCK = 32
+TARGET = {"target_retention": 0.5, "query_rows": "text"}
+CASES = [
+    ("bfloat16", None),
+    ("bfloat16", TARGET),
+    ("float32", {"target_retention": 0.5, "image_quota": "per_image"}),
+    ("float32", {"method": "query_bank", "retention_rate": 0.5, "options": {"bank": "bundled"}}),
+    ("float32", {"method": "snapkv", "retention_rate": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "settings"), CASES, ids=["off", "plphp", "per-image", "query-bank", "snapkv"])
+def test_answers_are_those_of_transformers(tmp_path: Path, dtype: str, settings: dict[str, Any] | None) -> None:
+    reference = Reference(bundled_model_path(), getattr(torch, dtype))
+    some = example_requests(reference.processor)
+    rounded = None
+    if settings is not None:
+        method = in_blocks(PLPHPConfig.from_dict(settings).method, BLOCK)
+        rounded = PLPHPConfig.from_dict({**settings, "method": method})
+    found = run(tmp_path, bundled_model_path(), requests=some, settings=settings, engine={"dtype": dtype})
+    assert found["tokens"] == [reference.answer(one, rounded)[0] for one in some]
+    assert len(found["pruned"]) == (0 if settings is None else len(some))
+    texts = [reference.processor.decode(tokens, skip_special_tokens=True) for tokens in found["tokens"]]
+    right = sum(text.strip() == one["answer"] for text, one in zip(texts, some, strict=True))
+    assert right == len(some) if settings is None else right >= len(some) // 2
