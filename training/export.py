@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
+from plphp.vllm.weights import publish_names
 from training import model as models
 from training import rows, tokenizer
 from training.train import CHECKPOINT
@@ -53,10 +53,3 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     model.save_pretrained(folder)
     publish_names(folder / "model.safetensors")
     tokenizer.build_processor().save_pretrained(folder)
-
-
-def publish_names(file: Path) -> None:
-    """Name the vision weights as SigLIP's checkpoints on the hub do: transformers reads both, vLLM only those."""
-    weights = load_file(file)
-    named = {name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in weights.items()}
-    save_file(named, file, metadata={"format": "pt"})
