@@ -65,6 +65,10 @@ def make(job: dict[str, Any]) -> Any:
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
+    if job.get("flash", False):
+        import emulated_flash
+
+        emulated_flash.install()
     options = {**ENGINE, **job.get("engine", {})}
     if job.get("settings") is not None:
         options.setdefault("additional_config", {"plphp": job["settings"]})

@@ -56,6 +56,7 @@ def engine_config(**changes: Any) -> SimpleNamespace:
             "is_mm_prefix_lm": False,
         },
     }
+    parts["compilation_config"] = {"cudagraph_mode": SimpleNamespace(has_full_cudagraphs=lambda: False)}
     whole = {"speculative_config": None, "use_v2_model_runner": False, "additional_config": {"plphp": {}}}
     for name, value in changes.items():
         part, _, key = name.partition("__")
@@ -84,6 +85,10 @@ def test_the_rest_passes() -> None:
         ({"cache_config__cache_dtype": "fp8"}, "'fp8'"),
         ({"kv_transfer_config__kv_connector": "OffloadingConnector"}, "got 'OffloadingConnector'"),
         ({"kv_transfer_config__is_kv_consumer": True}, "clients of a KV consumer"),
+        (
+            {"compilation_config__cudagraph_mode": SimpleNamespace(has_full_cudagraphs=lambda: True)},
+            "cudagraph_mode.*PIECEWISE",
+        ),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"model_config__use_mla": True}, "multi-head latent attention"),
@@ -129,9 +134,19 @@ def test_settings_that_are_no_json(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_unsupported(engine_config(additional_config={}))
 
 
-def test_another_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cuda", "allowed", "words"),
+    [(False, "1", "the platform"), (True, "0", "PLPHP_VLLM_UNTESTED=1"), (True, "1", None)],
+    ids=["neither", "cuda", "allowed"],
+)
+def test_other_platforms(monkeypatch: pytest.MonkeyPatch, cuda: bool, allowed: str, words: str | None) -> None:
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(UnsupportedFeatureError, match="the platform"):
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: cuda)
+    monkeypatch.setenv("PLPHP_VLLM_UNTESTED", allowed)
+    if words is None:
+        refuse_unsupported(engine_config())
+        return
+    with pytest.raises(UnsupportedFeatureError, match=words):
         refuse_unsupported(engine_config())

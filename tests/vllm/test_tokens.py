@@ -165,3 +165,10 @@ def test_videos(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     found = run(tmp_path, checkpoint, requests=some, settings=PLPHP, engine=engine)
     check(found, reference, some, PLPHP)
     assert all(sum(told[-1]["blocks"]) for told in found["pruned"].values())
+
+
+def test_flash_attention_with_emulated_kernels(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
+    engine = {**CHUNKED, "block_size": BLOCK}
+    found = run(tmp_path, checkpoint, requests=SINGLE + SEVERAL, settings=PLPHP, engine=engine, flash=True)
+    assert "FlashAttention version 2" in found["log"]
+    check(found, reference, SINGLE + SEVERAL, PLPHP)

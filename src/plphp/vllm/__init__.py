@@ -18,6 +18,10 @@ from __future__ import annotations
 
 CONNECTOR = "PLPHPConnector"
 """Name of the KV connector, for ``--kv-transfer-config``."""
+BACKENDS = {"CPU_ATTN": "plphp.vllm.cpu_backend.PrunedCPUBackend"}
+"""By the name of an attention backend of vLLM, what stands in for it."""
+UNTESTED_BACKENDS = {"FLASH_ATTN": "plphp.vllm.flash_backend.PrunedFlashBackend"}
+"""The same, for those who ask to try what has never been run, see `plphp.vllm.refusals.untested_allowed`."""
 
 
 def register() -> None:
@@ -28,11 +32,12 @@ def register() -> None:
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    from .refusals import tested_version
+    from .refusals import tested_version, untested_allowed
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "plphp.vllm.connector", CONNECTOR)
     if tested_version():
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        register_backend(AttentionBackendEnum.CPU_ATTN, "plphp.vllm.cpu_backend.PrunedCPUBackend")
+        for name, path in {**BACKENDS, **(UNTESTED_BACKENDS if untested_allowed() else {})}.items():
+            register_backend(AttentionBackendEnum[name], path)

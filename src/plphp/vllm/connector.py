@@ -159,7 +159,8 @@ def _group_of_layer(kv_cache_config: Any) -> dict[int, int]:
         if not isinstance(group.kv_cache_spec, PrunedLayerSpec) or len(group.layer_names) != 1:
             raise UnsupportedModelError(
                 f"plphp needs full attention and a KV cache group of its own in each decoder layer, got a group of "
-                f"{type(group.kv_cache_spec).__name__} with the layers {', '.join(group.layer_names)}."
+                f"{type(group.kv_cache_spec).__name__} with the layers {', '.join(group.layer_names)}. On CUDA start "
+                "with --attention-backend FLASH_ATTN."
             )
         groups[extract_layer_index(group.layer_names[0])] = number
     if sorted(groups) != list(range(len(groups))):

