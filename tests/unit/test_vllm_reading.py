@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +18,7 @@ from plphp.errors import UnsupportedFeatureError
 from plphp.methods.base import Method
 from plphp.registry import resolve
 from plphp.types import LayerScores
+from plphp.vllm.ranks import Ranks
 from plphp.vllm.reading import PromptReading, vision_spans
 from plphp.vllm.rounding import evict_whole_blocks
 from plphp.vllm.step import Row, Step
@@ -76,8 +80,8 @@ def test_heads_with_different_numbers_are_refused() -> None:
 class Paged:
     """The paged cache of one layer, of entries that NaN stands for until they are written."""
 
-    def __init__(self, blocks: int) -> None:
-        self.keys = torch.full((blocks * BLOCK, KV_HEADS, DIM), torch.nan)
+    def __init__(self, blocks: int, heads: int = KV_HEADS) -> None:
+        self.keys = torch.full((blocks * BLOCK, heads, DIM), torch.nan)
         self.values = self.keys.clone()
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -99,7 +103,7 @@ def pruning_of(**settings: Any) -> Pruning:
 
 def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Naive attention of [tokens, heads, dim], the queries being the last tokens."""
-    group = Q_HEADS // KV_HEADS
+    group = query.shape[1] // keys.shape[1]
     keys, values = (one.repeat_interleave(group, 1).double() for one in (keys, values))
     logits = torch.einsum("qhd,khd->hqk", query.double(), keys) * DIM**-0.5
     seen = torch.arange(len(keys)) <= torch.arange(len(keys) - len(query), len(keys))[:, None]
@@ -107,10 +111,12 @@ def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", weights, values).float()
 
 
-def run(pruning: Pruning, prompt: Any, chunks: list[int], table: Tensor) -> tuple[list[Paged], list[Tensor]]:
+def run(
+    pruning: Pruning, prompt: Any, chunks: list[int], table: Tensor, heads: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[list[Paged], list[Tensor]]:
     """Read the tokens of a request in chunks; return the caches and the attention of the last chunk by layer."""
-    caches = [Paged(32) for _ in range(LAYERS)]
-    of_layer = [states(sum(chunks), layer) for layer in range(LAYERS)]
+    of_layer = [[heads(one) for one in states(sum(chunks), layer)] for layer in range(LAYERS)]
+    caches = [Paged(32, keys.shape[1]) for _, keys, _ in of_layer]
     begin, outputs = 0, []
     for chunk in chunks:
         reading = pruning.reading("one", prompt, begin)
@@ -224,3 +230,34 @@ def test_block_tables_begin_behind_the_empty_blocks() -> None:
     assert step.shortened(1, BLOCK, common) is common
     with pytest.raises(UnsupportedFeatureError, match="--block-size 8"):
         step.shortened(0, 8, common)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "shared"}, {"method": "zipvl", "retention_rate": 0.5}], ids=str)
+def test_ranks_choose_as_one_would(settings: dict[str, Any]) -> None:
+    """Two ranks with a KV head each, which wait for each other as those of tensor parallelism do."""
+    alone = pruning_of(**settings)
+    expected, _ = run(alone, request(), [16, 24], TABLE)
+    told = alone.take_news()
+    meeting = Barrier(2, timeout=60)
+    brought: list[Tensor] = [torch.empty(0)] * 2
+
+    def rank(own: int) -> tuple[list[Paged], Any]:
+        def gather(part: Tensor) -> Tensor:
+            brought[own] = part
+            meeting.wait()
+            whole = torch.cat(brought, dim=1)
+            meeting.wait()
+            return whole
+
+        pruning = pruning_of(**settings)
+        pruning.ranks = Ranks(2, own, gather)
+        caches, _ = run(pruning, request(), [16, 24], TABLE, heads=pruning.ranks.part)
+        return caches, pruning.take_news()
+
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(rank, range(2)))
+    for own, (caches, news) in enumerate(found):
+        assert news == told
+        for cache, whole in zip(caches, expected, strict=True):
+            assert torch.equal(cache.keys.nan_to_num(9), whole.keys[:, own : own + 1].nan_to_num(9))
+            assert torch.equal(cache.values.nan_to_num(9), whole.values[:, own : own + 1].nan_to_num(9))

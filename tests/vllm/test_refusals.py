@@ -54,6 +54,7 @@ def engine_config(**changes: Any) -> SimpleNamespace:
             "is_encoder_decoder": False,
             "use_mla": False,
             "is_mm_prefix_lm": False,
+            "get_total_num_kv_heads": lambda: 2,
         },
     }
     parts["compilation_config"] = {"cudagraph_mode": SimpleNamespace(has_full_cudagraphs=lambda: False)}
@@ -67,6 +68,10 @@ def engine_config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in parts.items()}, **whole)
 
 
+def test_two_ranks_pass() -> None:
+    refuse_unsupported(engine_config(parallel_config__tensor_parallel_size=2))
+
+
 def test_the_rest_passes() -> None:
     config, method = refuse_unsupported(engine_config())
     assert (config.method, method.name) == ("plphp", "plphp")
@@ -75,7 +80,14 @@ def test_the_rest_passes() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"parallel_config__tensor_parallel_size": 2}, "tensor parallelism of 2"),
+        ({"parallel_config__tensor_parallel_size": 4}, "tensor parallelism of 4 and 2 KV heads"),
+        (
+            {
+                "parallel_config__tensor_parallel_size": 2,
+                "additional_config": {"plphp": {"method": "query_bank", "options": {"bank": "bundled"}}},
+            },
+            "query bank",
+        ),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism of 2"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),

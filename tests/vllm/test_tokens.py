@@ -125,6 +125,21 @@ def test_worker_and_engine_in_processes_of_their_own(checkpoint: Path, tmp_path:
     assert found["log"].count("blocks freed") == len(SINGLE)
 
 
+def test_a_compiled_model(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
+    found = run(tmp_path, checkpoint, requests=SINGLE, settings=PLPHP, engine={"enforce_eager": False})
+    assert "'enforce_eager': True" not in found["log"]
+    check(found, reference, SINGLE, PLPHP)
+
+
+def test_two_ranks_share_the_heads(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
+    """Each has one of the two KV heads; rates, and the ranking of methods that look at all heads, are of both."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    engine = {"distributed_executor_backend": "mp", "tensor_parallel_size": 2}
+    found = run(tmp_path, checkpoint, environment, requests=SINGLE, settings=PLPHP, engine=engine)
+    assert found["tokens"] == expected(reference, SINGLE, PLPHP)[0]
+    assert found["log"].count("blocks freed") == len(SINGLE)
+
+
 def test_settings_from_the_environment(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     environment = {"PLPHP_VLLM_CONFIG": '{"method": "uniform", "retention_rate": 0.3}'}
     found = run(tmp_path, checkpoint, environment, requests=SINGLE[:1], connector=True)

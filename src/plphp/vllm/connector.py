@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from ..errors import CacheStateError, UnsupportedModelError
 from .metrics import PruneMetrics, PruneStats
 from .news import PrunedPrompt
+from .ranks import ranks_of
 from .refusals import refuse_unsupported
 from .runner import attach_to_runner
 from .specs import PrunedLayerSpec
@@ -40,7 +41,10 @@ class News(KVConnectorWorkerMetadata):
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Join the news of two workers, who must agree."""
         if not isinstance(other, News) or other.prompts != self.prompts:
-            raise CacheStateError("Two workers pruned the same prompts differently; plphp works with one.")
+            raise CacheStateError(
+                "Two workers pruned the same prompts differently, so that their blocks cannot be freed: start the "
+                "server again with --tensor-parallel-size 1, and please report this."
+            )
         return self
 
 
@@ -60,7 +64,8 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         self.pruning: Pruning | None = None
         self._stats = PruneStats()
         if role == KVConnectorRole.WORKER:
-            self.pruning = Pruning(config, method, len(self._groups), sizes.pop())
+            ranks = ranks_of(vllm_config)
+            self.pruning = Pruning(config, method, len(self._groups), sizes.pop(), ranks)
             attach_to_runner()
 
     @property

@@ -18,6 +18,7 @@ from ..packed import PackedKV
 from ..plan import PromptPlan
 from ..selection import pooled
 from ..types import RowAllocation, VisionSpans
+from .ranks import Ranks
 from .rounding import evict_whole_blocks
 
 VISUAL = ("image", "video")
@@ -123,13 +124,14 @@ class PromptReading:
         layer.update(keys, values)
         return layer.get_seq_length() >= self.tokens
 
-    def score(self, layer_idx: int, scaling: float) -> None:
-        """Score a layer that has read the whole prompt, see `PromptPlan.score`."""
+    def score(self, layer_idx: int, scaling: float, ranks: Ranks) -> None:
+        """Score all heads of a layer that has read the whole prompt, see `PromptPlan.score`."""
         if self.plan is not None:
             self.plan.score(layer_idx, self._layers[layer_idx], scaling)
+            self.plan.scores[layer_idx] = ranks.whole(self.plan.scores[layer_idx])
 
     def evict(
-        self, method: Method, config: PLPHPConfig, judged: Sequence[int], block_size: int
+        self, method: Method, config: PLPHPConfig, judged: Sequence[int], block_size: int, ranks: Ranks
     ) -> Iterator[PrunedPart]:
         """Allocate, select and compact in the layers that are scored and not yet done."""
         if self.plan is None:
@@ -139,7 +141,7 @@ class PromptReading:
             rank = pooled(method.rank(scores, config), scores, config)
             keep, blocks = evict_whole_blocks(chosen, rank, scores, block_size)
             kept = (keep[0] & scores.vision[0]).sum().item() / scores.kv_heads
-            entries = compact_kv(*layer.tail(), keep) if blocks else None
+            entries = compact_kv(*layer.tail(), ranks.part(keep)) if blocks else None
             self.dropped[scores.layer] = blocks
             yield PrunedPart(scores.layer, allocation, kept, blocks, entries)
         self.plan.scores.clear()

@@ -12,6 +12,7 @@ from ..methods.base import Method
 from ..registry import resolve
 from ..suitability import method_for, refuse_unanswered
 from . import CONNECTOR
+from .ranks import refuse_ranks
 from .settings import ENVIRONMENT, KEY, settings_of
 
 TESTED = ("0.32.",)
@@ -68,8 +69,11 @@ def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
         )
     _refuse_engine(vllm_config)
     _refuse_model(vllm_config.model_config)
-    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    return config, _method(config, layers)
+    model = vllm_config.model_config
+    method = _method(config, model.hf_text_config.num_hidden_layers)
+    kv_heads, ranks = model.get_total_num_kv_heads(), vllm_config.parallel_config.tensor_parallel_size
+    refuse_ranks(ranks, kv_heads, bank=method.evidence(config).bank is not None)
+    return config, method
 
 
 def _method(config: PLPHPConfig, layers: int) -> Method:
@@ -119,10 +123,6 @@ def _refuse_engine(vllm_config: Any) -> None:
             "add --no-enable-prefix-caching",
         ),
         "speculative decoding": (vllm_config.speculative_config is not None, "leave --speculative-config out"),
-        f"tensor parallelism of {parallel.tensor_parallel_size}: the ranks would not agree on a layer's rate": (
-            parallel.tensor_parallel_size > 1,
-            "use --tensor-parallel-size 1",
-        ),
         f"pipeline parallelism of {parallel.pipeline_parallel_size}": (
             parallel.pipeline_parallel_size > 1,
             "use --pipeline-parallel-size 1",

@@ -142,7 +142,7 @@ class Step:
             query, keys, values = map(row.prompt_part, states)
             if not reading.read(layer_idx, query, keys, values, row.computed):
                 continue
-            reading.score(layer_idx, scaling)
+            reading.score(layer_idx, scaling, self.pruning.ranks)
             if self.pruning.waits_for_all and layer_idx != self.pruning.last_layer:
                 continue
             for part in self._evicted(row):
@@ -155,7 +155,8 @@ class Step:
     def _evicted(self, row: Row) -> Iterator[PrunedPart]:
         pruning = self.pruning
         try:
-            for part in row.reading.evict(pruning.method, pruning.config, pruning.judged, pruning.block_size):
+            settings = pruning.method, pruning.config, pruning.judged
+            for part in row.reading.evict(*settings, pruning.block_size, pruning.ranks):
                 pruning.note(row.request, row.reading, part)
                 yield part
         except NonFiniteAttentionError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import PLPHPConfig
 from ..methods.base import Method
 from .news import PrunedPrompt
+from .ranks import Ranks
 from .reading import PromptReading, PrunedPart
 
 _logger = logging.getLogger("vllm.plphp")
@@ -30,12 +31,15 @@ class Pruning:
         Decoder layers of the model.
     block_size : int
         Tokens of a block of the pool.
+    ranks : Ranks
+        Who shares the heads of a layer.
     """
 
     config: PLPHPConfig
     method: Method
     layers: int
     block_size: int
+    ranks: Ranks = field(default_factory=Ranks)
     _readings: dict[str, PromptReading] = field(default_factory=dict)
     _pending: dict[str, PrunedPrompt] = field(default_factory=dict)
     _news: dict[str, PrunedPrompt] = field(default_factory=dict)
