@@ -46,8 +46,10 @@ lint: $(VENV)/.dev
 test-oldest: .venv-oldest/.dev
 	.venv-oldest/bin/python -m pytest -n auto
 
+# Each engine is a process of some 2 GB. Without those that take longest: make test-vllm SELECTED='-m "not thorough"'.
+SELECTED ?=
 test-vllm: .venv-vllm/.dev
-	.venv-vllm/bin/python -m pytest tests/vllm tests/unit/test_vllm_reading.py
+	.venv-vllm/bin/python -m pytest -n 2 --dist worksteal $(SELECTED) tests/vllm tests/unit/test_vllm_reading.py
 
 # The wheel has to work, with its bundled model, where nothing of this folder is.
 wheel: $(VENV)/.dev

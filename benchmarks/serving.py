@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     model.add_argument("--model", help="hub id or folder; default: the bundled model")
     model.add_argument("--shape", choices=SHAPES, help="a model with random weights instead, 729 tokens an image")
     parser.add_argument("--settings", nargs="+", default=["plphp:target_retention=0.4"], help="beside no plugin at all")
-    parser.add_argument("--blocks", type=int, default=120, help="blocks of the pool, each with a page of every layer")
+    parser.add_argument("--blocks", type=int, default=150, help="blocks of the pool, each with a page of every layer")
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--requests", type=int, default=16, help="of a run")

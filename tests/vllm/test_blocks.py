@@ -35,12 +35,14 @@ def test_blocks_are_freed_as_computed_by_hand(checkpoint: Path, tmp_path: Path) 
     assert f"{LAYERS * 5} blocks freed" in found["log"]
 
 
+@pytest.mark.thorough
 def test_exempt_layers_free_nothing(checkpoint: Path, tmp_path: Path) -> None:
     found = run(tmp_path, checkpoint, requests=SOME[:1], settings={**UNIFORM, "exempt_layers": [0, -1]})
     assert found["pruned"]["0"][-1]["blocks"] == [0, 5, 5, 0]
     assert found["pruned"]["0"][-1]["kept"] == [256, 256 - 5 * BLOCK, 256 - 5 * BLOCK, 256]
 
 
+@pytest.mark.thorough
 def test_an_answer_of_one_token_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
     found = run(tmp_path, checkpoint, requests=[{**one, "max_tokens": 1} for one in SOME], settings=UNIFORM)
     assert found["free_now"] == found["total"]
@@ -57,7 +59,9 @@ def schedule(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "settings", [UNIFORM, {"retention_rate": 0.4, "target_retention": 0.3}], ids=["uniform", "plphp"]
+    "settings",
+    [UNIFORM, pytest.param({"target_retention": 0.3}, marks=pytest.mark.thorough)],
+    ids=["uniform", "plphp"],
 )
 def test_the_pool_is_full_after_disorder(checkpoint: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     schedules = [schedule(seed) for seed in range(3)]

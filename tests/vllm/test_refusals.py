@@ -22,9 +22,9 @@ SOME = requests([[(280, 336, 1)]], max_tokens=1)
     ("job", "words"),
     [
         ({"engine": {"enable_prefix_caching": True}}, "--no-enable-prefix-caching"),
-        ({"connector": False}, "add --kv-transfer-config"),
-        ({"settings": {"retention": 0.5}}, "Unknown setting 'retention'"),
-        ({"settings": None, "connector": True}, "no settings"),
+        pytest.param({"connector": False}, "add --kv-transfer-config", marks=pytest.mark.thorough),
+        pytest.param({"settings": {"retention": 0.5}}, "Unknown setting 'retention'", marks=pytest.mark.thorough),
+        pytest.param({"settings": None, "connector": True}, "no settings", marks=pytest.mark.thorough),
     ],
     ids=["prefix-caching", "no-connector", "unknown-setting", "no-settings"],
 )

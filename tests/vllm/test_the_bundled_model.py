@@ -16,16 +16,19 @@ from reference import Reference, example_requests, in_blocks
 
 BLOCK = 32
 TARGET = {"target_retention": 0.5, "query_rows": "text"}
+OTHERS = {
+    "off": ("bfloat16", None),
+    "per-image": ("float32", {"target_retention": 0.5, "image_quota": "per_image"}),
+    "query-bank": ("float32", {"method": "query_bank", "retention_rate": 0.5, "options": {"bank": "bundled"}}),
+    "snapkv": ("float32", {"method": "snapkv", "retention_rate": 0.5}),
+}
 CASES = [
-    ("bfloat16", None),
-    ("bfloat16", TARGET),
-    ("float32", {"target_retention": 0.5, "image_quota": "per_image"}),
-    ("float32", {"method": "query_bank", "retention_rate": 0.5, "options": {"bank": "bundled"}}),
-    ("float32", {"method": "snapkv", "retention_rate": 0.5}),
+    pytest.param("bfloat16", TARGET, id="plphp"),
+    *(pytest.param(*case, id=name, marks=pytest.mark.thorough) for name, case in OTHERS.items()),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "settings"), CASES, ids=["off", "plphp", "per-image", "query-bank", "snapkv"])
+@pytest.mark.parametrize(("dtype", "settings"), CASES)
 def test_answers_are_those_of_transformers(tmp_path: Path, dtype: str, settings: dict[str, Any] | None) -> None:
     reference = Reference(bundled_model_path(), getattr(torch, dtype))
     some = example_requests(reference.processor)

@@ -80,9 +80,9 @@ def test_keeping_all_is_the_engine_without_the_plugin(
     "settings",
     [
         PLPHP,
-        {"method": "uniform", "retention_rate": 0.3},
-        {"retention_rate": 0.4, "target_retention": 0.4},
-        {"method": "uniform", "retention_rate": 0.1, "exempt_layers": [0]},
+        pytest.param({"method": "uniform", "retention_rate": 0.3}, marks=pytest.mark.thorough),
+        pytest.param({"retention_rate": 0.4, "target_retention": 0.4}, marks=pytest.mark.thorough),
+        pytest.param({"method": "uniform", "retention_rate": 0.1, "exempt_layers": [0]}, marks=pytest.mark.thorough),
     ],
     ids=["plphp", "uniform", "target", "exempt"],
 )
@@ -95,6 +95,7 @@ def test_pruned_answers_are_those_of_transformers(
     assert sum(differs) >= 5, "pruning has to change answers, or the comparison says nothing"
 
 
+@pytest.mark.thorough
 def test_all_classes_occur(checkpoint: Path, tmp_path: Path) -> None:
     found = run(tmp_path, checkpoint, requests=SINGLE, settings=PLPHP)
     assert {name for one in found["pruned"].values() for told in one for name in told["classes"]} == {
@@ -109,6 +110,7 @@ def test_prompts_in_chunks(checkpoint: Path, tmp_path: Path, reference: Referenc
     check(found, reference, SINGLE + SEVERAL, PLPHP)
 
 
+@pytest.mark.thorough
 def test_answers_after_a_preemption_are_the_same(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     some = requests([[(*SQUARE, number)] for number in range(8)], max_tokens=150)
     engine = {"num_gpu_blocks_override": 4 * 26 + 1, "max_model_len": 800}
@@ -117,6 +119,7 @@ def test_answers_after_a_preemption_are_the_same(checkpoint: Path, tmp_path: Pat
     check(found, reference, some, PLPHP)
 
 
+@pytest.mark.thorough
 def test_worker_and_engine_in_processes_of_their_own(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     engine = {"distributed_executor_backend": "mp"}
@@ -125,12 +128,14 @@ def test_worker_and_engine_in_processes_of_their_own(checkpoint: Path, tmp_path:
     assert found["log"].count("blocks freed") == len(SINGLE)
 
 
+@pytest.mark.thorough
 def test_a_compiled_model(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     found = run(tmp_path, checkpoint, requests=SINGLE, settings=PLPHP, engine={"enforce_eager": False})
     assert "'enforce_eager': True" not in found["log"]
     check(found, reference, SINGLE, PLPHP)
 
 
+@pytest.mark.thorough
 def test_two_ranks_share_the_heads(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     """Each has one of the two KV heads; rates, and the ranking of methods that look at all heads, are of both."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -140,18 +145,21 @@ def test_two_ranks_share_the_heads(checkpoint: Path, tmp_path: Path, reference: 
     assert found["log"].count("blocks freed") == len(SINGLE)
 
 
+@pytest.mark.thorough
 def test_settings_from_the_environment(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     environment = {"PLPHP_VLLM_CONFIG": '{"method": "uniform", "retention_rate": 0.3}'}
     found = run(tmp_path, checkpoint, environment, requests=SINGLE[:1], connector=True)
     check(found, reference, SINGLE[:1], {"method": "uniform", "retention_rate": 0.3})
 
 
+@pytest.mark.thorough
 def test_keeping_all_in_bfloat16(checkpoint: Path, tmp_path: Path) -> None:
     off = run(tmp_path, checkpoint, requests=SINGLE, engine=BFLOAT16)
     found = run(tmp_path, checkpoint, requests=SINGLE, engine=BFLOAT16, settings=KEEP_ALL)
     assert found["tokens"] == off["tokens"]
 
 
+@pytest.mark.thorough
 def test_pruned_in_bfloat16(checkpoint: Path, tmp_path: Path) -> None:
     """The engine rounds elsewhere than transformers, so that random weights may answer otherwise where logits are near.
 
