@@ -9,7 +9,7 @@ SOURCES = pyproject.toml constraints.txt
 help:
 	@echo "make demo         answer questions on images, unpruned and pruned side by side"
 	@echo "make test         run the tests"
-	@echo "make test-oldest  run the tests on the oldest supported transformers"
+	@echo "make test-oldest  run those that lean on transformers on its oldest supported version"
 	@echo "make test-vllm    run the tests of serving, in an environment with vLLM's CPU build (3.5 GB)"
 	@echo "make bench        time and memory on this machine, beside transformers' own cache"
 	@echo "make bench-all    the same for all sizes, with results files"
@@ -43,8 +43,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Of the tests those that lean on transformers: no kernels, no bundled tasks, no commands, no training.
 test-oldest: .venv-oldest/.dev
-	.venv-oldest/bin/python -m pytest -n auto
+	.venv-oldest/bin/python -m pytest -n auto tests/families $(filter-out $(ELSEWHERE), $(wildcard tests/test_*.py))
+ELSEWHERE = $(addprefix tests/test_, benchmarks.py docs.py estimate.py examples.py plots.py prompts_file.py)
 
 # Each engine is a process of some 2 GB. Without those that take longest: make test-vllm SELECTED='-m "not thorough"'.
 SELECTED ?=
