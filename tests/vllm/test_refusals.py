@@ -33,6 +33,16 @@ def test_an_engine_does_not_start(checkpoint: Path, tmp_path: Path, job: dict[st
         run(tmp_path, checkpoint, requests=SOME, **{"settings": {}, **job})
 
 
+QUERY_BANK = {"method": "query_bank", "options": {"bank": "bundled"}}
+
+
+def text_config(num_hidden_layers: int = 4, num_attention_heads: int = 8, **more: Any) -> SimpleNamespace:
+    """Of a text model."""
+    return SimpleNamespace(
+        num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads, model_type="tiny", **more
+    )
+
+
 def engine_config(**changes: Any) -> SimpleNamespace:
     """What `refuse_unsupported` looks at, of an engine that it lets pass."""
     parts: dict[str, dict[str, Any]] = {
@@ -44,17 +54,19 @@ def engine_config(**changes: Any) -> SimpleNamespace:
             "enable_dbo": False,
         },
         "scheduler_config": {"async_scheduling": False, "disable_hybrid_kv_cache_manager": False},
-        "cache_config": {"enable_prefix_caching": False, "cache_dtype": "auto"},
+        "cache_config": {"enable_prefix_caching": False, "cache_dtype": "auto", "block_size": 32},
         "kv_transfer_config": {"kv_connector": "PLPHPConnector", "kv_role": "kv_producer", "is_kv_consumer": False},
         "model_config": {
             "model": "tiny",
-            "hf_text_config": SimpleNamespace(num_hidden_layers=4, model_type="tiny"),
+            "hf_text_config": text_config(),
             "is_multimodal_model": True,
             "runner_type": "generate",
             "is_encoder_decoder": False,
             "use_mla": False,
             "is_mm_prefix_lm": False,
             "get_total_num_kv_heads": lambda: 2,
+            "get_head_size": lambda: 32,
+            "get_sliding_window": lambda: None,
         },
     }
     parts["compilation_config"] = {"cudagraph_mode": SimpleNamespace(has_full_cudagraphs=lambda: False)}
@@ -84,10 +96,18 @@ def test_the_rest_passes() -> None:
         (
             {
                 "parallel_config__tensor_parallel_size": 2,
-                "additional_config": {"plphp": {"method": "query_bank", "options": {"bank": "bundled"}}},
+                "additional_config": {"plphp": QUERY_BANK},
+                "model_config__hf_text_config": text_config(num_hidden_layers=8),
             },
-            "query bank",
+            "tensor parallelism and a query bank",
         ),
+        (
+            {"additional_config": {"plphp": QUERY_BANK}, "model_config__hf_text_config": text_config(8, 4)},
+            "8 query heads of dimension 32, and this model has 4",
+        ),
+        ({"cache_config__block_size": 16}, "multiple of 32"),
+        ({"model_config__get_sliding_window": lambda: 64}, "sliding window"),
+        ({"model_config__hf_text_config": text_config(attn_logit_softcapping=30.0)}, "soft cap"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism of 2"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
@@ -109,11 +129,7 @@ def test_the_rest_passes() -> None:
         ({"model_config__is_encoder_decoder": True}, "encoder"),
         ({"model_config__runner_type": "pooling"}, "does not generate"),
         (
-            {
-                "model_config__hf_text_config": SimpleNamespace(
-                    num_hidden_layers=2, model_type="tiny", layer_types=["full_attention", "sliding_attention"]
-                )
-            },
+            {"model_config__hf_text_config": text_config(layer_types=["full_attention", "sliding_attention"])},
             "no full attention",
         ),
         ({"additional_config": {"plphp": {"method": "fastv"}}}, "'fastv'"),

@@ -16,6 +16,9 @@ Nothing of it does anything unless vLLM is started with the connector and with s
 
 from __future__ import annotations
 
+import logging
+import os
+
 CONNECTOR = "PLPHPConnector"
 """Name of the KV connector, for ``--kv-transfer-config``."""
 BACKENDS = {"CPU_ATTN": "plphp.vllm.cpu_backend.PrunedCPUBackend"}
@@ -33,6 +36,7 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     from .refusals import tested_version, untested_allowed
+    from .settings import ENVIRONMENT
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "plphp.vllm.connector", CONNECTOR)
@@ -41,3 +45,5 @@ def register() -> None:
 
         for name, path in {**BACKENDS, **(UNTESTED_BACKENDS if untested_allowed() else {})}.items():
             register_backend(AttentionBackendEnum[name], path)
+    elif ENVIRONMENT in os.environ:
+        logging.getLogger("vllm.plphp").warning("plphp does nothing without its KV connector in this version of vLLM.")

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import PLPHPConfig
 from ..errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from ..methods.base import Method
+from ..query_bank import bank_at
 from ..registry import resolve
 from ..suitability import method_for, refuse_unanswered
 from . import CONNECTOR
@@ -65,14 +66,19 @@ def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
     if config is None:
         raise ConfigError(
             f"The KV connector {CONNECTOR} is in use, but plphp has no settings: add --additional-config "
-            f"'{{\"{KEY}\": {{}}}}', or set {ENVIRONMENT}. Leave the connector out to serve without pruning."
+            f'\'{{"{KEY}": {{"target_retention": 0.4}}}}\', or set {ENVIRONMENT}. Leave the connector out to '
+            "serve without pruning."
         )
     _refuse_engine(vllm_config)
     _refuse_model(vllm_config.model_config)
     model = vllm_config.model_config
-    method = _method(config, model.hf_text_config.num_hidden_layers)
-    kv_heads, ranks = model.get_total_num_kv_heads(), vllm_config.parallel_config.tensor_parallel_size
-    refuse_ranks(ranks, kv_heads, bank=method.evidence(config).bank is not None)
+    text, ranks = model.hf_text_config, vllm_config.parallel_config.tensor_parallel_size
+    method = _method(config, text.num_hidden_layers)
+    bank = method.evidence(config).bank
+    refuse_ranks(ranks, model.get_total_num_kv_heads(), bank=bank is not None)
+    if bank is not None:
+        for layer in range(text.num_hidden_layers):
+            bank_at(bank).of(layer).check(text.num_attention_heads, model.get_head_size())
     return config, method
 
 
@@ -138,6 +144,10 @@ def _refuse_engine(vllm_config: Any) -> None:
             "leave --disable-hybrid-kv-cache-manager out",
         ),
         "vLLM's second model runner": (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        f"blocks of {cache.block_size} tokens on a CPU": (
+            current_platform.is_cpu() and cache.block_size is not None and cache.block_size % 32 != 0,
+            "use a --block-size that is a multiple of 32",
+        ),
         f"a KV cache of type {cache.cache_dtype!r}": (
             cache.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
             "leave --kv-cache-dtype out",
@@ -158,6 +168,8 @@ def _refuse_model(model: Any) -> None:
         "some of its layers have no full attention": (
             set(getattr(text, "layer_types", None) or ("full_attention",)) != {"full_attention"}
         ),
+        "its layers have a sliding window": model.get_sliding_window() is not None,
+        "its attention has a soft cap": bool(getattr(text, "attn_logit_softcapping", None)),
         "its prompt is read in both directions": model.is_mm_prefix_lm,
     }
     for reason, given in reasons.items():

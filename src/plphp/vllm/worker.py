@@ -87,7 +87,7 @@ class Pruning:
             self._news[request_id] = self._pending.pop(request_id)
 
     def give_up(self, request_id: str, reading: PromptReading, reason: str) -> None:
-        """Keep the rest of a prompt whole whose attention cannot be ranked."""
+        """Keep the rest of a prompt whole that cannot be pruned."""
         _logger.error("plphp keeps what is left of the prompt of request %s whole: %s.", request_id, reason)
         self.done(request_id, reading)
 
