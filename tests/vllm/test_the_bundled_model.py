@@ -17,19 +17,22 @@ from reference import Reference, example_requests, in_blocks
 BLOCK = 32
 TARGET = {"target_retention": 0.5, "query_rows": "text"}
 OTHERS = {
-    "off": ("bfloat16", None),
-    "per-image": ("float32", {"target_retention": 0.5, "image_quota": "per_image"}),
-    "query-bank": ("float32", {"method": "query_bank", "retention_rate": 0.5, "options": {"bank": "bundled"}}),
-    "snapkv": ("float32", {"method": "snapkv", "retention_rate": 0.5}),
+    "off": ("bfloat16", None, 12),
+    "per-image": ("float32", {"target_retention": 0.5, "image_quota": "per_image"}, 8),
+    "query-bank": ("bfloat16", {"method": "query_bank", "retention_rate": 0.4, "options": {"bank": "bundled"}}, 12),
+    "snapkv": ("float32", {"method": "snapkv", "retention_rate": 0.5}, 9),
 }
 CASES = [
-    pytest.param("bfloat16", TARGET, id="plphp"),
+    pytest.param("bfloat16", TARGET, 10, id="plphp"),
     *(pytest.param(*case, id=name, marks=pytest.mark.thorough) for name, case in OTHERS.items()),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "settings"), CASES)
-def test_answers_are_those_of_transformers(tmp_path: Path, dtype: str, settings: dict[str, Any] | None) -> None:
+@pytest.mark.parametrize(("dtype", "settings", "least"), CASES)
+def test_answers_are_those_of_transformers(
+    tmp_path: Path, dtype: str, settings: dict[str, Any] | None, least: int
+) -> None:
+    """And at least so many of the twelve are right."""
     reference = Reference(bundled_model_path(), getattr(torch, dtype))
     some = example_requests(reference.processor)
     rounded = None
@@ -40,5 +43,4 @@ def test_answers_are_those_of_transformers(tmp_path: Path, dtype: str, settings:
     assert found["tokens"] == [reference.answer(one, rounded)[0] for one in some]
     assert len(found["pruned"]) == (0 if settings is None else len(some))
     texts = [reference.processor.decode(tokens, skip_special_tokens=True) for tokens in found["tokens"]]
-    right = sum(text.strip() == one["answer"] for text, one in zip(texts, some, strict=True))
-    assert right == len(some) if settings is None else right >= len(some) // 2
+    assert sum(text.strip() == one["answer"] for text, one in zip(texts, some, strict=True)) >= least
