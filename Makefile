@@ -46,7 +46,8 @@ lint: $(VENV)/.dev
 # Of the tests those that lean on transformers: no kernels, no bundled tasks, no commands, no training.
 test-oldest: .venv-oldest/.dev
 	.venv-oldest/bin/python -m pytest -n auto tests/families $(filter-out $(ELSEWHERE), $(wildcard tests/test_*.py))
-ELSEWHERE = $(addprefix tests/test_, benchmarks.py docs.py estimate.py examples.py plots.py prompts_file.py)
+ELSEWHERE = $(addprefix tests/test_, bad_input.py benchmarks.py calibration.py compare.py docs.py estimate.py \
+	examples.py plots.py profiling.py prompts_file.py)
 
 # Each engine is a process of some 2 GB. Without those that take longest: make test-vllm SELECTED='-m "not thorough"'.
 SELECTED ?=
