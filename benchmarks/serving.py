@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM with the plugin and without, in the same pool: how many answers it writes at once, and how fast.
 
-Two tables. For the first all requests come at once to an engine whose pool is too small for them, and the steps are
-counted; for the second clients of vLLM's own benchmark tool send images over HTTP to servers that stand side by side,
-in turns. Run it where vLLM is installed, see docs/serving.md.
+Two tables. For the first all requests come at once to an engine whose pool is too small for them: the steps are
+counted, and with the bundled model the right answers to the example questions. For the second clients of vLLM's own
+benchmark tool send images over HTTP to servers that stand side by side, in turns. Run it where vLLM is installed, see
+docs/serving.md.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from plphp.loading import bundled_model_path
 from plphp.vllm.weights import publish_names
 
 HERE = Path(__file__).resolve().parent
+QUESTIONS = HERE.parent / "examples" / "images" / "questions.json"
+"""Those of the bundled model, with up to three images each."""
 
 
 def main() -> None:
@@ -103,15 +106,21 @@ def pool(args: argparse.Namespace, model: str, variant: str) -> dict[str, Any]:
         "max_num_seqs": args.requests,
         "enable_prefix_caching": False,
         "enforce_eager": True,
-        "limit_mm_per_prompt": {"image": args.images},
+        "limit_mm_per_prompt": {"image": max(args.images, 3)},
     }
 
 
 def count(args: argparse.Namespace, model: str, variant: str, folder: Path) -> dict[str, Any]:
     """Count the steps of one engine, in a process of its own: its memory cannot be had back."""
     job, result = folder / "job.json", folder / "result.json"
-    shape = {"requests": args.requests, "images": args.images, "side": args.side, "new_tokens": args.new_tokens}
-    job.write_text(json.dumps({"model": model, "variant": variant, "engine": pool(args, model, variant), **shape}))
+    given = {
+        "model": model,
+        "variant": variant,
+        "engine": pool(args, model, variant),
+        "questions": str(QUESTIONS) if model == str(bundled_model_path()) else None,
+        **{name: getattr(args, name) for name in ("requests", "images", "side", "new_tokens")},
+    }
+    job.write_text(json.dumps(given))
     command = [sys.executable, str(HERE / "serving_capacity.py"), str(job), str(result)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -152,14 +161,15 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 def show_counts(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Print the first table."""
     title = f"{args.requests} requests at once, {args.images} images each, a pool of {args.blocks} blocks"
-    headings = ("variant", "vision KV kept", "running, mean", "x off", "most", "steps", "x off", "preempted")
+    headings = ("variant", "vision KV kept", "running, mean", "x off", "most", "steps", "x off", "preempted", "right")
     table = measuring.table(title, headings)
     first = results[0]
     for row in results:
         kept = "-" if row["retention"] is None else f"{row['retention']:.2f}"
         running = (f"{row['running_mean']:.2f}", f"{row['running_mean'] / first['running_mean']:.2f}")
         steps = (str(row["steps"]), f"{row['steps'] / first['steps']:.2f}")
-        table.add_row(row["variant"], kept, *running, str(row["running_most"]), *steps, str(row["preempted"]))
+        right = f"{row['right']} of {row['questions']}" if "right" in row else "-"
+        table.add_row(row["variant"], kept, *running, str(row["running_most"]), *steps, str(row["preempted"]), right)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

@@ -43,7 +43,7 @@ def count(job: dict[str, Any]) -> dict[str, Any]:
     ]
     sampling = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], ignore_eos=True)
     llm.chat(conversations, sampling, use_tqdm=False)
-    return {
+    counted = {
         "variant": job["variant"],
         "retention": statistics.mean(watch.retention) if watch.retention else None,
         "running_mean": statistics.mean(watch.running),
@@ -52,6 +52,22 @@ def count(job: dict[str, Any]) -> dict[str, Any]:
         "preempted": watch.preempted,
         "freed_blocks": watch.freed,
     }
+    return {**counted, **({} if job["questions"] is None else answered(llm, Path(job["questions"])))}
+
+
+def answered(llm: Any, file: Path) -> dict[str, Any]:
+    """Answer the questions of a file beside its images; how many there are, and how many answers are right."""
+    from vllm import SamplingParams
+
+    questions = json.loads(file.read_text(encoding="utf-8"))
+    conversations: list[Any] = []
+    for one in questions:
+        images = [part(Image.open(file.parent / name).convert("RGB")) for name in one["images"]]
+        conversations.append([{"role": "user", "content": [*images, {"type": "text", "text": one["question"]}]}])
+    outputs = llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=128), use_tqdm=False)
+    texts = [output.outputs[0].text.strip() for output in outputs]
+    right = sum(text == one["answer"].strip() for text, one in zip(texts, questions, strict=True))
+    return {"questions": len(questions), "right": right}
 
 
 def noise(side: int, chance: random.Random) -> Image.Image:
@@ -65,37 +81,55 @@ def part(image: Image.Image) -> dict[str, Any]:
 
 
 class Watch:
-    """Counts what the scheduler of an engine in this process does."""
+    """Notes what the scheduler of an engine in this process does.
+
+    Attributes
+    ----------
+    running : list of int
+        Requests that run, after each step.
+    retention : list of float
+        Of each pruned prompt.
+    preempted, freed : int
+        Requests that were preempted; blocks that pruning gave back.
+    """
 
     def __init__(self, llm: Any) -> None:
-        engine = llm.llm_engine
-        scheduler = engine.engine_core.engine_core.scheduler
+        self.engine = llm.llm_engine
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
         self.running: list[int] = []
         self.retention: list[float] = []
         self.preempted = self.freed = 0
-        step, preempt = engine.step, scheduler._preempt_request
+        step, preempt, connector = self.engine.step, self.scheduler._preempt_request, self.scheduler.connector
 
-        def counted_step() -> Any:
+        def noted_step() -> Any:
             outputs = step()
-            self.running.append(len(scheduler.running))
+            self.note_step()
             return outputs
 
-        def counted_preempt(*args: Any, **named: Any) -> Any:
+        def noted_preempt(*args: Any, **named: Any) -> Any:
             self.preempted += 1
             return preempt(*args, **named)
 
-        engine.step, scheduler._preempt_request = counted_step, counted_preempt
-        if scheduler.connector is not None:
-            connector, free = scheduler.connector, scheduler.connector._free
-            pool = scheduler.kv_cache_manager.block_pool
+        self.engine.step, self.scheduler._preempt_request = noted_step, noted_preempt
+        if connector is not None:
+            free = connector._free
 
-            def counted_free(request_id: str, prompt: Any) -> None:
-                before = pool.get_num_free_blocks()
-                self.retention.append(prompt.retention)
+            def noted_free(request_id: str, prompt: Any) -> None:
+                before = self.pool.get_num_free_blocks()
                 free(request_id, prompt)
-                self.freed += pool.get_num_free_blocks() - before
+                self.note_pruned(request_id, prompt, self.pool.get_num_free_blocks() - before)
 
-            connector._free = counted_free
+            connector._free = noted_free
+
+    def note_step(self) -> None:
+        """After a step."""
+        self.running.append(len(self.scheduler.running))
+
+    def note_pruned(self, request_id: str, prompt: Any, freed: int) -> None:
+        """After the blocks of a prompt, a `plphp.vllm.news.PrunedPrompt`, were freed."""
+        self.retention.append(prompt.retention)
+        self.freed += freed
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +28,38 @@ def server(
     model: str, variant: str, engine: dict[str, Any], environment: dict[str, str], folder: Path
 ) -> Iterator[int]:
     """Run a server with an engine's options, and give its port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--port", str(port), "--served-model-name", "model"]
-    for name, value in engine.items():
-        flag = f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
-        options += [flag] if isinstance(value, bool) else [flag, value if isinstance(value, str) else json.dumps(value)]
     # The command of vLLM looks for its package under another name than the CPU build has; this is what it runs.
     command = ["vllm.entrypoints.openai.api_server", "--model", model]
     if variant != OFF:
         command = ["plphp", "serve", model, "--config", variant]
-    log = folder / f"server-{port}.log"
+    command += ["--served-model-name", "model"]
+    for name, value in engine.items():
+        flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        command += [flag] if isinstance(value, bool) else [flag, value if isinstance(value, str) else json.dumps(value)]
+    with running(command, environment, folder / f"{variant}.log") as port:
+        yield port
+
+
+@contextmanager
+def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[int]:
+    """Run a Python module that serves over HTTP, once it answers; give the free port that it got by ``--port``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    whole = [sys.executable, "-m", *command, "--port", str(port)]
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command, *options], stdout=out, stderr=out, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(whole, stdout=out, stderr=out, env=environment, start_new_session=True)
         try:
             wait(port, process, log)
             yield port
         finally:
-            os.killpg(process.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -63,9 +69,9 @@ def wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.5)
-    raise SystemExit(f"the server does not answer: {log.read_text()[-4000:]}")
+    raise RuntimeError(f"The server does not answer:\n{log.read_text()[-4000:]}")
 
 
 def load(port: int, model: str, shape: tuple[int, int, int, int], folder: Path, seed: int) -> dict[str, Any]:

@@ -303,7 +303,7 @@ class _Reader(PrunedCache):
         """What each layer keeps by some configs that rank alike."""
         return {
             scores.layer: (keep[:, 0], LayerRecord.of(self.spans, 0, scores, [row for [row] in rows], keep[:, 0]))
-            for scores, rows, keep in plan.choose(method, configs, self.judged(configs[0]))
+            for scores, rows, keep, _ in plan.choose(method, configs, self.judged(configs[0]))
         }
 
     def merged(self, chosen: Sequence[Chosen], prefilled: Sequence[Prefilled], order: Sequence[int]) -> PrunedCache:

@@ -258,7 +258,7 @@ class PrunedCache(Cache):
     def _evict(self, plan: PromptPlan) -> None:
         """Allocate rates over the scored layers, select and compact in each of them."""
         try:
-            for scores, [rows], [keep] in plan.choose(self.method, [self.config], self.judged(self.config)):
+            for scores, [rows], [keep], _ in plan.choose(self.method, [self.config], self.judged(self.config)):
                 layer = self._pruned[scores.layer]
                 self.records.append(LayerRecord.of(plan.spans, layer.prefix_length, scores, rows, keep))
                 layer.compact(keep)

@@ -22,9 +22,9 @@ from .types import PLAIN, Evidence, LayerScores, RowAllocation, ScoredLayer, Vis
 
 Gathered = tuple[Tensor, Tensor]
 """Queries [batch, q_heads, columns, dim] and their logical positions, int64 [columns]."""
-Chosen = tuple[LayerScores, list[list[RowAllocation]], Tensor]
-"""Scores of a layer, by config the allocation of its rows, and what its heads keep: bool [config, batch, kv_heads,
-seq]."""
+Chosen = tuple[LayerScores, list[list[RowAllocation]], Tensor, Tensor | None]
+"""Scores of a layer, by config the allocation of its rows, what its heads keep, bool [config, batch, kv_heads, seq],
+and the scores that chose it, [batch, kv_heads, seq]; None where tokens leave at the prompt stage."""
 LAYER_LEVEL = (
     "retention_rate",
     "retention_delta",
@@ -266,11 +266,11 @@ class PromptPlan:
         for layer in allocations[0]:
             scores, rows = self.scores[layer], [allocation[layer] for allocation in allocations]
             if method.stage is not None:
-                yield scores, rows, scores.real[:, None].expand(len(rows), -1, scores.kv_heads, -1)
+                yield scores, rows, scores.real[:, None].expand(len(rows), -1, scores.kv_heads, -1), None
                 continue
             rank = pooled(method.rank(scores, configs[0]), scores, configs[0])
             rates = [[row.rate for row in one] for one in rows]
-            yield scores, rows, keep_masks(rank, scores, rates, configs[0], method.mix(configs[0]))
+            yield scores, rows, keep_masks(rank, scores, rates, configs[0], method.mix(configs[0])), rank
 
 
 def gather(wanted: Tensor, query: Tensor, begin: int) -> Gathered | None:

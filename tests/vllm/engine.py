@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import serving_capacity
+
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -51,7 +53,7 @@ def run(folder: Path, model: Path, environment: dict[str, str] | None = None, **
     result.unlink(missing_ok=True)
     given.write_text(json.dumps({"model": str(model), **job}), encoding="utf-8")
     command = [sys.executable, str(HERE / "engine.py"), str(given), str(result)]
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    paths = os.pathsep.join([str(HERE.parent), str(HERE), str(HERE.parents[1] / "benchmarks")])
     env = {**os.environ, "PYTHONPATH": paths, **ENVIRONMENT, **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
     log = done.stdout + done.stderr
@@ -107,8 +109,8 @@ def sampling(request: Request) -> Any:
     return SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=ignore_eos)
 
 
-class Watch:
-    """What the scheduler of an engine in this process does.
+class Watch(serving_capacity.Watch):
+    """And what becomes of blocks.
 
     Attributes
     ----------
@@ -119,47 +121,29 @@ class Watch:
     """
 
     def __init__(self, llm: Any) -> None:
-        self.engine = llm.llm_engine
-        self.scheduler = self.engine.engine_core.engine_core.scheduler
-        self.pool = self.scheduler.kv_cache_manager.block_pool
+        super().__init__(llm)
         self.total = self.pool.get_num_free_blocks()
         self.free: list[int] = []
         self.held: list[int] = []
-        self.running: list[int] = []
-        self.preempted = 0
         self.pruned: dict[str, list[dict[str, Any]]] = {}
-        step, preempt = self.engine.step, self.scheduler._preempt_request
 
-        def counted_step() -> Any:
-            outputs = step()
-            self.free.append(self.pool.get_num_free_blocks())
-            self.held.append(self.in_tables())
-            self.running.append(len(self.scheduler.running))
-            return outputs
+    def note_step(self) -> None:
+        """After a step."""
+        super().note_step()
+        self.free.append(self.pool.get_num_free_blocks())
+        self.held.append(self.in_tables())
 
-        def counted_preempt(*args: Any, **kwargs: Any) -> Any:
-            self.preempted += 1
-            return preempt(*args, **kwargs)
-
-        self.engine.step, self.scheduler._preempt_request = counted_step, counted_preempt
-        connector = self.scheduler.connector
-        if connector is not None:
-            update = connector.update_connector_output
-
-            def noted_update(output: Any) -> None:
-                news = output.kv_connector_worker_meta
-                for request, prompt in news.prompts.items() if news is not None else ():
-                    told = {
-                        "tokens": prompt.tokens,
-                        "vision_tokens": prompt.vision_tokens,
-                        "kept": [prompt.kept[layer] for layer in sorted(prompt.kept)],
-                        "blocks": [prompt.blocks[layer] for layer in sorted(prompt.blocks)],
-                        "classes": [prompt.allocation[layer].layer_class for layer in sorted(prompt.allocation)],
-                    }
-                    self.pruned.setdefault(request.split("-")[0], []).append(told)
-                update(output)
-
-            connector.update_connector_output = noted_update
+    def note_pruned(self, request_id: str, prompt: Any, freed: int) -> None:
+        """After the blocks of a prompt were freed."""
+        super().note_pruned(request_id, prompt, freed)
+        told = {
+            "tokens": prompt.tokens,
+            "vision_tokens": prompt.vision_tokens,
+            "kept": [prompt.kept[layer] for layer in sorted(prompt.kept)],
+            "blocks": [prompt.blocks[layer] for layer in sorted(prompt.blocks)],
+            "classes": [prompt.allocation[layer].layer_class for layer in sorted(prompt.allocation)],
+        }
+        self.pruned.setdefault(request_id.split("-")[0], []).append(told)
 
     def in_tables(self) -> int:
         """Blocks in the block tables of requests."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,29 +58,28 @@ class Reference:
 
     def answer(self, request: Request, config: PLPHPConfig | None = None) -> tuple[list[int], Any]:
         """The tokens of the answer, and the report of what was kept where there is a config."""
+        tokens, _, report = self._generate(request, config)
+        return tokens, report
+
+    def gap(self, request: Request, config: PLPHPConfig, tokens: list[int]) -> float:
+        """Where an answer parts from that of transformers, how much higher the logit of the latter's token is."""
+        own, logits, _ = self._generate(request, config)
+        for row, mine, other in zip(logits, own, tokens, strict=True):
+            if mine != other:
+                return (row[0, mine] - row[0, other]).item()
+        return 0.0
+
+    def _generate(self, request: Request, config: PLPHPConfig | None) -> tuple[list[int], Any, Any]:
+        """Tokens, logits and report."""
         inputs = self.inputs(request)
         length = {"max_new_tokens": request["max_tokens"]}
         if not request.get("stops", False):
             length["min_new_tokens"] = request["max_tokens"]
-        if config is None:
-            output, report = self.model.generate(**inputs, **length, do_sample=False), None
-        else:
-            with plphp.prune(self.model, config) as session:
-                output = self.model.generate(**inputs, **length, do_sample=False)
-            report = session.report
-        return output[0, inputs["input_ids"].shape[1] :].tolist(), report
-
-    def gap(self, request: Request, config: PLPHPConfig, tokens: list[int]) -> float:
-        """Where an answer parts from that of transformers, how much higher the logit of the latter's token is."""
-        inputs = self.inputs(request)
-        options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        with plphp.prune(self.model, config):
-            output = self.model.generate(**inputs, max_new_tokens=len(tokens), min_new_tokens=len(tokens), **options)
-        own = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        for logits, mine, other in zip(output.logits, own, tokens, strict=True):
-            if mine != other:
-                return (logits[0, mine] - logits[0, other]).item()
-        return 0.0
+        options = {**length, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        with nullcontext() if config is None else plphp.prune(self.model, config) as session:
+            output = self.model.generate(**inputs, **options)
+        report = None if session is None else session.report
+        return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), output.logits, report
 
 
 def text_with(marks: str, question: str, before: str = "") -> str:

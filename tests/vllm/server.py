@@ -9,25 +9,19 @@ import io
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import serving_load
 from PIL import Image
 
 from engine import ENVIRONMENT
 from pictures import picture
 
 OPTIONS = ("--block-size", "32", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048")
-STARTS_WITHIN = 240
-"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -98,37 +92,11 @@ class Server:
 @contextmanager
 def running(folder: Path, model: Path, *options: str) -> Iterator[Server]:
     """Run ``plphp serve`` on the tiny model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Server(port, str(model), folder / "server.log")
-    command = [sys.executable, "-m", "plphp", "serve", str(model), "--port", str(port), *OPTIONS, *options]
+    log = folder / "server.log"
+    command = ["plphp", "serve", str(model), *OPTIONS, *options]
     env = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with server.log.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
-        try:
-            _wait(server, process)
-            yield server
-        finally:
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + STARTS_WITHIN
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            break
-        try:
-            if server.get("/health")[0] == 200:
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"The server does not answer:\n{server.log.read_text()[-4000:]}")
+    with serving_load.running(command, env, log) as port:
+        yield Server(port, str(model), log)
 
 
 def data_url(image: Image.Image, kind: str = "PNG") -> str:

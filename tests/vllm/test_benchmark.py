@@ -35,6 +35,8 @@ def test_the_pool_is_the_same_and_more_run(tmp_path: Path) -> None:
     assert on["freed_blocks"] == 4 * 8 * LAYERS
     assert on["running_most"] > 2
     assert on["steps"] < off["steps"]
+    assert (off["questions"], off["right"]) == (12, 12)
+    assert 0 < on["right"] < 12
     assert [(row["variant"], len(row["runs"])) for row in found["load"]] == [
         ("off", 1),
         ("uniform:retention_rate=0.3", 1),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,12 +20,8 @@ from .step import Step, current
 
 
 class PrunedBackend:
-    """Stands in for a backend of vLLM, and is that backend where the plugin is not configured."""
+    """Stands in for a backend of vLLM, and is that backend where the plugin is not configured; mixed in before it."""
 
-    pruned: ClassVar[tuple[type, type]]
-    """The attention of a layer, and the maker of its metadata."""
-    unpruned: ClassVar[tuple[type, type]]
-    """The same of vLLM."""
     configured: ClassVar[bool] = False
     """Of the model that was built last; vLLM asks for the specs of its layers without saying whose they are."""
 
@@ -35,16 +31,12 @@ class PrunedBackend:
         config = get_current_vllm_config_or_none()
         if config is not None:
             cls.configured = settings_of(config) is not None
-        return cls._classes()[0]
+        return cls._with(PrunedAttention, super().get_impl_cls())  # type: ignore[misc]
 
     @classmethod
     def get_builder_cls(cls) -> type:
         """The maker of a layer's metadata."""
-        return cls._classes()[1]
-
-    @classmethod
-    def _classes(cls) -> tuple[type, type]:
-        return cls.pruned if cls.configured else cls.unpruned
+        return cls._with(PrunedMetadataBuilder, super().get_builder_cls())  # type: ignore[misc]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -52,6 +44,16 @@ class PrunedBackend:
         if cls.configured and type(spec) is FullAttentionSpec:
             return PrunedLayerSpec.of(spec)
         return spec
+
+    @classmethod
+    def _with(cls, addition: type, own: type) -> type:
+        return _mixed(addition, own) if cls.configured else own
+
+
+@cache
+def _mixed(addition: type, own: type) -> type:
+    """One class of the plugin and one of vLLM in one."""
+    return type(f"Pruned{own.__name__}", (addition, own), {})
 
 
 class PrunedMetadataBuilder:

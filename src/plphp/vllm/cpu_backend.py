@@ -3,25 +3,10 @@
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from .attention import PrunedAttention, PrunedBackend, PrunedMetadataBuilder
-
-
-class PrunedCPUAttention(PrunedAttention, CPUAttentionBackendImpl):
-    """The attention of a layer."""
-
-
-class PrunedCPUMetadataBuilder(PrunedMetadataBuilder, CPUAttentionMetadataBuilder):
-    """The maker of a layer's metadata."""
+from .attention import PrunedBackend
 
 
 class PrunedCPUBackend(PrunedBackend, CPUAttentionBackend):
     """Stands in for vLLM's backend ``CPU_ATTN``."""
-
-    pruned = (PrunedCPUAttention, PrunedCPUMetadataBuilder)
-    unpruned = (CPUAttentionBackendImpl, CPUAttentionMetadataBuilder)

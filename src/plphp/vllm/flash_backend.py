@@ -3,25 +3,10 @@
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
-from .attention import PrunedAttention, PrunedBackend, PrunedMetadataBuilder
-
-
-class PrunedFlashAttention(PrunedAttention, FlashAttentionImpl):
-    """The attention of a layer."""
-
-
-class PrunedFlashMetadataBuilder(PrunedMetadataBuilder, FlashAttentionMetadataBuilder):
-    """The maker of a layer's metadata."""
+from .attention import PrunedBackend
 
 
 class PrunedFlashBackend(PrunedBackend, FlashAttentionBackend):
     """Stands in for vLLM's backend ``FLASH_ATTN``."""
-
-    pruned = (PrunedFlashAttention, PrunedFlashMetadataBuilder)
-    unpruned = (FlashAttentionImpl, FlashAttentionMetadataBuilder)

@@ -16,7 +16,6 @@ from ..layer import PrunedLayer
 from ..methods.base import Method
 from ..packed import PackedKV
 from ..plan import PromptPlan
-from ..selection import pooled
 from ..types import RowAllocation, VisionSpans
 from .ranks import Ranks
 from .rounding import evict_whole_blocks
@@ -136,9 +135,9 @@ class PromptReading:
         """Allocate, select and compact in the layers that are scored and not yet done."""
         if self.plan is None:
             return
-        for scores, [[allocation]], [chosen] in self.plan.choose(method, [config], judged):
+        for scores, [[allocation]], [chosen], rank in self.plan.choose(method, [config], judged):
+            assert rank is not None  # methods of the prompt stage are refused at the start
             layer = self._layers.pop(scores.layer)
-            rank = pooled(method.rank(scores, config), scores, config)
             keep, blocks = evict_whole_blocks(chosen, rank, scores, block_size)
             kept = (keep[0] & scores.vision[0]).sum().item() / scores.kv_heads
             entries = compact_kv(*layer.tail(), ranks.part(keep)) if blocks else None

@@ -69,9 +69,9 @@ def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
             f'\'{{"{KEY}": {{"target_retention": 0.4}}}}\', or set {ENVIRONMENT}. Leave the connector out to '
             "serve without pruning."
         )
-    _refuse_engine(vllm_config)
-    _refuse_model(vllm_config.model_config)
     model = vllm_config.model_config
+    _refuse_engine(vllm_config)
+    _refuse_model(model)
     text, ranks = model.hf_text_config, vllm_config.parallel_config.tensor_parallel_size
     method = _method(config, text.num_hidden_layers)
     bank = method.evidence(config).bank

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 
 def publish_names(file: Path) -> None:
-    """Name the weights of a SigLIP or CLIP vision tower as checkpoints on the hub do.
+    """Name the weights of a SigLIP vision tower as checkpoints on the hub do.
 
     Transformers 5 writes ``vision_tower.encoder`` and reads both; vLLM reads ``vision_tower.vision_model.encoder``
     alone.
@@ -23,4 +23,4 @@ def publish_names(file: Path) -> None:
     weights = load_file(file)
     named = {name if new in name else name.replace(old, new): weight for name, weight in weights.items()}
     save_file(named, file, metadata={"format": "pt"})
-    file.chmod(0o644)
+    file.chmod(0o644)  # safetensors lets its owner alone read it
