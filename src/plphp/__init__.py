@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         NonFiniteAttentionError,
         PLPHPError,
         SpanError,
+        UnprunedWarning,
         UnsupportedFeatureError,
         UnsupportedModelError,
     )
@@ -51,6 +52,7 @@ _MODULES = {
         "NonFiniteAttentionError",
         "PLPHPError",
         "SpanError",
+        "UnprunedWarning",
         "UnsupportedFeatureError",
         "UnsupportedModelError",
     ),
@@ -80,6 +82,7 @@ __all__ = [
     "RetentionMeasurement",
     "Session",
     "SpanError",
+    "UnprunedWarning",
     "UnsupportedFeatureError",
     "UnsupportedModelError",
     "apply",

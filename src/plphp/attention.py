@@ -8,16 +8,18 @@ is the attention that the model had before.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_argument import NAME, NAMES
 from .errors import UnsupportedFeatureError, UnsupportedModelError
 from .kernels import decode_attention
 
@@ -27,6 +29,11 @@ UNSUPPORTED_TERMS = ("softcap", "s_aux", "position_bias", "cache")
 """Keyword arguments that change the softmax or the keys, so that scores without them would be wrong."""
 
 Result = tuple[Tensor, Tensor | None]
+
+Watch = tuple[weakref.ref[PretrainedConfig], weakref.WeakMethod[Callable[[], None]], int]
+_watched: dict[int, Watch] = {}
+"""By the id of a model's config (held weakly, as ids are used again): what wants to know of passes without a
+`PrunedCache`, and the layer that tells."""
 
 
 def register(base: str) -> str:
@@ -63,6 +70,9 @@ def _attention_over(base: str) -> Callable[..., Result]:
     ) -> Result:
         pending = getattr(key, "plphp_pending", None)
         if pending is None:
+            if _watched:
+                _note_stock(module)
+            _refuse_stray_cache(kwargs)
             return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
         _refuse_unsupported_terms(module, kwargs)
         scaling = kwargs.get("scaling")
@@ -86,6 +96,35 @@ def _attention_over(base: str) -> Callable[..., Result]:
 
     plphp_attention.__name__ = f"plphp_over_{base}"
     return plphp_attention
+
+
+def watch(config: PretrainedConfig, note: Callable[[], None], layer: int) -> None:
+    """Call the method ``note`` whenever the layer of this number and config attends without a `PrunedCache`."""
+    _watched[id(config)] = weakref.ref(config), weakref.WeakMethod(note), layer
+
+
+def unwatch(config: PretrainedConfig) -> None:
+    """End `watch`."""
+    _watched.pop(id(config), None)
+
+
+@torch.compiler.disable  # what was compiled before the session would not see it
+def _note_stock(module: nn.Module) -> None:
+    config, method, layer = _watched.get(id(module.config), (None, None, -1))
+    if config is None or method is None or config() is not module.config or module.layer_idx != layer:
+        return
+    note = method()
+    if note is not None:
+        note()
+
+
+def _refuse_stray_cache(kwargs: dict[str, Any]) -> None:
+    """Raise where a model took a `PrunedCache` for one of the arguments that it hands to its attention."""
+    for name in NAMES:
+        if hasattr(kwargs.get(name), "after_attention"):
+            raise UnsupportedFeatureError(
+                f"This version of transformers does not take a cache as {name}, and would run without it: pass {NAME}."
+            )
 
 
 def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .attachment import Attachment, Lease
 from .cache import PrunedCache
+from .cache_argument import passed
 from .config import PLPHPConfig, checked
 from .errors import ConfigError, SpanError
 from .kernels import compact_kv
@@ -217,7 +218,7 @@ def _extended(spans: VisionSpans, tokens: int) -> VisionSpans:
 def _forward(model: PreTrainedModel, cache: PrunedCache, inputs: Mapping[str, Any]) -> Tensor:
     """Read into a cache; logits of the last token, [1, vocab]."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output: Any = model(**{**inputs, **last}, past_key_values=cache, use_cache=True)
+    output: Any = model(**{**inputs, **last}, **passed(cache), use_cache=True)
     cache.check_read()
     logits: Tensor = output.logits[:, -1]
     return logits

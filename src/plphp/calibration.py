@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .cache import PrunedCache
+from .cache_argument import passed
 from .config import PLPHPConfig
 from .errors import ConfigError
 from .registry import get_method
@@ -204,7 +205,7 @@ def measure_retention(
 def read_prompt(model: PreTrainedModel, inputs: Mapping[str, Any], cache: PrunedCache) -> None:
     """Read a prompt into a cache that was made for it, and no more."""
     generate: Any = model.generate
-    generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1)
+    generate(**inputs, **passed(cache), max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1)
 
 
 def _rows(report: PruneReport) -> list[Rows]:

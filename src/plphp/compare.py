@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .cache import PrunedCache
+from .cache_argument import NAMES, passed
 from .config import PLPHPConfig
 from .errors import ConfigError
 from .layer import layer_nbytes
 from .report import PruneReport
 
-OWN_ARGUMENTS = ("past_key_values", "logits_processor", "streamer", "return_dict_in_generate")
+OWN_ARGUMENTS = (*NAMES, "logits_processor", "streamer", "return_dict_in_generate")
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,7 @@ class _Meter(LogitsProcessor):
             torch.manual_seed(seed)
             self._cache, self._in_prompt, self._last = cache, True, self._now()
             generate: Any = model.generate
-            output = generate(
-                **inputs, **generation, past_key_values=cache, logits_processor=LogitsProcessorList([self])
-            )
+            output = generate(**inputs, **generation, **passed(cache), logits_processor=LogitsProcessorList([self]))
         self._cache = None
         if not self.tokens:
             self.tokens = output[:, inputs["input_ids"].shape[1] :].tolist()

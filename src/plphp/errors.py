@@ -13,6 +13,8 @@
     ├── CacheStateError(RuntimeError)        the cache cannot be used any more, or not in this way
     ├── CacheMemoryError(MemoryError)        there is no memory for the keys and values of more tokens
     └── NonFiniteAttentionError(ArithmeticError)   the attention of a layer holds NaN
+
+and a warning, ``UnprunedWarning(UserWarning)``: a model ran inside a session without plphp.
 """
 
 from __future__ import annotations
@@ -59,6 +61,10 @@ class CacheMemoryError(PLPHPError, MemoryError):
 
 class NonFiniteAttentionError(PLPHPError, ArithmeticError):
     """The attention of a layer is NaN, so nothing can be ranked."""
+
+
+class UnprunedWarning(UserWarning):
+    """A model ran inside a session without plphp, so with its whole cache."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

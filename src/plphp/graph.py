@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache import PrunedCache
+from .cache_argument import cache_among
 from .captured import Capture, CapturedStep, capture_cuda, reserve
 from .errors import CacheMemoryError, UnsupportedFeatureError, one_line
 from .layer import PrunedLayer
@@ -102,7 +103,7 @@ class GraphedDecoding:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""
         ids = kwargs.get("input_ids")
-        of_cache = not args and kwargs.get("past_key_values") is self.cache
+        of_cache = not args and cache_among(kwargs) is self.cache
         if self._off or not of_cache or ids is None or ids.shape[1] != 1 or not self.cache.is_read:
             return self._forward(*args, **kwargs)
         self._left -= 1
@@ -199,7 +200,7 @@ class _Dispatcher:
         self.decodings: dict[int, GraphedDecoding] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        decoding = self.decodings.get(id(kwargs.get("past_key_values")))
+        decoding = self.decodings.get(id(cache_among(kwargs)))
         return (decoding or self.forward)(*args, **kwargs)
 
 

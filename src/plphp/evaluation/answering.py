@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache import PrunedCache
+from ..cache_argument import passed
 from ..report import PruneReport
 from ..session import prune
 from .controls import blank, interpolated_positions
@@ -167,10 +168,10 @@ def _generate_one(
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.inference_mode(), interpolated_positions(model) if group.interpolated else nullcontext():
             if span.start:
-                model(**inputs, past_key_values=cache)
+                model(**inputs, **passed(cache))
             else:
                 given = inputs
-            output = _greedy(model, given, limit or _limit(conversation, number), past_key_values=cache)
+            output = _greedy(model, given, limit or _limit(conversation, number), **passed(cache))
         text = str(processor.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
         answers.append(_Answer(number, text, _kept(cache.report())[0] * group.share))
     return answers
