@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -349,6 +350,18 @@ class PrunedCache(Cache):
         self.records, self._plan = [], None
         self._turn, self.pruning_seconds, self._spent = None, 0.0, ""
         self._guard.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedFeatureError(
+            "A PrunedCache belongs to its model and cannot be pickled, sent to another process or copied in part: "
+            "copy.deepcopy makes another one for the same model, and cache.report().to_json() can be stored."
+        )
 
     def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
         reason = reason.rstrip(".")
