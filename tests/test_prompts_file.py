@@ -44,7 +44,7 @@ def test_lines_are_read(folder: Path) -> None:
     assert first == Prompt((folder / "images/a.png", folder / "b.png"), "a\u2028b?", None, f"{path}, line 1")
     assert second.origin == f"{path}, line 3"
     assert second.turns is not None
-    assert second.turns[0]["content"][0]["path"] == str(folder / "b.png")
+    assert second.turns[0]["content"][0]["image"] == folder / "b.png"
 
 
 def test_a_json_list_is_read() -> None:
@@ -79,14 +79,17 @@ def test_inputs_are_made_when_they_are_asked_for(folder: Path) -> None:
         ({"images": ["b.png"], "question": ["a"]}, '"question" must be text'),
         ({"images": ["b.png"], "question": " "}, '"question" must be text'),
         ({"question": "a"}, 'line 2: "images" is missing'),
-        ({"images": "b.png", "question": "a"}, '"images" must be a list'),
-        ({"images": [1], "question": "a"}, '"images" must be a list'),
-        ({"images": [], "question": "a"}, '"images" is empty'),
-        ({"images": ["none.png"], "question": "a"}, "line 2: there is no image file .*none.png"),
+        ({"images": [1], "question": "a"}, r"line 2: Expected an image, got 1 \(int\)"),
+        ({"images": [], "question": "a"}, '"images" is missing or empty'),
+        ({"images": ["b.png"], "image": "b.png", "question": "a"}, "named twice, by 'images' and 'image'"),
+        ({"images": ["none.png"], "question": "a"}, "line 2: There is no image file .*none.png"),
         ({"turns": []}, '"turns" must be a list of messages'),
         ({"turns": "a"}, '"turns" must be a list of messages'),
         ({"turns": [{"role": "user"}]}, "line 2: The content of message 1"),
-        ({"turns": [{"role": "user", "content": [{"type": "image", "path": "c.png"}]}]}, "no image file .*c.png"),
+        (
+            {"turns": [{"role": "user", "content": [{"type": "image", "path": "c.png"}]}]},
+            "line 2: Message 1 of the chat, part 1: There is no image file .*c.png",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(folder: Path, line: Any, part: str) -> None:
