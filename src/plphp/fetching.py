@@ -15,7 +15,8 @@ import socket
 import ssl
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -115,7 +116,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None or ip in _NAT64:  # an IPv4 address in its last 32 bits
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        if ip.sixtofour is not None or ip.teredo is not None:  # tunnels to one
+        if ip.sixtofour is not None or ip.teredo is not None or ip.is_site_local:  # tunnels to one, and a former kind
             return False
     special = ip.is_private or ip.is_loopback or ip.is_link_local or ip.is_reserved or ip.is_multicast
     return ip.is_global and not special
@@ -126,19 +127,17 @@ def _get(url: str, max_bytes: int, deadline: float) -> bytes | WebAddress:
     parts = _split(url)
     host, port = str(parts.hostname), parts.port or _PORTS[parts.scheme]
     connection = _Connection(host, port, public_addresses(host, port), parts.scheme == "https", deadline)
-    try:
+    with connection.until_deadline():
         target = quote(parts.path or "/", safe="/%!$&'()*+,;=:@~")
         query = quote(parts.query, safe="/%!$&'()*+,;=:@~?[]")
         headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "plphp"}
         connection.request("GET", f"{target}?{query}" if query else target, headers=headers)
-        response = connection.getresponse()
-        if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
-            return WebAddress(urljoin(url, response.headers["Location"]))
-        if response.status != 200:
-            raise LoadError(f"{_name(url)} answers {response.status} {response.reason}.")
-        return _body(response, url, max_bytes, deadline)
-    finally:
-        connection.close()
+        with connection.getresponse() as response:
+            if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
+                return WebAddress(urljoin(url, response.headers["Location"]))
+            if response.status != 200:
+                raise LoadError(f"{_name(url)} answers {response.status} {response.reason}.")
+            return _body(response, url, max_bytes, deadline)
 
 
 def _body(response: http.client.HTTPResponse, url: str, max_bytes: int, deadline: float) -> bytes:
@@ -164,25 +163,37 @@ class _Connection(http.client.HTTPConnection):
         super().__init__(host, port)
         self.default_port = _PORTS["https" if encrypted else "http"]  # which the server is not told
         self._addresses, self._encrypted, self._deadline = addresses, encrypted, deadline
-        self._watch: threading.Timer | None = None
+        self._open: socket.socket | None = None  # http.client forgets its own while an answer is still being read
+        # A socket's own limit starts anew with every byte that arrives.
+        self._watch = threading.Timer(max(0.0, deadline - time.monotonic()), self._shut)
+        self._watch.daemon = True
+
+    @contextmanager
+    def until_deadline(self) -> Iterator[None]:
+        """Use the connection, and close it."""
+        self._watch.start()
+        try:
+            yield
+        finally:
+            self._watch.cancel()
+            self.close()
 
     def connect(self) -> None:
         sock = self._connected()
         if self._encrypted:
             context = ssl.create_default_context()
             sock = context.wrap_socket(sock, server_hostname=self.host, do_handshake_on_connect=False)
-        self.sock = sock
-        # A socket's own limit starts anew with every byte that arrives.
-        self._watch = threading.Timer(max(0.0, self._deadline - time.monotonic()), _shut, (sock,))
-        self._watch.daemon = True
-        self._watch.start()
+        self.sock = self._open = sock
+        if time.monotonic() >= self._deadline:  # the watch has come by already
+            raise TimeoutError
         if isinstance(sock, ssl.SSLSocket):
             sock.do_handshake()
 
-    def close(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        super().close()
+    def _shut(self) -> None:
+        if self._open is not None:
+            with suppress(OSError):  # it is closed already
+                # not SSLSocket's own, which takes the encryption away under the reader
+                socket.socket.shutdown(self._open, socket.SHUT_RDWR)
 
     def _connected(self) -> socket.socket:
         problem: OSError = TimeoutError()
@@ -195,12 +206,6 @@ class _Connection(http.client.HTTPConnection):
             except OSError as error:
                 problem = error
         raise problem
-
-
-def _shut(sock: socket.socket) -> None:
-    with suppress(OSError):  # it is closed already
-        # not SSLSocket's own, which takes the encryption away under the reader
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _split(url: str) -> SplitResult:

@@ -9,6 +9,8 @@ from typing import Any
 
 SHOWN = 40
 """Characters of a long text that a message repeats."""
+LONGEST = 600
+"""Characters of a quote: 40 of a text may take ten each."""
 _ENCODED = re.compile(
     r"(?:data:|base64,)[^\s'\"]+(?:\s+[\w+/=-]{40,})*"  # with the lines that MIME breaks base64 into
     r"|[\w+/=-]{200,}",
@@ -34,7 +36,8 @@ def quoted(value: Any) -> str:
     value : object
         What a user gave, such as a chat's message with images in it.
     """
-    return _QUOTES.repr(value)
+    text = _QUOTES.repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 class _Quotes(reprlib.Repr):
