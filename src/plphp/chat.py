@@ -72,11 +72,11 @@ def chat_in(folder: Path, messages: Messages, *, allow_urls: bool = False) -> li
         If one of its images or videos is not there, or is an address.
     """
     chat = normalized(messages)
-    for kind in KINDS:
+    for kind, find in (("image", located_image), ("video", find_video)):
         for place, part in parts_of(chat, kind):
             if kind in part:
                 try:
-                    part[kind] = _located(kind, part[kind], folder, allow_urls)
+                    part[kind] = find(part[kind], folder=folder, allow_urls=allow_urls)
                 except PLPHPError as error:
                     raise type(error)(f"{place}: {error}") from error
     return chat
@@ -154,11 +154,3 @@ def _part(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
     if source is None and name != kind:
         raise ConfigError(f"{place}: {name!r} is missing, got {quoted(dict(entry))}.")
     return {"type": kind} if source is None else {"type": kind, kind: source}
-
-
-def _located(kind: str, source: Any, folder: Path, allow_urls: bool) -> Any:
-    if kind == "image":
-        return located_image(source, folder=folder, allow_urls=allow_urls)
-    if isinstance(source, (list, tuple)):  # its frames
-        return [located_image(frame, folder=folder, allow_urls=allow_urls) for frame in source]
-    return find_video(source, folder=folder)

@@ -76,16 +76,16 @@ def fetch(address: WebAddress, *, max_bytes: int = MAX_BYTES, seconds: float = S
     deadline, url = time.monotonic() + seconds, address.url
     for _ in range(MAX_REDIRECTS + 1):
         try:
-            found = _get(url, max_bytes, deadline)
+            answer = _get(url, max_bytes, deadline)
         except LoadError:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= deadline:
                 raise LoadError(f"Fetching {address} takes more than {seconds:g} seconds.") from error
             raise LoadError(f"Cannot fetch {_name(url)}: {one_line(error)}") from error
-        if isinstance(found, bytes):
-            return found
-        url = found.url
+        if isinstance(answer, bytes):
+            return answer
+        url = answer.url
     raise LoadError(f"{address} redirects more than {MAX_REDIRECTS} times.")
 
 
@@ -99,8 +99,8 @@ def public_addresses(host: str, port: int) -> list[str]:
     OSError
         If the host has none.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
     private = [address for address in addresses if not is_public(address)]
     if private:
         raise LoadError(

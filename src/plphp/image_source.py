@@ -74,12 +74,12 @@ def find_image(source: Any, *, folder: str | Path | None = None, allow_urls: boo
     if isinstance(source, WebAddress):
         return ImageSource(source, str(source))
     if isinstance(source, Mapping):
-        found = find_image(named_source(source, "image"), folder=folder, allow_urls=allow_urls)
+        image = find_image(named_source(source, "image"), folder=folder, allow_urls=allow_urls)
         stored = source.get("bytes") is not None and isinstance(source.get("path"), str)
-        return replace(found, name=_path_name(source["path"])) if stored else found
+        return replace(image, name=_path_name(source["path"])) if stored else image
     if isinstance(source, os.PathLike):
         # a path has lost a slash of an address
-        source = re.sub(r"^(https?:)/(?=[^/])", r"\1//", os.fspath(source))
+        source = re.sub(r"^(https?:)/(?=[^/])", r"\1//", os.fsdecode(source))
     if isinstance(source, str) and source.strip():
         return _find_text(source, Path(folder or ""), allow_urls)
     raise LoadError(f"Expected an image, got {quoted(source)} ({type(source).__name__}).{_advice(source)}")
@@ -98,8 +98,8 @@ def located_image(source: Any, *, folder: str | Path | None = None, allow_urls: 
     PLPHPError
         See `find_image`.
     """
-    found = find_image(source, folder=folder, allow_urls=allow_urls).content
-    return found if isinstance(found, (Path, WebAddress)) else source
+    content = find_image(source, folder=folder, allow_urls=allow_urls).content
+    return content if isinstance(content, (Path, WebAddress)) else source
 
 
 def located_images(
@@ -185,17 +185,30 @@ def find_file(text: str, folder: Path) -> Path | None:
     return folder / url2pathname(parts.path)
 
 
-def find_video(source: str | os.PathLike[str], *, folder: str | Path | None = None) -> Path:
-    """Find a video: a file, or a folder of frames.
+def find_video(source: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> Path | list[Any]:
+    """Find a video: a file, a folder of frames, or a list of frames.
+
+    Parameters
+    ----------
+    source : str, Path or sequence
+        A path, a ``file:`` address, or frames, each as in `located_image`.
+    folder : str or Path, optional
+        Where relative paths start; default: the current folder.
+    allow_urls : bool
+        Whether http and https addresses of frames may be fetched.
 
     Raises
     ------
     LoadError
         If there is none, or it is an address.
     """
-    path = find_file(os.fspath(source), Path(folder or ""))
+    if isinstance(source, (list, tuple)) and source:
+        return [located_image(frame, folder=folder, allow_urls=allow_urls) for frame in source]
+    if not isinstance(source, (str, os.PathLike)) or not os.fsdecode(source):
+        raise LoadError(f"Expected a video, a path or a list of frames, got {quoted(source)}.")
+    path = find_file(os.fsdecode(source), Path(folder or ""))
     if path is None:
-        raise LoadError(f"{_path_name(os.fspath(source))} is an address: plphp reads videos from files alone.")
+        raise LoadError(f"{_path_name(os.fsdecode(source))} is an address: plphp reads videos from files alone.")
     if not os.path.exists(path):
         raise LoadError(f"There is no video {_path_name(str(path))}.")
     return path

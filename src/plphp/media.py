@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +61,27 @@ def load_image(
     ConfigError
         If it is a mapping that does not name one image.
     """
-    found = find_image(source, folder=folder, allow_urls=allow_urls)
-    with _opened(found, max_pixels) as image:
-        return upright_rgb(image, found.name)
+    place = find_image(source, folder=folder, allow_urls=allow_urls)
+    with _opened(place, max_pixels) as image:
+        return upright_rgb(image, place.name)
 
 
-def load_video(path: str | PathLike[str], *, frames: int = 8, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+def load_video(
+    source: Any, *, frames: int = 8, allow_urls: bool = False, max_pixels: int = MAX_PIXELS
+) -> list[Image.Image]:
     """Read evenly spaced frames of a video.
 
     Parameters
     ----------
-    path : str or Path
-        Or ``file:`` address: of a folder of images (in the order of their names), an animated GIF, WebP or PNG, or a
-        video file, which needs PyAV.
+    source : str, Path or sequence
+        Path or ``file:`` address of a folder of images (in the order of their names), an animated GIF, WebP or PNG, or
+        a video file, which needs PyAV; or a list of frames, each as in `load_image`, all of which are taken.
     frames : int
-        Frames to take at most.
+        Frames to take at most of a file or folder.
+    allow_urls : bool
+        Whether http and https addresses of listed frames are fetched.
+    max_pixels : int
+        As in `load_image`.
 
     Raises
     ------
@@ -87,7 +92,9 @@ def load_video(path: str | PathLike[str], *, frames: int = 8, max_pixels: int = 
     """
     if frames < 1:
         raise ConfigError(f"frames must be at least 1, got {frames}.")
-    video = find_video(path)
+    video = find_video(source, allow_urls=allow_urls)
+    if isinstance(video, list):
+        return [load_image(frame, allow_urls=allow_urls, max_pixels=max_pixels) for frame in video]
     if video.is_dir():
         files = sorted(file for file in video.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import PretrainedConfig
 
 from .chat import Messages, normalized, parts_of
-from .errors import ConfigError, LoadError, PLPHPError, SpanError, UnsupportedFeatureError, one_line
+from .errors import ConfigError, PLPHPError, SpanError, UnsupportedFeatureError, one_line
 from .media import load_image, load_video
 from .quoting import quoted
 from .registry import family_of
@@ -75,7 +75,7 @@ def build_inputs(
     if (videos or any(parts_of(chat or (), "video"))) and getattr(processor, "video_processor", None) is None:
         raise UnsupportedFeatureError(f"{type(processor).__name__} takes no videos: give some of its frames as images.")
     read_image = partial(load_image, allow_urls=allow_urls)
-    read_video = partial(_video, frames=frames, allow_urls=allow_urls)
+    read_video = partial(load_video, frames=frames, allow_urls=allow_urls)
     images, videos = _all(images, "images", read_image), _all(videos, "videos", read_video)
     if chat is None:
         chat = [_user_turn(processor, prompt or "", len(images), len(videos))]
@@ -140,15 +140,6 @@ def _all(sources: Any, name: str, load: Callable[[Any], Any]) -> list[Any]:
     if isinstance(sources, (str, bytes, PathLike, Mapping, Image.Image)) or not isinstance(sources, Iterable):
         raise ConfigError(f"{name} must be a list, got {quoted(sources)} ({type(sources).__name__}).")
     return [load(source) for source in sources]
-
-
-def _video(source: Any, frames: int, allow_urls: bool) -> list[Image.Image]:
-    """The frames of a video: a file's, or those that are listed."""
-    if isinstance(source, (str, PathLike)):
-        return load_video(source, frames=frames)
-    if isinstance(source, Sequence) and source:
-        return [load_image(frame, allow_urls=allow_urls) for frame in source]
-    raise LoadError(f"Expected a video, a path or a list of frames, got {quoted(source)}.")
 
 
 def _user_turn(processor: Any, prompt: str, images: int, videos: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,9 +223,9 @@ def _loaded(source: str, metric: str, allow_urls: bool) -> tuple[str, str, list[
             raise ConfigError(f"The data set {name!r} has no column {column!r}.{did_you_mean(column, known)}")
     wanted = [options[key] for key in ("question", "answer", "group") if options[key]]
     texts = data.select_columns(wanted)  # without reading the images
-    data = _undecoded(data.select_columns([options["image"]]), options["image"])
+    stored = data.select_columns([options["image"]]).with_format("arrow")  # as in the file: plphp decodes the images
     reading = {"folder": _folder_of(name), "allow_urls": allow_urls}
-    entries = [_row_entry(data, row, texts[row], options, name, reading) for row in range(len(data))]
+    entries = [_row_entry(stored, row, texts[row], options, name, reading) for row in range(len(data))]
     return Path(name).stem, metric, entries, name
 
 
@@ -234,19 +233,6 @@ def _folder_of(name: str) -> Path | None:
     """Where the relative paths of a data set start; None for one of the hub."""
     path = Path(name)
     return path if path.is_dir() else path.parent if path.is_file() else None
-
-
-def _undecoded(data: Any, column: str) -> Any:
-    """A data set that hands out images as they are stored, so that plphp reads them, and reads them once."""
-    features = getattr(data, "features", None) or {}
-    feature = copy.deepcopy(features.get(column))
-    inner = feature
-    while inner is not None and not hasattr(inner, "decode"):
-        inner = inner[0] if isinstance(inner, list) else getattr(inner, "feature", None)
-    if inner is None:
-        return data
-    inner.decode = False
-    return data.cast_column(column, feature)
 
 
 def _options(source: str) -> tuple[str, dict[str, str]]:
@@ -261,7 +247,7 @@ def _options(source: str) -> tuple[str, dict[str, str]]:
 
 
 def _row_entry(
-    data: Any, row: int, texts: Mapping[str, Any], options: Mapping[str, str], name: str, reading: Mapping[str, Any]
+    stored: Any, row: int, texts: Mapping[str, Any], options: Mapping[str, str], name: str, reading: Mapping[str, Any]
 ) -> Entry:
     where = f"{name}, row {row}"
     turns, accepted = _turns({key: texts[options[key]] for key in ("question", "answer")}, where)
@@ -269,7 +255,7 @@ def _row_entry(
 
     def make() -> Sample:
         try:
-            cell = data[row][options["image"]]
+            cell = stored[row][options["image"]][0].as_py()
         except Exception as error:  # the library raises whatever its readers run into
             raise LoadError(f"{where}: cannot read the image: {one_line(error)}") from error
         images = _images(cell if isinstance(cell, (list, tuple)) else [cell], where, **reading)
