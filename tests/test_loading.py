@@ -28,7 +28,7 @@ from plphp import (
 from plphp.errors import LoadError
 from plphp.loading import load_model, load_processor, load_weights
 from plphp.media import load_image, load_video
-from plphp.prompt import build_inputs, read_chat
+from plphp.prompt import build_inputs
 
 
 @pytest.fixture(scope="module")
@@ -294,11 +294,6 @@ class TestPrompts:
         strict = tiny_hub.processor(chat_template="{{ raise_exception('roles must alternate') }}")
         with pytest.raises(ConfigError, match="roles must alternate"):
             build_inputs(strict, "a", images=[PICTURE])
-
-    def test_chats_name_images_beside_them(self, tmp_path: Path) -> None:
-        path = tmp_path / "chat.json"
-        path.write_text(json.dumps(_chat([{"type": "image", "path": "a.png"}])))
-        assert read_chat(path)[0]["content"][0]["path"] == str(tmp_path / "a.png")
 
 
 def _chat(content: Any) -> list[dict[str, Any]]:

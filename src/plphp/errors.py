@@ -22,6 +22,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from .quoting import shortened
+
 
 class PLPHPError(Exception):
     """Base of every error that plphp raises on purpose."""
@@ -83,6 +85,6 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the message of any exception as one line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return the message of any exception as one line of at most ``limit`` characters, without whole data URIs."""
+    text = " ".join(shortened(str(error)).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

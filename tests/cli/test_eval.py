@@ -94,7 +94,7 @@ def test_mistakes_end_as_one_line(results: Path, tmp_path: Path) -> None:
     assert "is it the folder of a run?" in error("--report", tmp_path)
     assert "holds another evaluation" in error("--tasks", "cell", "--samples", 9, "--out", results / "run")
     (tmp_path / "d.jsonl").write_text('{"image": "b.png", "question": "What?", "answer": "x"}\n')
-    assert "there is no image file" in error("--data", tmp_path / "d.jsonl", *out)
+    assert "There is no image file" in error("--data", tmp_path / "d.jsonl", *out)
     tiny_hub.picture(tmp_path / "b.png")
     (tmp_path / "d.jsonl").write_text('{"image": "b.png", "question": "What?"}\n')
     assert '"answer" is missing' in error("--data", tmp_path / "d.jsonl", *out)

@@ -82,9 +82,10 @@ def generate(
     if (prompt is None) == (chat is None):
         raise ConfigError("Give either --prompt or --chat.")
     with progress("loading plphp", quiet=as_json) as tell:
+        from plphp.chat import read_chat
         from plphp.loading import load_processor, load_weights
         from plphp.media import load_image, load_video
-        from plphp.prompt import build_inputs, read_chat
+        from plphp.prompt import build_inputs
         from plphp.registry import get_method
 
         get_method(settings.method)

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import UnsupportedFeatureError
-from ..media import load_image
 from ..prompts_file import Prompt, read_prompts
 from .tasks import Sample, Turn
 
@@ -50,5 +49,4 @@ def read_prompt_task(path: str | Path) -> PromptTask:
 
 
 def _sample(prompt: Prompt) -> Sample:
-    images = tuple(load_image(image) for image in prompt.images)
-    return Sample(prompt.origin, "prompts", images, (Turn(prompt.question or "", "", True),), None)
+    return Sample(prompt.origin, "prompts", tuple(prompt.read_images()), (Turn(prompt.question or "", "", True),), None)
