@@ -11,9 +11,7 @@ import importlib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from . import families as families_package
 from . import methods as methods_package
@@ -23,6 +21,9 @@ from .families.base import Family
 from .families.unsupported import reason_against
 from .methods.base import Method
 from .options import check_options
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _methods: dict[str, Method] = {}
 _families: dict[str, Family] = {}
