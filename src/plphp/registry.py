@@ -63,6 +63,18 @@ def available_methods() -> dict[str, Method]:
     return {**_builtin_methods(), **_methods}
 
 
+def builtin_method_names() -> list[str]:
+    """Names of the methods that plphp brings: those of their files, none of which is imported."""
+    names = (module.name for module in pkgutil.iter_modules(methods_package.__path__))
+    return [name for name in names if name != "base" and not name.startswith("_")]
+
+
+def method_names() -> list[str]:
+    """Names of all methods for a shell to complete: packages are not imported, and go by their entry points' names."""
+    installed = [entry.name for entry in entry_points(group="plphp.methods")]
+    return sorted({*builtin_method_names(), *_methods, *installed})
+
+
 def available_families() -> dict[str, Family]:
     """All model families by name."""
     return {**_builtin_families(), **_families}
