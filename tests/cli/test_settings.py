@@ -55,23 +55,30 @@ def test_an_unknown_method_is_refused_in_a_file_too(tmp_path: Path) -> None:
         read_settings(None, tmp_path / "a.toml", None, None, None)
 
 
-@pytest.mark.parametrize(("method", "least", "most"), [(None, 12, 12), ("plphp", 0, 11)])
-def test_the_default_keeps_the_answers_of_the_shipped_questions(method: str | None, least: int, most: int) -> None:
-    model, processor = load_model()
-    settings = read_settings(None, None, method, None, None, bundled=True)
-    right = 0
+def test_the_default_keeps_the_answers_of_all_shipped_questions() -> None:
+    model, processor = load_model(dtype="float32")  # in bfloat16 a tie may fall otherwise on another processor
+    settings = read_settings(None, None, None, None, None, bundled=True)
     for question in json.loads((IMAGES / "questions.json").read_text(encoding="utf-8")):
         images = [load_image(IMAGES / name) for name in question["images"]]
         inputs = build_inputs(processor, question["question"], images=images)
         with plphp.prune(model, settings), torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        right += answer == question["answer"].strip()
-    assert least <= right <= most
+        assert answer == question["answer"].strip()
 
 
 def generate(*options: object) -> Result:
-    ask = ("generate", "--image", IMAGES / "grid-1.png", "--prompt", "What is in row 1?", "--max-new-tokens", 24)
+    ask = (
+        "generate",
+        "--image",
+        IMAGES / "grid-1.png",
+        "--prompt",
+        "What is in row 1?",
+        "--max-new-tokens",
+        24,
+        "--dtype",
+        "float32",
+    )
     done = CliRunner().invoke(app, [str(one) for one in (*ask, *options)])
     assert done.exit_code == 0, done.output
     return done
