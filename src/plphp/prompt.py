@@ -105,7 +105,7 @@ def build_inputs(
     if videos and getattr(processor, "video_processor", None) is None:
         raise UnsupportedFeatureError(f"{type(processor).__name__} takes no videos: give some of its frames as images.")
     if messages is None:
-        chat, images = [_user_turn(processor, prompt, len(images), len(videos))], list(images)
+        chat, images = [_user_turn(processor, prompt or "", len(images), len(videos))], list(images)
     else:
         chat, images = _with_images(_normalized(messages), images)
     if system is not None:
