@@ -166,6 +166,8 @@ class LayerScores:
 
     def first(self, entries: int) -> LayerScores:
         """The scores of the first ``entries`` entries alone."""
+        from torch import Tensor
+
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
         cut: dict[str, Any] = {name: v[..., :entries] for name, v in tensors.items() if isinstance(v, Tensor)}
         return replace(self, **cut)
