@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from .config import QueryRows
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LayerClass = Literal["attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision"]
 
@@ -165,6 +166,8 @@ class LayerScores:
 
     def first(self, entries: int) -> LayerScores:
         """The scores of the first ``entries`` entries alone."""
+        from torch import Tensor
+
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
         cut: dict[str, Any] = {name: v[..., :entries] for name, v in tensors.items() if isinstance(v, Tensor)}
         return replace(self, **cut)
