@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in tasks: what is asked about which synthetic images, in four groups that are never averaged together."""
+"""The built-in tasks: what is asked about which synthetic images, in four groups."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def _rates(values: Sequence[object]) -> list[float]:
 
 
 def with_retention(config: PLPHPConfig, retention: float) -> PLPHPConfig:
-    """Ask a method for a retention: as the target of its layer classes where its settings sort layers, else as its rate."""
+    """Ask a method for a retention: as the target of its layer classes where it sorts layers, else as its rate."""
     by_class = get_method(config.method).uses_class_rule(config)
     changed = {"target_retention" if by_class else "retention_rate": retention}
     if retention == 0:
