@@ -12,7 +12,7 @@ import pytest
 
 import tiny_hub
 from plphp.errors import LoadError
-from plphp.loading import bundled_model_path
+from plphp.sources import bundled_model_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "demo.py")

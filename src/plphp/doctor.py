@@ -23,8 +23,9 @@ from .errors import PLPHPError, one_line
 from .families.unsupported import UNSUPPORTED
 from .kernels import TRIALS, choice
 from .layer import PrunedLayer
-from .loading import bundled_model_path, empty_model, load_model
+from .loading import empty_model, load_model
 from .registry import available_families, family_of
+from .sources import bundled_model_path
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
 EXTRAS = {

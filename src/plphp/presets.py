@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from .config import PLPHPConfig
+
+HEADER = "# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml.\n\n"
 
 
 def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:
@@ -25,10 +28,10 @@ def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        TOML; None is left out.
+        TOML; None is left out, as TOML knows no such value.
     """
-    lines = ["# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml."]
-    return "\n".join([*lines, *_table("plphp", config.to_dict()), *_table("calibration", calibration)]) + "\n"
+    tables = {"plphp": config.to_dict(), "calibration": calibration}
+    return HEADER + tomli_w.dumps({name: _without_none(table) for name, table in tables.items()})
 
 
 def write_preset(path: str | Path, config: PLPHPConfig, calibration: Mapping[str, Any]) -> None:
@@ -36,20 +39,6 @@ def write_preset(path: str | Path, config: PLPHPConfig, calibration: Mapping[str
     Path(path).write_text(preset_text(config, calibration), encoding="utf-8")
 
 
-def _table(name: str, values: Mapping[str, Any]) -> list[str]:
-    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
-    lines = ["", f"[{name}]", *(f"{_key(key)} = {_value(value)}" for key, value in plain.items())]
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            lines += _table(f"{name}.{_key(key)}", value)
-    return lines
-
-
-def _key(key: str) -> str:
-    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else _value(key)
-
-
-def _value(value: Any) -> str:
-    """JSON writes text, numbers, booleans and lists of them as TOML does, except for U+007F."""
-    return json.dumps(value).replace("\x7f", "\\u007f")
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested = ((key, _without_none(value) if isinstance(value, Mapping) else value) for key, value in values.items())
+    return {key: value for key, value in nested if value is not None}

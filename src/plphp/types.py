@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from .config import QueryRows
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LayerClass = Literal["attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision"]
 

@@ -11,7 +11,7 @@ import torch
 
 from engine import run
 from plphp import PLPHPConfig
-from plphp.loading import bundled_model_path
+from plphp.sources import bundled_model_path
 from reference import Reference, example_requests, in_blocks
 
 BLOCK = 32

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from plphp.errors import ConfigError
 
-from ._app import JsonOption, _quiet_libraries, app, console, print_json
-from .generate import _option
+from ._app import app, console, print_json
+from ._app import quiet_libraries as _quiet_libraries
+from ._options import JsonOption
+from ._options import option as _option
 
 if TYPE_CHECKING:
     from plphp.evaluation.runner import Progress

@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ._app import JsonOption, app, console, print_json, progress
+from ._app import app, console, print_json, progress
+from ._options import JsonOption, option
 
 UNUSABLE = 1
 
@@ -36,7 +37,7 @@ def families(as_json: JsonOption = False) -> None:
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Option(help="Check this hub id or folder.")] = None,
+    model: Annotated[str | None, option(None, "Check this hub id or folder.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show versions, devices, and what is unsupported here and why; exit code 1 if plphp cannot be used."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PretrainedConfig
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 Inputs = Mapping[str, Any]
 """The keyword arguments of ``generate``: ``input_ids``, ``attention_mask``, ``pixel_values``, ..."""

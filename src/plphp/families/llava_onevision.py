@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, rows_of, token_ids
 from plphp.families.base import Family, Inputs, VisionSegment
 from plphp.families.llava_next import base_tokens, unpadded_grid
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _tiled(config: PretrainedConfig, size: tuple[int, ...], base: int) -> VisionSegment:

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..allocation import Allocator
 from ..config import PLPHPConfig
 from ..options import Option, settings
 from ..selection import Mix, Ranker
 from ..types import Evidence, LayerScores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ token's is what the authors' code ranks by, and what later comparisons mean by F
 the tokens are masked, not skipped, so FastV's saving of prefill time is not there. Positions stay as they were.
 """
 
-import math
+from __future__ import annotations
 
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from ..allocation import Allocation, Layers, with_rates
 from ..config import PLPHPConfig
@@ -25,6 +26,9 @@ from ..selection import keep_mask, pooled, shared_by_heads
 from ..types import LayerScores
 from ._stage import refuse_exempt_layers
 from .base import Method, PromptStage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPTIONS = {"layer": Option(2, low=1)}
 

@@ -9,10 +9,10 @@ Prefill computes what it did: the tokens are masked, not skipped, so the saving 
 prompt that ends in a vision token keeps that one, since the answer goes on from it.
 """
 
-import math
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from ..allocation import Allocation, Layers, with_rates
 from ..config import PLPHPConfig
@@ -20,6 +20,9 @@ from ..selection import shared_by_heads
 from ..types import LayerScores
 from ._stage import refuse_exempt_layers
 from .base import Method, PromptStage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def first_layer(config: PLPHPConfig, layers: int) -> int:
@@ -29,6 +32,8 @@ def first_layer(config: PLPHPConfig, layers: int) -> int:
 
 def nothing_stays(scores: LayerScores, config: PLPHPConfig, layers: int) -> Tensor:
     """No vision token stays."""
+    import torch
+
     return torch.zeros_like(scores.vision)
 
 

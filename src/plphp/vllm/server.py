@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import PLPHPConfig
 from ..errors import BackendUnavailableError, ConfigError, LoadError, one_line
-from ..loading import bundled_model_path
+from ..sources import bundled_model_path
 from . import CONNECTOR
 from .refusals import refuse_unsupported
 from .settings import ENVIRONMENT, KEY
@@ -21,7 +21,9 @@ BLOCK_SIZE = 32
 """Tokens of a block on a CPU where nothing is said: the smallest that vLLM's attention reads there."""
 
 
-def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
+def server_arguments(
+    config: PLPHPConfig, options: Sequence[str] = (), *, for_bundled: PLPHPConfig | None = None
+) -> Any:
     """The arguments of a server that prunes.
 
     Parameters
@@ -30,6 +32,8 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
         The settings.
     options : sequence of str
         As for ``vllm serve``: a hub id or folder, by default the bundled model, and further options.
+    for_bundled : PLPHPConfig, optional
+        The settings where the options name no model, so that the bundled one is served; default: ``config``.
 
     Returns
     -------
@@ -71,6 +75,7 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
         raise ConfigError(f'plphp serve sets "{KEY}" in --additional-config: use --config or --config-file.')
     if arguments.model_tag is None:
         arguments.model_tag = str(bundled_model_path())
+        config = for_bundled or config
         arguments.served_model_name = arguments.served_model_name or [BUNDLED_NAME]
     elif arguments.model_tag.startswith(("/", ".", "~")) and not Path(arguments.model_tag).expanduser().is_dir():
         raise LoadError(f"There is no folder {arguments.model_tag}: give a model's folder or its hub id.")
