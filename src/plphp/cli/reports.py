@@ -27,7 +27,8 @@ def inspect(report: ReportArgument, row: RowOption = 0, as_json: JsonOption = Fa
         return
     tables = layer_tables(found, row)
     print(f"{found.model_class} ({found.model_type})\n{summary(found)}")
-    console().print(*tables)
+    if tables:
+        console().print(*tables)
 
 
 @app.command()

@@ -66,7 +66,8 @@ def task_table(tasks: Iterable[AnyTask]) -> Table:
 
 
 def _about(task: Mapping[str, Any], name: str) -> str:
-    return f"{name}, {task['metric']}, chance {100 * task['chance']:.0f} %{'' if task['scored'] else ', not scored'}"
+    measured = "" if task["metric"] == "none" else f", {task['metric']}, chance {100 * task['chance']:.0f} %"
+    return f"{name}{measured}{'' if task['scored'] else ', not in the mean'}"
 
 
 def _count(values: Mapping[str, Any]) -> str:

@@ -6,18 +6,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import ConfigError, did_you_mean
+from .choices import MODES, SPLITS, Mode, Split
 from .datasets import DataTask, read_data
 from .metrics import get_metric
 from .prompt_task import PromptTask, read_prompt_task
 from .scoring import ROWS
-from .tasks import SPLITS, Split, Task, available_tasks, find_tasks
+from .tasks import Task, available_tasks, find_tasks
 
 RETENTION = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 METHODS = ("plphp", "uniform", "shared", "random", "zero", "blank")
-MODES = ("auto", "verify", "decode", "generate", "label-free")
 
 AnyTask = Task | DataTask | PromptTask
 
@@ -78,7 +78,7 @@ class EvalSettings:
     split: Split = "dev"
     samples: int = 500
     seed: int = 0
-    mode: Literal["auto", "verify", "decode", "generate", "label-free"] = "auto"
+    mode: Mode = "auto"
     dtype: str = "auto"
     device: str | None = None
     rows: int = ROWS

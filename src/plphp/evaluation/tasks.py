@@ -7,17 +7,15 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from PIL import Image
 
 from ..errors import ConfigError, did_you_mean
+from .choices import SPLITS, Split
 from .synthetic import questions, scenes
 from .synthetic.questions import Question
 from .synthetic.scenes import Kind, Scene
 
-Split = Literal["dev", "test"]
-SPLITS: tuple[Split, ...] = ("dev", "test")
 GROUPS = ("one_image", "several_images", "several_regions", "dialogue")
 SCALE = 4
 """Images are drawn at 448 x 448 pixels; the processor brings them to the model's size."""
