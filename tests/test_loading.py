@@ -83,6 +83,7 @@ class TestModels:
         def refuse(*_: Any) -> None:
             raise OSError("several\nlines") from cause.__new__(cause)
 
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "config.json")
         monkeypatch.setattr("plphp.loading.PretrainedConfig.get_config_dict", refuse)
         with pytest.raises(LoadError, match=part):
             load_model("org/model")

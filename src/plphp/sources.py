@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from .errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError,
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "npu", "xla")
 """Kinds of devices that torch knows; a package of its own may add others."""
-BUNDLED = Path(str(resources.files("plphp"))) / "reference_model"
+BUNDLED = Path(__file__).parent / "reference_model"
 
 
 def bundled_model_path() -> Path:

@@ -64,7 +64,7 @@ def model_option(panel: str | None = None, *names: str) -> Any:
 
 def dtype_option(panel: str | None = None) -> Any:
     """The option that names the dtype of the weights."""
-    return option(panel, "Dtype of the weights, by default what they are stored in (auto):", choices=DTYPES)
+    return option(panel, "Dtype of the weights, default auto:", choices=DTYPES)
 
 
 def device_option(panel: str | None = None) -> Any:
@@ -74,7 +74,7 @@ def device_option(panel: str | None = None) -> Any:
 
 def decode_option(panel: str | None = None) -> Any:
     """The option that names the way of decoding."""
-    text = "Whether decoding steps are replayed from a CUDA graph, by default not (eager):"
+    text = "How decoding steps run, default eager (auto and graph replay a CUDA graph):"
     return option(panel, text, choices=DECODE_MODES)
 
 

@@ -5,8 +5,9 @@ From decoder layer K on no other token sees a vision token, in prefill too, and 
 layers before keep everything. With r the ``retention_rate`` and L layers, ``K = max(1, round(r L))``: what is kept is
 K / L. The paper looks for K on a calibration set; here the retention says it.
 
-Prefill computes what it did: the tokens are masked, not skipped, so the saving of prefill time is not there. A
-prompt that ends in a vision token keeps that one, since the answer goes on from it.
+As with FastV, prefill takes less time where one prompt without padding is read as a whole, since attention leaves the
+tokens out, and as long as before in a batch and in later turns, where they are masked. A prompt that ends in a vision
+token keeps that one, since the answer goes on from it.
 """
 
 from __future__ import annotations
