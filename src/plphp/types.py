@@ -166,8 +166,13 @@ class LayerScores:
 
     def first(self, entries: int) -> LayerScores:
         """The scores of the first ``entries`` entries alone."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
-        cut: dict[str, Any] = {name: v[..., :entries] for name, v in tensors.items() if isinstance(v, Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
+        # Tensors all, but for the numbers: torch is not imported here.
+        cut: dict[str, Any] = {
+            name: value[..., :entries]
+            for name, value in values.items()
+            if value is not None and not isinstance(value, int)
+        }
         return replace(self, **cut)
 
     def vision_score(self) -> Tensor:

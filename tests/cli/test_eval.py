@@ -15,6 +15,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import tiny_hub
@@ -22,6 +23,7 @@ from plphp.cli import app
 from plphp.cli._eval_progress import shown_progress
 from plphp.evaluation import METRICS, available_tasks
 from plphp.evaluation.choices import MODES, SPLITS
+from plphp.sources import DTYPES
 
 SOURCES = Path(__file__).parents[2] / "src"
 
@@ -201,3 +203,9 @@ def test_a_narrow_terminal_cuts_nothing(results: Path, width: int) -> None:
     for word in ("score (95 %)", "- full", "- uniform", "agree", "KL"):
         assert word in text
     assert ("(further columns)" in " ".join(text.split())) == (width == 80)
+
+
+def test_choices_are_completed() -> None:
+    options = {parameter.name: parameter for parameter in get_command(app).commands["eval"].params}
+    for name, known in (("split", SPLITS), ("metric", METRICS), ("mode", MODES), ("dtype", DTYPES)):
+        assert [item.value for item in options[name].shell_complete(None, "")] == list(known)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from plphp.errors import ConfigError
-from plphp.evaluation.choices import MODES, SPLITS
-from plphp.evaluation.metrics import METRICS
+from plphp.evaluation.choices import MODES, SPLITS, check_choice
+from plphp.evaluation.metrics import METRICS, get_metric
 
 from ._app import app, console, note_on_bundled, print_json
 from ._checks import check_model, check_out_file, check_out_folder
@@ -73,6 +73,9 @@ def evaluate_command(
         "retention": None if target_retention is None else _numbers(target_retention),
         "tasks": None if tasks is None else _names(tasks),
     }
+    check_choice("split", split, SPLITS)
+    check_choice("mode", mode, MODES)
+    get_metric(metric)
     check_model(model if report is None else None, dtype, device)
     check_out_file(results, "results")
     if out is not None:

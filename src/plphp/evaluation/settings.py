@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
-from .choices import MODES, SPLITS, Mode, Split
+from .choices import MODES, SPLITS, Mode, Split, check_choice
 from .datasets import DataTask, read_data
 from .metrics import get_metric
 from .prompt_task import PromptTask, read_prompt_task
@@ -89,8 +89,7 @@ class EvalSettings:
         for name in ("methods", "retention", "tasks", "data"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, known in (("split", SPLITS), ("mode", MODES)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), known)
         for name in ("samples", "rows", "batch", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

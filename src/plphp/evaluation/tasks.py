@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from ..errors import ConfigError, did_you_mean
-from .choices import SPLITS, Split
+from .choices import SPLITS, Split, check_choice
 from .synthetic import questions, scenes
 from .synthetic.questions import Question
 from .synthetic.scenes import Kind, Scene
@@ -116,8 +116,7 @@ class Task:
         seed : int
             Of the draw.
         """
-        if split not in SPLITS:
-            raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+        check_choice("split", split, SPLITS)
         for number in range(count):
             rng = random.Random(f"{split}-{self.name}-{seed}-{number}")
             drawn, asked = self._draw(rng, split)
