@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from plphp import PruneReport
 from plphp.errors import (
     BackendUnavailableError,
     CacheMemoryError,
@@ -22,9 +23,11 @@ from plphp.errors import (
     UnsupportedModelError,
 )
 from plphp.evaluation import EvalSettings, Outcome, Sample, Turn, evaluate, read_results, summarize, write_results
+from plphp.evaluation.answering import _kept
 from plphp.evaluation.conversation import batch_inputs, prompt_inputs
 from plphp.evaluation.skipping import records_of
 from plphp.evaluation.store import read_records, read_skipped
+from plphp.report import LayerReport, PromptReport, RowReport
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +87,46 @@ def test_the_others_are_scored_without_it(
     assert evaluate(chosen, out, progress=lambda *_: pytest.fail("done already")) == metrics
     write_results(out, tmp_path / "results.json")
     assert read_results(tmp_path / "results.json")["skipped"] == metrics["skipped"]
+
+
+class Poisoned:
+    """A processor whose pixels are NaN for red images."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, images: Any = None, **options: Any) -> Any:
+        made = self.processor(images=images, **options)
+        flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
+        for number, image in enumerate(flat):
+            if image.getpixel((0, 0)) == (255, 0, 0):
+                made["pixel_values"][number] = torch.nan
+        return made
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "generate", "batch": 3}, {"mode": "label-free"}], ids=str)
+def test_a_sample_whose_attention_is_nan(
+    changes: dict[str, Any], tmp_path: Path, bundled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data(tmp_path / "a", [], rows=3)
+    Image.new("RGB", (48, 40), (255, 0, 0)).save(tmp_path / "a" / "1.png")
+    monkeypatch.setattr("plphp.evaluation.runner.load_model", lambda *_: (bundled[0], Poisoned(bundled[1])))
+    metrics = evaluate(settings(data, **changes), tmp_path / "out")
+    [skipped] = metrics["skipped"]["mine"]
+    assert (skipped["index"], skipped["id"]) == (1, "row-1")
+    assert "attention" in skipped["reason"]
+    assert metrics["tasks"]["mine"]["samples"] == 2
+
+
+def test_a_row_of_a_report_without_finite_attention_is_not_judged() -> None:
+    rows = [RowReport(0.5, name, 1.0, 4, [[1, 2]]) for name in ("balanced", "non-finite")]
+    prompt = PromptReport(0, 9, [[], []], [LayerReport(0, rows)])
+    report = PruneReport("llava", "Llava", {}, 2, 9, 8, 8, 0, 0.0, [prompt])
+    with pytest.raises(NonFiniteAttentionError, match="row 1 of the batch"):
+        _kept(report)
 
 
 def test_a_removed_line_is_tried_again(tmp_path: Path) -> None:
