@@ -138,6 +138,15 @@ class TestTables:
         assert [cell for cell in first if cell != "│"] == ["0", "0.300", "attentive", "0.40", "3", "2"]
         assert [cell for cell in second if cell != "│"] == ["2", "0.050", "indifferent", "0.40", "1", "4"]
 
+    @pytest.mark.parametrize("width", [40, 60])
+    def test_nothing_is_cut_off_in_a_narrow_terminal(self, width: int) -> None:
+        layers = [LayerReport(7, [RowReport(0.3, "indifferent", 0.4, 9, [[1] * n for n in range(8)])])]
+        report = make_report(prompts=[PromptReport(0, 12, [[]], layers)])
+        console = Console(width=width, file=io.StringIO())
+        run = Run(["a " * 50], [[1]], 2048, 0.1, 0.02)
+        console.print(layer_table(report), comparison_table(Comparison(run, run, report)))
+        assert "\N{HORIZONTAL ELLIPSIS}" not in console.file.getvalue()
+
     def test_answers_are_not_markup(self) -> None:
         run = Run(["[bold]a[/bold] [/]"], [[1]], 2048, 0.1, 0.02)
         console = Console(width=100, record=True, file=io.StringIO())

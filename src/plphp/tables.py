@@ -72,7 +72,7 @@ def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
     rows = layer_rows(report, prompt, row)
     table = Table(title=_layer_title(report, prompt, row, rows[0][1].vision_tokens if rows else 0))
     for heading in ("layer", "vision attention", "class", "rate", "kept per KV head"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
+        table.add_column(heading, justify="left" if heading == "class" else "right", overflow="fold")
     for number, one in rows:
         score, rate = f"{one.vision_score:.3f}", f"{one.rate:.2f}"
         table.add_row(str(number), score, one.layer_class, rate, _counts(one.kept))

@@ -136,3 +136,6 @@ def test_plots(tmp_path: Path) -> None:
 def test_tasks_are_listed() -> None:
     shown = text(task_table(available_tasks().values()))
     assert all(name in shown for name in available_tasks())
+    narrow = text(task_table(available_tasks().values()), width=80)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in narrow
+    assert all(name in narrow for name in available_tasks())

@@ -57,7 +57,9 @@ def score_tables(metrics: Mapping[str, Any], *, per_task: bool = False, width: i
 
 def task_table(tasks: Iterable[AnyTask]) -> Table:
     """The tasks that there are."""
-    table = Table("task", "group", "metric", "chance", "scored", "about")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("task", "group", "metric", "chance", "scored", "about"):
+        table.add_column(heading, overflow="fold", min_width=len(heading))
     for task in tasks:
         scored = "yes" if task.scored else "no"
         about = (task.name, task.group, task.metric, f"{100 * task.chance:.1f} %", scored, task.summary)
