@@ -25,7 +25,7 @@ from plphp.tables import human_bytes, layer_table
 IMAGES = Path(__file__).parent / "images"
 PAPER = "plphp:target_retention=0.4"
 BUNDLED = ("query_bank:bank=bundled,target_retention=0.4", PAPER)
-"""What the bundled model is shown with: `plphp generate`'s default, and the paper's method."""
+"""What the bundled model is shown with: `plphp generate`'s default for it, and the paper's method."""
 
 
 @dataclass(frozen=True)

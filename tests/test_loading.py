@@ -265,6 +265,8 @@ class TestPrompts:
             (lambda p: build_inputs(p, "<image>"), SpanError, "1 image slot.*0 image"),
             (lambda p: build_inputs(p, messages=_chat("a"), images=[PICTURE]), SpanError, "no image slot for 1"),
             (lambda p: build_inputs(p, messages=_chat([{"type": "image"}])), SpanError, "more image entries"),
+            (lambda p: build_inputs(p, "", images=[PICTURE]), ConfigError, "The prompt is empty, got ''"),
+            (lambda p: build_inputs(p, " \n", images=[PICTURE]), ConfigError, "The prompt is empty"),
             (lambda p: build_inputs(p), ConfigError, "either a prompt or a chat"),
             (lambda p: build_inputs(p, "a", messages=[]), ConfigError, "either a prompt or a chat"),
             (lambda p: build_inputs(p, messages=[{"role": 1}]), ConfigError, "Message 1"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Presets: settings with a record of how they were found, as a TOML file that `PLPHPConfig.from_toml` reads."""
+"""Presets: settings where none are given, and settings with a record of how they were found, as a TOML file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,49 @@ from typing import Any
 import tomli_w
 
 from .config import PLPHPConfig
+from .sources import is_bundled
 
+DEFAULT_TARGET = 0.4
+"""Target retention where no rate is given: thresholds that fit any model and prompt are not to be had."""
+BUNDLED_METHOD = "query_bank"
+"""Method for the bundled model where none is given: of its answers it keeps most (docs/quality.md)."""
+BUNDLED_OPTIONS = {"query_bank": {"bank": "bundled"}}
+"""Options of methods that need something of the model, and have it of the bundled one."""
 HEADER = "# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml.\n\n"
+
+
+def default_settings(model: str | Path | None = None) -> PLPHPConfig:
+    """Settings of ``plphp generate`` where none are given: 40 % of the vision tokens kept.
+
+    Parameters
+    ----------
+    model : str or Path, optional
+        Hub id or folder. The bundled model, which is the default, is pruned by its query bank, and all others by the
+        paper's method.
+    """
+    return PLPHPConfig.from_dict(with_defaults({}, is_bundled(model)))
+
+
+def with_defaults(given: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
+    """Add to single settings those that are taken where they are left out.
+
+    Parameters
+    ----------
+    given : mapping
+        Of ``method``, ``retention_rate`` and ``target_retention`` those that are set.
+    bundled : bool
+        Whether they are for the bundled model.
+
+    Returns
+    -------
+    dict
+        For `PLPHPConfig.from_dict`.
+    """
+    values = dict(given) if "retention_rate" in given else {"target_retention": DEFAULT_TARGET, **given}
+    if not bundled:
+        return values
+    values = {"method": BUNDLED_METHOD, **values}
+    return {**values, "options": BUNDLED_OPTIONS.get(values["method"], {})}
 
 
 def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:

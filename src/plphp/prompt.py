@@ -100,6 +100,8 @@ def build_inputs(
     """
     if (prompt is None) == (messages is None):
         raise ConfigError("Give either a prompt or a chat.")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError(f"The prompt is empty, got {prompt!r}: write what is asked about the image.")
     if videos and getattr(processor, "video_processor", None) is None:
         raise UnsupportedFeatureError(f"{type(processor).__name__} takes no videos: give some of its frames as images.")
     if messages is None:

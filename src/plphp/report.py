@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from .errors import ConfigError
 from .json_files import Kind, read_values
 from .types import LayerScores, RowAllocation, VisionSpans
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from .cache import PrunedCache
@@ -246,6 +244,8 @@ class LayerRecord:
     @classmethod
     def stacked(cls, records: Sequence[LayerRecord], order: Sequence[int]) -> LayerRecord:
         """Put several records of the same layer and the same prompt of one row below each other, in a new order."""
+        import torch  # reports are read and shown without it
+
         first = records[0]
         evicted = None
         if any(record.evicted_text is not None for record in records):

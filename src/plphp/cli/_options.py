@@ -15,6 +15,7 @@ from plphp.registry import builtin_method_names, method_names
 from plphp.sources import DEVICES, DTYPES
 
 PRUNING = "Pruning"
+MODEL_HELP = "Hub id or folder; default: the bundled model, which knows drawn shapes, digits and printed codes alone."
 
 
 def option(
@@ -59,7 +60,7 @@ def argument(text: str, **limits: Any) -> Any:
 
 def model_option(panel: str | None = None, *names: str) -> Any:
     """The option that names the model."""
-    return option(panel, "Hub id or folder; default: the bundled model.", *names)
+    return option(panel, MODEL_HELP, *names)
 
 
 def dtype_option(panel: str | None = None) -> Any:

@@ -8,14 +8,8 @@ from typing import Any
 
 from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
+from plphp.presets import with_defaults
 from plphp.registry import resolve
-
-DEFAULT_TARGET = 0.4
-"""Target retention where no rate is given: thresholds that fit any model and prompt are not to be had."""
-BUNDLED_METHOD = "query_bank"
-"""Method for the bundled model where none is given: of its answers it keeps most (docs/quality.md)."""
-BUNDLED_OPTIONS = {"query_bank": {"bank": "bundled"}}
-"""Options of methods that need something of the model, and have it of the bundled one."""
 
 
 def read_settings(
@@ -34,7 +28,7 @@ def read_settings(
     config, config_file, method, retention_rate, target_retention
         As given, None where left out.
     bundled : bool
-        Whether they are for the bundled model, whose method is `BUNDLED_METHOD` where none is given.
+        Whether they are for the bundled model, which has a method of its own where none is given.
 
     Raises
     ------
@@ -54,15 +48,6 @@ def read_settings(
     elif config_file is not None:
         settings = PLPHPConfig.from_toml(config_file)
     else:
-        settings = PLPHPConfig.from_dict(_with_defaults(given, bundled))
+        settings = PLPHPConfig.from_dict(with_defaults(given, bundled))
     resolve(settings)
     return settings
-
-
-def _with_defaults(given: dict[str, Any], bundled: bool) -> dict[str, Any]:
-    """Single settings with those that are taken where they are left out."""
-    values = given if "retention_rate" in given else {"target_retention": DEFAULT_TARGET, **given}
-    if not bundled:
-        return values
-    values = {"method": BUNDLED_METHOD, **values}
-    return {**values, "options": BUNDLED_OPTIONS.get(values["method"], {})}

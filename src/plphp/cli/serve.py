@@ -9,6 +9,7 @@ import typer
 
 from ._app import app
 from ._options import (
+    MODEL_HELP,
     ConfigFileOption,
     ConfigOption,
     MethodOption,
@@ -22,7 +23,7 @@ from ._settings import read_settings
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    model: Annotated[str | None, argument("Hub id or folder; default: the bundled model.")] = None,
+    model: Annotated[str | None, argument(MODEL_HELP)] = None,
     config: ConfigOption = None,
     config_file: ConfigFileOption = None,
     method: MethodOption = None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import PLPHPConfig
 from ..errors import BackendUnavailableError, ConfigError, LoadError, one_line
-from ..sources import bundled_model_path
+from ..sources import bundled_model_path, is_bundled
 from . import CONNECTOR
 from .refusals import refuse_unsupported
 from .settings import ENVIRONMENT, KEY
@@ -33,7 +33,7 @@ def server_arguments(
     options : sequence of str
         As for ``vllm serve``: a hub id or folder, by default the bundled model, and further options.
     for_bundled : PLPHPConfig, optional
-        The settings where the options name no model, so that the bundled one is served; default: ``config``.
+        The settings where it is the bundled model that is served; default: ``config``.
 
     Returns
     -------
@@ -75,10 +75,11 @@ def server_arguments(
         raise ConfigError(f'plphp serve sets "{KEY}" in --additional-config: use --config or --config-file.')
     if arguments.model_tag is None:
         arguments.model_tag = str(bundled_model_path())
-        config = for_bundled or config
         arguments.served_model_name = arguments.served_model_name or [BUNDLED_NAME]
     elif arguments.model_tag.startswith(("/", ".", "~")) and not Path(arguments.model_tag).expanduser().is_dir():
         raise LoadError(f"There is no folder {arguments.model_tag}: give a model's folder or its hub id.")
+    if for_bundled is not None and is_bundled(arguments.model_tag):
+        config = for_bundled
     arguments.model = arguments.model_tag
     arguments.additional_config = {**additional, KEY: config.to_dict()}
     arguments.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
