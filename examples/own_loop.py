@@ -29,4 +29,5 @@ with torch.no_grad():
         step = {"input_ids": torch.tensor([tokens[-1:]])}
 
 print(processor.decode(tokens, skip_special_tokens=True))
-print(f"{cache.get_seq_length()} tokens seen, {cache.nbytes} of {cache.full_nbytes} bytes held")
+held = cache.nbytes - cache.reserved_nbytes
+print(f"{cache.get_seq_length()} tokens seen, {held} of {cache.full_nbytes} bytes held")

@@ -294,6 +294,11 @@ class PrunedCache(Cache):
         return sum(layer_nbytes(layer) for layer in self.layers)
 
     @property
+    def reserved_nbytes(self) -> int:
+        """Those of them that hold no entry yet: room for tokens to come."""
+        return sum(layer.reserved_nbytes for layer in self._pruned.values())
+
+    @property
     def full_nbytes(self) -> int:
         """Bytes that a dynamic cache would hold for the same tokens."""
         return sum(

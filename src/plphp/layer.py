@@ -65,6 +65,14 @@ class PrunedLayer(CacheLayerMixin):
         return tail + (0 if self.prefix is None else self.prefix.nbytes)
 
     @property
+    def reserved_nbytes(self) -> int:
+        """Those of them that hold no entry: room behind the tail, and what the tail is only a view on."""
+        if self.keys is None or self.values is None:
+            return 0
+        storages = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        return storages - sum(entries.nbytes for entries in self.tail())
+
+    @property
     def full_nbytes(self) -> int:
         """Bytes that all tokens seen would take."""
         if not self.is_initialized:

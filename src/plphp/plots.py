@@ -117,7 +117,8 @@ def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0)
         if members:
             x, y = zip(*members, strict=True)
             axes.scatter(x, y, marker=marker, color=colour, s=50, label=name, zorder=2)
-    if report.config.get("method") in ("plphp", "shared") and report.config.get("target_retention") is None:
+    by_threshold = any(one.layer_class in ("attentive", "balanced", "indifferent") for _, one in layers)
+    if by_threshold and report.config.get("target_retention") is None:
         for name, style in (("attentive_threshold", "--"), ("indifferent_threshold", ":")):
             label = f"{name.replace('_', ' ')} {report.config[name]:g}"
             axes.axhline(report.config[name], color="black", linestyle=style, linewidth=1, label=label)

@@ -149,7 +149,7 @@ def _compare(
     rounds: int,
 ) -> PruneReport:
     from plphp.compare import compare
-    from plphp.tables import comparison_table, comparison_values, layer_table
+    from plphp.tables import comparison_table, comparison_values, layer_tables
 
     with progress("comparing", quiet=as_json) as tell:
         found = compare(
@@ -158,7 +158,7 @@ def _compare(
     if as_json:
         print_json(comparison_values(found))
     else:
-        console().print(comparison_table(found), layer_table(found.report))
+        console().print(comparison_table(found), *layer_tables(found.report))
     return found.report
 
 

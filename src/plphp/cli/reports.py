@@ -21,15 +21,16 @@ def inspect(report: ReportArgument, row: RowOption = 0, as_json: JsonOption = Fa
     """Show what a run kept, layer by layer."""
     check_in_file(report, "report")
     from plphp.report import PruneReport
-    from plphp.tables import layer_table, report_values, summary
+    from plphp.tables import layer_tables, report_values, summary
 
     found = PruneReport.from_json(report)
     if as_json:
         print_json(report_values(found))
         return
-    tables = [layer_table(found, prompt, row) for prompt in range(max(1, len(found.prompts)))]
-    print(f"{found.model_class} ({found.model_type}), {found.tokens} tokens\n{summary(found)}")
-    console().print(*tables)
+    tables = layer_tables(found, row)
+    print(f"{found.model_class} ({found.model_type})\n{summary(found)}")
+    if tables:
+        console().print(*tables)
 
 
 @app.command()

@@ -148,10 +148,10 @@ def _rates(values: Sequence[object]) -> list[float]:
 
 
 def with_retention(config: PLPHPConfig, retention: float) -> PLPHPConfig:
-    """Ask a method for a retention: as the target of its layer classes where it has them, else as its rate."""
+    """Ask a method for a retention: as the target of its layer classes where it sorts layers, else as its rate."""
     if retention == 0:  # of nothing no layer can have more than another
         return dataclasses.replace(config, retention_rate=0.0, target_retention=None, min_kept=0)
-    if get_method(config.method).uses_class_rule:
+    if get_method(config.method).uses_class_rule(config):
         return dataclasses.replace(config, target_retention=retention)
     return dataclasses.replace(config, retention_rate=retention)
 

@@ -83,7 +83,7 @@ METHOD = Method(
     rank=rank,
     options=OPTIONS,
     evidence=evidence,
-    all_layers=lambda config: by_classes(config) and config.target_retention is not None,
+    uses_class_rule=by_classes,
     mix=mix,
     check=check,
 )
