@@ -69,6 +69,8 @@ def _attention_over(base: str) -> Callable[..., Result]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         attend = partial(_stock(base, module), module, **kwargs)
         prefix = pending.cache.layers[pending.layer].prefix
+        if prefix is None:  # in a dynamic cache values have no fewer bits than keys
+            value = value.to(torch.promote_types(key.dtype, value.dtype))
         hidden = pending.cache.hidden(pending.layer)
         if pending.cache.tail_bias is not None:
             attention_mask = pending.cache.tail_bias
@@ -76,7 +78,7 @@ def _attention_over(base: str) -> Callable[..., Result]:
             output = _among_shown(attend, query, key, value, attention_mask, hidden.to(key.device))
         else:
             if hidden is not None:
-                attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2], query.dtype)
+                attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2])
             if prefix is None:
                 output, _ = attend(query, key, value, attention_mask)
             else:
@@ -88,7 +90,7 @@ def _attention_over(base: str) -> Callable[..., Result]:
     return plphp_attention
 
 
-def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dtype) -> Tensor:
+def hide(mask: Tensor | None, hidden: Tensor, query_length: int) -> Tensor:
     """Hide entries of the tail from every query but their own.
 
     Parameters
@@ -99,8 +101,6 @@ def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dt
         bool [batch, tail]. A hidden token sees itself, or its attention would be that of an empty row.
     query_length : int
         The queries are the last ``query_length`` positions of the tail.
-    dtype : torch.dtype
-        Of an additive mask.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dt
         return shown & (place <= query)
     if mask.dtype is torch.bool:
         return mask & shown
-    return torch.where(shown, mask, torch.finfo(dtype).min)
+    return torch.where(shown, mask, torch.finfo(mask.dtype).min)
 
 
 def _among_shown(

@@ -19,6 +19,7 @@ from .layer import PrunedLayer, layer_nbytes
 from .mrope import TurnPositions, turn_positions
 from .passes import PassGuard
 from .plan import PromptPlan
+from .precision import as_written
 from .registry import family_of
 from .report import LayerRecord, PruneReport, build_report
 from .spans import find_spans, real_tokens
@@ -247,10 +248,11 @@ class PrunedCache(Cache):
                 self._kill(reason, UnsupportedFeatureError)
             return
         started = time.perf_counter()
-        plan.score(layer_idx, layer, scaling)
-        plan.withdraw(layer_idx, self.method, self.config, len(self.layers))
-        if layer_idx == self._last or not self.method.needs_all_layers(self.config):
-            self._evict(plan)
+        with as_written(query.device):
+            plan.score(layer_idx, layer, scaling)
+            plan.withdraw(layer_idx, self.method, self.config, len(self.layers))
+            if layer_idx == self._last or not self.method.needs_all_layers(self.config):
+                self._evict(plan)
         if layer_idx == self._last:
             self._plan = None
         self.pruning_seconds += time.perf_counter() - started

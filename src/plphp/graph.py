@@ -160,7 +160,7 @@ class GraphedDecoding:
         self.cache.crop(-1)
         logits = step(kwargs)
         try:
-            off = _difference(logits, expected.logits) > TOLERANCE.get(logits.dtype, 1e-3)
+            off = _difference(logits, expected.logits) > self._tolerance(logits.dtype)
             off |= any(_difference(now, then) > FIRST_LAYER for now, then in zip(step.written(), written, strict=True))
         except BaseException:
             self.cache.crop(-1)
@@ -171,6 +171,11 @@ class GraphedDecoding:
         self.cache.crop(-1)
         _failed[self.cache.attachment.model] = reason = "a replayed step differs from an eager one"
         return self._give_up(reason, kwargs)
+
+    def _tolerance(self, of_logits: torch.dtype) -> float:
+        """That of the coarsest dtype: under autocast values have fewer bits than logits may show."""
+        dtypes = {of_logits, *(dtype for layer in self.cache.layers for dtype in layer.dtypes)}
+        return max(TOLERANCE.get(dtype, 1e-3) for dtype in dtypes)
 
     def _give_up(self, reason: str, kwargs: dict[str, Any]) -> Any:
         self._off, self._step, self._first = True, None, None
