@@ -123,10 +123,12 @@ def _among_shown(
 ) -> Tensor:
     """The same as with the mask of `hide` for one whole prompt, but for hidden tokens, which cost nothing here."""
     shown = (~hidden[0]).nonzero()[:, 0]
-    # A hidden token sees itself alone and gets its own value; nobody reads what becomes of it.
-    output = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
     mask = None if mask is None else mask[..., shown, :][..., shown]
-    output[:, shown], _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)
+    found, _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)
+    # A hidden token sees itself alone and gets its own value; nobody reads what becomes of it.
+    own = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
+    output = own.to(found.dtype).contiguous()
+    output[:, shown] = found
     return output
 
 

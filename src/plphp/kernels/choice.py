@@ -133,13 +133,14 @@ def difference(
     There the reference depends on no setting of the process. NaN where one of them has one.
     """
 
-    def draws(cast: Callable[[Tensor], Tensor]) -> list[Draw]:
+    def draws(cast: Callable[[Tensor], Tensor]) -> tuple[Draw, Draw]:
         generator = torch.Generator().manual_seed(0)
 
         def draw(dtype: torch.dtype, *shape: int) -> Tensor:
             return cast(torch.randn(shape, generator=generator, device="cpu").to(dtype))
 
-        return [partial(draw, dtype) for dtype in dtypes]
+        of_keys, of_values = dtypes
+        return partial(draw, of_keys), partial(draw, of_values)
 
     with as_written(device):
         found = kernel(*case(*draws(lambda one: one.to(device)), device))

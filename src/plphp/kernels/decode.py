@@ -237,7 +237,8 @@ def _attend(
     for start in range(0, length, step):
         part = query if step >= length else query[:, :, :, start : start + step]
         rows = part.flatten(2, 3)
-        logits = torch.cat([rows @ keys.mT, rows @ tail_keys.mT], dim=-1).float()
+        logits = torch.cat([rows @ keys.mT, rows @ tail_keys.mT], dim=-1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if bias is not None:
             shown = logits.view(batch, kv_heads, group, -1, kept + tail)[..., kept:]
             shown += bias[:, :, start : start + step].unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))

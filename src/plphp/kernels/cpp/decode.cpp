@@ -24,7 +24,7 @@ struct Found {
 };
 
 // The output of one head, of its pieces `begins` to `ends`.
-template <class T>
+template <class K, class V>
 void merge(const Call& call, int head, size_t begins, size_t ends, const Found& found) {
   const int rows = call.rows(), value_groups = groups(call.value_dim);
   for (int row = 0; row < rows; ++row) {
@@ -39,7 +39,7 @@ void merge(const Call& call, int head, size_t begins, size_t ends, const Found& 
         const float* out = &found.outs[((piece * rows + row) * value_groups + group) * GROUP];
         for (int half = 0; half < 2; ++half) sums[half] += load(out + half * LANES) * share;
       }
-      put(call.out_row<T>(head, row) + begin(group, call.value_dim), sums);
+      put_sums<V>(call.out_row<K>(head, row) + begin(group, call.value_dim), sums);
     }
   }
 }
@@ -63,7 +63,7 @@ void attend(const Call& call) {
       way.attend(pieces[i], &queries[pieces[i].head * query_size], &found.outs[i * size], &found.tops[i * rows],
                  &found.totals[i * rows]);
 #pragma omp for
-    for (int head = 0; head < call.heads(); ++head) merge<K>(call, head, first[head], first[head + 1], found);
+    for (int head = 0; head < call.heads(); ++head) merge<K, V>(call, head, first[head], first[head + 1], found);
   }
 }
 
