@@ -257,7 +257,7 @@ class TestBuilding:
         if why == "others may write to it":
             folder.chmod(0o770)
         if why == "it cannot be written to":
-            monkeypatch.setattr(shutil, "copy", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
+            monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
         self.build()
         assert not folder.is_dir() or not list(folder.iterdir())
 
