@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .attachment import Attachment, Lease
 from .config import PLPHPConfig, checked, checked_mode
 from .errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
+from .finite import features_of, refuse_damaged
 from .layer import PrunedLayer, layer_nbytes
 from .mrope import TurnPositions, turn_positions
 from .passes import PassGuard
@@ -138,6 +139,8 @@ class PrunedCache(Cache):
         ------
         SpanError
             If the vision tokens cannot be found.
+        NonFiniteAttentionError
+            If the image features of a single prompt hold NaN or inf; the cache is as before.
         """
         self.check_alive()
         if self._spent and self.get_seq_length():
@@ -152,6 +155,9 @@ class PrunedCache(Cache):
         )
         # Text alone: nothing to evict, so nothing to compact either.
         has_vision = bool(spans.vision.any())
+        features = features_of(inputs)
+        if has_vision and len(spans.real) == 1:
+            refuse_damaged(features)  # the cache is as before
         turn = self._turn
         before = None if turn is None else turn.before if turn.start == spans.start else turn.after
         self._turn = turn_positions(model, inputs, spans.real, spans.start, before, has_vision)
@@ -161,6 +167,7 @@ class PrunedCache(Cache):
             delta = None if self._turn is None else self._turn.after
             custom = vision_mask is not None
             self._plan = PromptPlan.of(spans, self.config, evidence, custom=custom, rope_delta=delta)
+            self._plan.features = features
 
     @property
     def turn(self) -> TurnPositions | None:

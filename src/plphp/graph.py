@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -232,6 +233,12 @@ def replayed(
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, as a share of the largest number that is expected."""
-    expected = expected.float()
-    return ((found.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+    """Largest difference, as a share of the largest number that is expected.
+
+    A row of NaN is compared, too, and hides nothing of the others.
+    """
+    found, expected = found.float(), expected.float()
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return math.inf
+    found, expected = (one.where(one.isfinite(), 0) for one in (found, expected))
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
