@@ -184,9 +184,7 @@ class PromptPlan:
             peak=found.peak,
             best_rank=found.best_rank,
             density=found.density,
-            value_norm=torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-            if self.evidence.value_norm
-            else None,
+            value_norm=_norms(values) if self.evidence.value_norm else None,
         )
 
     def _from_bank(self, name: str, layer_idx: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,3 +308,8 @@ def gather(wanted: Tensor, query: Tensor, begin: int) -> Gathered | None:
     """Copy the queries [batch, q_heads, chunk, dim] of a chunk that ``wanted``, bool [batch, seq], marks in any row."""
     columns = wanted[:, begin : begin + query.shape[2]].any(0).nonzero()[:, 0]
     return (query[:, :, columns.to(query.device)], columns + begin) if len(columns) else None
+
+
+def _norms(values: Tensor) -> Tensor:
+    """L2 norms of values [batch, kv_heads, seq, dim], float32 [batch, kv_heads, seq]."""
+    return torch.linalg.vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32)).float()
