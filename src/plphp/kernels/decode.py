@@ -113,10 +113,12 @@ def decode_attention(
 def _evened(
     query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor
 ) -> tuple[Tensor, PackedKV, Tensor, Tensor]:
-    """Bring values to the widest of their dtypes, and queries and keys to the widest of all, if they are not there.
+    """Bring values to the widest of their dtypes, and queries and keys to the widest of all.
 
     So values have no more bits than keys, which is what the kernels have to know.
     """
+    if query.dtype == prefix.keys.dtype == tail_keys.dtype == prefix.values.dtype == tail_values.dtype:
+        return query, prefix, tail_keys, tail_values  # at once, as this is done for each layer of each step
     of_values = _widest(prefix.values, tail_values)
     of_keys = _widest(query, prefix.keys, tail_keys, prefix.values, tail_values)
     return query.to(of_keys), prefix.to(of_keys, of_values), tail_keys.to(of_keys), tail_values.to(of_values)
