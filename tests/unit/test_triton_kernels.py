@@ -98,7 +98,7 @@ def test_what_the_kernel_cannot_do_is_named() -> None:
         ({"length": TRITON_ROWS}, f"a KV head has {2 * TRITON_ROWS} query rows, and it takes up to {TRITON_ROWS}"),
         ({"grad": True}, "it has no gradient"),
         # A bank's queries are float32, in a model of half precision too.
-        ({"tail": torch.float16}, "the states have different dtypes: torch.float32, torch.float16"),
+        ({"tail": torch.float16}, "the states have different dtypes: torch.float32, torch.float16, torch.float16"),
         ({"capability": (7, 5)}, "it is for NVIDIA GPUs of compute capability 8.0 and later"),
         ({}, None),
     ],

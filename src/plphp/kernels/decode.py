@@ -147,7 +147,10 @@ def _by_torch(
 
 def unsupported_by_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> str | None:
     """Say why the Triton kernel cannot attend, see `decode_attention` for the arguments; None where it can."""
-    reason = choice.unsupported_by_triton(query, tail_keys) or choice.unsupported_by_triton(tail_values)
+    if tail_values.dtype == tail_keys.dtype:
+        reason = choice.unsupported_by_triton(query, tail_keys, tail_values)
+    else:
+        reason = choice.unsupported_by_triton(query, tail_keys) or choice.unsupported_by_triton(tail_values)
     rows = _query_rows(query, tail_keys)
     if reason is None and rows > TRITON_ROWS:
         return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}"
