@@ -79,6 +79,8 @@ def _attention_over(base: str) -> Callable[..., Result]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         attend = partial(_stock(base, module), module, **kwargs)
         prefix = pending.cache.layers[pending.layer].prefix
+        if prefix is None:  # in a dynamic cache values have no fewer bits than keys
+            value = value.to(torch.promote_types(key.dtype, value.dtype))
         hidden = pending.cache.hidden(pending.layer)
         if pending.cache.tail_bias is not None:
             attention_mask = pending.cache.tail_bias
@@ -86,7 +88,7 @@ def _attention_over(base: str) -> Callable[..., Result]:
             output = _among_shown(attend, query, key, value, attention_mask, hidden.to(key.device))
         else:
             if hidden is not None:
-                attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2], query.dtype)
+                attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2])
             if prefix is None:
                 output, _ = attend(query, key, value, attention_mask)
             else:
@@ -127,7 +129,7 @@ def _refuse_stray_cache(kwargs: dict[str, Any]) -> None:
             )
 
 
-def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dtype) -> Tensor:
+def hide(mask: Tensor | None, hidden: Tensor, query_length: int) -> Tensor:
     """Hide entries of the tail from every query but their own.
 
     Parameters
@@ -138,8 +140,6 @@ def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dt
         bool [batch, tail]. A hidden token sees itself, or its attention would be that of an empty row.
     query_length : int
         The queries are the last ``query_length`` positions of the tail.
-    dtype : torch.dtype
-        Of an additive mask.
 
     Returns
     -------
@@ -154,7 +154,7 @@ def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dt
         return shown & (place <= query)
     if mask.dtype is torch.bool:
         return mask & shown
-    return torch.where(shown, mask, torch.finfo(dtype).min)
+    return torch.where(shown, mask, torch.finfo(mask.dtype).min)
 
 
 def _among_shown(
@@ -162,10 +162,12 @@ def _among_shown(
 ) -> Tensor:
     """The same as with the mask of `hide` for one whole prompt, but for hidden tokens, which cost nothing here."""
     shown = (~hidden[0]).nonzero()[:, 0]
-    # A hidden token sees itself alone and gets its own value; nobody reads what becomes of it.
-    output = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
     mask = None if mask is None else mask[..., shown, :][..., shown]
-    output[:, shown], _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)
+    found, _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)
+    # A hidden token sees itself alone and gets its own value; nobody reads what becomes of it.
+    own = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
+    output = own.to(found.dtype).contiguous()
+    output[:, shown] = found
     return output
 
 

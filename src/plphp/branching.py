@@ -24,6 +24,7 @@ from .layer import PrunedLayer
 from .methods.base import Method
 from .packed import PackedKV
 from .plan import LAYER_LEVEL, Gathered, PromptPlan, gather
+from .precision import as_written
 from .report import LayerRecord
 from .suitability import method_for, refuse_prompt_stage
 from .types import VisionSpans
@@ -296,16 +297,18 @@ class _Reader(PrunedCache):
 
     def _score(self, plans: Sequence[PromptPlan]) -> None:
         for number, (gathered, scaling) in self._queries.items():
-            for plan in plans:
-                plan.score_with([gathered], number, self._pruned[number], scaling)
+            with as_written(gathered[0].device):
+                for plan in plans:
+                    plan.score_with([gathered], number, self._pruned[number], scaling)
         self._queries.clear()
 
     def chosen(self, plan: PromptPlan, method: Method, configs: Sequence[PLPHPConfig]) -> Chosen:
         """What each layer keeps by some configs that rank alike."""
-        return {
-            scores.layer: (keep[:, 0], LayerRecord.of(self.spans, 0, scores, [row for [row] in rows], keep[:, 0]))
-            for scores, rows, keep, _ in plan.choose(method, configs, self.judged(configs[0]))
-        }
+        with as_written(self.attachment.model.device):
+            return {
+                scores.layer: (keep[:, 0], LayerRecord.of(self.spans, 0, scores, [row for [row] in rows], keep[:, 0]))
+                for scores, rows, keep, _ in plan.choose(method, configs, self.judged(configs[0]))
+            }
 
     def merged(self, chosen: Sequence[Chosen], prefilled: Sequence[Prefilled], order: Sequence[int]) -> PrunedCache:
         """A cache with what was found for all configs, its rows in a new order."""

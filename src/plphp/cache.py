@@ -16,10 +16,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .attachment import Attachment, Lease
 from .config import PLPHPConfig, checked, checked_mode
 from .errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
+from .finite import features_of, refuse_damaged
 from .layer import PrunedLayer, layer_nbytes
 from .mrope import TurnPositions, turn_positions
 from .passes import PassGuard
 from .plan import PromptPlan
+from .precision import as_written
 from .registry import family_of
 from .report import LayerRecord, PruneReport, build_report
 from .spans import find_spans, real_tokens
@@ -138,6 +140,8 @@ class PrunedCache(Cache):
         ------
         SpanError
             If the vision tokens cannot be found.
+        NonFiniteAttentionError
+            If the image features of a single prompt hold NaN or inf; the cache is as before.
         """
         self.check_alive()
         if self._spent and self.get_seq_length():
@@ -152,6 +156,9 @@ class PrunedCache(Cache):
         )
         # Text alone: nothing to evict, so nothing to compact either.
         has_vision = bool(spans.vision.any())
+        features = features_of(inputs)
+        if has_vision and len(spans.real) == 1:
+            refuse_damaged(features)  # the cache is as before
         turn = self._turn
         before = None if turn is None else turn.before if turn.start == spans.start else turn.after
         self._turn = turn_positions(model, inputs, spans.real, spans.start, before, has_vision)
@@ -161,6 +168,7 @@ class PrunedCache(Cache):
             delta = None if self._turn is None else self._turn.after
             custom = vision_mask is not None
             self._plan = PromptPlan.of(spans, self.config, evidence, custom=custom, rope_delta=delta)
+            self._plan.features = features
 
     @property
     def turn(self) -> TurnPositions | None:
@@ -248,10 +256,11 @@ class PrunedCache(Cache):
                 self._kill(reason, UnsupportedFeatureError)
             return
         started = time.perf_counter()
-        plan.score(layer_idx, layer, scaling)
-        plan.withdraw(layer_idx, self.method, self.config, len(self.layers))
-        if layer_idx == self._last or not self.method.needs_all_layers(self.config):
-            self._evict(plan)
+        with as_written(query.device):
+            plan.score(layer_idx, layer, scaling)
+            plan.withdraw(layer_idx, self.method, self.config, len(self.layers))
+            if layer_idx == self._last or not self.method.needs_all_layers(self.config):
+                self._evict(plan)
         if layer_idx == self._last:
             self._plan = None
         self.pruning_seconds += time.perf_counter() - started

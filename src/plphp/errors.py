@@ -12,7 +12,7 @@
     ├── LoadError(OSError)                   a model, an image, a video or a chat cannot be read
     ├── CacheStateError(RuntimeError)        the cache cannot be used any more, or not in this way
     ├── CacheMemoryError(MemoryError)        there is no memory for the keys and values of more tokens
-    └── NonFiniteAttentionError(ArithmeticError)   the attention of a layer holds NaN
+    └── NonFiniteAttentionError(ArithmeticError)   no row of a batch has finite attention
 
 and a warning, ``UnprunedWarning(UserWarning)``: a model ran inside a session without plphp.
 """
@@ -62,7 +62,7 @@ class CacheMemoryError(PLPHPError, MemoryError):
 
 
 class NonFiniteAttentionError(PLPHPError, ArithmeticError):
-    """The attention of a layer is NaN, so nothing can be ranked."""
+    """The attention of every row is NaN or inf, or the image features of the only row are: nothing can be ranked."""
 
 
 class UnprunedWarning(UserWarning):

@@ -28,6 +28,7 @@ CLASS_MARKERS = {
     "indifferent": ("v", "#0072B2"),
     "uniform": ("s", "#56B4E9"),
     "exempt": ("D", "#999999"),
+    "non-finite": ("x", "#d62728"),
 }
 """Marker and colour (Okabe and Ito's palette) of each layer class."""
 COLUMNS = 8

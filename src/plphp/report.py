@@ -47,9 +47,10 @@ class RowReport:
     Parameters
     ----------
     vision_score : float
-        Vision attention score gamma, in [0, 1].
+        Vision attention score gamma, in [0, 1]; 0 where it is not finite.
     layer_class : str
-        "attentive", "balanced", "indifferent", "uniform", "exempt" or "no-vision".
+        "attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision", or "non-finite" where the attention
+        of the row is NaN or inf, so that nothing of it was evicted.
     rate : float
         Retention rate, in [0, 1].
     vision_tokens : int

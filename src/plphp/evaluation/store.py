@@ -122,7 +122,7 @@ def _read_lines(folder: Path, task: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # bytes: a line may end inside a character
         if line:
             try:
                 record = json.loads(line)
