@@ -6,8 +6,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from .errors import LoadError, one_line
@@ -85,7 +83,9 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 def _from_integers(image: Image.Image, sixteen_bits: bool, name: str) -> Image.Image:
     """16-bit and 32-bit integers, which Pillow would clip at 255."""
-    values: NDArray[Any] = np.asarray(image)
+    import numpy as np  # the command line refuses what it can before numpy is there
+
+    values = np.asarray(image)
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high > 65535:
         raise LoadError(
