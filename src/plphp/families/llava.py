@@ -6,7 +6,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from plphp.families._segments import in_prompt_order, rows_of, square, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 _CLS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0}
 """Tokens beside the patches, by model type of the vision tower."""
@@ -32,12 +32,15 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     return in_prompt_order(inputs, {config.image_token_id: [VisionSegment(tokens, grid)] * len(pixel_values)})
 
 
+_FEATURES = (Features(token_ids("image_token_id"), each=("image_sizes",)),)
+
 FAMILIES = (
     Family(
         name="llava",
         model_types=("llava",),
         vision_token_ids=token_ids("image_token_id"),
         segments=_segments,
+        features=_FEATURES,
         notes="With a Pixtral tower the break and end tokens of an image count as text and are kept.",
     ),
     Family(
@@ -45,5 +48,6 @@ FAMILIES = (
         model_types=("vipllava",),
         vision_token_ids=token_ids("image_token_id"),
         segments=_segments,
+        features=_FEATURES,
     ),
 )

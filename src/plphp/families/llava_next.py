@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from transformers.image_processing_utils import select_best_resolution
 
 from plphp.families._segments import in_prompt_order, rows_of, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 
 def unpadded_grid(config: PretrainedConfig, size: tuple[int, ...]) -> tuple[int, int]:
@@ -69,12 +69,15 @@ def _video_segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegm
     return in_prompt_order(inputs, {config.image_token_id: images, config.video_token_id: videos})
 
 
+IMAGE_FEATURES = (Features(token_ids("image_token_id"), each=("image_sizes",)),)
+
 FAMILIES = (
     Family(
         name="llava-next",
         model_types=("llava_next",),
         vision_token_ids=token_ids("image_token_id"),
         segments=_segments,
+        features=IMAGE_FEATURES,
         notes="The newline tokens between rows of patches are placeholders too and are evicted like patches.",
     ),
     Family(
@@ -82,6 +85,7 @@ FAMILIES = (
         model_types=("llava_next_video",),
         vision_token_ids=token_ids("image_token_id", "video_token_id"),
         segments=_video_segments,
+        features=(*IMAGE_FEATURES, Features(token_ids("video_token_id"), ("pixel_values_videos",))),
         notes="The newline tokens between rows of patches are placeholders too and are evicted like patches.",
     ),
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from plphp.families._segments import in_prompt_order, square, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 
 def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
@@ -24,5 +24,6 @@ FAMILY = Family(
     model_types=("paligemma",),
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,
+    features=(Features(token_ids("image_token_id")),),
     notes="The whole prompt is read bidirectionally. PaliGemma 2 soft-caps its attention and is refused.",
 )
