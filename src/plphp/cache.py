@@ -133,8 +133,7 @@ class PrunedCache(ConversationCache):
         Returns
         -------
         dict
-            What ``model(...)`` has to be given to read it: the new tokens, an ``attention_mask`` over the whole, the
-            features of the new images, and with m-RoPE ``position_ids``.
+            The inputs with the features of new images alone; `model_inputs` makes of them what ``model(...)`` reads.
 
         Raises
         ------

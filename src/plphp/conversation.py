@@ -17,7 +17,7 @@ from .layer import PrunedLayer
 from .mrope import TurnPositions, turn_positions
 from .registry import family_of
 from .spans import find_spans, real_tokens
-from .turns import new_features, new_tokens
+from .turns import new_features
 from .types import VisionSpans
 
 
@@ -49,43 +49,67 @@ class ConversationCache(Cache):
         spans : VisionSpans
             Of the new tokens.
         turn : dict
-            What ``model(...)`` has to be given, see `plphp.turns.new_tokens`.
+            The inputs with the features of new images alone.
 
         Raises
         ------
         SpanError, HistoryError, UnsupportedFeatureError
         """
         model, past_length = self.attachment.model, self.get_seq_length()
-        narrowed, real = self._new_features(inputs, vision_mask)
+        turn, real = self.read_turn(inputs, vision_mask)
         spans = find_spans(
-            family_of(model.config), model.config, narrowed, past_length=past_length, vision_mask=vision_mask
+            family_of(model.config), model.config, turn, past_length=past_length, vision_mask=vision_mask
         )
         before = None
         if self._turn is not None:
             before = self._turn.before if self._turn.start == past_length else self._turn.after
-        self._turn = turn_positions(model, narrowed, real, past_length, before, bool(spans.vision.any()))
-        return spans, self._turn_inputs(narrowed, real)
+        self._turn = turn_positions(model, turn, real, past_length, before, bool(spans.vision.any()))
+        return spans, turn
 
-    def read_turn(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-        """What ``model(...)`` has to be given of a conversation whose turn has begun, and its padding mask."""
-        narrowed, real = self._new_features(inputs, None)
-        return self._turn_inputs(narrowed, real), real
+    def read_turn(self, inputs: Mapping[str, Any], vision_mask: Tensor | None = None) -> tuple[dict[str, Any], Tensor]:
+        """Compare a conversation with what was read, note it, and leave out the images that the cache holds.
 
-    def _new_features(self, inputs: Mapping[str, Any], vision_mask: Tensor | None) -> tuple[dict[str, Any], Tensor]:
-        """Compare a conversation with what was read, note it, and leave out the images that the cache holds."""
+        Returns
+        -------
+        turn : dict
+            The inputs with the features of new images alone.
+        real : Tensor
+            bool [batch, seq]; padding mask of the whole conversation.
+        """
         model, past_length = self.attachment.model, self.get_seq_length()
         ids, real = inputs.get("input_ids"), real_tokens(inputs, past_length, vision_mask)
         self.history.cut(past_length)
         packed = max(layer.prefix_length for layer in self._pruned_layers)
         self.history.check_tokens(ids, real, packed)
-        narrowed, sent = new_features(family_of(model.config), model.config, inputs, past_length, real.shape[1])
+        turn, sent = new_features(family_of(model.config), model.config, inputs, past_length, real.shape[1])
         self.history.check_images(sent, len(real))
         self.history.note_prompt(ids, real, past_length, sent)
-        return narrowed, real
+        return turn, real
 
-    def _turn_inputs(self, narrowed: Mapping[str, Any], real: Tensor) -> dict[str, Any]:
-        positions = None if self._turn is None else self._turn.positions
-        return new_tokens(narrowed, self.get_seq_length(), real.shape[1], positions)
+    def model_inputs(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``model(...)`` has to be given to read a turn that has been planned.
+
+        Parameters
+        ----------
+        turn : mapping
+            What `PrunedCache.plan` returned.
+
+        Returns
+        -------
+        dict
+            The new tokens, an ``attention_mask`` over the whole conversation, the features of the new images, and
+            positions where the model cannot work them out from these; to be passed with this cache.
+        """
+        past_length = self.get_seq_length()
+        real, inputs = real_tokens(turn, past_length), dict(turn)
+        if self._turn is None and not real.all():
+            inputs.setdefault("position_ids", (real.long().cumsum(1) - 1).clamp(min=0).to(turn["input_ids"].device))
+        elif self._turn is not None and self._turn.positions is not None:
+            inputs["position_ids"] = self._turn.positions
+        new = real.shape[1] - past_length if past_length else None
+        # As `generate` does it: whether token types are those of the whole depends on the model and the release.
+        prepare: Any = self.attachment.model.prepare_inputs_for_generation
+        return dict(prepare(next_sequence_length=new, is_first_iteration=True, **inputs))
 
     def note_answer(self, output: Any) -> None:
         """Note the tokens that ``generate`` returned, in either form."""

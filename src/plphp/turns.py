@@ -16,9 +16,6 @@ from .errors import SpanError
 from .families.base import Family, Features, Inputs
 from .fingerprints import Fingerprint, fingerprint
 
-PER_TOKEN = ("input_ids", "token_type_ids", "mm_token_type_ids")
-"""Inputs [batch, seq] that ``model(...)`` takes of the new tokens alone."""
-
 
 @dataclass(frozen=True)
 class SentImage:
@@ -91,29 +88,6 @@ def new_features(
             narrowed.update(features.pick(inputs, new))
         sent += images
     return narrowed, sent
-
-
-def new_tokens(inputs: Inputs, past_length: int, length: int, positions: Tensor | None) -> dict[str, Any]:
-    """What ``model(...)`` has to be given to read a turn: of the inputs with one entry per token, the new ones.
-
-    Parameters
-    ----------
-    inputs : mapping
-        Of the turn, with the features of new images alone.
-    past_length, length : int
-        Tokens that the cache holds, and tokens of the whole conversation.
-    positions : Tensor, optional
-        int64 [4, batch, seq]; of the whole conversation, where the model has m-RoPE.
-    """
-    turn = dict(inputs)
-    for name in PER_TOKEN:
-        if isinstance(value := turn.get(name), Tensor):
-            turn[name] = value[:, past_length - length :]
-    if positions is not None:
-        turn["position_ids"] = positions
-    if isinstance(value := turn.get("position_ids"), Tensor):
-        turn["position_ids"] = value[..., past_length - length :]
-    return turn
 
 
 def with_features(arguments: Mapping[str, Any], turn: Inputs, family: Family) -> dict[str, Any]:

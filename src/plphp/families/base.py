@@ -124,7 +124,7 @@ class Features:
 
 def _length(value: Any) -> int:
     """Entries along the first axis; 0 for None and for what has no axis."""
-    return len(value) if hasattr(value, "__len__") and getattr(value, "ndim", 1) else 0
+    return 0 if value is None or getattr(value, "ndim", 1) == 0 else len(value)
 
 
 def _taken(value: Any, entries: list[int]) -> Any:

@@ -1,0 +1,541 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Later turns that are given the whole conversation with all its images, and histories that differ from what was read.
+
+Logits are compared in float64, where float noise and a mistake are far apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import plphp
+from invariants import generate
+from plphp import HistoryError, PLPHPConfig, PrunedCache, SpanError
+from plphp.families.base import Family, Features, VisionSegment
+from plphp.registry import family_of
+from plphp.turns import new_features
+from test_invariants import FAMILIES
+from tiny_models import IMAGE, TINY, TinyFamily, collate, drop_empty
+
+NOISE = 1e-3
+"""Models in float64, whose norms, rotary tables and logits transformers works out in float32, differ by 2e-5 at most;
+another image, or a position that is one off, by 2e-2 at least."""
+KEPT = PLPHPConfig(retention_rate=1.0)
+PRUNED = PLPHPConfig(retention_rate=0.3, retention_delta=0.2, attentive_threshold=0.3)
+VIDEOS = [name for name in FAMILIES if TINY[name].videos is not None]
+
+Rows = list[dict[str, Any]]
+
+
+@functools.cache
+def model_of(name: str) -> Any:
+    """A tiny model in float64, rotary frequencies too."""
+    model = TINY[name].build(dtype=torch.float64).double()
+    model.set_experts_implementation("eager")  # grouped matrix products know no float64
+    return model
+
+
+def whole(rows: Rows) -> dict[str, Any]:
+    """What the processor returns for conversations with all their images."""
+    return drop_empty(collate(rows))
+
+
+def only_new(
+    tiny: TinyFamily, model: Any, before: dict[str, Any], output: Any, image: bool, seed: int
+) -> dict[str, Any]:
+    """The same turn with the features of its new images alone."""
+    turn = tiny.second_turn(model, before, output.sequences, with_image=image, seed=seed)
+    turn.pop("position_ids", None)
+    return turn
+
+
+def assert_same_generation(first: Any, second: Any) -> None:
+    """The same computation: equal to the last bit."""
+    assert torch.equal(first.sequences, second.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
+
+
+def first_turn(name: str, images: tuple[int, ...] = (2, 1), config: PLPHPConfig = PRUNED, **kwargs: Any) -> Any:
+    """Model, rows, cache and output of a first turn."""
+    model, tiny = model_of(name), TINY[name]
+    inputs = tiny.inputs(model, images)
+    cache = PrunedCache.for_inputs(model, inputs, config)
+    return model, tiny, tiny.rows(model, images), cache, generate(model, inputs, past_key_values=cache, **kwargs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_turns_with_all_images_are_turns_with_the_new_ones(name: str) -> None:
+    """Four turns of a batch with different numbers of images: the later ones add an image, text alone, an image."""
+    model, tiny = model_of(name), TINY[name]
+    rows = tiny.rows(model, [2, 1])
+    inputs = whole(rows)
+    caches = [PrunedCache.for_inputs(model, inputs, PRUNED) for _ in range(2)]
+    outputs = [generate(model, inputs, past_key_values=cache) for cache in caches]
+    for seed, image in enumerate((True, False, True), 1):
+        new = only_new(tiny, model, inputs, outputs[1], image, seed)
+        rows = tiny.whole(model, rows, outputs[0].sequences, image, seed)
+        inputs = whole(rows)
+        outputs = [
+            generate(model, sent, past_key_values=cache) for sent, cache in zip((inputs, new), caches, strict=True)
+        ]
+        assert_same_generation(*outputs)
+    reports = [cache.report() for cache in caches]
+    assert len(reports[0].prompts) == 3
+    assert reports[0].prompts == reports[1].prompts
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if TINY[name].stock.second_turn_image])
+def test_turns_with_all_images_are_one_prompt(name: str) -> None:
+    """The same without eviction, against transformers' own reading of the whole conversation, row by row."""
+    model, tiny, rows, cache, output = first_turn(name, config=KEPT)
+    for seed, image in enumerate((True, False, True), 1):
+        rows = tiny.whole(model, rows, output.sequences, image, seed)
+        output = generate(model, whole(rows), past_key_values=cache)
+        assert_rows_alone(model, rows, output)
+
+
+def assert_rows_alone(model: Any, rows: Rows, output: Any) -> None:
+    """Each row of an output is what stock ``generate`` says to the whole conversation of that row."""
+    for number, row in enumerate(rows):
+        expected = generate(model, row)
+        assert torch.equal(expected.sequences[0, -4:], output.sequences[number, -4:])
+        for logits, batched in zip(expected.logits, output.logits, strict=True):
+            assert (logits[0] - batched[number]).abs().max() < NOISE
+
+
+def with_videos(tiny: TinyFamily) -> TinyFamily:
+    """The family with videos where it has images."""
+    assert tiny.videos is not None
+    return replace(tiny, images=tiny.videos)
+
+
+@pytest.mark.parametrize("kinds", ["video-video", "video-image", "image-video"])
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_and_images_in_one_conversation(name: str, kinds: str) -> None:
+    model = model_of(name)
+    tinies = [with_videos(TINY[name]) if kind == "video" else TINY[name] for kind in kinds.split("-")]
+    rows = tinies[0].rows(model, [2, 1])
+    caches = [PrunedCache.for_inputs(model, whole(rows), KEPT) for _ in range(2)]
+    first, output = (generate(model, whole(rows), past_key_values=cache) for cache in caches)
+    new = only_new(tinies[1], model, whole(rows), first, True, 1)
+    rows = tinies[1].whole(model, rows, output.sequences, True)
+    output = generate(model, whole(rows), past_key_values=caches[1])
+    assert_same_generation(generate(model, new, past_key_values=caches[0]), output)
+    mixed_glm = name.startswith("glm") and kinds != "video-video"  # stock ``generate`` stops: it takes one of them
+    if not mixed_glm:
+        assert_rows_alone(model, rows, output)
+    third = tinies[0].whole(model, rows, output.sequences, False, seed=2)
+    output = generate(model, whole(third), past_key_values=caches[1])
+    if not mixed_glm:
+        assert_rows_alone(model, third, output)
+
+
+def test_seconds_per_grid_place_the_videos_of_every_turn() -> None:
+    """Qwen2.5-VL stretches the positions of a video by its rate; the turn after it stands behind them."""
+    model, tiny = model_of("qwen2.5-vl"), with_videos(TINY["qwen2.5-vl"])
+    seconds = torch.tensor([0.75])
+    [row] = tiny.rows(model, [1])
+    row["second_per_grid_ts"] = seconds
+    cache = PrunedCache.for_inputs(model, row, KEPT)
+    output = generate(model, row, past_key_values=cache)
+    for seed, video in enumerate((True, False), 1):
+        [row] = tiny.whole(model, [row], output.sequences, video, seed)
+        row["second_per_grid_ts"] = torch.cat([seconds, torch.tensor([0.5])])
+        slow = {**row, "second_per_grid_ts": torch.ones(2)}
+        output = generate(model, row, past_key_values=cache)
+        assert_rows_alone(model, [row], output)
+        assert (generate(model, slow).logits[0] - output.logits[0]).abs().max() > 10 * NOISE
+
+
+@pytest.mark.parametrize("images", [(0, 2, 1), (3, 0)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["idefics3", "idefics2", "llava-next", "llava-pixtral", "qwen2-vl", "gemma4", "lfm2-vl"]
+)
+def test_rows_that_had_no_image_before(name: str, images: tuple[int, ...]) -> None:
+    model, tiny, rows, cache, output = first_turn(name, images, KEPT)
+    rows = tiny.whole(model, rows, output.sequences, True)
+    assert_rows_alone(model, rows, generate(model, whole(rows), past_key_values=cache))
+
+
+def test_images_of_onevision_stay_as_they_were_cut() -> None:
+    """Two images and then a third are not tiled; what is left to read is one image, which would be tiled alone."""
+    model, tiny = model_of("llava-onevision"), TINY["llava-onevision"]
+    rows = tiny.rows(model, [2])
+    three = tiny.rows(model, [3])[0]
+    per_image = 4 * 4 + 1
+    new = torch.tensor([[5, 6, *[IMAGE] * per_image, 7, 8]])
+    cache = PrunedCache.for_inputs(model, rows[0], KEPT)
+    output = generate(model, rows[0], past_key_values=cache)
+    pixels = torch.cat([rows[0]["pixel_values"], three["pixel_values"][2:]])
+    row = {
+        "input_ids": torch.cat([output.sequences, new], 1),
+        "attention_mask": torch.ones(1, output.sequences.shape[1] + new.shape[1], dtype=torch.long),
+        "pixel_values": pixels,
+        "image_sizes": three["image_sizes"],
+        "batch_num_images": torch.tensor([3]),
+    }
+    assert_rows_alone(model, [row], generate(model, row, past_key_values=cache))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_plan_says_what_the_model_has_to_read(name: str) -> None:
+    model, tiny = model_of(name), TINY[name]
+    [row] = tiny.rows(model, [2])
+    expected_cache, cache = (PrunedCache.for_inputs(model, row, PRUNED) for _ in range(2))
+    expected = generate(model, row, past_key_values=expected_cache)
+    logits = model(**cache.model_inputs(cache.plan(row)), past_key_values=cache).logits[:, -1]
+    assert torch.equal(logits.float(), expected.logits[0])
+    for step in expected.sequences[0, -4:-1].tolist():
+        token = torch.tensor([[step]])
+        model(input_ids=token, past_key_values=cache)
+    [row] = tiny.whole(model, [row], expected.sequences, True)
+    expected = generate(model, row, past_key_values=expected_cache)
+    turn = cache.model_inputs(cache.plan(row))
+    assert turn["input_ids"].shape[1] == row["input_ids"].shape[1] - cache.get_seq_length()
+    logits = model(**turn, past_key_values=cache).logits[:, -1]
+    assert torch.equal(logits.float(), expected.logits[0])
+    assert cache.report().prompts == expected_cache.report().prompts
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl", "idefics3", "gemma3"])
+@torch.no_grad()
+def test_the_model_reads_a_padded_batch_as_generate_does(name: str) -> None:
+    model, tiny, rows, cache, output = first_turn(name)
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    expected = generate(model, inputs, past_key_values=copy.deepcopy(cache))
+    logits = model(**cache.model_inputs(cache.plan(inputs)), past_key_values=cache).logits[:, -1]
+    assert torch.equal(logits.float(), expected.logits[0])
+
+
+# --- refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("turns", "place", "where"),
+    [
+        (2, 5, "in the prompt of turn 1"),
+        (2, 20, "in the prompt of turn 1"),  # a vision token
+        (1, -2, "in the answer of turn 1"),
+        (2, -9, "in the prompt of turn 2"),
+        (2, -2, "in the answer of turn 2"),
+    ],
+)
+def test_a_history_that_differs_is_refused_with_its_place(turns: int, place: int, where: str) -> None:
+    """In a batch of two; the cache is as before and goes on with the right conversation."""
+    model, tiny, rows, cache, output = first_turn("qwen2-vl")
+    rows = tiny.whole(model, rows, output.sequences, True)
+    if turns == 2:
+        output = generate(model, whole(rows), past_key_values=cache)
+        rows = tiny.whole(model, rows, output.sequences, False, seed=2)
+    inputs = whole(rows)
+    expected = generate(model, inputs, past_key_values=copy.deepcopy(cache))
+    pads = int((1 - inputs["attention_mask"][1]).sum())
+    assert pads
+    position = pads + place if place > 0 else cache.get_seq_length() + place
+    wrong = inputs["input_ids"].clone()
+    wrong[1, position] = 77
+    before, [here], after = inputs["input_ids"][1, position - 3 : position + 4].split([3, 1, 3])
+    with pytest.raises(HistoryError, match=f"Row 1 .* at token {position}, {where}: .* Usual causes") as error:
+        generate(model, {**inputs, "input_ids": wrong}, past_key_values=cache)
+    before, after = (", ".join(map(str, tokens.tolist())) for tokens in (before, after))
+    assert f"has read [{before}, *{here}*" in str(error.value)
+    assert f"the conversation has [{before}, *77*, {after}]" in str(error.value)
+    assert_same_generation(generate(model, inputs, past_key_values=cache), expected)
+
+
+def test_the_last_token_of_an_answer_is_not_in_the_cache() -> None:
+    """It may be another one, as where a template closes an answer that was cut off."""
+    model, tiny, rows, cache, output = first_turn("llava", (1,), KEPT)
+    output.sequences[:, -1] = 77
+    rows = tiny.whole(model, rows, output.sequences, True)
+    assert_rows_alone(model, rows, generate(model, whole(rows), past_key_values=cache))
+
+
+def swapped(value: torch.Tensor) -> torch.Tensor:
+    """The first two images in each other's place."""
+    return torch.cat([value[1:2], value[:1], value[2:]])
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-pixtral", "idefics2", "qwen2-vl", "gemma4", "llava-next", "lfm2-vl"])
+def test_an_image_that_is_not_the_one_that_was_read_is_refused(name: str) -> None:
+    """One element of the second row's image is another one."""
+    model, tiny, rows, cache, output = first_turn(name)
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    expected = generate(model, inputs, past_key_values=copy.deepcopy(cache))
+    pixels = inputs["pixel_values"].clone()
+    number = 3  # three images of row 0 with the new one, so the fourth is the first one of row 1
+    if name == "idefics2":
+        pixels[1, 0, 0, 3, 3] += 0.01
+    elif name == "qwen2-vl":
+        pixels[int(inputs["image_grid_thw"][:3].prod(1).sum()) + 5, 7] += 0.01
+    else:
+        pixels[3].view(-1)[11] += 0.01
+    with pytest.raises(HistoryError, match=f"Image {number} of pixel_values is not the one .* of row 1"):
+        generate(model, {**inputs, "pixel_values": pixels}, past_key_values=cache)
+    assert_same_generation(generate(model, inputs, past_key_values=cache), expected)
+
+
+def test_images_in_another_order_are_refused() -> None:
+    model, tiny, rows, cache, output = first_turn("llava")
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    with pytest.raises(HistoryError, match=r"Image 0 of pixel_values is not the one .* order"):
+        generate(model, {**inputs, "pixel_values": swapped(inputs["pixel_values"])}, past_key_values=cache)
+
+
+def test_images_in_another_dtype_are_not_compared() -> None:
+    model, tiny, rows, cache, output = first_turn("llava")
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    generate(model, {**inputs, "pixel_values": inputs["pixel_values"].float()}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_features_that_are_neither_all_nor_the_new_ones(images: int) -> None:
+    model, tiny, rows, cache, output = first_turn("llava", (3,))
+    inputs = whole(tiny.whole(model, rows, output.sequences, False))
+    inputs["input_ids"][0, -4:-2] = IMAGE
+    match = r"holds 2 vision tokens and the whole conversation 50, but the images fill " + str(16 * images)
+    with pytest.raises(SpanError, match=match):
+        generate(model, {**inputs, "pixel_values": inputs["pixel_values"][:images]}, past_key_values=cache)
+
+
+def test_a_family_that_does_not_take_its_features_apart_takes_the_new_ones() -> None:
+    model, tiny, rows, cache, output = first_turn("llava")
+    before = whole(rows)
+    rows = tiny.whole(model, rows, output.sequences, True)
+    plphp.register_family(replace(family_of(model.config), name="whole-chat-test", features=()))
+    try:
+        with pytest.raises(SpanError, match="'whole-chat-test' is all that is understood"):
+            generate(model, whole(rows), past_key_values=cache)
+        generate(model, only_new(tiny, model, before, output, True, 1), past_key_values=cache)
+    finally:
+        del plphp.registry._families["whole-chat-test"]
+
+
+def test_a_past_that_ends_inside_an_image_is_refused() -> None:
+    family = Family(
+        "toy",
+        ("toy",),
+        lambda config: (IMAGE,),
+        lambda config, inputs: [VisionSegment(int(size)) for size in inputs["pixel_values"]],
+        features=(Features(lambda config: (IMAGE,)),),
+    )
+    inputs = {"input_ids": torch.tensor([[5, *[IMAGE] * 3, 6, IMAGE, IMAGE, 7]]), "pixel_values": torch.tensor([3, 2])}
+    with pytest.raises(SpanError, match=r"holds 3 tokens, .* image 0 of pixel_values \(tokens 1 to 3 of row 0\)"):
+        new_features(family, plphp.PLPHPConfig, inputs, 3, 8)  # type: ignore[arg-type]
+    for past, new in ((0, [3, 2]), (1, [3, 2]), (4, [2]), (5, [2]), (7, None)):
+        narrowed, sent = new_features(family, plphp.PLPHPConfig, inputs, past, 8)  # type: ignore[arg-type]
+        assert new == (narrowed["pixel_values"].tolist() if "pixel_values" in narrowed else None)
+        assert [(image.first, image.last) for image in sent] == [(1, 3), (5, 6)]
+
+
+# --- padding ----------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_was_padded_anew_is_refused() -> None:
+    """As a processor does where the answers of the rows are not equally long."""
+    model, tiny, rows, cache, output = first_turn("llava")
+    rows = tiny.whole(model, rows, output.sequences, True)
+    shorter = {**rows[0], **{name: rows[0][name][:, :-2] for name in ("input_ids", "attention_mask")}}
+    shifted = whole([shorter, rows[1]])
+    match = r"Row 1 .* begins with 14 tokens of padding and was read with 16: .* on its left"
+    with pytest.raises(HistoryError, match=match):
+        generate(model, shifted, past_key_values=cache)
+
+
+def test_padding_that_is_not_masked_any_more_is_refused() -> None:
+    model, tiny, rows, cache, output = first_turn("llava")
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    padded = int((1 - inputs["attention_mask"][1]).sum())
+    assert padded
+    with pytest.raises(HistoryError, match=f"Row 1 .* begins with 0 tokens of padding and was read with {padded}"):
+        generate(model, {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}, past_key_values=cache)
+    hidden = inputs["attention_mask"].clone()
+    hidden[0, 2] = 0
+    with pytest.raises(HistoryError, match="Token 2 of row 0 is masked"):
+        generate(model, {**inputs, "attention_mask": hidden}, past_key_values=cache)
+
+
+def test_an_answer_that_ended_before_the_others_is_masked_in_the_next_turn() -> None:
+    """What ``generate`` writes behind the end of a row is no part of its conversation."""
+    model, tiny, rows, cache, output = first_turn("llava", config=KEPT)
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    begin = output.sequences.shape[1]
+    inputs["attention_mask"][1, begin - 3 : begin] = 0
+    inputs["input_ids"][1, begin - 3 : begin] = 0
+    second = generate(model, inputs, past_key_values=cache)
+    alone = tiny.whole(model, rows, output.sequences, True)[1]
+    cut = alone["input_ids"].shape[1] - (inputs["input_ids"].shape[1] - begin)
+    for name in ("input_ids", "attention_mask"):
+        alone[name] = torch.cat([alone[name][:, : cut - 3], alone[name][:, cut:]], dim=1)
+    expected = generate(model, alone)
+    assert max(float((a[1] - b[0]).abs().max()) for a, b in zip(second.logits, expected.logits, strict=True)) < NOISE
+
+
+# --- what is not known ------------------------------------------------------------------------------------
+
+
+def changed(inputs: dict[str, Any], row: int, position: int) -> dict[str, Any]:
+    """The inputs with another token at a place."""
+    ids = inputs["input_ids"].clone()
+    ids[row, position] = 77
+    return {**inputs, "input_ids": ids}
+
+
+def accepts(cache: PrunedCache, inputs: dict[str, Any]) -> bool:
+    """Whether a cache would go on with a conversation; it stays as it is."""
+    try:
+        copy.deepcopy(cache).plan(inputs)
+    except HistoryError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def test_tokens_that_the_cache_was_not_told_are_not_compared() -> None:
+    model, tiny = model_of("llava"), TINY["llava"]
+    [row] = tiny.rows(model, [1])
+    cache = PrunedCache.for_inputs(model, row, KEPT)
+    model(**row, past_key_values=cache)
+    length = cache.get_seq_length()
+    model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    ids = torch.cat([row["input_ids"], torch.tensor([[9, 9, 9, 9]])], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert accepts(cache, turn)
+    assert not accepts(cache, changed(turn, 0, length - 1))
+    cache.plan(turn)  # and what is read now is known behind them
+    model(input_ids=ids[:, -1:], past_key_values=cache)
+    longer = {name: torch.nn.functional.pad(value, (0, 1), value=1) for name, value in turn.items()}
+    assert accepts(cache, changed(longer, 0, length + 1))
+    assert not accepts(cache, changed(longer, 0, length + 3))
+
+
+def test_a_prompt_of_embeddings_is_not_compared() -> None:
+    model, tiny = model_of("llava"), TINY["llava"]
+    [row] = tiny.rows(model, [1])
+    embeds = model.get_input_embeddings()(row["input_ids"]).detach()
+    mask = row["input_ids"] == IMAGE
+    cache = PrunedCache.for_inputs(model, {"inputs_embeds": embeds}, PRUNED, vision_mask=mask)
+    output = generate(model, {"inputs_embeds": embeds}, past_key_values=cache)
+    ids = torch.cat([row["input_ids"], output.sequences, torch.tensor([[5]])], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    length = embeds.shape[1]
+    assert accepts(cache, changed(turn, 0, 1))
+    assert not accepts(cache, changed(turn, 0, length))
+    assert not accepts(cache, changed(turn, 0, length + 2))
+    assert accepts(cache, changed(turn, 0, length + 3))
+
+
+def test_the_history_follows_the_rows() -> None:
+    model, tiny, rows, cache, output = first_turn("llava", (1, 1))
+    rows = tiny.whole(model, rows, output.sequences, True)
+    inputs, turned = whole(rows), whole(rows[::-1])
+    pads = int((1 - turned["attention_mask"]).sum())
+    assert pads
+    assert accepts(cache, inputs)
+    for select in (
+        lambda: cache.batch_select_indices(torch.tensor([1, 0])),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+    ):
+        select()
+        assert not accepts(cache, inputs)
+        assert accepts(cache, turned)
+        inputs, turned = turned, inputs
+    cache.batch_select_indices(torch.tensor([False, True]))
+    one = whole(rows[1:])
+    pads = inputs["input_ids"].shape[1] - one["input_ids"].shape[1]
+    one = {**one, **{n: torch.nn.functional.pad(one[n], (pads, 0)) for n in ("input_ids", "attention_mask")}}
+    other = {**one, "pixel_values": swapped(one["pixel_values"])}
+    assert accepts(cache, one)
+    assert not accepts(cache, other)
+    cache.batch_repeat_interleave(2)
+    twice = {name: value.repeat_interleave(2, 0) for name, value in one.items()}
+    twice["pixel_values"] = one["pixel_values"].repeat(2, 1, 1, 1)
+    assert accepts(cache, twice)
+    assert not accepts(cache, changed(twice, 1, pads + 3))
+    wrong = {**twice, "pixel_values": torch.cat([one["pixel_values"], swapped(one["pixel_values"])])}
+    assert not accepts(cache, wrong)
+
+
+def test_the_history_follows_crop_and_reset() -> None:
+    model, tiny, rows, cache, output = first_turn("llava", (1,))
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    length = cache.get_seq_length()
+    assert not accepts(cache, changed(inputs, 0, length - 1))
+    cache.crop(-2)
+    other = changed(changed(inputs, 0, length - 1), 0, length - 2)
+    assert accepts(cache, other)
+    assert not accepts(cache, changed(inputs, 0, length - 3))
+    ids = torch.cat([generate(model, other, past_key_values=cache).sequences, torch.tensor([[5]])], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert accepts(cache, turn)
+    assert not accepts(cache, {**turn, "input_ids": torch.cat([inputs["input_ids"][:, :length], ids[:, length:]], 1)})
+    cache.reset()
+    assert accepts(cache, changed(inputs, 0, 1))
+
+
+def test_several_sequences_of_each_prompt() -> None:
+    model, tiny, rows, cache, output = first_turn(
+        "llava", (1, 1), do_sample=True, num_return_sequences=2, temperature=2.0
+    )
+    rows = tiny.whole(model, [row for row in rows for _ in range(2)], output.sequences, True)
+    inputs = whole(rows)
+    assert accepts(cache, inputs)
+    assert not accepts(cache, changed(inputs, 3, output.sequences.shape[1] - 3))
+    assert not accepts(cache, {**inputs, "pixel_values": inputs["pixel_values"].flip(0)})
+    # two rows for four: each goes on from two answers, which differ
+    assert not accepts(cache, whole(rows[::2]))
+    generate(model, inputs, past_key_values=cache)
+
+
+def test_an_answer_that_failed_is_not_compared() -> None:
+    """The cache holds tokens that nobody has seen."""
+    model, tiny = model_of("llava"), TINY["llava"]
+    [row] = tiny.rows(model, [1])
+    cache = PrunedCache.for_inputs(model, row, PRUNED)
+    calls = []
+
+    def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        if len(calls) == 3:
+            raise RuntimeError("stopped")
+        return scores
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate(model, row, past_key_values=cache, logits_processor=[stop])
+    length = row["input_ids"].shape[1]
+    assert cache.get_seq_length() == length + 2
+    ids = torch.cat([row["input_ids"], torch.tensor([[9, 9, 9]])], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert accepts(cache, turn)
+    assert not accepts(cache, changed(turn, 0, length - 2))
+
+
+def test_a_session_goes_on_with_the_whole_chat() -> None:
+    model, tiny = model_of("llava"), TINY["llava"]
+    rows = tiny.rows(model, [2, 1])
+    with plphp.prune(model, PRUNED) as run:
+        first = generate(model, whole(rows))
+        rows = tiny.whole(model, rows, first.sequences, True)
+        generate(model, whole(rows), past_key_values=first.past_key_values)
+        assert [prompt.start for prompt in run.report.prompts] == [0, first.sequences.shape[1] - 1]
+        generate(model, whole(rows))
+        assert [prompt.start for prompt in run.report.prompts] == [0]
+
+
+def test_a_cache_of_transformers_is_left_alone() -> None:
+    model, tiny = model_of("llava"), TINY["llava"]
+    rows = tiny.rows(model, [2])
+    cache = DynamicCache(config=model.config.get_text_config())
+    lease = PrunedCache.for_inputs(model, whole(rows))
+    output = generate(model, whole(rows), past_key_values=cache)
+    with pytest.raises(ValueError, match="do not match"):
+        generate(model, whole(tiny.whole(model, rows, output.sequences, True)), past_key_values=cache)
+    assert lease.get_seq_length() == 0
