@@ -239,7 +239,7 @@ def test_deepcopy_is_an_independent_cache(llava: Any) -> None:
     cache = PrunedCache.for_inputs(llava, inputs, config("plphp"))
     first = generate(llava, inputs, past_key_values=cache)
     other = copy.deepcopy(cache)
-    more = {"attention_mask": torch.ones_like(first.sequences)}
+    more = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)}
     expected = generate(llava, {"input_ids": first.sequences, **more}, past_key_values=cache)
     del cache, first.past_key_values
     actual = generate(llava, {"input_ids": first.sequences, **more}, past_key_values=other)
