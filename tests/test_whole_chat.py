@@ -251,6 +251,18 @@ def test_a_history_that_differs_is_refused_with_its_place(turns: int, place: int
     assert_same_generation(generate(model, inputs, past_key_values=cache), expected)
 
 
+def test_a_history_that_lost_a_part_is_refused_with_its_place() -> None:
+    """As where a template leaves out the reasoning: what was sent is shorter than what the cache holds."""
+    model, _, rows, cache, output = first_turn("llava", (1,), max_new_tokens=20)
+    begin = rows[0]["input_ids"].shape[1]
+    ids = torch.cat([output.sequences[:, : begin + 2], output.sequences[:, -3:], torch.tensor([[5, 6]])], 1)
+    assert ids.shape[1] < cache.get_seq_length()
+    with pytest.raises(HistoryError, match=f"at token {begin + 2}, in the answer of turn 1: .* reasoning"):
+        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
+    with pytest.raises(SpanError, match="tokens already"):
+        generate(model, {"input_ids": output.sequences[:, :-1]}, past_key_values=cache)
+
+
 def test_the_last_token_of_an_answer_is_not_in_the_cache() -> None:
     """It may be another one, as where a template closes an answer that was cut off."""
     model, tiny, rows, cache, output = first_turn("llava", (1,), KEPT)

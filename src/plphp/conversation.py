@@ -16,7 +16,7 @@ from .history import History
 from .layer import PrunedLayer
 from .mrope import TurnPositions, turn_positions
 from .registry import family_of
-from .spans import find_spans, real_tokens
+from .spans import find_spans, padding_mask, real_tokens
 from .turns import new_features
 from .types import VisionSpans
 
@@ -77,10 +77,12 @@ class ConversationCache(Cache):
             bool [batch, seq]; padding mask of the whole conversation.
         """
         model, past_length = self.attachment.model, self.get_seq_length()
-        ids, real = inputs.get("input_ids"), real_tokens(inputs, past_length, vision_mask)
+        ids = inputs.get("input_ids")
         self.history.cut(past_length)
         packed = max(layer.prefix_length for layer in self._pruned_layers)
-        self.history.check_tokens(ids, real, packed)
+        # First, as a history that lost a part may be shorter than what was read.
+        self.history.check_tokens(ids, padding_mask(inputs, past_length, vision_mask), packed)
+        real = real_tokens(inputs, past_length, vision_mask)
         turn, sent = new_features(family_of(model.config), model.config, inputs, past_length, real.shape[1])
         self.history.check_images(sent, len(real))
         self.history.note_prompt(ids, real, past_length, sent)

@@ -84,18 +84,18 @@ class History:
         times = self._times(len(real))
         if times == 0:
             return
-        known = self.ids.shape[1]
-        now = real.repeat_interleave(times, dim=0)[:, :known]
-        changed = now & ~self.real
-        changed[:, :packed] |= (self.real & ~now)[:, :packed]
+        known = min(self.ids.shape[1], real.shape[1])
+        now, before = real.repeat_interleave(times, dim=0)[:, :known], self.real[:, :known]
+        changed = now & ~before
+        changed[:, :packed] |= (before & ~now)[:, :packed]
         if changed.any():
             self._refuse_padding(changed, now)
         if ids is None:
             return
         offset = real.shape[1] - ids.shape[1]
         sent = pad(ids.cpu(), (offset, 0), value=UNKNOWN).repeat_interleave(times, dim=0)
-        read = sent[:, :known]
-        differs = (read != self.ids) & (read != UNKNOWN) & (self.ids != UNKNOWN) & now & self.real
+        again, read = sent[:, :known], self.ids[:, :known]
+        differs = (again != read) & (again != UNKNOWN) & (read != UNKNOWN) & now & before
         if differs.any():
             self._refuse_tokens(differs, sent)
 

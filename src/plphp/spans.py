@@ -117,6 +117,25 @@ def real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = N
     Raises
     ------
     SpanError
+        If the inputs are no prompt, or one that adds nothing to what the cache holds.
+    """
+    real = padding_mask(inputs, past_length, vision_mask)
+    if real.shape[1] <= past_length:
+        raise SpanError(
+            f"The cache holds {past_length} tokens already and the prompt has {real.shape[1]}: pass the whole "
+            "conversation, or the new tokens with an attention_mask over the whole conversation."
+        )
+    if not real[:, past_length:].any(1).all():
+        raise SpanError("A row of the prompt is all padding: every row needs at least one token.")
+    return real
+
+
+def padding_mask(inputs: Inputs, past_length: int, vision_mask: Tensor | None = None) -> Tensor:
+    """The same of a conversation that may be shorter than what the cache holds.
+
+    Raises
+    ------
+    SpanError
         If the inputs are no prompt.
     """
     ids: Any = inputs.get("input_ids")
@@ -144,13 +163,6 @@ def real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = N
         )
     else:
         real = mask.bool().cpu()
-    if real.shape[1] <= past_length:
-        raise SpanError(
-            f"The cache holds {past_length} tokens already and the prompt has {real.shape[1]}: pass the whole "
-            "conversation, or the new tokens with an attention_mask over the whole conversation."
-        )
-    if not real[:, past_length:].any(1).all():
-        raise SpanError("A row of the prompt is all padding: every row needs at least one token.")
     return real
 
 
