@@ -17,10 +17,11 @@ from transformers import DynamicCache
 
 import plphp
 from invariants import generate
-from plphp import HistoryError, PLPHPConfig, PrunedCache, SpanError
+from plphp import HistoryError, PLPHPConfig, PrunedCache, SpanError, generation, graph
 from plphp.families.base import Family, Features, VisionSegment
 from plphp.registry import family_of
 from plphp.turns import new_features
+from test_graph import Recorder
 from test_invariants import FAMILIES
 from tiny_models import IMAGE, TINY, TinyFamily, collate, drop_empty
 
@@ -528,6 +529,21 @@ def test_an_answer_that_failed_is_not_compared() -> None:
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     assert accepts(cache, turn)
     assert not accepts(cache, changed(turn, 0, length - 2))
+
+
+def test_an_answer_that_was_replayed_from_a_graph_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(generation, "replayed", functools.partial(graph.replayed, capture=recorder.capture))
+    monkeypatch.setattr(generation, "graph_obstacle", lambda *_: None)
+    model, tiny = model_of("llava"), TINY["llava"]
+    rows = tiny.rows(model, [2, 1])
+    cache = PrunedCache.for_inputs(model, whole(rows), PRUNED, decode="graph")
+    output = generate(model, whole(rows), past_key_values=cache, max_new_tokens=9)
+    assert recorder.replays
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    assert accepts(cache, inputs)
+    assert not accepts(cache, changed(inputs, 1, output.sequences.shape[1] - 2))
+    assert accepts(cache, changed(inputs, 1, output.sequences.shape[1] - 1))
 
 
 def test_a_session_goes_on_with_the_whole_chat() -> None:

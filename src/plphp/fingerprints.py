@@ -14,6 +14,8 @@ Fingerprint = dict[tuple[str, torch.dtype], Tensor]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes of an element, the integer that is read in its place."""
+BLOCK = 1 << 20
+"""Elements that are worked on at a time, so that no copy of a long video is made."""
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
 """The constants of SplitMix64, as signed numbers."""
 
@@ -44,10 +46,13 @@ def same_image(known: Fingerprint, sent: Fingerprint) -> bool:
 
 
 def _mark(value: Tensor) -> Tensor:
-    value = value.detach().contiguous()
-    words = (value.byte() if value.dtype is torch.bool else value.view(_WORDS[value.element_size()])).long()
+    value = torch.atleast_1d(value.detach()).contiguous()
+    words = value.byte() if value.dtype is torch.bool else value.view(_WORDS[value.element_size()])
     while words.ndim:
-        words = (words * _factors(words.shape[-1], words.ndim, words.device)).sum(-1)
+        length, rows = words.shape[-1], words.shape[:-1]
+        factors = _factors(length, words.ndim, words.device)
+        blocks = words.reshape(-1, length).split(max(1, BLOCK // length))
+        words = torch.cat([(block.long() * factors).sum(-1) for block in blocks]).reshape(rows)
     return words
 
 

@@ -43,6 +43,19 @@ def test_padding_with_zeros_is_not(dtype: torch.dtype) -> None:
     assert not same(pixels, pad(pixels, (1, 0)))
 
 
+def test_long_videos_are_marked_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    video = image(torch.float32, 11, 3, 5)
+    whole = fingerprint({"pixel_values": video})
+    monkeypatch.setattr("plphp.fingerprints.BLOCK", 12)
+    assert same_image(whole, fingerprint({"pixel_values": video}))
+    assert not same_image(whole, fingerprint({"pixel_values": video.flip(0)}))
+
+
+def test_one_number() -> None:
+    assert same(torch.tensor(3), torch.tensor([3]))
+    assert not same(torch.tensor(3), torch.tensor(4))
+
+
 def test_masks_of_truth_values() -> None:
     mask = torch.tensor([[True, True, False]])
     assert same(mask, mask.clone())
