@@ -494,6 +494,36 @@ def test_the_history_follows_crop_and_reset() -> None:
     assert accepts(cache, changed(inputs, 0, 1))
 
 
+@torch.no_grad()
+def test_tokens_that_take_the_place_of_others_are_not_compared() -> None:
+    """Calls of the model behind a crop and after a reset; then the length alone tells nothing."""
+    model, tiny, rows, cache, output = first_turn("llava", (1,))
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    length = cache.get_seq_length()
+    cache.crop(-2)
+    model(input_ids=torch.tensor([[77, 77]]), past_key_values=cache)
+    assert cache.get_seq_length() == length
+    assert accepts(cache, changed(changed(inputs, 0, length - 1), 0, length - 2))
+    assert not accepts(cache, changed(inputs, 0, length - 3))
+    cache.reset()
+    model(input_ids=torch.tensor([[77, 77]]), past_key_values=cache)
+    ids = torch.tensor([[77, 77, 5]])
+    assert accepts(cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def test_a_turn_that_was_planned_and_not_read_is_forgotten() -> None:
+    model, tiny, rows, cache, output = first_turn("llava", (1,))
+    rows = tiny.whole(model, rows, output.sequences, True)
+    inputs = whole(rows)
+    other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
+    other["pixel_values"][1] += 1
+    cache.plan(other)
+    output = generate(model, inputs, past_key_values=cache)
+    third = whole(tiny.whole(model, rows, output.sequences, False))
+    assert not accepts(cache, {**third, "pixel_values": other["pixel_values"]})
+    assert accepts(cache, third)
+
+
 def test_several_sequences_of_each_prompt() -> None:
     model, tiny, rows, cache, output = first_turn(
         "llava", (1, 1), do_sample=True, num_return_sequences=2, temperature=2.0

@@ -15,7 +15,7 @@ from plphp.families.base import Features
 from plphp.families.llava_onevision import _counts
 from plphp.fingerprints import fingerprint, same_image
 from plphp.registry import family_of
-from tiny_models import NEWEST, PINPOINTS, TINY
+from tiny_models import NEWEST, PER_TOKEN, PINPOINTS, TINY
 
 Cut = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -85,6 +85,19 @@ def test_picked_images_fill_their_tokens(name: str) -> None:
         again = [fingerprint(item) for item in features.items(picked)]
         assert all(same_image(fingerprint(items[number]), mark) for number, mark in zip(numbers, again, strict=True))
     assert features.pick(inputs, []) == {}
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_input_of_images_is_taken_apart(name: str) -> None:
+    """What is left behind would be that of other images."""
+    tiny, config = TINY[name], TINY[name].config()
+    names = {key for features in family_of(config).features for key in features.names}
+    for video in (False, True) if tiny.videos is not None else (False,):
+        model = tiny.build()
+        inputs = tiny.inputs(model, [2, 1], video=video)
+        assert set(inputs) - set(PER_TOKEN) <= names
+        items = [features.items(inputs) for features in family_of(config).features]
+        assert sum(map(len, items)) == len(family_of(config).segments(config, inputs) or ())
 
 
 def test_inputs_of_another_form_are_not_taken_apart() -> None:
