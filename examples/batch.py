@@ -7,13 +7,15 @@ from pathlib import Path
 import plphp
 from plphp.loading import load_model
 from plphp.media import load_image
+from plphp.presets import default_settings
 
 IMAGES = Path(__file__).parent / "images"
 QUESTIONS = [
     (["grid-1.png"], "Look at row 2, column 1. What is there?"),
     (["duo-1.png", "duo-2.png"], "Look at image 1. Read line 1."),
 ]
-model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model
+model, processor = load_model(name)
 processor.tokenizer.padding_side = "left"
 
 chats = [
@@ -26,7 +28,7 @@ inputs = processor(
     padding=True,
     return_tensors="pt",
 )
-with plphp.prune(model, plphp.PLPHPConfig(target_retention=0.4)) as run:
+with plphp.prune(model, default_settings(name)) as run:
     output = model.generate(**inputs, max_new_tokens=32)
 
 answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job: answer questions about image files unpruned and pruned, side by side."""
+"""The main job: answer questions about image files unpruned and pruned by several methods, side by side."""
 
 from __future__ import annotations
 
@@ -7,20 +7,42 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from plphp import PLPHPConfig
-from plphp.compare import Comparison, compare
+from plphp.compare import Comparison, Run, compare
 from plphp.loading import load_model
 from plphp.media import load_image
 from plphp.prompt import build_inputs
-from plphp.tables import comparison_table, human_bytes, layer_table
+from plphp.tables import human_bytes, layer_table
 
 IMAGES = Path(__file__).parent / "images"
+PAPER = "plphp:target_retention=0.4"
+BUNDLED = ("query_bank:bank=bundled,target_retention=0.4", PAPER)
+"""What the bundled model is shown with: `plphp generate`'s default for it, and the paper's method."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with the comparisons of all methods, by the method's name."""
+
+    question: dict
+    comparisons: dict[str, Comparison]
+
+    def runs(self) -> dict[str, Run]:
+        """All ways to answer by name, the unpruned one first."""
+        first = next(iter(self.comparisons.values()))
+        return {"unpruned": first.unpruned, **{name: one.pruned for name, one in self.comparisons.items()}}
+
+    def right(self, run: Run) -> str:
+        """Whether an answer is the expected one."""
+        return "yes" if run.texts[0] == self.question["answer"].strip() else "no"
 
 
 def choose(questions: list[dict], per_kind: int) -> list[dict]:
@@ -29,17 +51,40 @@ def choose(questions: list[dict], per_kind: int) -> list[dict]:
     return [one for kind in kinds for one in [q for q in questions if q["kind"] == kind][:per_kind]]
 
 
-def totals(results: list[tuple[dict, Comparison]]) -> Table:
-    """One line per question: right or wrong both ways, KV bytes and decode time per token before and after."""
-    table = Table(title="all questions")
-    for heading in ("kind", "images", "right", "pruned right", "KV before", "after", "ms/token before", "after"):
-        table.add_column(heading, justify="left" if heading == "kind" else "right")
-    for question, found in results:
-        runs = (found.unpruned, found.pruned)
-        right = ["yes" if run.texts[0] == question["answer"].strip() else "no" for run in runs]
-        sizes = [human_bytes(run.kv_bytes) for run in runs]
-        times = [f"{1000 * (run.seconds_per_token or 0):.2f}" for run in runs]
-        table.add_row(question["kind"], str(len(question["images"])), *right, *sizes, *times)
+def milliseconds(run: Run) -> str:
+    """Decode time per token."""
+    return f"{1000 * (run.seconds_per_token or 0):.2f} ms"
+
+
+def side_by_side(answered: Answered) -> Table:
+    """One question: a column for each way to answer it."""
+    runs = answered.runs()
+    table = Table("", show_lines=True)
+    for name in runs:
+        table.add_column(name, overflow="fold", ratio=1)
+    # Answers are the model's words: as Text, so that their brackets are not taken for markup.
+    table.add_row("answer", *(Text(run.texts[0]) for run in runs.values()))
+    table.add_row("right", *map(answered.right, runs.values()))
+    table.add_row("KV cache", *(human_bytes(run.kv_bytes) for run in runs.values()))
+    table.add_row("decode per token", *map(milliseconds, runs.values()))
+    return table
+
+
+def totals(results: list[Answered]) -> Table:
+    """One line per question: right or wrong and KV bytes each way, then the number of right answers."""
+    names = list(results[0].runs())
+    table = Table(title="all questions", show_footer=True)
+    table.add_column("kind", "right answers")
+    table.add_column("images", justify="right")
+    for name in names:
+        right = sum(one.right(one.runs()[name]) == "yes" for one in results)
+        table.add_column(f"{name}\nright", f"{right} of {len(results)}", justify="right")
+    for name in names:
+        table.add_column(f"{name}\nKV cache", justify="right")
+    for one in results:
+        runs = one.runs().values()
+        sizes = (human_bytes(run.kv_bytes) for run in runs)
+        table.add_row(one.question["kind"], str(len(one.question["images"])), *map(one.right, runs), *sizes)
     return table
 
 
@@ -48,9 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="hub id or folder; default: the bundled model")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder with questions.json and its images")
-    parser.add_argument(
-        "--config", default="plphp:target_retention=0.4,query_rows=text", help="settings, as for plphp generate"
-    )
+    parser.add_argument("--config", action="append", help="settings, as for plphp generate; may be repeated")
     parser.add_argument("--per-kind", type=int, default=2, help="questions of each kind")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each question, unpruned and pruned")
@@ -58,21 +101,22 @@ def main() -> None:
 
     started = time.perf_counter()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    config = PLPHPConfig.parse(arguments.config)
+    texts = arguments.config or (BUNDLED if arguments.model is None else [PAPER])
+    configs = {text.partition(":")[0]: PLPHPConfig.parse(text) for text in texts}
     questions = json.loads((arguments.images / "questions.json").read_text(encoding="utf-8"))
     model, processor = load_model(arguments.model)
     results = []
     for question in choose(questions, arguments.per_kind):
         images = [load_image(arguments.images / name) for name in question["images"]]
         inputs = build_inputs(processor, question["question"], images=images)
-        generation = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
-        found = compare(model, processor, inputs, config, rounds=arguments.rounds, **generation)
-        results.append((question, found))
+        generation = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False, "rounds": arguments.rounds}
+        found = {name: compare(model, processor, inputs, config, **generation) for name, config in configs.items()}
+        results.append(Answered(question, found))
         console.rule(f"{question['kind']}: {', '.join(question['images'])}")
         console.print(f"[bold]{escape(question['question'])}[/bold]\nexpected: {escape(question['answer'])}")
-        console.print(comparison_table(found))
+        console.print(side_by_side(results[-1]))
     console.rule("what the layers kept for the last question")
-    console.print(layer_table(results[-1][1].report), totals(results))
+    console.print(*(layer_table(one.report) for one in results[-1].comparisons.values()), totals(results))
     console.print(f"{len(results)} questions in {time.perf_counter() - started:.0f} s")
 
 

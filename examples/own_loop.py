@@ -6,16 +6,18 @@ from pathlib import Path
 
 import torch
 
-from plphp import PLPHPConfig, PrunedCache
+from plphp import PrunedCache
 from plphp.loading import load_model
 from plphp.media import load_image
+from plphp.presets import default_settings
 from plphp.prompt import build_inputs
 
-model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model
+model, processor = load_model(name)
 image = load_image(Path(__file__).parent / "images" / "page-1.png")
 inputs = build_inputs(processor, "What does line 1 say?", images=[image])
 
-cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig(target_retention=0.4))
+cache = PrunedCache.for_inputs(model, inputs, default_settings(name))
 tokens: list[int] = []
 with torch.no_grad():
     step = inputs
@@ -27,4 +29,5 @@ with torch.no_grad():
         step = {"input_ids": torch.tensor([tokens[-1:]])}
 
 print(processor.decode(tokens, skip_special_tokens=True))
-print(f"{cache.get_seq_length()} tokens seen, {cache.nbytes} of {cache.full_nbytes} bytes held")
+held = cache.nbytes - cache.reserved_nbytes
+print(f"{cache.get_seq_length()} tokens seen, {held} of {cache.full_nbytes} bytes held")

@@ -9,13 +9,15 @@ from transformers import pipeline
 import plphp
 from plphp.loading import load_model
 from plphp.media import load_image
+from plphp.presets import default_settings
 
-model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model
+model, processor = load_model(name)
 images = [load_image(Path(__file__).parent / "images" / name) for name in ("duo-1.png", "duo-2.png")]
 content = [*({"type": "image", "image": image} for image in images)]
 content.append({"type": "text", "text": "Look at image 1. Read line 1."})
 
-session = plphp.apply(model, plphp.PLPHPConfig(target_retention=0.4))
+session = plphp.apply(model, default_settings(name))
 answer = pipeline("image-text-to-text", model=model, processor=processor)
 result = answer(text=[{"role": "user", "content": content}], max_new_tokens=32, return_full_text=False)
 plphp.remove(model)

@@ -7,13 +7,15 @@ from pathlib import Path
 import plphp
 from plphp.loading import load_model
 from plphp.media import load_image
+from plphp.presets import default_settings
 from plphp.prompt import build_inputs
 
-model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model
+model, processor = load_model(name)
 image = load_image(Path(__file__).parent / "images" / "grid-1.png")
 inputs = build_inputs(processor, "List everything, row by row.", images=[image])
 
-with plphp.prune(model, plphp.PLPHPConfig(target_retention=0.4)) as run:
+with plphp.prune(model, default_settings(name)) as run:
     output = model.generate(**inputs, max_new_tokens=64)
 
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

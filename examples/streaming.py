@@ -10,14 +10,16 @@ from transformers import TextIteratorStreamer
 import plphp
 from plphp.loading import load_model
 from plphp.media import load_image
+from plphp.presets import default_settings
 from plphp.prompt import build_inputs
 
-model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model
+model, processor = load_model(name)
 image = load_image(Path(__file__).parent / "images" / "page-2.png")
 inputs = build_inputs(processor, "Please read the whole text, line by line.", images=[image])
 
 streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-with plphp.prune(model, plphp.PLPHPConfig(target_retention=0.4)) as run:
+with plphp.prune(model, default_settings(name)) as run:
     thread = Thread(target=model.generate, kwargs={**inputs, "max_new_tokens": 64, "streamer": streamer})
     thread.start()
     for text in streamer:

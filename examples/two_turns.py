@@ -7,10 +7,12 @@ from pathlib import Path
 import plphp
 from plphp.loading import load_model
 from plphp.media import load_image
+from plphp.presets import default_settings
 from plphp.prompt import build_inputs
 
 IMAGES = Path(__file__).parent / "images"
-model, processor = load_model(sys.argv[1] if len(sys.argv) > 1 else None)
+name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model
+model, processor = load_model(name)
 images = [load_image(IMAGES / name) for name in ("page-1.png", "page-2.png")]
 
 
@@ -19,7 +21,7 @@ def user(text: str) -> dict:
 
 
 chat = [user("What does line 1 say?")]
-with plphp.prune(model, plphp.PLPHPConfig(target_retention=0.4)) as run:
+with plphp.prune(model, default_settings(name)) as run:
     inputs = build_inputs(processor, messages=chat, images=images[:1])
     first = model.generate(**inputs, max_new_tokens=32, return_dict_in_generate=True)
     answer = processor.decode(first.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

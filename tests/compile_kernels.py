@@ -27,9 +27,11 @@ def shared_bytes(kernel: triton.JITFunction, constants: dict[str, int], pointers
     return triton.compile(ASTSource(kernel, types, constexprs=constants), target=TARGET).metadata.shared
 
 
-def main(dtype: str) -> None:
-    """Print the shared memory of the kernels of one dtype, for all head dimensions."""
-    states = dict.fromkeys(("query", "keys", "values", "tail_keys", "tail_values"), f"*{dtype}")
+def main(dtype: str, of_values: str) -> None:
+    """Print the shared memory of the kernels of one dtype, or of one for keys and one for values, for all head
+    dimensions."""
+    states = dict.fromkeys(("query", "keys", "tail_keys"), f"*{dtype}")
+    states |= dict.fromkeys(("values", "tail_values"), f"*{of_values}")
     float32 = dict.fromkeys(("partial", "lse"), "*fp32")
     index = dict.fromkeys(("starts", "counts", "position", "places"), "*i64")
     flags = dict.fromkeys(("real", "keep"), "*i1")
@@ -48,10 +50,10 @@ def main(dtype: str) -> None:
                            {**scale, "old": f"*{dtype}", "parts": "*fp32"}))  # fmt: skip
         print(shared_bytes(_scores_triton._window_mass, {**reading, "GROUP": 7},
                            {**scale, **dict.fromkeys(("weight", "lse", "mass"), "*fp32")}))  # fmt: skip
-        new = dict.fromkeys(("new_keys", "new_values"), f"*{dtype}")
+        new = {"new_keys": f"*{dtype}", "new_values": f"*{of_values}"}
         print(shared_bytes(_compact_triton._gather, {"ENTRIES": tile["ENTRIES"], **heads, **widths},
                            {**states, **index, **flags, **new}))  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[-1])

@@ -27,6 +27,7 @@ from plphp import (
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
+from plphp.cache_argument import NAME
 from test_invariants import config
 from tiny_models import IMAGE, PAD, TINY, tiny_model
 
@@ -132,7 +133,7 @@ def test_other_caches_are_refused(llava: Any) -> None:
     for cache in (DynamicCache(config=text), StaticCache(config=text, max_cache_len=99), "cache"):
         with (
             plphp.prune(llava),
-            pytest.raises(UnsupportedFeatureError, match=f"must be a PrunedCache, got {type(cache).__name__}"),
+            pytest.raises(UnsupportedFeatureError, match=f"must be a PrunedCache, got {NAME}={type(cache).__name__}"),
         ):
             generate(llava, llava_inputs(), past_key_values=cache)
 

@@ -99,6 +99,21 @@ def test_methods_without_classes_are_not_calibrated() -> None:
         plphp.calibrate(tiny_model("llava"), [], PLPHPConfig(method="uniform", target_retention=0.4))
 
 
+def test_whether_a_method_is_calibrated_depends_on_its_settings() -> None:
+    model = tiny_model("llava")
+    prompts = [TINY["llava"].inputs(model, [2], seed=seed) for seed in range(4)]
+    by_class = PLPHPConfig.parse("recall_rank:layers=vision_attention,target_retention=0.4")
+    found = plphp.calibrate(model, prompts, by_class)
+    assert plphp.measure_retention(model, prompts, found).mean == pytest.approx(0.4, abs=0.06)
+    assert {name for counts in plphp.measure_retention(model, prompts, found).classes.values() for name in counts} == {
+        "attentive",
+        "balanced",
+        "indifferent",
+    }
+    with pytest.raises(plphp.ConfigError, match="'recall_rank' with layers=uniform does not sort layers"):
+        plphp.calibrate(model, [], PLPHPConfig.parse("recall_rank:layers=uniform,target_retention=0.4"))
+
+
 def test_thresholds_of_any_choice_of_query_rows() -> None:
     model = tiny_model("llava")
     prompts = [TINY["llava"].inputs(model, [2], seed=seed) for seed in range(4)]

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from transformers import DynamicCache
 
 import plphp
@@ -16,7 +18,7 @@ import tiny_hub
 from plphp import ConfigError, PLPHPConfig
 from plphp.compare import compare
 from plphp.prompt import build_inputs
-from plphp.tables import comparison_values
+from plphp.tables import comparison_table, comparison_values, human_bytes, report_values, summary
 
 NEW = 8
 
@@ -49,7 +51,31 @@ def test_bytes_are_those_of_live_tensors_after_the_prompt(llava: Any, inputs: di
     by_hand = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
     assert found.unpruned.kv_bytes == by_hand == cache.full_nbytes
     assert found.pruned.kv_bytes == cache.nbytes < by_hand
-    assert found.kv_reduction == pytest.approx(1 - cache.nbytes / by_hand)
+    assert found.kv_reduction == 1 - cache.nbytes / by_hand
+
+
+def test_comparison_and_report_give_the_same_figures(llava: Any, inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever shows a run shows the same bytes, also where the answers differ in length."""
+    found = compare(llava, tiny_hub.processor(), inputs, PLPHPConfig(), rounds=2, max_new_tokens=40)
+    found.report.to_json(tmp_path / "report.json")
+    read = plphp.PruneReport.from_json(tmp_path / "report.json")
+    assert read.tokens == inputs["input_ids"].shape[1]
+    assert (found.unpruned.kv_bytes, found.pruned.kv_bytes) == (read.kv_bytes_full, read.entry_bytes)
+    values = comparison_values(found)
+    assert values["kv_reduction"] == values["report"]["kv_reduction"] == report_values(read)["kv_reduction"] > 0
+    console = Console(width=110, file=io.StringIO())
+    console.print(comparison_table(found))
+    shown, line = console.file.getvalue(), summary(read)
+    for part in (f"KV cache of {read.tokens} tokens", human_bytes(read.kv_bytes_full), f"{-read.kv_reduction:+.0%}"):
+        assert part in shown
+        assert part in line
+
+
+def test_text_alone_is_compared_too(llava: Any) -> None:
+    inputs = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    found = compare(llava, tiny_hub.processor(), inputs, PLPHPConfig(), rounds=1, max_new_tokens=NEW)
+    assert found.kv_reduction == 0
+    assert found.same_tokens
 
 
 def test_full_retention_is_equal(llava: Any, inputs: dict[str, Any]) -> None:

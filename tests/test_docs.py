@@ -16,7 +16,8 @@ from PIL import Image
 import plphp
 from plphp import registry
 from plphp.families.unsupported import UNSUPPORTED
-from plphp.loading import bundled_model_path, load_model
+from plphp.loading import load_model
+from plphp.sources import bundled_model_path
 
 ROOT = Path(__file__).parents[1]
 HUB_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import tiny_hub
+from plphp import PLPHPConfig
+from plphp.cli._settings import read_settings
 from plphp.errors import LoadError
-from plphp.loading import bundled_model_path
+from plphp.sources import bundled_model_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "demo.py")
@@ -70,11 +72,18 @@ class TestDemo:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         options = ["--model", folder, "--images", self.questions(tmp_path), "--max-new-tokens", 6, "--rounds", 1]
+        options += ["--config", "uniform:retention_rate=0.5", "--config", "plphp:target_retention=0.25"]
         monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, options)])
         runpy.run_path(str(EXAMPLES / "demo.py"), run_name="__main__")
         text = capsys.readouterr().out
-        for part in ("unpruned", "KV cache", "decode per token", "vision attention", "What [bold]?", "several"):
+        for part in ("KV cache", "decode per token", "vision attention", "What [bold]?", "several", "0 of 3"):
             assert part in text
+        headings = [line.replace("┃", " ").split() for line in text.splitlines() if line.startswith("┃")]
+        assert headings.count(["unpruned", "uniform", "plphp"]) == 3
+
+    def test_the_bundled_model_is_shown_with_its_default_and_the_papers_method(self) -> None:
+        bundled = [PLPHPConfig.parse(text) for text in runpy.run_path(str(EXAMPLES / "demo.py"))["BUNDLED"]]
+        assert bundled == [read_settings(None, None, method, None, None, bundled=True) for method in (None, "plphp")]
 
     @needs_bundled
     def test_the_shipped_questions(self) -> None:

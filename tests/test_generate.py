@@ -237,10 +237,10 @@ def test_cache_for_inputs_restores_the_model_when_it_is_freed(llava: Any) -> Non
 def test_deepcopy_is_an_independent_cache(llava: Any) -> None:
     inputs = TINY["llava"].inputs(llava, [1, 1])
     cache = PrunedCache.for_inputs(llava, inputs, config("plphp"))
-    first = generate(llava, inputs, past_key_values=cache)
+    ids = generate(llava, inputs, past_key_values=cache).sequences
     other = copy.deepcopy(cache)
-    more = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)}
-    expected = generate(llava, {"input_ids": first.sequences, **more}, past_key_values=cache)
-    del cache, first.past_key_values
-    actual = generate(llava, {"input_ids": first.sequences, **more}, past_key_values=other)
+    turn = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)}
+    expected = generate(llava, turn, past_key_values=cache)
+    del cache
+    actual = generate(llava, turn, past_key_values=other)
     assert max_difference(expected, actual) == 0

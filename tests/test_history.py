@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import plphp
 from invariants import generate
 from plphp import HistoryError, PrunedCache, SpanError, generation, graph
+from plphp.cache_argument import cache_in, passed
 from plphp.families.base import Family, Features, VisionSegment
 from plphp.registry import family_of
 from plphp.turns import new_features
@@ -230,15 +231,15 @@ def test_tokens_that_the_cache_was_not_told_are_not_compared() -> None:
     model, tiny = model_of("llava"), TINY["llava"]
     [row] = tiny.rows(model, [1])
     cache = PrunedCache.for_inputs(model, row, KEPT)
-    model(**row, past_key_values=cache)
+    model(**row, **passed(cache))
     length = cache.get_seq_length()
-    model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    model(input_ids=torch.tensor([[5, 6, 7]]), **passed(cache))
     ids = torch.cat([row["input_ids"], torch.tensor([[9, 9, 9, 9]])], 1)
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     assert accepts(cache, turn)
     assert not accepts(cache, changed(turn, 0, length - 1))
     cache.plan(turn)  # and what is read now is known behind them
-    model(input_ids=ids[:, -1:], past_key_values=cache)
+    model(input_ids=ids[:, -1:], **passed(cache))
     longer = {name: torch.nn.functional.pad(value, (0, 1), value=1) for name, value in turn.items()}
     assert accepts(cache, changed(longer, 0, length + 1))
     assert not accepts(cache, changed(longer, 0, length + 3))
@@ -315,14 +316,28 @@ def test_tokens_that_take_the_place_of_others_are_not_compared() -> None:
     inputs = whole(tiny.whole(model, rows, output.sequences, True))
     length = cache.get_seq_length()
     cache.crop(-2)
-    model(input_ids=torch.tensor([[77, 77]]), past_key_values=cache)
+    model(input_ids=torch.tensor([[77, 77]]), **passed(cache))
     assert cache.get_seq_length() == length
     assert accepts(cache, changed(changed(inputs, 0, length - 1), 0, length - 2))
     assert not accepts(cache, changed(inputs, 0, length - 3))
     cache.reset()
-    model(input_ids=torch.tensor([[77, 77]]), past_key_values=cache)
+    model(input_ids=torch.tensor([[77, 77]]), **passed(cache))
     ids = torch.tensor([[77, 77, 5]])
     assert accepts(cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+@torch.no_grad()
+def test_a_turn_that_was_refused_is_not_known() -> None:
+    """NaN in its image; then the cache goes on with tokens of which it is not told."""
+    model, tiny, rows, cache, output = first_turn("llava", (1,))
+    inputs = whole(tiny.whole(model, rows, output.sequences, True))
+    pixels = inputs["pixel_values"].clone()
+    pixels[1] = torch.nan
+    length = cache.get_seq_length()
+    with pytest.raises(plphp.NonFiniteAttentionError, match="Nothing was read"):
+        generate(model, {**inputs, "pixel_values": pixels}, past_key_values=cache)
+    model(input_ids=torch.tensor([[77, 77]]), **passed(cache))
+    assert accepts(cache, changed(changed(inputs, 0, length), 0, length + 1))
 
 
 def test_a_turn_that_was_planned_and_not_read_is_forgotten() -> None:
@@ -396,7 +411,7 @@ def test_a_session_goes_on_with_the_whole_chat() -> None:
     with plphp.prune(model, PRUNED) as run:
         first = generate(model, whole(rows))
         rows = tiny.whole(model, rows, first.sequences, True)
-        generate(model, whole(rows), past_key_values=first.past_key_values)
+        generate(model, whole(rows), past_key_values=cache_in(first))
         assert [prompt.start for prompt in run.report.prompts] == [0, first.sequences.shape[1] - 1]
         generate(model, whole(rows))
         assert [prompt.start for prompt in run.report.prompts] == [0]

@@ -28,7 +28,7 @@ from plphp import (
 from plphp.errors import LoadError
 from plphp.loading import load_model, load_processor, load_weights
 from plphp.media import load_image, load_video
-from plphp.prompt import build_inputs, read_chat
+from plphp.prompt import build_inputs
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,7 @@ class TestModels:
         def refuse(*_: Any) -> None:
             raise OSError("several\nlines") from cause.__new__(cause)
 
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "config.json")
         monkeypatch.setattr("plphp.loading.PretrainedConfig.get_config_dict", refuse)
         with pytest.raises(LoadError, match=part):
             load_model("org/model")
@@ -264,6 +265,8 @@ class TestPrompts:
             (lambda p: build_inputs(p, "<image>"), SpanError, "1 image slot.*0 image"),
             (lambda p: build_inputs(p, messages=_chat("a"), images=[PICTURE]), SpanError, "no image slot for 1"),
             (lambda p: build_inputs(p, messages=_chat([{"type": "image"}])), SpanError, "more image entries"),
+            (lambda p: build_inputs(p, "", images=[PICTURE]), ConfigError, "The prompt is empty, got ''"),
+            (lambda p: build_inputs(p, " \n", images=[PICTURE]), ConfigError, "The prompt is empty"),
             (lambda p: build_inputs(p), ConfigError, "either a prompt or a chat"),
             (lambda p: build_inputs(p, "a", messages=[]), ConfigError, "either a prompt or a chat"),
             (lambda p: build_inputs(p, messages=[{"role": 1}]), ConfigError, "Message 1"),
@@ -294,11 +297,6 @@ class TestPrompts:
         strict = tiny_hub.processor(chat_template="{{ raise_exception('roles must alternate') }}")
         with pytest.raises(ConfigError, match="roles must alternate"):
             build_inputs(strict, "a", images=[PICTURE])
-
-    def test_chats_name_images_beside_them(self, tmp_path: Path) -> None:
-        path = tmp_path / "chat.json"
-        path.write_text(json.dumps(_chat([{"type": "image", "path": "a.png"}])))
-        assert read_chat(path)[0]["content"][0]["path"] == str(tmp_path / "a.png")
 
 
 def _chat(content: Any) -> list[dict[str, Any]]:

@@ -36,7 +36,8 @@ def make_report(**changes: Any) -> PruneReport:
         "batch": 1,
         "tokens": 12,
         "kv_bytes_full": 2048,
-        "kv_bytes": 1024,
+        "kv_bytes": 1100,
+        "reserved_bytes": 76,
         "pruning_seconds": 0.001,
         "prompts": [PromptReport(0, 12, [images], layers)],
     }
@@ -110,9 +111,18 @@ class TestVisionAttention:
         assert {line.get_ydata()[0] for line in axes.lines[1:]} == {0.25, 0.1}
         assert {text.get_text() for text in axes.get_legend().get_texts()} >= {"attentive", "indifferent"}
 
-    @pytest.mark.parametrize("config", [PLPHPConfig(target_retention=0.4), PLPHPConfig(method="uniform")])
-    def test_no_thresholds_where_none_are_used(self, config: PLPHPConfig) -> None:
-        assert len(plot_vision_attention(make_report(config=config.to_dict())).axes[0].lines) == 1
+    def test_thresholds_of_any_method_that_sorts_layers(self) -> None:
+        config = PLPHPConfig(method="recall_rank", options={"layers": "vision_attention"})
+        axes = plot_vision_attention(make_report(config=config.to_dict())).axes[0]
+        assert {line.get_ydata()[0] for line in axes.lines[1:]} == {0.25, 0.1}
+
+    def test_no_thresholds_where_none_are_used(self) -> None:
+        target = make_report(config=PLPHPConfig(target_retention=0.4).to_dict())
+        layers = [LayerReport(0, [RowReport(0.3, "uniform", 0.4, 9, KEPT[0])])]
+        [prompt] = make_report().prompts
+        uniform = make_report(prompts=[dataclasses.replace(prompt, layers=layers)])
+        for report in (target, uniform):
+            assert len(plot_vision_attention(report).axes[0].lines) == 1
 
 
 class TestTables:
@@ -128,17 +138,28 @@ class TestTables:
         assert [cell for cell in first if cell != "│"] == ["0", "0.300", "attentive", "0.40", "3", "2"]
         assert [cell for cell in second if cell != "│"] == ["2", "0.050", "indifferent", "0.40", "1", "4"]
 
+    @pytest.mark.parametrize("width", [40, 60])
+    def test_nothing_is_cut_off_in_a_narrow_terminal(self, width: int) -> None:
+        layers = [LayerReport(7, [RowReport(0.3, "indifferent", 0.4, 9, [[1] * n for n in range(8)])])]
+        report = make_report(prompts=[PromptReport(0, 12, [[]], layers)])
+        console = Console(width=width, file=io.StringIO())
+        run = Run(["a " * 50], [[1]], 2048, 0.1, 0.02)
+        console.print(layer_table(report), comparison_table(Comparison(run, run, report)))
+        assert "\N{HORIZONTAL ELLIPSIS}" not in console.file.getvalue()
+
     def test_answers_are_not_markup(self) -> None:
         run = Run(["[bold]a[/bold] [/]"], [[1]], 2048, 0.1, 0.02)
         console = Console(width=100, record=True, file=io.StringIO())
         console.print(comparison_table(Comparison(run, dataclasses.replace(run, kv_bytes=1024), make_report())))
         text = console.export_text()
         assert text.count("[bold]a[/bold] [/]") == 2
+        assert "KV cache of 12 tokens" in text
         assert "1.0 KiB (-50%)" in text
         assert "20.00 ms (x 1.00)" in text
 
     def test_totals(self) -> None:
         report = make_report()
-        assert "2.0 KiB -> 1.0 KiB (-50%)" in summary(report)
+        shown = summary(report)
+        assert "KV cache of 12 tokens 2.0 KiB -> 1.0 KiB (-50%) and 76 B of reserved room, 28% of the vision" in shown
         assert report_values(report)["retention"] == pytest.approx(10 / 36)
         assert report_values(report)["prompts"][0]["layers"][1]["rows"][0]["kept"] == [1, 4]

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny_hub
 from plphp import SpanError
@@ -44,7 +46,7 @@ def test_lines_are_read(folder: Path) -> None:
     assert first == Prompt((folder / "images/a.png", folder / "b.png"), "a\u2028b?", None, f"{path}, line 1")
     assert second.origin == f"{path}, line 3"
     assert second.turns is not None
-    assert second.turns[0]["content"][0]["path"] == str(folder / "b.png")
+    assert second.turns[0]["content"][0]["image"] == folder / "b.png"
 
 
 def test_a_json_list_is_read() -> None:
@@ -68,6 +70,77 @@ def test_inputs_are_made_when_they_are_asked_for(folder: Path) -> None:
         next(inputs)
 
 
+def test_images_under_any_name(folder: Path) -> None:
+    """Those that are paths are relative to the file; with a byte order mark and the line ends of Windows."""
+    uri = f"data:image/png;base64,{base64.b64encode((folder / 'b.png').read_bytes()).decode()}"
+    lines = [
+        {"images": ["b.png"], "question": "a?"},
+        {"image": "b.png", "question": "a?"},
+        {"file_name": "b.png", "question": "a?", "images": None},
+        {"images": [uri], "question": "a?"},
+        {"images": [{"type": "image_url", "image_url": {"url": "file:b.png"}}], "question": "a?"},
+        {"turns": [{"role": "user", "content": [{"image_url": {"url": uri}}, {"type": "text", "text": "a?"}]}]},
+        {"turns": [{"role": "user", "content": [{"image": "b.png"}, {"text": "a?"}]}]},
+    ]
+    path = folder / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, lines)).encode())
+    first, *others = prompt_inputs(tiny_hub.processor(), read_prompts(path))
+    assert len(others) == 6
+    for inputs in others:
+        assert all(torch.equal(inputs[name], first[name]) for name in first)
+
+
+def test_addresses_are_fetched_when_they_are_allowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "https://images.test/a.png"
+    turns = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": address}}]}]
+    path = write(folder, {"images": [address], "question": "a?"}, {"turns": turns})
+    with pytest.raises(LoadError, match=r"line 1: https://images\.test/a\.png is an address.* unless it is allowed"):
+        read_prompts(path)
+    asked = []
+    monkeypatch.setattr("plphp.media.fetch", lambda at: asked.append(at.url) or (folder / "b.png").read_bytes())
+    inputs = prompt_inputs(tiny_hub.processor(), read_prompts(path, allow_urls=True))
+    assert asked == []
+    assert len(list(inputs)) == 2
+    assert asked == [address, address]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"images": ["images/a.png"], "question": "a?"},
+        {"turns": [{"role": "user", "content": [{"image": "images/a.png"}]}]},
+    ],
+)
+def test_a_broken_image_is_named_with_its_line(folder: Path, line: Any) -> None:
+    prompts = read_prompts(write(folder, {"images": ["b.png"], "question": "a"}, "", line))
+    (folder / "images" / "a.png").write_bytes(b"hello")
+    inputs = prompt_inputs(tiny_hub.processor(), prompts)
+    next(inputs)
+    with pytest.raises(LoadError, match=r"prompts\.jsonl, line 3: .*a\.png is not an image"):
+        next(inputs)
+    if prompts[1].question:
+        with pytest.raises(LoadError, match=r"prompts\.jsonl, line 3: .*a\.png is not an image"):
+            prompts[1].read_images()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"images": [f"data:text/html;base64,{'QUJD' * 200}"], "question": "a"},
+        {"images": ["b.png"], "question": ["QUJD" * 200]},
+        {"images": [{"uri": "QUJD" * 200}], "question": "a"},
+        {"images": [["QUJD" * 200]], "question": "a"},
+        {"turns": "QUJD" * 200},
+        ["QUJD" * 200],
+    ],
+)
+def test_an_image_is_not_repeated_in_full(folder: Path, line: Any) -> None:
+    with pytest.raises(LoadError, match=r"prompts\.jsonl, line 2: .*(\d+ characters\)|Unknown key 'uri')") as caught:
+        read_prompts(write(folder, {"images": ["b.png"], "question": "a"}, line))
+    assert "QUJD" * 15 not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("line", "part"),
     [
@@ -79,14 +152,17 @@ def test_inputs_are_made_when_they_are_asked_for(folder: Path) -> None:
         ({"images": ["b.png"], "question": ["a"]}, '"question" must be text'),
         ({"images": ["b.png"], "question": " "}, '"question" must be text'),
         ({"question": "a"}, 'line 2: "images" is missing'),
-        ({"images": "b.png", "question": "a"}, '"images" must be a list'),
-        ({"images": [1], "question": "a"}, '"images" must be a list'),
-        ({"images": [], "question": "a"}, '"images" is empty'),
-        ({"images": ["none.png"], "question": "a"}, "line 2: there is no image file .*none.png"),
+        ({"images": [1], "question": "a"}, r"line 2: Expected an image, got 1 \(int\)"),
+        ({"images": [], "question": "a"}, '"images" is missing or empty'),
+        ({"images": ["b.png"], "image": "b.png", "question": "a"}, "named twice, by 'images' and 'image'"),
+        ({"images": ["none.png"], "question": "a"}, "line 2: There is no image file .*none.png"),
         ({"turns": []}, '"turns" must be a list of messages'),
         ({"turns": "a"}, '"turns" must be a list of messages'),
         ({"turns": [{"role": "user"}]}, "line 2: The content of message 1"),
-        ({"turns": [{"role": "user", "content": [{"type": "image", "path": "c.png"}]}]}, "no image file .*c.png"),
+        (
+            {"turns": [{"role": "user", "content": [{"type": "image", "path": "c.png"}]}]},
+            "line 2: Message 1 of the chat, part 1: There is no image file .*c.png",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(folder: Path, line: Any, part: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from invariants import generate
 from plphp import PLPHPConfig, PrunedCache
+from plphp.cache_argument import passed
 from test_invariants import FAMILIES
 from tiny_models import IMAGE, TINY, TinyFamily, collate, drop_empty
 
@@ -186,16 +187,16 @@ def test_plan_says_what_the_model_has_to_read(name: str) -> None:
     [row] = tiny.rows(model, [2])
     expected_cache, cache = (PrunedCache.for_inputs(model, row, PRUNED) for _ in range(2))
     expected = generate(model, row, past_key_values=expected_cache)
-    logits = model(**cache.model_inputs(cache.plan(row)), past_key_values=cache).logits[:, -1]
+    logits = model(**cache.model_inputs(cache.plan(row)), **passed(cache)).logits[:, -1]
     assert torch.equal(logits.float(), expected.logits[0])
     for step in expected.sequences[0, -4:-1].tolist():
         token = torch.tensor([[step]])
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, **passed(cache))
     [row] = tiny.whole(model, [row], expected.sequences, True)
     expected = generate(model, row, past_key_values=expected_cache)
     turn = cache.model_inputs(cache.plan(row))
     assert turn["input_ids"].shape[1] == row["input_ids"].shape[1] - cache.get_seq_length()
-    logits = model(**turn, past_key_values=cache).logits[:, -1]
+    logits = model(**turn, **passed(cache)).logits[:, -1]
     assert torch.equal(logits.float(), expected.logits[0])
     assert cache.report().prompts == expected_cache.report().prompts
 
@@ -206,5 +207,5 @@ def test_the_model_reads_a_padded_batch_as_generate_does(name: str) -> None:
     model, tiny, rows, cache, output = first_turn(name)
     inputs = whole(tiny.whole(model, rows, output.sequences, True))
     expected = generate(model, inputs, past_key_values=copy.deepcopy(cache))
-    logits = model(**cache.model_inputs(cache.plan(inputs)), past_key_values=cache).logits[:, -1]
+    logits = model(**cache.model_inputs(cache.plan(inputs)), **passed(cache)).logits[:, -1]
     assert torch.equal(logits.float(), expected.logits[0])

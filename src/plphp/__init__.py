@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         NonFiniteAttentionError,
         PLPHPError,
         SpanError,
+        UnprunedWarning,
         UnsupportedFeatureError,
         UnsupportedModelError,
     )
@@ -53,6 +54,7 @@ _MODULES = {
         "NonFiniteAttentionError",
         "PLPHPError",
         "SpanError",
+        "UnprunedWarning",
         "UnsupportedFeatureError",
         "UnsupportedModelError",
     ),
@@ -83,6 +85,7 @@ __all__ = [
     "RetentionMeasurement",
     "Session",
     "SpanError",
+    "UnprunedWarning",
     "UnsupportedFeatureError",
     "UnsupportedModelError",
     "apply",

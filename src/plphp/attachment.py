@@ -11,16 +11,17 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .attention import PREFIX, register
+from .attention import PREFIX, register, unwatch, watch
+from .contexts import OpenSessions, is_generating
 from .errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from .registry import family_of
-
-if TYPE_CHECKING:
-    from .session import Session
+from .unwrapping import unwrapped
 
 ATTRIBUTE = "_plphp_attachment"
 _NO_COPY = (
@@ -34,14 +35,19 @@ _lock = threading.RLock()
 
 
 class Attachment:
-    """The changes to one model, and the sessions that are open on it."""
+    """The changes to one model.
+
+    Attributes
+    ----------
+    sessions : OpenSessions
+        Those that are open on the model.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = weakref.ref(model)
         self._leases = 0
-        self._sessions: list[tuple[int, Session]] = []
         self._originals: list[tuple[PretrainedConfig, str]] = []
-        self.applied: Session | None = None
+        self.sessions = OpenSessions()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -83,25 +89,11 @@ class Attachment:
             if self._leases == 0:
                 self._detach()
 
-    def open(self, session: Session) -> None:
-        """Let ``generate`` make pruned caches with the session's config."""
-        with _lock:
-            self._sessions.append((threading.get_ident(), session))
-
-    def close(self, session: Session) -> None:
-        """Forget a session."""
-        with _lock:
-            self._sessions = [entry for entry in self._sessions if entry[1] is not session]
-
-    def current_session(self) -> Session | None:
-        """The innermost session of this thread, or of any thread where this one has none.
-
-        A streamer runs ``generate`` in a thread of its own, inside the session of another.
-        """
-        with _lock:
-            mine = [session for thread, session in self._sessions if thread == threading.get_ident()]
-            candidates = mine or [session for _, session in self._sessions]
-            return candidates[-1] if candidates else None
+    def note_unpruned(self) -> None:
+        """Note a pass over the layers without a `PrunedCache`, while a session is open."""
+        session = None if is_generating() else self.sessions.here_or_none()
+        if session is not None:
+            session.note_unpruned()
 
     def _attach(self) -> None:
         model = self.model
@@ -110,6 +102,7 @@ class Attachment:
         try:
             for config, name in names:
                 config._attn_implementation = name
+                watch(config, self.note_unpruned, _first_prunable(model))
             model.__dict__[ATTRIBUTE] = self
             for name in WRAPPED:
                 if hasattr(model, name):
@@ -121,6 +114,7 @@ class Attachment:
     def _detach(self) -> None:
         model = self._model()
         for config, name in self._originals:
+            unwatch(config)
             if (config._attn_implementation or "").startswith(PREFIX):
                 config._attn_implementation = name
         self._originals = []
@@ -141,18 +135,17 @@ class Lease:
         self._finalizer = weakref.finalize(self, attachment.release)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Lease:
-        """Attach a model, or join those that have.
+    def of(cls, model: Any) -> Lease:
+        """Attach a model, or the one inside of a wrapper (see `plphp.unwrapping`), or join those that have.
 
         Raises
         ------
         UnsupportedModelError
             If it is not a model that plphp can prune.
         UnsupportedFeatureError
-            If its attention implementation is not supported.
+            If its attention implementation or the wrapper is not supported.
         """
-        if not isinstance(model, PreTrainedModel):
-            raise UnsupportedModelError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}.")
+        model = unwrapped(model)
         family_of(model.config)
         with _lock:
             return cls(model.__dict__.get(ATTRIBUTE) or Attachment(model))
@@ -179,6 +172,12 @@ def _text_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     return found
 
 
+def _first_prunable(model: PreTrainedModel) -> int:
+    """The first layer with full attention, which every pass over the text model comes by; -1 if there is none."""
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return next((number for number, layer in enumerate(layers) if type(layer) is DynamicLayer), -1)
+
+
 class _Wrapper:
     """Stands in for a method of one model, as an attribute of the instance.
 
@@ -197,6 +196,7 @@ class _Wrapper:
         self._wrapper = wrapper
         model.__dict__[name] = self
 
+    @torch.compiler.disable  # of its own; a compiled model stays compiled inside
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         if model is None:
@@ -226,7 +226,7 @@ def _generate(attachment: Attachment, original: Callable[..., Any], *args: Any, 
 
 
 def _refuse_batch(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if attachment.current_session() is None:
+    if attachment.sessions.here() is None:
         return original(*args, **kwargs)
     raise UnsupportedFeatureError(
         "plphp does not prune continuous batching: its paged cache has one block table for all "

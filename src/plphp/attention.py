@@ -8,16 +8,18 @@ is the attention that the model had before.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_argument import NAME, NAMES
 from .errors import UnsupportedFeatureError, UnsupportedModelError
 from .kernels import decode_attention
 
@@ -27,6 +29,11 @@ UNSUPPORTED_TERMS = ("softcap", "s_aux", "position_bias", "cache")
 """Keyword arguments that change the softmax or the keys, so that scores without them would be wrong."""
 
 Result = tuple[Tensor, Tensor | None]
+
+Watch = tuple[weakref.ref[PretrainedConfig], weakref.WeakMethod[Callable[[], None]], int]
+_watched: dict[int, Watch] = {}
+"""By the id of a model's config (held weakly, as ids are used again): what wants to know of passes without a
+`PrunedCache`, and the layer that tells."""
 
 
 def register(base: str) -> str:
@@ -63,12 +70,17 @@ def _attention_over(base: str) -> Callable[..., Result]:
     ) -> Result:
         pending = getattr(key, "plphp_pending", None)
         if pending is None:
+            if _watched:
+                _note_stock(module)
+            _refuse_stray_cache(kwargs)
             return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
         _refuse_unsupported_terms(module, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         attend = partial(_stock(base, module), module, **kwargs)
         prefix = pending.cache.layers[pending.layer].prefix
+        if prefix is None:  # in a dynamic cache values have no fewer bits than keys
+            value = value.to(torch.promote_types(key.dtype, value.dtype))
         hidden = pending.cache.hidden(pending.layer)
         if pending.cache.tail_bias is not None:
             attention_mask = pending.cache.tail_bias
@@ -76,7 +88,7 @@ def _attention_over(base: str) -> Callable[..., Result]:
             output = _among_shown(attend, query, key, value, attention_mask, hidden.to(key.device))
         else:
             if hidden is not None:
-                attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2], query.dtype)
+                attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2])
             if prefix is None:
                 output, _ = attend(query, key, value, attention_mask)
             else:
@@ -88,7 +100,36 @@ def _attention_over(base: str) -> Callable[..., Result]:
     return plphp_attention
 
 
-def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dtype) -> Tensor:
+def watch(config: PretrainedConfig, note: Callable[[], None], layer: int) -> None:
+    """Call the method ``note`` whenever the layer of this number and config attends without a `PrunedCache`."""
+    _watched[id(config)] = weakref.ref(config), weakref.WeakMethod(note), layer
+
+
+def unwatch(config: PretrainedConfig) -> None:
+    """End `watch`."""
+    _watched.pop(id(config), None)
+
+
+@torch.compiler.disable  # what was compiled before the session would not see it
+def _note_stock(module: nn.Module) -> None:
+    config, method, layer = _watched.get(id(module.config), (None, None, -1))
+    if config is None or method is None or config() is not module.config or module.layer_idx != layer:
+        return
+    note = method()
+    if note is not None:
+        note()
+
+
+def _refuse_stray_cache(kwargs: dict[str, Any]) -> None:
+    """Raise where a model took a `PrunedCache` for one of the arguments that it hands to its attention."""
+    for name in NAMES:
+        if hasattr(kwargs.get(name), "after_attention"):
+            raise UnsupportedFeatureError(
+                f"This version of transformers does not take a cache as {name}, and would run without it: pass {NAME}."
+            )
+
+
+def hide(mask: Tensor | None, hidden: Tensor, query_length: int) -> Tensor:
     """Hide entries of the tail from every query but their own.
 
     Parameters
@@ -99,8 +140,6 @@ def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dt
         bool [batch, tail]. A hidden token sees itself, or its attention would be that of an empty row.
     query_length : int
         The queries are the last ``query_length`` positions of the tail.
-    dtype : torch.dtype
-        Of an additive mask.
 
     Returns
     -------
@@ -115,7 +154,7 @@ def hide(mask: Tensor | None, hidden: Tensor, query_length: int, dtype: torch.dt
         return shown & (place <= query)
     if mask.dtype is torch.bool:
         return mask & shown
-    return torch.where(shown, mask, torch.finfo(dtype).min)
+    return torch.where(shown, mask, torch.finfo(mask.dtype).min)
 
 
 def _among_shown(
@@ -123,10 +162,12 @@ def _among_shown(
 ) -> Tensor:
     """The same as with the mask of `hide` for one whole prompt, but for hidden tokens, which cost nothing here."""
     shown = (~hidden[0]).nonzero()[:, 0]
-    # A hidden token sees itself alone and gets its own value; nobody reads what becomes of it.
-    output = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
     mask = None if mask is None else mask[..., shown, :][..., shown]
-    output[:, shown], _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)
+    found, _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)
+    # A hidden token sees itself alone and gets its own value; nobody reads what becomes of it.
+    own = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
+    output = own.to(found.dtype).contiguous()
+    output[:, shown] = found
     return output
 
 

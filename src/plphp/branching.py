@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .attachment import Attachment, Lease
 from .cache import PrunedCache
+from .cache_argument import passed
 from .config import PLPHPConfig, checked
 from .errors import ConfigError, SpanError
 from .kernels import compact_kv
@@ -23,6 +24,7 @@ from .layer import PrunedLayer
 from .methods.base import Method
 from .packed import PackedKV
 from .plan import LAYER_LEVEL, Gathered, PromptPlan, gather
+from .precision import as_written
 from .report import LayerRecord
 from .suitability import method_for, refuse_prompt_stage
 from .types import VisionSpans
@@ -217,7 +219,7 @@ def _extended(spans: VisionSpans, tokens: int) -> VisionSpans:
 def _forward(model: PreTrainedModel, cache: PrunedCache, inputs: Mapping[str, Any]) -> Tensor:
     """Read into a cache; logits of the last token, [1, vocab]."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output: Any = model(**{**inputs, **last}, past_key_values=cache, use_cache=True)
+    output: Any = model(**{**inputs, **last}, **passed(cache), use_cache=True)
     cache.check_read()
     logits: Tensor = output.logits[:, -1]
     return logits
@@ -295,16 +297,18 @@ class _Reader(PrunedCache):
 
     def _score(self, plans: Sequence[PromptPlan]) -> None:
         for number, (gathered, scaling) in self._queries.items():
-            for plan in plans:
-                plan.score_with([gathered], number, self._pruned[number], scaling)
+            with as_written(gathered[0].device):
+                for plan in plans:
+                    plan.score_with([gathered], number, self._pruned[number], scaling)
         self._queries.clear()
 
     def chosen(self, plan: PromptPlan, method: Method, configs: Sequence[PLPHPConfig]) -> Chosen:
         """What each layer keeps by some configs that rank alike."""
-        return {
-            scores.layer: (keep[:, 0], LayerRecord.of(self.spans, 0, scores, [row for [row] in rows], keep[:, 0]))
-            for scores, rows, keep, _ in plan.choose(method, configs, self.judged(configs[0]))
-        }
+        with as_written(self.attachment.model.device):
+            return {
+                scores.layer: (keep[:, 0], LayerRecord.of(self.spans, 0, scores, [row for [row] in rows], keep[:, 0]))
+                for scores, rows, keep, _ in plan.choose(method, configs, self.judged(configs[0]))
+            }
 
     def merged(self, chosen: Sequence[Chosen], prefilled: Sequence[Prefilled], order: Sequence[int]) -> PrunedCache:
         """A cache with what was found for all configs, its rows in a new order."""

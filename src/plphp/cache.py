@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from .attachment import Attachment, Lease
 from .config import PLPHPConfig, checked, checked_mode
 from .conversation import ConversationCache
 from .errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
+from .finite import features_of
 from .layer import PrunedLayer, layer_nbytes
 from .passes import PassGuard
 from .plan import PromptPlan
+from .precision import as_written
 from .report import LayerRecord, PruneReport, build_report
 from .suitability import method_for, refuse_prompt_stage, refuse_unanswered
 
@@ -141,6 +144,8 @@ class PrunedCache(ConversationCache):
             If the vision tokens cannot be found.
         HistoryError
             If the conversation differs from what the cache has read.
+        NonFiniteAttentionError
+            If the image features of a single prompt hold NaN or inf; the cache is as before.
         """
         self.check_alive()
         if self._spent and self.get_seq_length():
@@ -153,6 +158,7 @@ class PrunedCache(ConversationCache):
             delta = None if self._turn is None else self._turn.after
             custom = vision_mask is not None
             self._plan = PromptPlan.of(spans, self.config, evidence, custom=custom, rope_delta=delta)
+            self._plan.features = features_of(turn)
         return turn
 
     def update(
@@ -231,10 +237,11 @@ class PrunedCache(ConversationCache):
                 self._kill(reason, UnsupportedFeatureError)
             return
         started = time.perf_counter()
-        plan.score(layer_idx, layer, scaling)
-        plan.withdraw(layer_idx, self.method, self.config, len(self.layers))
-        if layer_idx == self._last or not self.method.needs_all_layers(self.config):
-            self._evict(plan)
+        with as_written(query.device):
+            plan.score(layer_idx, layer, scaling)
+            plan.withdraw(layer_idx, self.method, self.config, len(self.layers))
+            if layer_idx == self._last or not self.method.needs_all_layers(self.config):
+                self._evict(plan)
         if layer_idx == self._last:
             self._plan = None
         self.pruning_seconds += time.perf_counter() - started
@@ -275,6 +282,11 @@ class PrunedCache(ConversationCache):
     def nbytes(self) -> int:
         """Bytes of all key and value tensors that are alive in the cache, reserved room included."""
         return sum(layer_nbytes(layer) for layer in self.layers)
+
+    @property
+    def reserved_nbytes(self) -> int:
+        """Those of them that hold no entry yet: room for tokens to come."""
+        return sum(layer.reserved_nbytes for layer in self._pruned.values())
 
     @property
     def full_nbytes(self) -> int:
@@ -330,6 +342,18 @@ class PrunedCache(ConversationCache):
         self.records, self._plan = [], None
         self.pruning_seconds, self._spent = 0.0, ""
         self._guard.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedFeatureError(
+            "A PrunedCache belongs to its model and cannot be pickled, sent to another process or copied in part: "
+            "copy.deepcopy makes another one for the same model, and cache.report().to_json() can be stored."
+        )
 
     def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
         reason = reason.rstrip(".")

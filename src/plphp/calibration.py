@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .cache import PrunedCache
+from .cache_argument import passed
 from .config import PLPHPConfig
 from .errors import ConfigError
-from .registry import get_method
+from .registry import resolve
 from .report import PruneReport, RowReport
 
 Rows = list[tuple[int, RowReport]]
@@ -148,14 +149,15 @@ def check_calibratable(config: PLPHPConfig) -> float:
     Raises
     ------
     ConfigError
-        If ``target_retention`` is not set, or the method has no layer classes.
+        If ``target_retention`` is not set, or the method, with these settings, does not sort layers into classes.
     """
     if config.target_retention is None:
         raise ConfigError("calibrate needs a config with target_retention, got None.")
-    if not get_method(config.method).uses_class_rule:
+    if not resolve(config).uses_class_rule(config):
+        options = f" with {', '.join(f'{name}={value}' for name, value in config.options.items())}"
         raise ConfigError(
-            f"The method {config.method!r} does not sort layers by thresholds, so there is nothing to calibrate: set "
-            "its retention_rate."
+            f"The method {config.method!r}{options if config.options else ''} does not sort layers into classes by "
+            "thresholds, so there is nothing to calibrate: set its retention_rate."
         )
     return config.target_retention
 
@@ -204,7 +206,7 @@ def measure_retention(
 def read_prompt(model: PreTrainedModel, inputs: Mapping[str, Any], cache: PrunedCache) -> None:
     """Read a prompt into a cache that was made for it, and no more."""
     generate: Any = model.generate
-    generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1)
+    generate(**inputs, **passed(cache), max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1)
 
 
 def _rows(report: PruneReport) -> list[Rows]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .attachment import Lease
 from .cache import PrunedCache
+from .cache_argument import passed
 from .config import PLPHPConfig
 from .errors import ConfigError
 from .provenance import provenance
@@ -129,7 +130,7 @@ def collect_query_bank(
             generate: Any = model.generate
             generate(
                 **inputs,
-                past_key_values=cache,
+                **passed(cache),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,

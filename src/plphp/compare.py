@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .cache import PrunedCache
+from .cache_argument import NAMES, passed
 from .config import PLPHPConfig
 from .errors import ConfigError
 from .layer import layer_nbytes
 from .report import PruneReport
 
-OWN_ARGUMENTS = ("past_key_values", "logits_processor", "streamer", "return_dict_in_generate")
+OWN_ARGUMENTS = (*NAMES, "logits_processor", "streamer", "return_dict_in_generate")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Run:
     tokens : list of list of int
         Generated tokens of each row.
     kv_bytes : int
-        Bytes of the live key and value tensors right after the prompt was read.
+        Bytes of the entries of the KV cache right after the prompt was read.
     prefill_seconds : float
         Median time to the first token.
     seconds_per_token : float, optional
@@ -56,7 +57,8 @@ class Comparison:
     unpruned, pruned : Run
         Both ways.
     report : PruneReport
-        What the pruned run kept.
+        What the pruned run kept, right after the prompt was read: both caches held the same tokens then, however
+        long the answers are.
     """
 
     unpruned: Run
@@ -70,8 +72,8 @@ class Comparison:
 
     @property
     def kv_reduction(self) -> float:
-        """Fraction of the prompt's KV bytes that is gone."""
-        return 1 - self.pruned.kv_bytes / self.unpruned.kv_bytes
+        """Fraction of the prompt's KV bytes that is gone, as in the report."""
+        return self.report.kv_reduction
 
     @property
     def speedup(self) -> float | None:
@@ -131,7 +133,6 @@ def compare(
     if taken:
         raise ConfigError(f"compare sets {', '.join(taken)} itself: leave it out.")
     unpruned, pruned = _Meter(model.device), _Meter(model.device)
-    report = None
     for number in range(1, rounds + 1):
         progress(f"round {number} of {rounds}, unpruned")
         plain = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -139,19 +140,19 @@ def compare(
         progress(f"round {number} of {rounds}, pruned")
         cache = PrunedCache.for_inputs(model, inputs, config, decode=decode)
         pruned.run(model, inputs, cache, seed, generation)
-        report = cache.report()
         del cache, plain  # the next round starts from a model without plphp, and memory holds one cache only
-    assert report is not None
-    return Comparison(unpruned.result(processor), pruned.result(processor), report)
+    assert pruned.report is not None
+    return Comparison(unpruned.result(processor), pruned.result(processor), pruned.report)
 
 
 class _Meter(LogitsProcessor):
-    """Sees every step of ``generate``: notes the time, and after the prompt the size of the cache."""
+    """Sees every step of ``generate``: notes the time, and after the prompt what the cache holds."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.tokens: list[list[int]] = []
         self.kv_bytes = 0
+        self.report: PruneReport | None = None
         self.prefills: list[float] = []
         self.steps: list[float] = []
         self._cache: Any = None
@@ -172,9 +173,7 @@ class _Meter(LogitsProcessor):
             torch.manual_seed(seed)
             self._cache, self._in_prompt, self._last = cache, True, self._now()
             generate: Any = model.generate
-            output = generate(
-                **inputs, **generation, past_key_values=cache, logits_processor=LogitsProcessorList([self])
-            )
+            output = generate(**inputs, **generation, **passed(cache), logits_processor=LogitsProcessorList([self]))
         self._cache = None
         if not self.tokens:
             self.tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
@@ -184,10 +183,17 @@ class _Meter(LogitsProcessor):
         (self.prefills if self._in_prompt else self.steps).append(now - self._last)
         if self._in_prompt:
             self._in_prompt = False
-            self.kv_bytes = kv_bytes(self._cache)
+            self._look_at_cache()
             now = self._now()
         self._last = now
         return scores
+
+    def _look_at_cache(self) -> None:
+        if isinstance(self._cache, PrunedCache):
+            self.report = self._cache.report()
+            self.kv_bytes = self.report.entry_bytes
+        else:
+            self.kv_bytes = kv_bytes(self._cache)
 
     def result(self, processor: Any) -> Run:
         return Run(

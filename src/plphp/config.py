@@ -35,8 +35,8 @@ class PLPHPConfig:
     method : str
         Name of the method, see ``plphp methods``.
     retention_rate : float
-        Retention rate of a vision-balanced layer (the paper's r). For methods without layer classes it is the mean
-        over the layers.
+        Retention rate of a vision-balanced layer (the paper's r), in [0, 1]; at 0 a KV head still keeps ``min_kept``
+        tokens. For methods without layer classes it is the mean over the layers.
     retention_delta : float, optional
         What a vision-attentive layer keeps more and a vision-indifferent layer keeps less (the paper's delta r).
         Default: 0.3, or less where ``retention_rate`` leaves less room in [0, 1]; so ``retention_rate=1.0``
@@ -46,7 +46,7 @@ class PLPHPConfig:
     indifferent_threshold : float
         Vision attention score below which a layer is vision-indifferent (the paper's beta), in [0, 1].
     target_retention : float, optional
-        Mean retention rate over the layers of each prompt, exempt ones aside. It takes the place of
+        Mean retention rate over the layers of each prompt, exempt ones aside, in (0, 1]. It takes the place of
         ``retention_rate``, and quantiles of the prompt's own vision attention scores take the place of both
         thresholds: the ``class_quantile`` of layers with the highest score are attentive, as many with the
         lowest are indifferent. All layers stay in memory until the last one has been scored.
@@ -110,6 +110,11 @@ class PLPHPConfig:
         for name in ("retention_delta", "target_retention"):
             if getattr(self, name) is not None:
                 _check_fraction(name, getattr(self, name))
+        if self.target_retention == 0:
+            raise ConfigError(
+                "target_retention must be above 0, got 0: to evict every vision token, use retention_rate=0 with "
+                "min_kept=0."
+            )
         _check_fraction("class_quantile", self.class_quantile)
         if not 0 < self.class_quantile <= 0.5:
             raise ConfigError(f"class_quantile must be in (0, 0.5], got {self.class_quantile}.")

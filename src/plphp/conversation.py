@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attachment import Attachment
+from .finite import features_of, refuse_damaged
 from .history import History
 from .layer import PrunedLayer
 from .mrope import TurnPositions, turn_positions
 from .registry import family_of
 from .spans import find_spans, padding_mask, real_tokens
-from .turns import new_features
+from .turns import SentImage, new_features
 from .types import VisionSpans
 
 
@@ -53,40 +54,43 @@ class ConversationCache(Cache):
 
         Raises
         ------
-        SpanError, HistoryError, UnsupportedFeatureError
+        SpanError, HistoryError, UnsupportedFeatureError, NonFiniteAttentionError
+            The cache is as before.
         """
         model, past_length = self.attachment.model, self.get_seq_length()
-        turn, real = self.read_turn(inputs, vision_mask)
+        turn, real, sent = self._compared(inputs, vision_mask)
         spans = find_spans(
             family_of(model.config), model.config, turn, past_length=past_length, vision_mask=vision_mask
         )
+        has_vision = bool(spans.vision.any())
+        if has_vision and len(real) == 1:
+            refuse_damaged(features_of(turn))
         before = None
         if self._turn is not None:
             before = self._turn.before if self._turn.start == past_length else self._turn.after
-        self._turn = turn_positions(model, turn, real, past_length, before, bool(spans.vision.any()))
+        self._turn = turn_positions(model, turn, real, past_length, before, has_vision)
+        self.history.note_prompt(inputs.get("input_ids"), real, past_length, sent)
         return spans, turn
 
-    def read_turn(self, inputs: Mapping[str, Any], vision_mask: Tensor | None = None) -> tuple[dict[str, Any], Tensor]:
-        """Compare a conversation with what was read, note it, and leave out the images that the cache holds.
+    def read_turn(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """The inputs of a planned turn with the features of new images alone, and the conversation's padding mask."""
+        turn, real, sent = self._compared(inputs, None)
+        self.history.note_prompt(inputs.get("input_ids"), real, self.get_seq_length(), sent)
+        return turn, real
 
-        Returns
-        -------
-        turn : dict
-            The inputs with the features of new images alone.
-        real : Tensor
-            bool [batch, seq]; padding mask of the whole conversation.
-        """
+    def _compared(
+        self, inputs: Mapping[str, Any], vision_mask: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor, list[SentImage]]:
+        """Compare a conversation with what was read, and leave out the images that the cache holds."""
         model, past_length = self.attachment.model, self.get_seq_length()
-        ids = inputs.get("input_ids")
         self.history.cut(past_length)
         packed = max(layer.prefix_length for layer in self._pruned_layers)
         # First, as a history that lost a part may be shorter than what was read.
-        self.history.check_tokens(ids, padding_mask(inputs, past_length, vision_mask), packed)
+        self.history.check_tokens(inputs.get("input_ids"), padding_mask(inputs, past_length, vision_mask), packed)
         real = real_tokens(inputs, past_length, vision_mask)
         turn, sent = new_features(family_of(model.config), model.config, inputs, past_length, real.shape[1])
         self.history.check_images(sent, len(real))
-        self.history.note_prompt(ids, real, past_length, sent)
-        return turn, real
+        return turn, real, sent
 
     def model_inputs(self, turn: Mapping[str, Any]) -> dict[str, Any]:
         """What ``model(...)`` has to be given to read a turn that has been planned.

@@ -23,8 +23,9 @@ from .errors import PLPHPError, one_line
 from .families.unsupported import UNSUPPORTED
 from .kernels import TRIALS, choice
 from .layer import PrunedLayer
-from .loading import bundled_model_path, empty_model, load_model
+from .loading import empty_model, load_model
 from .registry import available_families, family_of
+from .sources import bundled_model_path
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
 EXTRAS = {
@@ -33,6 +34,7 @@ EXTRAS = {
     "torchvision": "video inputs, and the processors of some families",
     "av": "video files (pip install av)",
 }
+BUNDLED_NAME = "the bundled model"
 HEAD_DIM = 128
 """Head dimension with which the kernels are tried."""
 _REASONS = {
@@ -87,6 +89,18 @@ class Diagnosis:
     def usable(self) -> bool:
         """Whether plphp works here with the model that was asked about."""
         return self.model.ok
+
+    @property
+    def verdict(self) -> str:
+        """One line: whether plphp works here, where, and with how many of its kernels; or why not."""
+        if not self.usable:
+            return f"plphp cannot be used with {self.model.name}: {self.model.detail}"
+        places = ", ".join(check.name for check in self.devices if check.ok)
+        used = sum(check.ok for check in self.kernels)
+        return (
+            f"plphp works here with {self.model.name}, on {places}; {used} of its {len(self.kernels)} kernels are used "
+            "and torch stands in for the rest."
+        )
 
 
 def diagnose(model: str | Path | None = None) -> Diagnosis:
@@ -148,10 +162,10 @@ def _bundled() -> Check:
     try:
         model, _ = load_model()
     except PLPHPError as error:
-        return Check("bundled model", False, str(error))
+        return Check(BUNDLED_NAME, False, str(error))
     count = sum(weight.numel() for weight in model.parameters())
     return Check(
-        "bundled model",
+        BUNDLED_NAME,
         True,
         f"{type(model).__name__}, {count / 1e6:.1f} M parameters, {bundled_model_path()}",
     )

@@ -13,13 +13,17 @@
     ├── LoadError(OSError)                   a model, an image, a video or a chat cannot be read
     ├── CacheStateError(RuntimeError)        the cache cannot be used any more, or not in this way
     ├── CacheMemoryError(MemoryError)        there is no memory for the keys and values of more tokens
-    └── NonFiniteAttentionError(ArithmeticError)   the attention of a layer holds NaN
+    └── NonFiniteAttentionError(ArithmeticError)   no row of a batch has finite attention
+
+and a warning, ``UnprunedWarning(UserWarning)``: a model ran inside a session without plphp.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+from .quoting import shortened
 
 
 class PLPHPError(Exception):
@@ -63,7 +67,11 @@ class CacheMemoryError(PLPHPError, MemoryError):
 
 
 class NonFiniteAttentionError(PLPHPError, ArithmeticError):
-    """The attention of a layer is NaN, so nothing can be ranked."""
+    """The attention of every row is NaN or inf, or the image features of the only row are: nothing can be ranked."""
+
+
+class UnprunedWarning(UserWarning):
+    """A model ran inside a session without plphp, so with its whole cache."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -82,6 +90,6 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the message of any exception as one line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return the message of any exception as one line of at most ``limit`` characters, without whole data URIs."""
+    text = " ".join(shortened(str(error)).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

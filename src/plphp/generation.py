@@ -16,6 +16,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .attachment import Attachment
 from .cache import PrunedCache
+from .cache_argument import passed, take_cache
+from .contexts import generating
 from .errors import UnsupportedFeatureError
 from .graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
 from .mrope import position_holder
@@ -49,10 +51,12 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     SpanError
         If the vision tokens cannot be found.
     """
-    session = attachment.current_session()
-    cache = kwargs.get("past_key_values")
-    if session is None and not isinstance(cache, PrunedCache):
-        return original(*args, **kwargs)
+    given = dict(kwargs)
+    name, cache = take_cache(kwargs)
+    pruned = isinstance(cache, PrunedCache)
+    session = attachment.sessions.here_or_none() if pruned else attachment.sessions.here()
+    if session is None and not pruned:
+        return original(*args, **given)
     if args:
         bound = inspect.signature(original).bind_partial(*args)
         kwargs = {**bound.arguments, **kwargs}
@@ -64,7 +68,7 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
         cache = PrunedCache(attachment, session.config, session.decode)
     elif not isinstance(cache, PrunedCache):
         raise UnsupportedFeatureError(
-            f"Inside a plphp session past_key_values must be a PrunedCache, got {type(cache).__name__}: static, "
+            f"Inside a plphp session the cache must be a PrunedCache, got {name}={type(cache).__name__}: static, "
             "quantized, offloaded and plain dynamic caches cannot hold ragged entries. Leave it out, or call "
             "generate outside the session."
         )
@@ -74,12 +78,12 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     kwargs = with_features(kwargs, cache.plan_generate(inputs), family_of(model.config))
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]
-    kwargs["past_key_values"] = cache
+    kwargs.update(passed(cache))
     kwargs.update(_positions(model, cache, config))
     if session is not None:
         session.note(None)
     try:
-        with _replayed(model, cache, config, inputs):
+        with generating(), _replayed(model, cache, config, inputs):
             output = original(**kwargs)
         cache.check_read()
         cache.note_answer(output)

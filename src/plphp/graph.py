@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache import PrunedCache
+from .cache_argument import cache_among
 from .captured import Capture, CapturedStep, capture_cuda, reserve
 from .errors import CacheMemoryError, UnsupportedFeatureError, one_line
 from .layer import PrunedLayer
@@ -102,7 +104,7 @@ class GraphedDecoding:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""
         ids = kwargs.get("input_ids")
-        of_cache = not args and kwargs.get("past_key_values") is self.cache
+        of_cache = not args and cache_among(kwargs) is self.cache
         if self._off or not of_cache or ids is None or ids.shape[1] != 1 or not self.cache.is_read:
             return self._forward(*args, **kwargs)
         self._left -= 1
@@ -160,7 +162,7 @@ class GraphedDecoding:
         self.cache.crop(-1)
         logits = step(kwargs)
         try:
-            off = _difference(logits, expected.logits) > TOLERANCE.get(logits.dtype, 1e-3)
+            off = _difference(logits, expected.logits) > self._tolerance(logits.dtype)
             off |= any(_difference(now, then) > FIRST_LAYER for now, then in zip(step.written(), written, strict=True))
         except BaseException:
             self.cache.crop(-1)
@@ -171,6 +173,11 @@ class GraphedDecoding:
         self.cache.crop(-1)
         _failed[self.cache.attachment.model] = reason = "a replayed step differs from an eager one"
         return self._give_up(reason, kwargs)
+
+    def _tolerance(self, of_logits: torch.dtype) -> float:
+        """That of the coarsest dtype: under autocast values have fewer bits than logits may show."""
+        dtypes = {of_logits, *(dtype for layer in self.cache.layers for dtype in layer.dtypes)}
+        return max(TOLERANCE.get(dtype, 1e-3) for dtype in dtypes)
 
     def _give_up(self, reason: str, kwargs: dict[str, Any]) -> Any:
         self._off, self._step, self._first = True, None, None
@@ -199,7 +206,7 @@ class _Dispatcher:
         self.decodings: dict[int, GraphedDecoding] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        decoding = self.decodings.get(id(kwargs.get("past_key_values")))
+        decoding = self.decodings.get(id(cache_among(kwargs)))
         return (decoding or self.forward)(*args, **kwargs)
 
 
@@ -227,6 +234,12 @@ def replayed(
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, as a share of the largest number that is expected."""
-    expected = expected.float()
-    return ((found.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+    """Largest difference, as a share of the largest number that is expected.
+
+    A row of NaN is compared, too, and hides nothing of the others.
+    """
+    found, expected = found.float(), expected.float()
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return math.inf
+    found, expected = (one.where(one.isfinite(), 0) for one in (found, expected))
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ class PrunedLayer(CacheLayerMixin):
         Tokens seen up to the last `compact`.
     tail_length : int
         Tokens seen since.
+    dtypes : tuple of torch.dtype
+        Those that keys and values are held in.
     slot : Tensor or None
         int64 [1] on the device; while it is set `update` writes one token there and counts nothing.
     """
@@ -65,16 +69,28 @@ class PrunedLayer(CacheLayerMixin):
         return tail + (0 if self.prefix is None else self.prefix.nbytes)
 
     @property
+    def reserved_nbytes(self) -> int:
+        """Those of them that hold no entry: room behind the tail, and what the tail is only a view on."""
+        if self.keys is None or self.values is None:
+            return 0
+        storages = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        return storages - sum(entries.nbytes for entries in self.tail())
+
+    @property
     def full_nbytes(self) -> int:
-        """Bytes that all tokens seen would take."""
+        """Bytes that all tokens seen would take in a dynamic cache."""
         if not self.is_initialized:
             return 0
         entries = self.batch_size * self._kv_heads * self.get_seq_length()
-        return entries * sum(self._dims) * self.dtype.itemsize
+        of_keys, of_values = self.dtypes
+        # transformers concatenates values to an empty tensor in the dtype of the first keys
+        of_values = torch.promote_types(self.dtype, of_values)
+        return entries * (self._dims[0] * of_keys.itemsize + self._dims[1] * of_values.itemsize)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the dtype and the device of the first keys."""
+        """Take the dtypes and the device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtypes = key_states.dtype, value_states.dtype
         self._dims = key_states.shape[3], value_states.shape[3]
         self._kv_heads = key_states.shape[1]
         self.is_initialized = True
@@ -104,6 +120,8 @@ class PrunedLayer(CacheLayerMixin):
             return self.keys[:], self.values[:]  # views, as the cache marks what it returns
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif (key_states.dtype, value_states.dtype) != self.dtypes:
+            key_states, value_states = self._evened(key_states, value_states)
         new = self.tail_length + key_states.shape[2]
         if self.tail_length == 0 and key_states.shape[2] > 1:
             # A prompt is held as it came: no copy of what is compacted in a moment.
@@ -113,6 +131,22 @@ class PrunedLayer(CacheLayerMixin):
             self.values = _appended(self.values, value_states, self.tail_length)
         self.tail_length = new
         return self.tail()
+
+    def _evened(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what is held and what comes the wider of their dtypes, as concatenation does in a dynamic cache.
+
+        Under autocast keys and values have dtypes of their own, and turns inside and outside of it have others.
+        """
+        of_keys = torch.promote_types(self.dtypes[0], key_states.dtype)
+        of_values = torch.promote_types(self.dtypes[1], value_states.dtype)
+        with _memory_named(f"what is held in {of_keys} and {of_values}"):
+            prefix = None if self.prefix is None else self.prefix.to(of_keys, of_values)
+            keys = None if self.keys is None else self.keys.to(of_keys)
+            values = None if self.values is None else self.values.to(of_values)
+            new = key_states.to(of_keys), value_states.to(of_values)
+        self.prefix, self.keys, self.values = prefix, keys, values
+        self.dtypes = of_keys, of_values
+        return new
 
     def tail(self) -> tuple[Tensor, Tensor]:
         """Views on the keys and values of the tail, [batch, kv_heads, tail, dim]."""
@@ -152,8 +186,7 @@ class PrunedLayer(CacheLayerMixin):
 
     def begin_with(self, prefix: PackedKV, source: PrunedLayer) -> None:
         """Take over a prefix that was compacted elsewhere, from the tokens that the layer ``source`` has seen."""
-        keys, values = source.tail()
-        self.lazy_initialization(keys, values)
+        self.lazy_initialization(*source.tail())
         self.prefix, self.prefix_length = prefix, source.get_seq_length()
 
     def get_seq_length(self) -> int:
@@ -226,17 +259,23 @@ def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
 
 def _grown(buffer: Tensor, used: int, room: int) -> Tensor:
     """Copy the first ``used`` entries of a buffer to a new one with room for ``room``, zeros behind them."""
-    try:
+    with _memory_named(f"keys and values of {tuple(buffer.shape[:2])} rows and heads with room for {room} tokens"):
         grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3]))
+    grown[:, :, :used] = buffer[:, :, :used]
+    return grown
+
+
+@contextmanager
+def _memory_named(what: str) -> Iterator[None]:
+    """Raise `CacheMemoryError` where torch finds no memory."""
+    try:
+        yield
     except RuntimeError as error:
         if not lacks_memory(error):
             raise
         raise CacheMemoryError(
-            f"There is no memory for keys and values of {tuple(buffer.shape[:2])} rows and heads with room for {room} "
-            f"tokens ({one_line(error)}): free some, or decode fewer rows or shorter answers."
+            f"There is no memory for {what} ({one_line(error)}): free some, or decode fewer rows or shorter answers."
         ) from error
-    grown[:, :, :used] = buffer[:, :, :used]
-    return grown
 
 
 def lacks_memory(error: RuntimeError) -> bool:

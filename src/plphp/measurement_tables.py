@@ -39,7 +39,7 @@ def class_table(measured: RetentionMeasurement) -> Table:
     known = [name for name in get_args(LayerClass) if any(name in counts for counts in measured.classes.values())]
     table = Table(title=f"classes of the layers over {len(measured.retentions)} prompt(s)")
     for heading in ("layer", *known):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for layer, counts in measured.classes.items():
         table.add_row(str(layer), *(str(counts.get(name, 0)) for name in known))
     return table

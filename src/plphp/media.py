@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read images and videos from files, whatever their format, and say clearly what is wrong with the others."""
+"""Read images and videos, whatever their format and place, and say clearly what is wrong with the others."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .errors import BackendUnavailableError, ConfigError, LoadError, one_line
+from .fetching import WebAddress, fetch
+from .image_source import ImageSource, find_image, find_video
+from .pixels import decoded, upright_rgb
 
 MAX_PIXELS = 80_000_000
 """Largest image that is decoded; below the size from which Pillow itself suspects a decompression bomb."""
@@ -19,37 +24,64 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
-def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image file as upright 8-bit RGB.
+def load_image(
+    source: Any, *, folder: str | Path | None = None, allow_urls: bool = False, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Read an image as upright 8-bit RGB.
 
-    The first frame of an animation is taken, transparency becomes white, and the EXIF orientation is applied.
+    The first frame of an animation is taken, transparency becomes white, and the EXIF orientation is applied. For 16
+    and 32 bits a pixel see `plphp.pixels.upright_rgb`.
 
     Parameters
     ----------
-    path : str or Path
-        The file.
+    source : str, Path, bytes, Image or mapping
+        - a file: its path, or a ``file:`` address;
+        - the bytes of a file: as ``bytes``, as a ``data:`` URI, or as text in base64;
+        - an http or https address, if these are allowed;
+        - an image of Pillow;
+        - a mapping that names one of these: an entry of a chat (``{"type": "image", "path": ...}``, or with "url",
+          "image" or "base64" in the place of "path"; ``{"type": "image_url", "image_url": {"url": ...}}``), or
+          ``{"bytes": ..., "path": ...}``, as data sets store images.
+    folder : str or Path, optional
+        Where relative paths start; default: the current folder.
+    allow_urls : bool
+        Whether http and https addresses are fetched: from public hosts alone, 64 MiB and 30 s at most.
     max_pixels : int
         Larger images are refused before they are decoded.
+
+    Returns
+    -------
+    Image
+        An image of Pillow that is upright RGB already is returned itself.
 
     Raises
     ------
     LoadError
         If it is missing, not an image, broken or too large.
+    ConfigError
+        If it is a mapping that does not name one image.
     """
-    with _opened(path, max_pixels) as image:
-        return _to_rgb(ImageOps.exif_transpose(image), path)
+    place = find_image(source, folder=folder, allow_urls=allow_urls)
+    with _opened(place, max_pixels) as image:
+        return upright_rgb(image, place.name)
 
 
-def load_video(path: str | Path, *, frames: int = 8, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+def load_video(
+    source: Any, *, frames: int = 8, allow_urls: bool = False, max_pixels: int = MAX_PIXELS
+) -> list[Image.Image]:
     """Read evenly spaced frames of a video.
 
     Parameters
     ----------
-    path : str or Path
-        A folder of images (in the order of their names), an animated GIF, WebP or PNG, or a video file, which
-        needs PyAV.
+    source : str, Path or sequence
+        Path or ``file:`` address of a folder of images (in the order of their names), an animated GIF, WebP or PNG, or
+        a video file, which needs PyAV; or a list of frames, each as in `load_image`, all of which are taken.
     frames : int
-        Frames to take at most.
+        Frames to take at most of a file or folder.
+    allow_urls : bool
+        Whether http and https addresses of listed frames are fetched.
+    max_pixels : int
+        As in `load_image`.
 
     Raises
     ------
@@ -60,66 +92,67 @@ def load_video(path: str | Path, *, frames: int = 8, max_pixels: int = MAX_PIXEL
     """
     if frames < 1:
         raise ConfigError(f"frames must be at least 1, got {frames}.")
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    video = find_video(source, allow_urls=allow_urls)
+    if isinstance(video, list):
+        return [load_image(frame, allow_urls=allow_urls, max_pixels=max_pixels) for frame in video]
+    if video.is_dir():
+        files = sorted(file for file in video.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise LoadError(f"The folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+            raise LoadError(f"The folder {video} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
         return [load_image(files[index], max_pixels=max_pixels) for index in _spread(len(files), frames)]
-    if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
-        return _decode_video(path, frames)
+    if video.is_file() and video.suffix.lower() not in IMAGE_SUFFIXES:
+        return _decode_video(video, frames)
     result = []
-    with _opened(path, max_pixels) as image:
+    with _opened(ImageSource(video, str(video)), max_pixels) as image:
         for index in _spread(getattr(image, "n_frames", 1), frames):
-            image.seek(index)
-            result.append(_to_rgb(image.copy(), path))
+            try:
+                image.seek(index)
+                image.load()
+            except Exception as error:  # as in _opened
+                raise LoadError(f"Frame {index + 1} of the video {video} is broken: {one_line(error)}") from error
+            result.append(upright_rgb(image.copy(), str(video)))
     return result
 
 
 @contextmanager
-def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image file and decode its first frame."""
-    if str(path).startswith(("http://", "https://")):
-        raise LoadError(f"{path} is an address: download the file first, plphp reads files only.")
+def _opened(source: ImageSource, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image, whose file is closed at the end, and decode its first frame."""
+    name, content = source.name, source.content
+    if isinstance(content, Image.Image):
+        yield _checked(content, name, max_pixels)
+        return
     try:
+        if isinstance(content, WebAddress):
+            content = fetch(content)
+        file = BytesIO(content) if isinstance(content, bytes) else content
         with warnings.catch_warnings():
             # the limit below is the stricter one, and has a better message
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             Image.init()
-            image = Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-    except FileNotFoundError as error:
-        raise LoadError(f"There is no image file {path}.") from error
-    except IsADirectoryError as error:
-        raise LoadError(f"{path} is a folder, not an image file.") from error
+            image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    except LoadError:
+        raise
     except UnidentifiedImageError as error:
-        raise LoadError(f"{path} is not an image: plphp reads {', '.join(IMAGE_FORMATS)}.") from error
+        raise LoadError(f"The file {name} is not an image: plphp reads {', '.join(IMAGE_FORMATS)}.") from error
     except Image.DecompressionBombError as error:
-        raise LoadError(f"The image {path} has far more than {max_pixels:,} pixels: make it smaller.") from error
+        raise LoadError(f"The image {name} has far more than {max_pixels:,} pixels: make it smaller.") from error
     except Exception as error:  # readers raise whatever broken bytes make them raise
-        raise LoadError(f"Cannot read the image {path}: {one_line(error)}") from error
+        raise LoadError(f"Cannot read the image {name}: {one_line(error)}") from error
     with image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise LoadError(
-                f"The image {path} has {width} x {height} pixels, more than {max_pixels:,}: make it smaller."
-            )
-        try:
-            image.load()
-        except Exception as error:  # as above
-            raise LoadError(f"The image {path} is broken: {one_line(error)}") from error
-        yield image
+        yield _checked(image, name, max_pixels)
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
-    if image.mode == "F":
-        raise LoadError(f"The image {path} holds floating-point pixels, whose range is not known: save it with 8 bits.")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Decode an image, if it is not too large."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise LoadError(f"The image {name} has {width} x {height} pixels, more than {max_pixels:,}: make it smaller.")
+    if width * height == 0:
+        raise LoadError(f"The image {name} has {width} x {height} pixels: it is empty.")
+    try:
+        return decoded(image)
+    except Exception as error:  # as above
+        raise LoadError(f"The image {name} is broken: {one_line(error)}") from error
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .allocation import kept_count
+from .cache_argument import passed
 from .errors import UnsupportedModelError, one_line
 from .layer import layer_nbytes
 
@@ -104,7 +105,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     model.set_experts_implementation("batched_mm")
     try:
         with torch.no_grad():
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **passed(cache), use_cache=True)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"The cache of {type(model).__name__} cannot be told from its configuration: {one_line(error)}"

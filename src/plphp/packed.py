@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -154,6 +154,12 @@ class PackedKV:
             for mine, theirs in zip(self.rows, other.rows, strict=True)
         )
         return PackedKV(torch.cat(keys), torch.cat(values), counts, tuple(range(self.batch)))
+
+    def to(self, keys: torch.dtype, values: torch.dtype) -> PackedKV:
+        """The same with keys and values of these dtypes: the block itself, if it has them."""
+        if (self.keys.dtype, self.values.dtype) == (keys, values):
+            return self
+        return replace(self, keys=self.keys.to(keys), values=self.values.to(values))
 
     def _shaped(self, entries: slice, *shape: int) -> Segment:
         """Views on entries as [*shape, dim]; the dim is named because view cannot infer it where there are none."""

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .config import PLPHPConfig
-from .errors import ConfigError, NonFiniteAttentionError, SpanError
+from .errors import ConfigError, SpanError
+from .finite import refuse, warn
 from .kernels import window_scores
 from .layer import PrunedLayer
 from .methods.base import Method
@@ -54,6 +54,8 @@ class PromptPlan:
         For the evidence that combines query heads.
     rope_delta : Tensor, optional
         int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
+    features : mapping of str to list of Tensor, optional
+        Image features of the prompt, to say why attention is not finite.
     hidden : Tensor, optional
         bool [batch, seq]; vision tokens that have left, from the layer ``hidden_from`` on.
     """
@@ -64,9 +66,13 @@ class PromptPlan:
     evidence: Evidence
     gqa_reduction: str = "mean"
     rope_delta: Tensor | None = None
+    features: Mapping[str, Sequence[Tensor]] | None = None
     hidden: Tensor | None = None
     hidden_from: int = 0
     scores: dict[int, LayerScores] = field(default_factory=dict)
+    _copies: int = 1
+    _not_finite: dict[int, list[int]] = field(default_factory=dict)
+    _named: set[int] = field(default_factory=set)
     _gathered: dict[int, list[Gathered]] = field(default_factory=dict)
 
     @classmethod
@@ -93,6 +99,7 @@ class PromptPlan:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
         self.spans = self.spans.repeated(times)
         self.queries = self.queries.repeat_interleave(times, dim=0)
+        self._copies *= times
         if self.rope_delta is not None:
             self.rope_delta = self.rope_delta.repeat_interleave(times, dim=0)
 
@@ -177,9 +184,7 @@ class PromptPlan:
             peak=found.peak,
             best_rank=found.best_rank,
             density=found.density,
-            value_norm=torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-            if self.evidence.value_norm
-            else None,
+            value_norm=_norms(values) if self.evidence.value_norm else None,
         )
 
     def _from_bank(self, name: str, layer_idx: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,8 +206,10 @@ class PromptPlan:
         """Let a method of the prompt stage take vision tokens out, once the layer before has been scored."""
         if method.stage is None or layer_idx != method.stage.first(config, layers) - 1:
             return
+        not_finite = self._set_aside(layer_idx)
         scores = self.scores[layer_idx]
         leaves = scores.vision & ~method.stage.stays(scores, config, layers)
+        leaves[not_finite] = False
         # The answer goes on from the last token, whatever it is.
         leaves &= ~query_mask(self.spans, 1)[:, -leaves.shape[1] :].to(leaves.device)
         kept_before = self.spans.end - leaves.shape[1]
@@ -226,14 +233,12 @@ class PromptPlan:
         Raises
         ------
         NonFiniteAttentionError
-            If the vision attention score of a layer is not finite.
+            If the attention of a layer is not finite in any row. Where some rows are, the others are kept whole.
         ConfigError
             If the method gives a rate outside of [0, 1].
         """
+        not_finite = {layer: self._set_aside(layer) for layer in self.scores}
         gammas = {layer: scores.vision_score().tolist() for layer, scores in self.scores.items()}
-        for layer, gamma in gammas.items():
-            if not all(map(math.isfinite, gamma)):
-                raise NonFiniteAttentionError(f"the attention of layer {layer} is {gamma}, expected finite numbers")
         layers = [
             ScoredLayer(judged.index(layer), len(judged), gamma, self.scores[layer])
             for layer, gamma in gammas.items()
@@ -252,13 +257,39 @@ class PromptPlan:
                 if layer not in judged
             }
             allocation.update(zip([layer.scores.layer for layer in layers], chosen, strict=True))
-            for rows in allocation.values():
+            for layer, rows in allocation.items():
                 rows[:] = [
                     one if vision else RowAllocation(0.0, "no-vision", 1.0)
                     for one, vision in zip(rows, has_vision, strict=True)
                 ]
+                for row in not_finite[layer]:
+                    rows[row] = RowAllocation(0.0, "non-finite", 1.0 if self._is_whole(row, layer) else rows[row].rate)
             result.append(allocation)
         return result
+
+    def _set_aside(self, layer: int) -> list[int]:
+        """Rows with vision tokens whose scores in a layer are not finite, which are blanked; the first time they are
+        named, or refused where they are all rows."""
+        if layer in self._not_finite:
+            return self._not_finite[layer]
+        finite = self.scores[layer].finite().tolist()
+        has_vision = self.spans.vision.any(1).tolist()
+        rows = [row for row, (fine, vision) in enumerate(zip(finite, has_vision, strict=True)) if vision and not fine]
+        self._not_finite[layer] = rows
+        if rows:
+            prompts = sorted({row // self._copies for row in rows})
+            if len(rows) == self.batch:
+                refuse(prompts, layer, self.features)
+            news = [prompt for prompt in prompts if prompt not in self._named]
+            if news:
+                warn(news, layer, self.features)
+            self._named.update(news)
+            self.scores[layer] = self.scores[layer].blanked(rows)
+        return rows
+
+    def _is_whole(self, row: int, layer: int) -> bool:
+        """Whether no token of a row has left before a layer."""
+        return self.hidden is None or layer < self.hidden_from or not bool(self.hidden[row].any())
 
     def choose(self, method: Method, configs: Sequence[PLPHPConfig], judged: Sequence[int]) -> Iterator[Chosen]:
         """Both levels for every scored layer, see `allocate`; the configs may differ in `LAYER_LEVEL` alone."""
@@ -277,3 +308,8 @@ def gather(wanted: Tensor, query: Tensor, begin: int) -> Gathered | None:
     """Copy the queries [batch, q_heads, chunk, dim] of a chunk that ``wanted``, bool [batch, seq], marks in any row."""
     columns = wanted[:, begin : begin + query.shape[2]].any(0).nonzero()[:, 0]
     return (query[:, :, columns.to(query.device)], columns + begin) if len(columns) else None
+
+
+def _norms(values: Tensor) -> Tensor:
+    """L2 norms of values [batch, kv_heads, seq, dim], float32 [batch, kv_heads, seq]."""
+    return torch.linalg.vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32)).float()

@@ -28,6 +28,7 @@ CLASS_MARKERS = {
     "indifferent": ("v", "#0072B2"),
     "uniform": ("s", "#56B4E9"),
     "exempt": ("D", "#999999"),
+    "non-finite": ("x", "#d62728"),
 }
 """Marker and colour (Okabe and Ito's palette) of each layer class."""
 COLUMNS = 8
@@ -117,7 +118,8 @@ def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0)
         if members:
             x, y = zip(*members, strict=True)
             axes.scatter(x, y, marker=marker, color=colour, s=50, label=name, zorder=2)
-    if report.config.get("method") in ("plphp", "shared") and report.config.get("target_retention") is None:
+    by_threshold = any(one.layer_class in ("attentive", "balanced", "indifferent") for _, one in layers)
+    if by_threshold and report.config.get("target_retention") is None:
         for name, style in (("attentive_threshold", "--"), ("indifferent_threshold", ":")):
             label = f"{name.replace('_', ' ')} {report.config[name]:g}"
             axes.axhline(report.config[name], color="black", linestyle=style, linewidth=1, label=label)

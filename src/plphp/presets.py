@@ -1,14 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Presets: settings with a record of how they were found, as a TOML file that `PLPHPConfig.from_toml` reads."""
+"""Presets: settings where none are given, and settings with a record of how they were found, as a TOML file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from .config import PLPHPConfig
+from .sources import is_bundled
+
+DEFAULT_TARGET = 0.4
+"""Target retention where no rate is given: thresholds that fit any model and prompt are not to be had."""
+BUNDLED_METHOD = "query_bank"
+"""Method for the bundled model where none is given: of its answers it keeps most (docs/quality.md)."""
+BUNDLED_OPTIONS = {"query_bank": {"bank": "bundled"}}
+"""Options of methods that need something of the model, and have it of the bundled one."""
+HEADER = "# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml.\n\n"
+
+
+def default_settings(model: str | Path | None = None) -> PLPHPConfig:
+    """Settings of ``plphp generate`` where none are given: 40 % of the vision tokens kept.
+
+    Parameters
+    ----------
+    model : str or Path, optional
+        Hub id or folder. The bundled model, which is the default, is pruned by its query bank, and all others by the
+        paper's method.
+    """
+    return PLPHPConfig.from_dict(with_defaults({}, is_bundled(model)))
+
+
+def with_defaults(given: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
+    """Add to single settings those that are taken where they are left out.
+
+    Parameters
+    ----------
+    given : mapping
+        Of ``method``, ``retention_rate`` and ``target_retention`` those that are set.
+    bundled : bool
+        Whether they are for the bundled model.
+
+    Returns
+    -------
+    dict
+        For `PLPHPConfig.from_dict`.
+    """
+    values = dict(given) if "retention_rate" in given else {"target_retention": DEFAULT_TARGET, **given}
+    if not bundled:
+        return values
+    values = {"method": BUNDLED_METHOD, **values}
+    return {**values, "options": BUNDLED_OPTIONS.get(values["method"], {})}
 
 
 def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:
@@ -25,10 +69,10 @@ def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        TOML; None is left out.
+        TOML; None is left out, as TOML knows no such value.
     """
-    lines = ["# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml."]
-    return "\n".join([*lines, *_table("plphp", config.to_dict()), *_table("calibration", calibration)]) + "\n"
+    tables = {"plphp": config.to_dict(), "calibration": calibration}
+    return HEADER + tomli_w.dumps({name: _without_none(table) for name, table in tables.items()})
 
 
 def write_preset(path: str | Path, config: PLPHPConfig, calibration: Mapping[str, Any]) -> None:
@@ -36,20 +80,6 @@ def write_preset(path: str | Path, config: PLPHPConfig, calibration: Mapping[str
     Path(path).write_text(preset_text(config, calibration), encoding="utf-8")
 
 
-def _table(name: str, values: Mapping[str, Any]) -> list[str]:
-    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
-    lines = ["", f"[{name}]", *(f"{_key(key)} = {_value(value)}" for key, value in plain.items())]
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            lines += _table(f"{name}.{_key(key)}", value)
-    return lines
-
-
-def _key(key: str) -> str:
-    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else _value(key)
-
-
-def _value(value: Any) -> str:
-    """JSON writes text, numbers, booleans and lists of them as TOML does, except for U+007F."""
-    return json.dumps(value).replace("\x7f", "\\u007f")
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested = ((key, _without_none(value) if isinstance(value, Mapping) else value) for key, value in values.items())
+    return {key: value for key, value in nested if value is not None}

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError
+from .json_files import Kind, read_values
 
-FORMAT = 1
+KIND = Kind("profile", "`plphp profile`", 1)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 MIN_PROMPTS = 8
 """Prompts below which nothing is said about re-attention: the layers are picked on the same prompts."""
@@ -193,7 +194,7 @@ class AttentionProfile:
     def to_json(self, path: str | Path | None = None, *, indent: int | None = None) -> str:
         """Return everything as JSON, with a summary for each choice, and write it to ``path`` if one is given."""
         values = {
-            "format": FORMAT,
+            "format": KIND.version,
             **dataclasses.asdict(self),
             "summary": {str(rows): self.summary(rows) for rows in self.query_rows},
         }
@@ -211,24 +212,14 @@ class AttentionProfile:
         ConfigError
             If it is not a profile of this version's format.
         """
+        values = read_values(source, KIND)
         try:
-            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-            values = json.loads(text)
-        except OSError as error:
-            raise ConfigError(f"Cannot read the profile {source}: {error.strerror or error}.") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"Not a JSON profile: {error}.") from error
-        try:
-            if values["format"] != FORMAT:
-                raise ConfigError(f"The profile has format {values['format']}, expected {FORMAT}.")
             layers, rows = tuple(values["layers"]), tuple(values["query_rows"])
             prompts = tuple(_read_prompt(prompt, len(rows), len(layers)) for prompt in values["prompts"])
             if not prompts or not layers:
                 raise ValueError("it holds no prompt or no layer")
             return cls(rows, layers, prompts, dict(values["provenance"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(f"Not a plphp profile: {type(error).__name__} {error}.") from error
 
 

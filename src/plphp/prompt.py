@@ -3,57 +3,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
 from typing import Any
 
 from PIL import Image
 from transformers import PretrainedConfig
 
-from .errors import ConfigError, LoadError, SpanError, UnsupportedFeatureError, one_line
-from .media import load_image
+from .chat import Messages, normalized, parts_of
+from .errors import ConfigError, PLPHPError, SpanError, UnsupportedFeatureError, one_line
+from .media import load_image, load_video
+from .quoting import quoted
 from .registry import family_of
 from .spans import find_spans
-
-Messages = Sequence[Mapping[str, Any]]
-
-
-def read_chat(path: str | Path) -> list[dict[str, Any]]:
-    """Read a chat from a JSON file: a list of ``{"role": ..., "content": ...}`` as in transformers.
-
-    Image entries are ``{"type": "image", "path": ...}``; a relative path starts at the folder of the file.
-
-    Raises
-    ------
-    LoadError
-        If it cannot be read or is not a chat.
-    """
-    path = Path(path)
-    try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LoadError(f"Cannot read the chat {path}: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise LoadError(f"The chat {path} is not JSON: {error}.") from error
-    if not isinstance(messages, list):
-        raise LoadError(f"The chat {path} must be a list of messages, got a {type(messages).__name__}.")
-    return chat_in(path.parent, messages)
-
-
-def chat_in(folder: Path, messages: Messages) -> list[dict[str, Any]]:
-    """Copy a chat, with the relative paths of its images from ``folder``.
-
-    Raises
-    ------
-    ConfigError
-        If it is not a chat.
-    """
-    chat = _normalized(messages)
-    for part in _parts(chat):
-        if "path" in part:
-            part["path"] = str(folder / part["path"])
-    return chat
 
 
 def build_inputs(
@@ -61,9 +24,11 @@ def build_inputs(
     prompt: str | None = None,
     *,
     messages: Messages | None = None,
-    images: Sequence[Image.Image] = (),
-    videos: Sequence[Sequence[Image.Image]] = (),
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
     system: str | None = None,
+    frames: int = 8,
+    allow_urls: bool = False,
 ) -> dict[str, Any]:
     """Make the inputs of ``generate`` from a prompt or a chat, with the processor's chat template.
 
@@ -75,14 +40,18 @@ def build_inputs(
         One user turn. The images come first, unless it says itself where they stand with the processor's
         image token, such as ``"<image>"``.
     messages : sequence of mapping, optional
-        A chat in the place of ``prompt``; image entries with a "path" are read, those without one take
-        ``images`` in order.
-    images : sequence of Image
-        See `load_image`.
-    videos : sequence of sequence of Image
-        Frames of each video, see `load_video`.
+        A chat in the place of ``prompt``, see `plphp.chat.normalized`; its image and video entries that name none
+        take ``images`` and ``videos`` in order.
+    images : sequence
+        Images, or what `plphp.media.load_image` makes them of.
+    videos : sequence
+        Frames of each video, or what `plphp.media.load_video` reads.
     system : str, optional
         System message.
+    frames : int
+        Frames to take at most of a video that is read from a file.
+    allow_urls : bool
+        Whether http and https addresses of images are fetched.
 
     Returns
     -------
@@ -95,17 +64,26 @@ def build_inputs(
         If the prompt has no image slot, or not one for each image.
     ConfigError
         If the prompt or the chat is not usable.
+    LoadError
+        If an image or a video cannot be read.
     UnsupportedFeatureError
         If videos are given and the processor takes none.
     """
     if (prompt is None) == (messages is None):
         raise ConfigError("Give either a prompt or a chat.")
-    if videos and getattr(processor, "video_processor", None) is None:
+    if prompt is not None and not prompt.strip():
+        raise ConfigError(f"The prompt is empty, got {prompt!r}: write what is asked about the image.")
+    chat = None if messages is None else normalized(messages)
+    if (videos or any(parts_of(chat or (), "video"))) and getattr(processor, "video_processor", None) is None:
         raise UnsupportedFeatureError(f"{type(processor).__name__} takes no videos: give some of its frames as images.")
-    if messages is None:
-        chat, images = [_user_turn(processor, prompt or "", len(images), len(videos))], list(images)
+    read_image = partial(load_image, allow_urls=allow_urls)
+    read_video = partial(load_video, frames=frames, allow_urls=allow_urls)
+    images, videos = _all(images, "images", read_image), _all(videos, "videos", read_video)
+    if chat is None:
+        chat = [_user_turn(processor, prompt or "", len(images), len(videos))]
     else:
-        chat, images = _with_images(_normalized(messages), images)
+        images = _filled(chat, "image", images, read_image)
+        videos = _filled(chat, "video", videos, read_video)
     if system is not None:
         if chat and chat[0]["role"] == "system":
             raise ConfigError("The chat has a system message already: leave out the other one.")
@@ -121,7 +99,7 @@ def build_inputs(
     bos = getattr(processor.tokenizer, "bos_token", None)
     options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
     # Idefics asks for one list of images per prompt, and the others take it too.
-    features = {"images": [images] if images else None, "videos": [list(v) for v in videos] or None}
+    features = {"images": [images] if images else None, "videos": videos or None}
     inputs = processor(
         text=[text], return_tensors="pt", **{k: v for k, v in features.items() if v is not None}, **options
     )
@@ -141,48 +119,29 @@ def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> 
     return int(find_spans(family_of(config), config, inputs).vision.sum())
 
 
-def _normalized(messages: Messages) -> list[dict[str, Any]]:
-    """Copy a chat with the content of every message as a list of parts."""
-    result = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ConfigError(f'Message {number} of the chat must be {{"role": ..., "content": ...}}, got {message!r}.')
-        content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(isinstance(part, Mapping) and "type" in part for part in parts):
-            raise ConfigError(
-                f'The content of message {number} of the chat must be text or a list of {{"type": ...}} '
-                f"entries, got {content!r}."
-            )
-        for part in parts:
-            if part["type"] == "image" and not isinstance(part.get("path", ""), str):
-                raise ConfigError(f"The path of an image in message {number} of the chat must be text, got {part!r}.")
-        result.append({**message, "content": [dict(part) for part in parts]})
+def _filled(messages: list[dict[str, Any]], kind: str, given: list[Any], load: Callable[[Any], Any]) -> list[Any]:
+    """Images or videos of a chat in prompt order: those it names, and the given ones for the entries that name none."""
+    left, result = list(given), []
+    for place, part in parts_of(messages, kind):
+        if kind not in part and not left:
+            raise SpanError(f"The chat has more {kind} entries without a path than the {len(given)} {kind}s given.")
+        try:
+            # the template is to see the place alone
+            result.append(load(part.pop(kind)) if kind in part else left.pop(0))
+        except PLPHPError as error:
+            raise type(error)(f"{place}: {error}") from error
+    if left:
+        raise SpanError(
+            f"The chat has no {kind} slot for {len(left)} of the {len(given)} {kind}s: add an entry "
+            f'{{"type": "{kind}"}} for each.'
+        )
     return result
 
 
-def _parts(messages: Messages) -> Iterator[dict[str, Any]]:
-    for message in messages:
-        yield from (part for part in message["content"] if part["type"] == "image")
-
-
-def _with_images(
-    messages: list[dict[str, Any]], given: Sequence[Image.Image]
-) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """Images of a chat in prompt order: those it names, and the given ones for the entries that name none."""
-    left, images = list(given), []
-    for part in _parts(messages):
-        source = next((part.pop(key) for key in ("path", "image", "url") if key in part), None)
-        if source is None and not left:
-            raise SpanError(f"The chat has more image entries without a path than the {len(given)} images given.")
-        source = left.pop(0) if source is None else source
-        images.append(source if isinstance(source, Image.Image) else load_image(source))
-    if left:
-        raise SpanError(
-            f"The chat has no image slot for {len(left)} of the {len(given)} images: add an entry "
-            '{"type": "image"} for each.'
-        )
-    return messages, images
+def _all(sources: Any, name: str, load: Callable[[Any], Any]) -> list[Any]:
+    if isinstance(sources, (str, bytes, PathLike, Mapping, Image.Image)) or not isinstance(sources, Iterable):
+        raise ConfigError(f"{name} must be a list, got {quoted(sources)} ({type(sources).__name__}).")
+    return [load(source) for source in sources]
 
 
 def _user_turn(processor: Any, prompt: str, images: int, videos: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from . import __version__
-from .loading import BUNDLED
+from .sources import BUNDLED
 
 
 def provenance(model: PreTrainedModel) -> dict[str, Any]:

@@ -103,7 +103,9 @@ class QueryBank:
             tensors[f"{number}.frequencies"] = layer.rotation.frequencies.clone()
             interleaved[number] = layer.rotation.interleaved
         about = {"format": FORMAT, "interleaved": json.dumps(interleaved), "record": json.dumps(dict(self.record))}
-        save_file(tensors, path, metadata=about)
+        part = Path(path).with_suffix(".part")
+        save_file(tensors, part, metadata=about)
+        part.replace(path)  # complete at once, also over a bank that is in use
 
     @classmethod
     def load(cls, path: str | Path) -> QueryBank:
@@ -129,6 +131,8 @@ class QueryBank:
                 int(number): LayerBank(tensors[f"{number}.queries"], Rotation(tensors[f"{number}.frequencies"], turned))
                 for number, turned in json.loads(about["interleaved"]).items()
             }
+            if not all(bool(layer.queries.isfinite().all()) for layer in layers.values()):
+                raise ValueError("it holds NaN or inf")
             return cls(layers, tensors["ahead"], json.loads(about["record"]))
         except (KeyError, ValueError) as error:
             raise ConfigError(f"The query bank {path} is broken ({error!r}). {_ADVICE}") from error

@@ -11,9 +11,7 @@ import importlib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from . import families as families_package
 from . import methods as methods_package
@@ -23,6 +21,9 @@ from .families.base import Family
 from .families.unsupported import reason_against
 from .methods.base import Method
 from .options import check_options
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _methods: dict[str, Method] = {}
 _families: dict[str, Family] = {}
@@ -60,6 +61,18 @@ def register_family(family: Family, *, replace: bool = False) -> None:
 def available_methods() -> dict[str, Method]:
     """All methods by name."""
     return {**_builtin_methods(), **_methods}
+
+
+def builtin_method_names() -> list[str]:
+    """Names of the methods that plphp brings: those of their files, none of which is imported."""
+    names = (module.name for module in pkgutil.iter_modules(methods_package.__path__))
+    return [name for name in names if name != "base" and not name.startswith("_")]
+
+
+def method_names() -> list[str]:
+    """Names of all methods for a shell to complete: packages are not imported, and go by their entry points' names."""
+    installed = [entry.name for entry in entry_points(group="plphp.methods")]
+    return sorted({*builtin_method_names(), *_methods, *installed})
 
 
 def available_families() -> dict[str, Family]:

@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from .errors import ConfigError
+from .json_files import Kind, read_values
 from .types import LayerScores, RowAllocation, VisionSpans
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from .cache import PrunedCache
 
-FORMAT = 1
+KIND = Kind("report", "`plphp generate --report`", 1)
+NUMBERS = ("batch", "tokens", "kv_bytes_full", "kv_bytes", "reserved_bytes", "pruning_seconds")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class RowReport:
     Parameters
     ----------
     vision_score : float
-        Vision attention score gamma, in [0, 1].
+        Vision attention score gamma, in [0, 1]; 0 where it is not finite.
     layer_class : str
-        "attentive", "balanced", "indifferent", "uniform", "exempt" or "no-vision".
+        "attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision", or "non-finite" where the attention
+        of the row is NaN or inf, so that nothing of it was evicted.
     rate : float
         Retention rate, in [0, 1].
     vision_tokens : int
@@ -118,7 +119,9 @@ class PruneReport:
     kv_bytes_full : int
         Bytes that an unpruned dynamic cache would hold for these tokens.
     kv_bytes : int
-        Bytes of the live key and value tensors.
+        Bytes of the live key and value tensors, reserved room included.
+    reserved_bytes : int
+        Those of them that hold no entry: room for tokens to come.
     pruning_seconds : float
         Time spent on scoring, allocation, selection and compaction (host time; on a GPU without waiting for it).
     prompts : list of PromptReport
@@ -132,13 +135,19 @@ class PruneReport:
     tokens: int
     kv_bytes_full: int
     kv_bytes: int
+    reserved_bytes: int
     pruning_seconds: float
     prompts: list[PromptReport]
 
     @property
+    def entry_bytes(self) -> int:
+        """Bytes of the entries held, of vision tokens, text and answer: ``kv_bytes`` without the reserved room."""
+        return self.kv_bytes - self.reserved_bytes
+
+    @property
     def kv_reduction(self) -> float:
-        """Fraction of the KV bytes that is gone, text and reserved room included."""
-        return 1 - self.kv_bytes / self.kv_bytes_full if self.kv_bytes_full else 0.0
+        """Fraction of the bytes of a full cache's entries that is gone; 0 where nothing was evicted."""
+        return 1 - self.entry_bytes / self.kv_bytes_full if self.kv_bytes_full else 0.0
 
     @property
     def retention(self) -> float:
@@ -149,7 +158,7 @@ class PruneReport:
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = None) -> str:
         """Return the report as JSON, and write it to ``path`` if one is given."""
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=indent)
+        text = json.dumps({"format": KIND.version, **dataclasses.asdict(self)}, indent=indent)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -163,24 +172,13 @@ class PruneReport:
         ConfigError
             If it is not a report of this version's format.
         """
+        values = read_values(source, KIND)
         try:
-            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-            values = json.loads(text)
-        except OSError as error:
-            raise ConfigError(f"Cannot read the report {source}: {error.strerror or error}.") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"Not a JSON report: {error}.") from error
-        try:
-            version = values.pop("format")
-            if version != FORMAT:
-                raise ConfigError(f"The report has format {version}, expected {FORMAT}.")
             prompts = [_read_prompt(prompt) for prompt in values.pop("prompts")]
             report = cls(prompts=prompts, **values)
-            _check_numbers(report, ("batch", "tokens", "kv_bytes_full", "kv_bytes", "pruning_seconds"))
+            _check_numbers(report, NUMBERS)
             return report
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(f"Not a plphp report: {type(error).__name__} {error}.") from error
 
 
@@ -247,6 +245,8 @@ class LayerRecord:
     @classmethod
     def stacked(cls, records: Sequence[LayerRecord], order: Sequence[int]) -> LayerRecord:
         """Put several records of the same layer and the same prompt of one row below each other, in a new order."""
+        import torch  # reports are read and shown without it
+
         first = records[0]
         evicted = None
         if any(record.evicted_text is not None for record in records):
@@ -298,6 +298,7 @@ def build_report(cache: PrunedCache, model: PreTrainedModel) -> PruneReport:
         tokens=cache.get_seq_length(),
         kv_bytes_full=cache.full_nbytes,
         kv_bytes=cache.nbytes,
+        reserved_bytes=cache.reserved_nbytes,
         pruning_seconds=cache.pruning_seconds,
         prompts=[
             PromptReport(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .attachment import Lease
 from .cache import PrunedCache
+from .cache_argument import passed
 from .config import PLPHPConfig
 from .errors import UnsupportedModelError, one_line
 from .rotary import Rotation
@@ -98,7 +99,7 @@ def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, T
         # Padding tokens have empty embeddings in some models.
         token = model.get_input_embeddings().weight.norm(dim=-1).argmax()
         places = torch.tensor([[position]], device=model.device)
-        decoder(input_ids=token.view(1, 1), position_ids=places, past_key_values=cache, use_cache=True)
+        decoder(input_ids=token.view(1, 1), position_ids=places, **passed(cache), use_cache=True)
         return {layer: query.cpu() for layer, query in cache.queries.items()}
     except torch.OutOfMemoryError:
         raise

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from .allocation import kept_count
 from .config import PLPHPConfig
-from .kernels.scores import places
 from .types import LayerScores
 
-Ranker = Callable[[LayerScores, PLPHPConfig], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ranker: TypeAlias = "Callable[[LayerScores, PLPHPConfig], Tensor]"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def by_best_rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
     Entries with the same best place, one for each query row, are told apart by their mean attention.
     """
+    import torch
+
     mean = per_head(scores, config).masked_fill(~scores.vision[:, None], 0)
     share = mean / mean.amax(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
     return 1 / (2 + scores.need("best_rank") - share)
@@ -89,6 +91,8 @@ def at_random(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     It depends on the seed, the layer and the number of vision tokens of a row, not on the other rows of the
     batch or on padding.
     """
+    import torch
+
     rank = torch.zeros(scores.attention.shape[0], scores.kv_heads, scores.attention.shape[2])
     for row, vision in enumerate(scores.vision.cpu()):
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + scores.layer) % 2**63)
@@ -103,12 +107,14 @@ def pooled(rank: Tensor, scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """
     if config.score_pool == 1:
         return rank
+    from torch.nn.functional import avg_pool1d
+
     rank = rank.clone()
     for row, segment in enumerate(scores.segment):
         for image in range(int(segment.max()) + 1):
             positions = (segment == image).nonzero()[:, 0]
             if len(positions):
-                rank[row][:, positions] = torch.nn.functional.avg_pool1d(
+                rank[row][:, positions] = avg_pool1d(
                     rank[row][:, positions],
                     config.score_pool,
                     stride=1,
@@ -171,6 +177,9 @@ def keep_masks(
 def _choose(rank: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Tensor:
     """Choose each of some numbers of the entries of each head, bool [counts, kv_heads, entries]: first by rank, then
     at random, then evenly spread."""
+    import torch
+
+    from .kernels.scores import places
 
     def column(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=rank.device)[:, None, None]

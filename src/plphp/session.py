@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from transformers import PreTrainedModel
+from typing import Any
 
 from .attachment import ATTRIBUTE, Lease
+from .cache_argument import NAME
 from .config import PLPHPConfig, checked, checked_mode
-from .errors import CacheStateError
-from .registry import resolve
+from .errors import CacheStateError, UnprunedWarning, UnsupportedModelError
+from .registry import family_of, resolve
 from .report import PruneReport
+from .unwrapping import unwrapped
+
+WHY_UNPRUNED = (
+    "generate was taken from the model, or compiled, before the session, or called as type(model).generate(model, "
+    f"...), or the model was called directly. Call model.generate inside the session, or pass {NAME}="
+    "plphp.PrunedCache.for_inputs(model, inputs)."
+)
 
 
 class Session:
@@ -24,14 +32,18 @@ class Session:
         Settings of the caches that ``generate`` makes.
     decode : str
         How they are decoded with.
+    closed : bool
+        Whether it is over.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PLPHPConfig | None, decode: str = "eager") -> None:
+    def __init__(self, model: Any, config: PLPHPConfig | None, decode: str = "eager") -> None:
         self.config, self.decode = checked(config), checked_mode(decode)
         resolve(self.config)
+        self.closed = False
         self._report: PruneReport | None = None
+        self._unpruned = 0
+        _refuse_without_generate(model)
         self._lease = Lease.of(model)
-        self._lease.attachment.open(self)
 
     @property
     def report(self) -> PruneReport:
@@ -42,31 +54,63 @@ class Session:
         CacheStateError
             If ``generate`` has not run.
         """
-        if self._report is None:
-            raise CacheStateError("There is no report yet: call model.generate inside the session first.")
-        return self._report
+        if self._report is not None:
+            return self._report
+        if self._unpruned:
+            raise CacheStateError(f"There is no report: {self._what_ran()} {WHY_UNPRUNED}")
+        raise CacheStateError(
+            "There is no report: no model.generate of this session has come to its end. If you called it, "
+            + WHY_UNPRUNED
+        )
 
     def note(self, report: PruneReport | None) -> None:
         """Keep the report of a finished ``generate``; None while one is running."""
         self._report = report
 
+    def note_unpruned(self) -> None:
+        """Count a pass of the model that no `PrunedCache` took part in."""
+        self._unpruned += 1
+
     def close(self) -> None:
         """End the session; the model is restored when nothing else uses plphp on it."""
-        self._lease.attachment.close(self)
+        self.closed = True
+        self._lease.attachment.sessions.close(self)
         self._lease.end()
+
+    def warn_unpruned(self) -> None:
+        """Warn if the model ran inside the session without plphp."""
+        if self._unpruned:
+            warnings.warn(f"In a plphp session {self._what_ran()} {WHY_UNPRUNED}", UnprunedWarning, stacklevel=4)
+
+    def _what_ran(self) -> str:
+        return f"the model ran without plphp ({self._unpruned} passes, with the whole cache)."
+
+
+def _refuse_without_generate(model: Any) -> None:
+    """Raise for a part of a model, whose owner's ``generate`` a session on the part would not see."""
+    inner = unwrapped(model)
+    family_of(inner.config)
+    if not inner.can_generate():
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no generate to prune: pass the model that holds it and whose generate you "
+            "call, a ...ForConditionalGeneration."
+        )
 
 
 @contextmanager
-def prune(model: PreTrainedModel, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Iterator[Session]:
+def prune(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Iterator[Session]:
     """Prune whatever the model generates inside the block.
 
-    Sessions may be nested, the innermost counts. A thread that has no session of its own uses the newest one of any
-    thread, so that ``generate`` may run in a thread beside a streamer: threads that share a model open one each.
+    Sessions may be nested, the innermost counts. A session belongs to the context (`contextvars`) that opens it:
+    coroutines and threads that share a model open one each. A thread that is started inside a session joins it, so that
+    ``generate`` may run in a thread beside a streamer, as long as it is the only one on the model; what cannot be told
+    apart is refused, see `plphp.contexts`.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A supported vision-language model, in evaluation mode.
+        A supported vision-language model, in evaluation mode, or what `torch.compile`, ``DataParallel`` or PEFT (LoRA)
+        made of one.
     config : PLPHPConfig, optional
         Default: ``PLPHPConfig()``.
     decode : {"eager", "auto", "graph"}
@@ -81,6 +125,11 @@ def prune(model: PreTrainedModel, config: PLPHPConfig | None = None, *, decode: 
     ------
     UnsupportedModelError, UnsupportedFeatureError, ConfigError
 
+    Warns
+    -----
+    UnprunedWarning
+        At the end, if the model ran in the block without plphp.
+
     Examples
     --------
     >>> with plphp.prune(model, plphp.PLPHPConfig(retention_rate=0.4)) as run:  # doctest: +SKIP
@@ -88,21 +137,23 @@ def prune(model: PreTrainedModel, config: PLPHPConfig | None = None, *, decode: 
     >>> run.report.kv_reduction  # doctest: +SKIP
     """
     session = Session(model, config, decode)
+    session._lease.attachment.sessions.open(session)
     try:
         yield session
     finally:
         session.close()
+    session.warn_unpruned()
 
 
-def apply(model: PreTrainedModel, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Session:
-    """Prune whatever the model generates from now on, until `remove`; pipelines work unchanged.
+def apply(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Session:
+    """Prune whatever the model generates from now on, for every caller, until `remove`; pipelines work unchanged.
 
     A second ``apply`` takes the place of the first.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A supported vision-language model.
+        A supported vision-language model, or a wrapper as for `prune`.
     config : PLPHPConfig, optional
         Default: ``PLPHPConfig()``.
     decode : {"eager", "auto", "graph"}
@@ -114,16 +165,33 @@ def apply(model: PreTrainedModel, config: PLPHPConfig | None = None, *, decode: 
         Its ``report`` tells what the newest ``generate`` kept.
     """
     session = Session(model, config, decode)
-    attachment = session._lease.attachment
-    previous, attachment.applied = attachment.applied, session
+    sessions = session._lease.attachment.sessions
+    previous, sessions.applied = sessions.applied, session
     if previous is not None:
         previous.close()
     return session
 
 
-def remove(model: PreTrainedModel) -> None:
-    """Undo `apply`; does nothing where nothing was applied."""
-    attachment = model.__dict__.get(ATTRIBUTE)
-    if attachment is not None and attachment.applied is not None:
-        session, attachment.applied = attachment.applied, None
+def remove(model: Any) -> None:
+    """Undo `apply`; does nothing on a model where nothing was applied.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model, or a wrapper as for `prune`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is no model in it.
+
+    Warns
+    -----
+    UnprunedWarning
+        If the model ran meanwhile without plphp.
+    """
+    attachment = unwrapped(model).__dict__.get(ATTRIBUTE)
+    if attachment is not None and attachment.sessions.applied is not None:
+        session, attachment.sessions.applied = attachment.sessions.applied, None
         session.close()
+        session.warn_unpruned()

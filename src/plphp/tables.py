@@ -49,6 +49,11 @@ def layer_rows(report: PruneReport, prompt: int = 0, row: int = 0) -> list[tuple
     return [(layer.layer, layer.rows[row]) for layer in select_prompt(report, prompt, row).layers]
 
 
+def layer_tables(report: PruneReport, row: int = 0) -> list[Table]:
+    """A `layer_table` for each pruned prompt; none where no prompt had vision tokens."""
+    return [layer_table(report, prompt, row) for prompt in range(len(report.prompts))]
+
+
 def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
     """Per-layer table: vision attention score, class, retention rate, tokens kept per KV head.
 
@@ -67,7 +72,7 @@ def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
     rows = layer_rows(report, prompt, row)
     table = Table(title=_layer_title(report, prompt, row, rows[0][1].vision_tokens if rows else 0))
     for heading in ("layer", "vision attention", "class", "rate", "kept per KV head"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
+        table.add_column(heading, justify="left" if heading == "class" else "right", overflow="fold")
     for number, one in rows:
         score, rate = f"{one.vision_score:.3f}", f"{one.rate:.2f}"
         table.add_row(str(number), score, one.layer_class, rate, _counts(one.kept))
@@ -84,8 +89,9 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(heading, overflow="fold", ratio=1)
     # Answers are the model's words: as Text, so that their brackets are not taken for markup.
     table.add_row("answer", *(Text("\n".join(run.texts)) for run in runs))
-    reduction = f" ({-comparison.kv_reduction:+.0%})"
-    table.add_row("KV cache", *_marked([human_bytes(run.kv_bytes) for run in runs], reduction))
+    reduction = f" ({_change(comparison.report)})"
+    name = f"KV cache of {comparison.report.tokens} tokens"
+    table.add_row(name, *_marked([human_bytes(run.kv_bytes) for run in runs], reduction))
     table.add_row(
         "decode per token",
         *_marked([_milliseconds(run) for run in runs], f" (x {speedup:.2f})" if speedup else ""),
@@ -120,15 +126,17 @@ def report_values(report: PruneReport) -> dict[str, Any]:
         }
         for prompt in report.prompts
     ]
-    return {**values, "kv_reduction": report.kv_reduction, "retention": report.retention, "prompts": prompts}
+    totals = {name: getattr(report, name) for name in ("entry_bytes", "kv_reduction", "retention")}
+    return {**values, **totals, "prompts": prompts}
 
 
 def summary(report: PruneReport) -> str:
-    """One line on a report: KV bytes, retention, time spent on pruning."""
+    """One line on a report: KV bytes of the tokens seen so far, retention, time spent on pruning."""
+    reserved = f" and {human_bytes(report.reserved_bytes)} of reserved room" if report.reserved_bytes else ""
+    kept = f"{report.retention:.0%} of the vision entries kept" if report.prompts else "no vision tokens"
     return (
-        f"KV cache {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.kv_bytes)} "
-        f"({-report.kv_reduction:+.0%}), {report.retention:.0%} of the vision entries kept, "
-        f"pruning took {1000 * report.pruning_seconds:.1f} ms"
+        f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
+        f"({_change(report)}){reserved}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms"
     )
 
 
@@ -172,6 +180,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def _change(report: PruneReport) -> str:
+    """The change of the bytes in per cent, as in "-45%"; without a sign where there is none."""
+    return f"{-report.kv_reduction:+.0%}" if report.kv_reduction else "0%"
 
 
 def _row_values(row: RowReport) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from .config import QueryRows
 from .errors import ConfigError
 
-LayerClass = Literal["attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LayerClass = Literal["attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision", "non-finite"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ PLAIN = Evidence()
 """The mean attention of the last row, and nothing beside it."""
 
 
+EVIDENCE = ("attention", "peak", "best_rank", "density", "value_norm")
+"""The tensors of `LayerScores` that say something of heads, which are their second dimension."""
+
+
 @dataclass(frozen=True)
 class LayerScores:
     """What a layer's prefill attention says about the entries that may be evicted.
@@ -163,8 +168,25 @@ class LayerScores:
             raise ConfigError(f"The method ranks by {name!r}, which its evidence does not ask for: see Evidence.")
         return value
 
+    def finite(self) -> Tensor:
+        """bool [batch]; whether all that ranks a row is a finite number, as that of padding need not be."""
+        found = self.attention.isfinite().flatten(1).all(1)
+        if self.value_norm is not None:
+            found &= (self.value_norm.isfinite() | ~self.real[:, None]).flatten(1).all(1)
+        return found
+
+    def blanked(self, rows: Sequence[int]) -> LayerScores:
+        """The same with 0 in all evidence of some rows."""
+        evidence = {name: getattr(self, name) for name in EVIDENCE}
+        copies: dict[str, Any] = {name: one.clone() for name, one in evidence.items() if one is not None}
+        for one in copies.values():
+            one[list(rows)] = 0
+        return replace(self, **copies)
+
     def first(self, entries: int) -> LayerScores:
         """The scores of the first ``entries`` entries alone."""
+        from torch import Tensor
+
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
         cut: dict[str, Any] = {name: v[..., :entries] for name, v in tensors.items() if isinstance(v, Tensor)}
         return replace(self, **cut)
@@ -202,7 +224,7 @@ class RowAllocation:
     Parameters
     ----------
     vision_score : float
-        Vision attention score gamma, in [0, 1].
+        Vision attention score gamma, in [0, 1]; 0 where it is not finite.
     layer_class : str
         Class of the layer for this prompt.
     rate : float

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,7 @@ class TestSupport:
     def test_doctor_judges_a_model(self, folder: Path, tmp_path: Path) -> None:
         values = json.loads(ok("doctor", "--model", folder, "--json"))
         assert values["usable"]
+        assert values["verdict"].startswith(f"plphp works here with {folder}, on cpu")
         assert "layers pruned: all (of 3)" in values["model"]["detail"]
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "mllama"}))
         refused = run("doctor", "--model", tmp_path)
@@ -291,6 +293,7 @@ class TestSupport:
 
     def test_doctor_says_what_is_unsupported_and_why(self, folder: Path) -> None:
         text = ok("doctor", "--model", folder)
+        assert re.search(r" kernels are used and torch stands in for the rest\.\Z", text.rstrip("\n").splitlines()[-1])
         for part in ("torch", "transformers", "flex_attention", "not supported", "mllama", "plphp[plots]"):
             assert part in text
 

@@ -37,7 +37,7 @@ def test_the_figures_are_those_of_the_functions(folder: Path) -> None:
     gpu = accelerator("1GB,50GB/s")
     found = values(
         *("--model", folder, "--tokens-per-image", 700, "--images", 10, "--text-tokens", 40, "--new-tokens", 9),
-        *("--batch", 6, "--retention", 0.25, "--gpu", "1GB,50GB/s", "--reserve", 0.2, "--dtype", "bfloat16"),
+        *("--batch", 6, "--target-retention", 0.25, "--gpu", "1GB,50GB/s", "--reserve", 0.2, "--dtype", "bfloat16"),
     )
     cost = model_cost(empty_model(folder, "bfloat16"))
     workload = Workload(7000, 40, 9, 6)
@@ -48,7 +48,7 @@ def test_the_figures_are_those_of_the_functions(folder: Path) -> None:
 
 
 def test_the_table(folder: Path) -> None:
-    shown = ok("estimate", "--model", folder, "--gpu", "H200", "--tokens-per-image", 7000, "--retention", 0.4)
+    shown = ok("estimate", "--model", folder, "--gpu", "H200", "--tokens-per-image", 7000, "--target-retention", 0.4)
     for text in ("7000 vision, 100 text and 256 new tokens, batch 1", "retention 0.4", "largest batch", "0.43"):
         assert text in shown
     assert "largest batch" not in ok("estimate", "--model", folder)

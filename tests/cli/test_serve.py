@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from plphp import PLPHPConfig
 from plphp.cli import app
 
 
@@ -28,3 +30,19 @@ def test_vllm_is_missing() -> None:
 def test_settings_are_read_first() -> None:
     assert "contradict each other" in error("model", "--method", "plphp", "--config", "plphp")
     assert "Unknown setting 'retention'" in error("model", "--config", "plphp:retention=0.4")
+
+
+@pytest.mark.parametrize("model", [(), ("org/model",), ("--port", "8000")], ids=" ".join)
+def test_the_bundled_model_has_settings_of_its_own(model: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def server_arguments(config: PLPHPConfig, options: list[str], *, for_bundled: PLPHPConfig) -> str:
+        asked.append((config, options, for_bundled))
+        return "arguments"
+
+    monkeypatch.setattr("plphp.vllm.server.server_arguments", server_arguments)
+    monkeypatch.setattr("plphp.vllm.server.serve", asked.append)
+    done = CliRunner().invoke(app, ["serve", *model, "--target-retention", "0.3", "--enforce-eager"])
+    assert done.exit_code == 0, done.output
+    bank = PLPHPConfig(method="query_bank", options={"bank": "bundled"}, target_retention=0.3)
+    assert asked == [(PLPHPConfig(target_retention=0.3), [*model, "--enforce-eager"], bank), "arguments"]

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import json
 import sys
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,9 +95,12 @@ def test_several_answers_cannot_be_verified(folder: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
-        ("[]", "line 1: expected an object"),
-        ({"question": "What?", "answer": "x"}, '"images" must be a list of image files'),
-        ({"image": "c.png", "question": "What?", "answer": "x"}, "there is no image file .*c.png"),
+        ("[1]", "entry 1: expected an object"),
+        ("1", "line 1: expected an object"),
+        ({"image": 3, "question": "What?", "answer": "x"}, r"line 1: Expected an image, got 3"),
+        ({"image": "a.png", "images": ["a.png"], "question": "What?", "answer": "x"}, "line 1: .* named twice"),
+        ({"question": "What?", "answer": "x"}, '"images" is missing or empty: a list of image files'),
+        ({"image": "c.png", "question": "What?", "answer": "x"}, "line 1: There is no image file .*c.png"),
         ({"image": "a.png", "answer": "x"}, '"question" must be text, got None'),
         ({"image": "a.png", "question": "What?"}, '"answer" is missing or empty'),
         ({"image": "a.png", "question": "What?", "answers": []}, '"answer" is missing or empty'),
@@ -116,26 +122,44 @@ def test_bad_files_are_named(folder: Path) -> None:
         resolve_tasks(EvalSettings(data=(same[0], same[0])))
 
 
+def stored(image: Image.Image) -> dict[str, Any]:
+    """An image as the ``datasets`` library stores it."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
 class Table:
-    """As much of a data set of the ``datasets`` library as is used."""
+    """As much of a data set of the ``datasets`` library as is used; its images are not to be decoded by it."""
 
-    column_names = ("image", "query", "label", "kind")
-    rows = (
-        {"image": Image.new("L", (9, 9)), "query": "What?", "label": ["7", "seven"], "kind": "human"},
-        {"image": [Image.new("RGB", (9, 9))] * 2, "query": "Who?", "label": "me", "kind": "machine"},
-    )
+    def __init__(self, rows: Sequence[dict[str, Any]], arrow: bool = False) -> None:
+        self.rows, self.arrow = rows, arrow
 
-    def __init__(self, columns: tuple[str, ...] = column_names) -> None:
-        self.columns = columns
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.rows[0])
 
     def select_columns(self, names: list[str]) -> Table:
-        return Table(tuple(names))
+        return Table([{name: row[name] for name in names} for row in self.rows], self.arrow)
+
+    def with_format(self, kind: str) -> Table:
+        return Table(self.rows, kind == "arrow")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {name: self.rows[row][name] for name in self.columns}
+        if self.arrow:
+            return {name: [SimpleNamespace(as_py=lambda cell=cell: cell)] for name, cell in self.rows[row].items()}
+        if "image" in self.rows[row]:
+            raise OSError("broken data stream when reading image file")
+        return self.rows[row]
+
+
+CHARTS = (
+    {"image": stored(Image.new("L", (9, 9))), "query": "What?", "label": ["7", "seven"], "kind": "human"},
+    {"image": [stored(Image.new("RGB", (9, 9)))] * 2, "query": "Who?", "label": "me", "kind": "machine"},
+)
 
 
 def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +167,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_dataset(*given: Any, **options: Any) -> Table:
         asked.append((given, options))
-        return Table()
+        return Table(CHARTS)
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     tasks = read_data("someone/ChartQA:split=val,question=query,answer=label,group=kind,name=small", "relaxed_accuracy")
@@ -160,6 +184,112 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         read_data("someone/ChartQA")
     with pytest.raises(ConfigError, match=r"Unknown option 'splt=val'.*Did you mean 'split'"):
         read_data("someone/ChartQA:splt=val")
+
+
+def load_cells(monkeypatch: pytest.MonkeyPatch, source: str, cells: list[Any], **more: Any) -> Any:
+    rows = [{"image": cell, "question": "What?", "answer": "x"} for cell in cells]
+    library = SimpleNamespace(load_dataset=lambda *args, **options: Table(rows))
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    [task] = read_data(source, **more)
+    return task
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_cells_of_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, as_list: bool) -> None:
+    """Bytes, and paths relative to the file, through the one reader: upright, and over white."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (6, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png", exif=exif)
+    content = (tmp_path / "clear.png").read_bytes()
+    (tmp_path / "data.parquet").write_bytes(b"")
+    cells = [
+        {"bytes": content, "path": "none.png"},
+        {"bytes": None, "path": "clear.png"},
+        "clear.png",
+        content,
+        f"data:image/png;base64,{base64.b64encode(content).decode()}",
+    ]
+    cells = [[cell] * 2 for cell in cells] if as_list else cells
+    task = load_cells(monkeypatch, str(tmp_path / "data.parquet"), cells)
+    for sample in samples(task):
+        assert [image.size for image in sample.images] == [(4, 6)] * (2 if as_list else 1)
+        assert all(image.getcolors() == [(24, (255, 255, 255))] for image in sample.images)
+
+
+@pytest.mark.parametrize(
+    ("cell", "part"),
+    [
+        ({"bytes": b"hello", "path": "a.png"}, r"The file a\.png is not an image"),
+        (b"hello", "The file of 5 bytes is not an image"),
+        (None, "Expected an image, got None"),
+        ([], "no image in the column 'image'"),
+        ("none.png", r"There is no image file none\.png"),
+        ({"bytes": None, "path": None}, "Expected an image, got None"),
+        ({"src": "QUJD" * 100}, "Unknown key 'src' of the image"),
+        (f"data:text/html;base64,{'QUJD' * 100}", ".* is of the media type 'text/html'"),
+        ("https://images.test/a.png", ".* unless it is allowed"),
+        (stored(Image.new("L", (2, 2))) | {"path": 3, "extra": 1}, "Unknown key 'extra'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_broken_cell_is_named_with_its_row(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, cell: Any, part: str
+) -> None:
+    """When its sample is made, and without harm to the others."""
+    task = load_cells(monkeypatch, "someone/pictures", [folder / "a.png", cell, folder / "b.png"])
+    assert task.makers[0]().images[0].mode == task.makers[2]().images[0].mode == "RGB"
+    with pytest.raises(LoadError, match=f"someone/pictures, row 1: {part}") as caught:
+        task.makers[1]()
+    assert "QUJD" * 20 not in str(caught.value)
+
+
+def test_a_row_that_the_library_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Table, "with_format", lambda self, kind: self)
+    task = load_cells(monkeypatch, "someone/pictures", ["a.png"])
+    with pytest.raises(LoadError, match="someone/pictures, row 0: cannot read the image: broken data stream"):
+        task.makers[0]()
+
+
+def test_lines_with_images_of_every_kind(folder: Path) -> None:
+    uri = f"data:image/png;base64,{base64.b64encode((folder / 'a.png').read_bytes()).decode()}"
+    ask = {"question": "What?", "answer": "x"}
+    lines = [
+        {"image": uri, **ask},
+        {"images": [{"type": "image_url", "image_url": {"url": uri}}, "file:a.png"], **ask},
+        {"file_name": "a.png", "image": None, **ask},
+    ]
+    file = folder / "mine.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, lines)).encode())
+    [task] = read_data(str(file))
+    with Image.open(folder / "a.png") as image:
+        expected = image.tobytes()
+    assert [len(sample.images) for sample in samples(task)] == [1, 2, 1]
+    assert all(image.tobytes() == expected for sample in samples(task) for image in sample.images)
+    assert [sample.id for sample in samples(task)] == ["mine-1", "mine-2", "mine-3"]
+
+
+def test_a_broken_image_is_named_with_its_line(folder: Path) -> None:
+    ask = {"question": "What?", "answer": "x"}
+    path = write(folder / "mine.jsonl", {"image": "a.png", **ask}, "", {"images": ["a.png", "b.png"], **ask})
+    [task] = read_data(path)
+    (folder / "b.png").write_bytes(b"hello")
+    assert len(task.makers[0]().images) == 1
+    with pytest.raises(LoadError, match=r"mine\.jsonl, line 3: The file .*b\.png is not an image"):
+        task.makers[1]()
+
+
+def test_addresses_in_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(folder / "mine.jsonl", {"image": "https://images.test/a.png", "question": "What?", "answer": "x"})
+    with pytest.raises(LoadError, match=r"line 1: https://images\.test/a\.png is an address"):
+        read_data(path)
+    asked = []
+    monkeypatch.setattr("plphp.media.fetch", lambda at: asked.append(at.url) or (folder / "a.png").read_bytes())
+    [task] = read_data(path, allow_urls=True)
+    assert asked == []
+    task.makers[0]()
+    cells = load_cells(monkeypatch, "someone/pictures", ["https://images.test/b.png"], allow_urls=True)
+    cells.makers[0]()
+    assert asked == ["https://images.test/a.png", "https://images.test/b.png"]
 
 
 def test_a_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plphp.errors import ConfigError
 from plphp.evaluation.metrics import METRICS, best_score, get_metric
@@ -34,6 +38,32 @@ from plphp.evaluation.metrics import METRICS, best_score, get_metric
 )
 def test_by_hand(metric: str, given: str, accepted: str, score: float) -> None:
     assert METRICS[metric](given, accepted) == pytest.approx(score)
+
+
+def levenshtein(first: str, second: str) -> int:
+    """By the definition: the least number of characters to insert, remove or replace."""
+    row = list(range(len(second) + 1))
+    for number, left in enumerate(first, 1):
+        before, row = row, [number]
+        for column, right in enumerate(second, 1):
+            row.append(min(before[column] + 1, row[-1] + 1, before[column - 1] + (left != right)))
+    return row[-1]
+
+
+@given(st.text("ab c", max_size=9), st.text("ab c", max_size=9))
+def test_edit_similarity_is_that_of_the_definition(first: str, second: str) -> None:
+    texts = [" ".join(text.split()) for text in (first, second)]
+    longest = max(map(len, texts))
+    expected = 1 - levenshtein(*texts) / longest if longest else 1
+    assert METRICS["edit_similarity"](first, second) == pytest.approx(expected)
+
+
+def test_long_answers_are_scored_in_no_time() -> None:
+    """A page of 20,000 characters takes minutes cell by cell."""
+    page = "abcdefghi " * 2_000
+    started = time.perf_counter()
+    assert METRICS["edit_similarity"](page, page[::-1]) < 1
+    assert time.perf_counter() - started < 10
 
 
 def test_the_best_of_several_answers_counts() -> None:

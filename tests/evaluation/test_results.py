@@ -39,6 +39,7 @@ METRICS = {
             "chance": 0.01,
             "scored": True,
             "samples": 7,
+            "skipped": 0,
             "variants": {
                 "full": figures(0.9, 1),
                 "plphp@0.5": figures(0.8, 0.51),
@@ -48,27 +49,75 @@ METRICS = {
         }
     },
 }
-METRICS["groups"] = {"one_image": {"tasks": ["cell"], "samples": 7, "variants": METRICS["tasks"]["cell"]["variants"]}}
+VARIANTS = METRICS["tasks"]["cell"]["variants"]
+METRICS["groups"] = {"one_image": {"tasks": ["cell"], "samples": 7, "skipped": 0, "variants": VARIANTS}}
+METRICS["overall"] = {"groups": ["one_image"], "samples": 7, "skipped": 0, "variants": VARIANTS}
 
 
-def text(*tables: Any) -> str:
-    console = Console(width=110, file=io.StringIO())
+def text(*tables: Any, width: int = 110) -> str:
+    console = Console(width=width, file=io.StringIO())
     console.print(*tables)
     return console.file.getvalue()
 
 
+def several_groups() -> dict[str, Any]:
+    """Two groups, of two tasks and of one, with everything that a table may show."""
+    lines = {name: {**one, "vs_baseline": interval(-1)} for name, one in VARIANTS.items()}
+    lines["plphp@0.1"]["score"] = {"mean": 1.0, "low": 1.0, "high": 1.0}
+    task = {**METRICS["tasks"]["cell"], "skipped": 2, "variants": lines}
+    group = {"samples": 7, "skipped": 2, "variants": lines}
+    long = "recall_rank:layers=vision_attention,value_norm=1,floor=0.2"
+    variants = [{**one, "label": long if one["label"] == "plphp" else one["label"]} for one in METRICS["variants"]]
+    return {
+        **METRICS,
+        "baseline": "[zero]",
+        "variants": variants,
+        "tasks": {"cell": task, "lookup": task, "second": {**task, "group": "dialogue"}},
+        "groups": {"one_image": {"tasks": ["cell", "lookup"], **group}, "dialogue": {"tasks": ["second"], **group}},
+        "overall": {"groups": ["one_image", "dialogue"], **group},
+    }
+
+
+def test_every_table_is_shown_once() -> None:
+    titles = [str(table.title) for table in score_tables(METRICS, per_task=True)]
+    assert titles == ["one_image: cell, exact_match, chance 1 %, 7 samples"]
+    titles = [str(table.title) for table in score_tables(several_groups(), per_task=True)]
+    assert [title.split(",")[0] for title in titles] == [
+        "one_image: 2 tasks",
+        "cell",
+        "lookup",
+        "dialogue: second",
+        "overall: mean of 2 groups",
+    ]
+    assert titles[-1] == "overall: mean of 2 groups, 7 samples, 2 skipped"
+    assert [str(table.title) for table in score_tables(several_groups())] == [titles[0], *titles[3:]]
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 250])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width: int) -> None:
+    metrics = several_groups()
+    shown = text(*score_tables(metrics, per_task=True, width=width), width=width)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    wide = text(*score_tables(metrics, per_task=True), width=250)
+    for word in ("100.0 (100.0, 100.0)", "-100.0 (-105.0, -95.0)", "0.1250", "- full", "- [zero]", "KL", "agree"):
+        assert shown.count(word) == wide.count(word) > 0, word
+    assert ("(further columns)" in shown) == (width < 250)
+
+
 def test_a_table_says_everything() -> None:
     shown = text(*score_tables(METRICS))
-    assert "one_image: 1 task(s), 7 samples" in shown
+    assert "one_image: cell, exact_match, chance 1 %, 7 samples" in shown
     for part in ("plphp", "50", "51.0", "80.0 (75.0, 85.0)", "-10.0 (-15.0, -5.0)", "75.0", "0.1250", "[zero]"):
         assert part in shown
     assert "random" not in shown
-    assert "exact_match, chance 1 %" in text(*score_tables(METRICS, per_task=True))
 
 
 def test_columns_without_values_are_left_out() -> None:
     bare = {name: {"kept": 1.0, "agreement": 1.0, "kl": 0.0} for name in METRICS["groups"]["one_image"]["variants"]}
-    shown = text(*score_tables({**METRICS, "groups": {"g": {"tasks": [], "samples": 1, "variants": bare}}}))
+    shown = text(
+        *score_tables({**METRICS, "groups": {"g": {"tasks": [], "samples": 1, "skipped": 0, "variants": bare}}})
+    )
     assert "score" not in shown
     assert "KL" in shown
 
@@ -87,3 +136,6 @@ def test_plots(tmp_path: Path) -> None:
 def test_tasks_are_listed() -> None:
     shown = text(task_table(available_tasks().values()))
     assert all(name in shown for name in available_tasks())
+    narrow = text(task_table(available_tasks().values()), width=80)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in narrow
+    assert all(name in narrow for name in available_tasks())

@@ -55,6 +55,12 @@ def test_what_is_written(finished: Path) -> None:
         assert figures["kept"] == pytest.approx(sum(one["kept"] for one in outcomes) / 3, abs=1e-5)
         assert ("vs_baseline" in figures) == name.endswith(("0.3", "0.1"))
     assert task["variants"]["random@0.3"]["vs_baseline"] == {"mean": 0, "low": 0, "high": 0}
+    overall, groups = metrics["overall"], metrics["groups"].values()
+    assert (overall["groups"], overall["samples"], overall["skipped"]) == (["one_image", "dialogue"], 6, 0)
+    for name, figures in overall["variants"].items():
+        means = [group["variants"][name]["score"]["mean"] for group in groups]
+        assert figures["score"]["mean"] == pytest.approx(sum(means) / 2, abs=1e-5)
+        assert figures["kept"] == pytest.approx(sum(group["variants"][name]["kept"] for group in groups) / 2, abs=1e-5)
     assert task["variants"]["full"]["kept"] == 1
     assert task["variants"]["zero"]["kept"] == 0
 
@@ -102,8 +108,7 @@ def test_two_processes_find_what_one_finds(finished: Path, tmp_path: Path) -> No
     assert sorted(lines(tmp_path, "cell")) == sorted(lines(finished, "cell"))
 
 
-def test_an_error_in_a_process_is_the_users_error(tmp_path: Path) -> None:
-    """It comes out as it is, and what was done before it stays done."""
+def test_a_broken_sample_in_a_process_costs_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = tmp_path / "mine.jsonl"
     with data.open("w") as file:
         for name in ("a.png", "b.png", "c.png"):
@@ -111,11 +116,25 @@ def test_an_error_in_a_process_is_the_users_error(tmp_path: Path) -> None:
             file.write(json.dumps({"image": name, "question": "What?", "answer": "A star."}) + "\n")
     (tmp_path / "b.png").write_bytes(b"no image")
     settings = EvalSettings(methods=("zero",), retention=(), data=(str(data),), dtype="float32")
-    with pytest.raises(LoadError, match=r"b\.png is not an image"):
-        evaluate(settings, tmp_path / "out", workers=2)
-    tiny_hub.picture(tmp_path / "b.png")
-    evaluate(settings, tmp_path / "out")
-    assert len(read_records(tmp_path / "out", "mine")) == 3
+    metrics = evaluate(settings, tmp_path / "out", workers=2)
+    assert [record["index"] for record in read_records(tmp_path / "out", "mine")] == [0, 2]
+    [skipped] = metrics["skipped"]["mine"]
+    assert skipped["index"] == 1
+    assert "b.png is not an image" in skipped["reason"]
+    assert [record.message for record in caplog.records] == [f"mine: sample 1 is skipped: {skipped['reason']}"]
+
+
+def fails(share: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "task", {"index": share}
+    raise LoadError("the disk is gone")
+
+
+def test_an_error_in_a_process_is_the_users_error() -> None:
+    """It comes out as it is, and what was done before it stays done."""
+    noted: list[Any] = []
+    with pytest.raises(LoadError, match="the disk is gone"):
+        run_workers(fails, (), [0], lambda *found: noted.append(found))
+    assert noted == [("task", {"index": 0})]
 
 
 def ends_the_process(share: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,12 +202,12 @@ def test_results_hold_where_they_come_from(finished: Path, tmp_path: Path) -> No
     write_results(finished, tmp_path / "quality.json", "random")
     found = read_results(tmp_path / "quality.json")
     figures = summarize(finished, "random")
-    assert found["groups"] == figures["groups"]
+    assert (found["groups"], found["overall"]) == (figures["groups"], figures["overall"])
     one = figures["tasks"]["cell"]["variants"]["plphp@0.1"]
     assert found["tasks"]["cell"]["variants"]["plphp@0.1"] == {"score": one["score"], "kept": one["kept"]}
     assert found["model"]["sha256"] == read_config(finished)["model"]["sha256"]
     assert found["command"] == (
-        "plphp eval --methods plphp,random,zero --retention 0.3,0.1 --tasks cell,second_grid --samples 3 "
+        "plphp eval --methods plphp,random,zero --target-retention 0.3,0.1 --tasks cell,second_grid --samples 3 "
         "--dtype float32 --out DIR"
     )
     assert "outcomes" not in (tmp_path / "quality.json").read_text()

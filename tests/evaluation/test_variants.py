@@ -34,6 +34,14 @@ def test_each_method_asks_for_a_retention_in_its_own_way() -> None:
     assert variants["full"].config.method == "none"
 
 
+def test_the_settings_of_a_method_say_how_it_is_asked() -> None:
+    """Layers are sorted into classes by `recall_rank` only if it is told to."""
+    variants = make_variants(["recall_rank", "classes=recall_rank:layers=vision_attention"], [0.25])
+    plain, by_class = (variant.config for variant in variants[1:])
+    assert (plain.target_retention, plain.retention_rate) == (None, 0.25)
+    assert by_class.target_retention == 0.25
+
+
 def test_settings_that_fix_the_retention_are_taken_as_they_are() -> None:
     text = "fixed=plphp:retention_rate=0.4,attentive_threshold=0.3"
     [full, fixed] = make_variants([text], [0.5, 0.1])

@@ -71,7 +71,7 @@ def test_rates_stay_in_range_where_the_sum_is_not_exact() -> None:
 @given(
     st.integers(1, 40),
     st.integers(1, 4),
-    st.floats(0, 1),
+    st.floats(0, 1, exclude_min=True),
     st.floats(0.01, 0.5),
     st.integers(0, 2**32),
     st.booleans(),

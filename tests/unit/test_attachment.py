@@ -20,6 +20,7 @@ import plphp
 from invariants import assert_same_generation, generate
 from plphp import CacheStateError, ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, attachment
 from plphp.attachment import Lease
+from plphp.cache_argument import cache_among
 from tiny_models import TINY, tiny_model
 
 
@@ -187,7 +188,7 @@ def test_generate_that_the_user_replaced_is_called_and_comes_back(llava: Any) ->
         with plphp.prune(llava) as run:
             generate(llava, TINY["llava"].inputs(llava))
         assert run.report.retention < 1
-        assert isinstance(calls[0]["past_key_values"], PrunedCache)
+        assert isinstance(cache_among(calls[0]), PrunedCache)
         assert llava.generate is mine
     finally:
         del llava.generate

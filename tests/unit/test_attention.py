@@ -20,7 +20,7 @@ def test_hidden_entries_are_seen_by_themselves_alone(hidden: list[bool], data: s
     low = torch.finfo(torch.float32).min
     masks = [None, own, torch.zeros(own.shape).masked_fill(~own, low)]
     for mask in masks:
-        result = hide(mask, left, length, torch.float32)
+        result = hide(mask, left, length)
         assert result.shape == (2, 1, length, tail)
         shown = result if result.dtype is torch.bool else result == 0
         for row in range(2):
@@ -33,7 +33,7 @@ def test_hidden_entries_are_seen_by_themselves_alone(hidden: list[bool], data: s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_additive_mask_stays_finite_and_keeps_its_dtype(dtype: torch.dtype) -> None:
-    result = hide(torch.zeros(1, 1, 2, 4, dtype=dtype), torch.tensor([[True, False, True, False]]), 2, dtype)
+    result = hide(torch.zeros(1, 1, 2, 4, dtype=dtype), torch.tensor([[True, False, True, False]]), 2)
     assert result.dtype is dtype
     assert result.isfinite().all()
     assert (result[0, 0] == 0).tolist() == [[False, True, True, True], [False, True, False, True]]

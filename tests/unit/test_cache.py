@@ -3,7 +3,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from typing import Any
+
 import pytest
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -16,7 +22,7 @@ from invariants import (
     live_bytes,
     pruned,
 )
-from plphp import PLPHPConfig, PrunedCache
+from plphp import PLPHPConfig, PrunedCache, UnsupportedFeatureError
 from tiny_models import TINY, tiny_model
 
 
@@ -68,3 +74,13 @@ def test_scores_and_decoding_use_the_scaling_of_the_model() -> None:
     with evicted_entries_masked(model, report):
         assert_same_generation(generate(model, inputs), output)
     assert_kept_are_top(report, last_row_attention(model, inputs), 2)
+
+
+def test_a_cache_is_copied_whole_or_not_at_all(llava: Any) -> None:
+    cache = PrunedCache.for_inputs(llava, TINY["llava"].inputs(llava), PLPHPConfig(retention_rate=0.4))
+    for attempt in (pickle.dumps, copy.copy, lambda cache: torch.save(cache, io.BytesIO())):
+        with pytest.raises(UnsupportedFeatureError, match=r"cannot be pickled.*copy\.deepcopy makes another"):
+            attempt(cache)
+    copied = copy.deepcopy(cache)
+    assert copied.attachment is cache.attachment
+    assert not {id(layer) for layer in copied.layers} & {id(layer) for layer in cache.layers}

@@ -24,7 +24,7 @@ fractions = st.floats(0, 1)
 @st.composite
 def configs(draw: st.DrawFn) -> PLPHPConfig:
     """Any valid config."""
-    target = draw(st.none() | fractions)
+    target = draw(st.none() | st.floats(0, 1, exclude_min=True))
     rate = draw(fractions)
     base = rate if target is None else target
     thresholds = sorted([draw(fractions), draw(fractions)])
@@ -200,10 +200,18 @@ def test_unknown_key_of_a_mapping() -> None:
         PLPHPConfig.from_dict({3: 0.2})  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize(("rate", "delta"), [(0.4, 0.3), (0.5, 0.3), (1.0, 0.0), (0.0, 0.0), (0.9, 0.1), (0.2, 0.2)])
+@pytest.mark.parametrize(("rate", "delta"), [(0.4, 0.3), (0.5, 0.3), (1.0, 0.0), (0.01, 0.01), (0.9, 0.1), (0.2, 0.2)])
 def test_default_delta_leaves_room_for_all_classes(rate: float, delta: float) -> None:
     assert PLPHPConfig(retention_rate=rate).delta == pytest.approx(delta)
     assert PLPHPConfig(target_retention=rate).delta == pytest.approx(delta)
+
+
+@pytest.mark.parametrize("target", [0, 0.0, -0.0])
+def test_a_target_of_nothing_is_refused_and_a_rate_of_nothing_is_not(target: float) -> None:
+    with pytest.raises(ConfigError, match=r"above 0, got 0: .* use retention_rate=0 with min_kept=0"):
+        PLPHPConfig(target_retention=target)
+    config = PLPHPConfig(retention_rate=target)  # each KV head keeps min_kept tokens
+    assert (config.base_rate, config.delta, config.min_kept) == (0, 0, 1)
 
 
 def test_target_retention_takes_the_place_of_the_rate() -> None:

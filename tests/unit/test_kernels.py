@@ -137,7 +137,7 @@ def by_cpp(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def attend(
         query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
     ) -> Tensor:
-        if query.dtype is torch.float16:
+        if torch.float16 in (query.dtype, tail_values.dtype):
             return otherwise(query, prefix, tail_keys, tail_values, bias, scaling)
         wide = dataclasses.replace(prefix, keys=widened(prefix.keys, 40), values=widened(prefix.values, 35))
         states = widened(query, 40), wide, widened(tail_keys, 40), widened(tail_values, 35)

@@ -202,11 +202,11 @@ def test_gathered_entries_are_those_of_the_reference(dtype: torch.dtype, kept: s
     assert torch.equal(found[1], case.values[case.keep])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp32 bf16", "fp32 fp16"])
 def test_kernels_compile_for_a_gpu(dtype: str) -> None:
     """Ahead of time, without a GPU, for the oldest that is supported; the interpreter knows no limits."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", ROOT / "tests" / "compile_kernels.py", dtype]
+    command = [sys.executable, "-W", "ignore", ROOT / "tests" / "compile_kernels.py", *dtype.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     shared = [int(line) for line in done.stdout.split()]

@@ -11,7 +11,8 @@ import torch
 
 from engine import run
 from plphp import PLPHPConfig
-from plphp.loading import bundled_model_path
+from plphp.sources import bundled_model_path
+from plphp.vllm.server import server_arguments
 from reference import Reference, example_requests, in_blocks
 
 BLOCK = 32
@@ -44,3 +45,11 @@ def test_answers_are_those_of_transformers(
     assert len(found["pruned"]) == (0 if settings is None else len(some))
     texts = [reference.processor.decode(tokens, skip_special_tokens=True) for tokens in found["tokens"]]
     assert sum(text.strip() == one["answer"] for text, one in zip(texts, some, strict=True)) >= least
+
+
+@pytest.mark.parametrize("model", [[], [str(bundled_model_path())]], ids=["by default", "by name"])
+def test_served_by_default_it_has_settings_of_its_own(model: list[str]) -> None:
+    own = PLPHPConfig(method="query_bank", options={"bank": "bundled"}, target_retention=0.4)
+    options = [*model, "--enforce-eager", "--max-model-len", "2048"]
+    arguments = server_arguments(PLPHPConfig(target_retention=0.4), options, for_bundled=own)
+    assert PLPHPConfig.from_dict(arguments.additional_config["plphp"]) == own

@@ -15,11 +15,14 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from plphp.errors import PLPHPError, one_line
+from plphp.sources import is_bundled
 
 USER_ERROR = 2
 INTERRUPTED = 130
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+BUNDLED_NOTE = (
+    "note: the bundled model knows drawn shapes, digits and printed codes alone, as in examples/images: for "
+    "photographs name another with --model."
+)
 
 
 class _Group(TyperGroup):
@@ -37,7 +40,7 @@ class _Group(TyperGroup):
         except BrokenPipeError:  # typer ends quietly, as for `plphp ... | head`
             raise
         except PLPHPError as error:
-            message = one_line(error, limit=1000)
+            message = " ".join(str(error).splitlines())  # whole: what was given may be long
         except OSError as error:
             message = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
         except Exception as error:
@@ -52,7 +55,6 @@ app = typer.Typer(
     cls=_Group,
     help="Evict vision tokens from the KV cache of vision-language models, per layer and per head.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -74,6 +76,12 @@ def _options(
     pass
 
 
+def note_on_bundled(model: str | None, quiet: bool) -> None:
+    """Say on standard error what the bundled model knows: of a photo it talks nonsense, in whole sentences."""
+    if is_bundled(model) and not quiet:
+        print(BUNDLED_NOTE, file=sys.stderr)
+
+
 def print_json(values: Any) -> None:
     """Print one JSON document."""
     print(json.dumps(values, indent=2))
@@ -87,7 +95,7 @@ def console() -> Console:
 @contextlib.contextmanager
 def progress(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Show on standard error, where it is a terminal, what is going on; yields a function that tells more."""
-    _quiet_libraries()
+    quiet_libraries()
     errors = Console(stderr=True, quiet=quiet)
     with errors.status(text) as status:
         yield lambda now: status.update(now)
@@ -108,7 +116,7 @@ def loading_bars(quiet: bool = False) -> Iterator[None]:
         logging.disable_progress_bar()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave standard error to plphp: transformers and the hub warn on it, and show bars of their own."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

@@ -4,21 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from plphp.errors import ConfigError
 
 if TYPE_CHECKING:
     from plphp.prompts_file import Prompt
-
-
-def check_out_file(out: Path, what: str) -> None:
-    """Raise ConfigError, before the work is done, if a file cannot be written there."""
-    if not out.parent.is_dir():
-        raise ConfigError(f"There is no folder {out.parent} to write the {what} to.")
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder: name the file to write the {what} to.")
 
 
 def fitting_processor(model: str | None, prompts: Sequence[Prompt], tell: Callable[[str], None]) -> Any:

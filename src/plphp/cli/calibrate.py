@@ -3,17 +3,28 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from plphp.errors import ConfigError
+from plphp.registry import method_names
 
-from ._app import JsonOption, app, console, loading_bars, print_json, progress
-from ._prompts import check_out_file, fitting_processor
-from .generate import read_settings
+from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
+from ._checks import check_in_file, check_model, check_out_file
+from ._options import (
+    AllowUrlsOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    PromptsOption,
+    SeedOption,
+    option,
+)
+from ._prompts import fitting_processor
+from ._settings import read_settings
 
 if TYPE_CHECKING:
     from plphp.prompts_file import Prompt
@@ -21,28 +32,33 @@ if TYPE_CHECKING:
 
 @app.command()
 def calibrate(
-    prompts: Annotated[Path, typer.Option(help='JSON Lines: {"images": [paths], "question": text}, or "turns".')],
-    out: Annotated[Path, typer.Option(help="TOML file to write the preset to.")],
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; default: the bundled model.")] = None,
+    prompts: PromptsOption,
+    out: Annotated[Path, option(None, "TOML file to write the preset to.")],
+    model: ModelOption = None,
     target_retention: Annotated[
-        float | None,
-        typer.Option(help="Mean fraction of vision tokens to keep; default 0.4.", show_default=False),
+        float | None, option(None, "Mean fraction of vision tokens to keep; default 0.4.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Method with layer classes; default plphp.")] = None,
+    method: Annotated[
+        str | None, option(None, "Method with layer classes; default plphp.", complete=method_names)
+    ] = None,
     config: Annotated[
-        str | None, typer.Option(help="More settings, such as 'plphp:target_retention=0.4,query_rows=text'.")
+        str | None, option(None, "More settings, such as 'plphp:target_retention=0.4,query_rows=text'.")
     ] = None,
     holdout: Annotated[
-        float, typer.Option(help="Fraction of the prompts that are not calibrated on, but measured.", min=0, max=0.9)
+        float, option(None, "Fraction of the prompts that are not calibrated on, but measured; default 0.3.")
     ] = 0.3,
-    seed: Annotated[int, typer.Option(help="Of the choice of these prompts.", min=0)] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
+    allow_urls: AllowUrlsOption = False,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find thresholds that reach a retention on prompts like yours, and measure it on others."""
     settings = read_settings(config, None, method, None, target_retention)
+    check_holdout(holdout)
+    check_in_file(prompts, "prompts")
     check_out_file(out, "preset")
+    check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.calibration import calibrate as find_thresholds
         from plphp.calibration import check_calibratable, measure_retention
@@ -53,8 +69,9 @@ def calibrate(
         from plphp.provenance import provenance
 
         check_calibratable(settings)
-        used, held = split(read_prompts(prompts), holdout, seed)
+        used, held = split(read_prompts(prompts, allow_urls=allow_urls), holdout, seed)
         processor = fitting_processor(model, used, tell)
+    note_on_bundled(model, quiet=as_json)
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     with progress(f"calibrating on {len(used)} prompt(s)", quiet=as_json) as tell:
@@ -79,6 +96,12 @@ def calibrate(
     for name, one in measured.items():
         print(f"{name.replace('_', ' ')}: {retention_line(one)}")
     print(out)
+
+
+def check_holdout(holdout: float) -> None:
+    """Raise ConfigError unless it is a fraction that leaves prompts to calibrate on."""
+    if not (math.isfinite(holdout) and 0 <= holdout <= 0.9):
+        raise ConfigError(f"--holdout must be between 0 and 0.9, got {holdout}.")
 
 
 def split(prompts: list[Prompt], holdout: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:

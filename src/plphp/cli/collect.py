@@ -6,33 +6,46 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ._app import JsonOption, app, loading_bars, print_json, progress
-from ._prompts import check_out_file, fitting_processor
+from ._app import app, loading_bars, note_on_bundled, print_json, progress
+from ._checks import check_in_file, check_model, check_out_file
+from ._options import (
+    AllowUrlsOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    PromptsOption,
+    SeedOption,
+    option,
+)
+from ._prompts import fitting_processor
 
 
 @app.command()
 def collect(
-    prompts: Annotated[Path, typer.Option(help='JSON Lines: {"images": [paths], "question": text}, or "turns".')],
-    out: Annotated[Path, typer.Option(help="safetensors file to write the query bank to.")],
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; default: the bundled model.")] = None,
-    samples: Annotated[int, typer.Option(help="Tokens of answers whose queries are kept.", min=1)] = 400,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=2)] = 128,
-    seed: Annotated[int, typer.Option(help="Of the sample.", min=0)] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
+    prompts: PromptsOption,
+    out: Annotated[Path, option(None, "safetensors file to write the query bank to.")],
+    model: ModelOption = None,
+    samples: Annotated[int, option(None, "Tokens of answers whose queries are kept.", min=1, show_default=True)] = 400,
+    max_new_tokens: Annotated[int, option(None, "Longest answer.", min=2, show_default=True)] = 128,
+    allow_urls: AllowUrlsOption = False,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let the model answer prompts like yours, unpruned, and keep a sample of the queries of its answers."""
+    check_in_file(prompts, "prompts")
     check_out_file(out, "query bank")
+    check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.collecting import collect_query_bank
         from plphp.loading import load_weights
         from plphp.prompts_file import prompt_inputs, read_prompts
 
-        given = read_prompts(prompts)
+        given = read_prompts(prompts, allow_urls=allow_urls)
         processor = fitting_processor(model, given, tell)
+    note_on_bundled(model, quiet=as_json)
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     with progress("answering", quiet=as_json) as tell:

@@ -6,45 +6,53 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-import typer
-
+from plphp.accelerators import ACCELERATORS, accelerator
+from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
 
-from ._app import JsonOption, app, console, print_json, progress
+from ._app import app, console, print_json, progress
+from ._checks import check_model
+from ._options import DtypeOption, JsonOption, model_option, option
+
+
+def _number(text: str, **limits: Any) -> Any:
+    return option(None, text, show_default=True, **limits)
 
 
 @app.command()
 def estimate(
-    model: Annotated[
-        str | None, typer.Option("--model", "--config", help="Hub id or folder; default: the bundled model.")
-    ] = None,
-    images: Annotated[int, typer.Option(help="Images of each prompt.", min=1)] = 1,
-    image_size: Annotated[str, typer.Option(help="Width and height of an image in pixels.")] = "1024x1024",
+    model: Annotated[str | None, model_option(None, "--model", "--config")] = None,
+    images: Annotated[int, _number("Images of each prompt.", min=1)] = 1,
+    image_size: Annotated[str, _number("Width and height of an image in pixels.")] = "1024x1024",
     tokens_per_image: Annotated[
-        int | None, typer.Option(help="Vision tokens of an image; default: what the processor makes of it.", min=1)
+        int | None, option(None, "Vision tokens of an image; default: what the processor makes of it.", min=1)
     ] = None,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens of each prompt.", min=0)] = 100,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 256,
-    batch: Annotated[int, typer.Option(help="Sequences that are decoded together.", min=1)] = 1,
-    retention: Annotated[float, typer.Option(help="Fraction of the vision tokens to keep.", min=0, max=1)] = 0.4,
+    text_tokens: Annotated[int, _number("Text tokens of each prompt.", min=0)] = 100,
+    new_tokens: Annotated[int, _number("Tokens of each answer.", min=1)] = 256,
+    batch: Annotated[int, _number("Sequences that are decoded together.", min=1)] = 1,
+    target_retention: Annotated[float, _number("Mean fraction of the vision tokens to keep.")] = 0.4,
     gpu: Annotated[
-        str | None, typer.Option(help="Name, such as H100, or memory and bandwidth: '24GB,1008GB/s'.")
+        str | None,
+        option(
+            None, "Name, such as H100, or memory and bandwidth: '24GB,1008GB/s'.", complete=lambda: sorted(ACCELERATORS)
+        ),
     ] = None,
-    reserve: Annotated[float, typer.Option(help="Part of the memory to leave free.", min=0, max=0.99)] = 0.1,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    reserve: Annotated[float, _number("Part of the memory to leave free.", min=0, max=0.99)] = 0.1,
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Work out from a model's configuration what pruning saves: bytes, sequences and time. Nothing is measured."""
     size = read_size(image_size)
+    device = None if gpu is None else accelerator(gpu)
+    PLPHPConfig(target_retention=target_retention)  # refuses what is no retention
+    check_model(model, dtype)
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.accelerators import accelerator
         from plphp.estimate import Workload
         from plphp.estimate import estimate as work_out
         from plphp.loading import empty_model
         from plphp.model_cost import model_cost
         from plphp.tables import estimate_table
 
-        device = None if gpu is None else accelerator(gpu)
         tell("reading the configuration")
         empty = empty_model(model, dtype)
         if tokens_per_image is not None:
@@ -54,7 +62,7 @@ def estimate(
             vision_tokens = _vision_tokens(model, empty.config, images, size)
         cost = model_cost(empty)
     workload = Workload(vision_tokens, text_tokens, new_tokens, batch)
-    both = [work_out(cost, workload, rate, device, reserve) for rate in (1.0, retention)]
+    both = [work_out(cost, workload, rate, device, reserve) for rate in (1.0, target_retention)]
     if as_json:
         print_json(
             {

@@ -4,63 +4,83 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
+
+from rich.console import Console
 
 from plphp.errors import ConfigError
+from plphp.evaluation.choices import MODES, SPLITS, check_choice
+from plphp.evaluation.metrics import METRICS, get_metric
 
-from ._app import JsonOption, _quiet_libraries, app, console, print_json
-from .generate import _option
-
-if TYPE_CHECKING:
-    from plphp.evaluation.runner import Progress
+from ._app import app, console, note_on_bundled, print_json
+from ._checks import check_model, check_out_file, check_out_folder
+from ._eval_progress import shown_progress
+from ._options import JsonOption, allow_urls_option, device_option, dtype_option, model_option, option
 
 WHAT, DATA, HOW, OUTPUT = "What", "Data", "How", "Output"
+WIDE = 1000
+"""Columns where there is no terminal, which no table needs."""
 
 
 @app.command("eval")
 def evaluate_command(
-    model: Annotated[str | None, _option(WHAT, "Hub id or folder; default: the bundled model.")] = None,
+    model: Annotated[str | None, model_option(WHAT)] = None,
     methods: Annotated[
         list[str] | None,
-        _option(WHAT, "Methods by commas, such as 'plphp,mine=plphp:query_rows=text,random,zero'; may be repeated."),
+        option(WHAT, "Methods by commas, with settings and labels: 'plphp,mine=random:seed=1'; may be repeated."),
     ] = None,
-    retention: Annotated[str | None, _option(WHAT, "Fractions of the vision tokens to keep, by commas.")] = None,
-    tasks: Annotated[str | None, _option(WHAT, "Tasks or groups by commas; default: all that are scored.")] = None,
-    split: Annotated[str, _option(WHAT, "dev (default) or test.")] = "dev",
-    samples: Annotated[int, _option(WHAT, "Samples of each task; default 500.", min=1)] = 500,
-    seed: Annotated[int, _option(WHAT, "Seed of the samples.", min=0)] = 0,
+    target_retention: Annotated[
+        str | None, option(WHAT, "Mean fractions of the vision tokens to keep, by commas, such as 0.5,0.25.")
+    ] = None,
+    tasks: Annotated[str | None, option(WHAT, "Tasks or groups by commas; default: all that are scored.")] = None,
+    split: Annotated[str, option(WHAT, "Split of the built-in tasks, default dev:", choices=SPLITS)] = "dev",
+    samples: Annotated[int, option(WHAT, "Samples of each task; default 500.", min=1)] = 500,
+    seed: Annotated[int, option(WHAT, "Seed of the samples; default 0.", min=0)] = 0,
     data: Annotated[
         list[str] | None,
-        _option(DATA, "A .jsonl file, a folder with metadata.jsonl, or a data set for the `datasets` library."),
+        option(DATA, "A .jsonl file, a folder with metadata.jsonl, or a data set for the `datasets` library."),
     ] = None,
-    metric: Annotated[str, _option(DATA, "Metric for --data; default exact_match.")] = "exact_match",
-    prompts: Annotated[str | None, _option(DATA, "Prompts without answers, for --label-free.")] = None,
-    label_free: Annotated[bool, _option(HOW, "Compare with the full cache, without answers.", "--label-free")] = False,
-    mode: Annotated[str, _option(HOW, "auto (default), verify, decode or generate.")] = "auto",
-    dtype: Annotated[str, _option(HOW, "auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, _option(HOW, "Default: a GPU if there is one.")] = None,
-    workers: Annotated[int, _option(HOW, "Processes of one thread each; default 1.", min=1)] = 1,
-    rows: Annotated[int, _option(HOW, "Variants whose caches are alive at a time; default 64.", min=1)] = 64,
-    batch: Annotated[int, _option(HOW, "Samples in a batch, for --mode generate; default 8.", min=1)] = 8,
-    max_new_tokens: Annotated[int | None, _option(HOW, "Longest answer.", min=1)] = None,
-    out: Annotated[Path | None, _option(OUTPUT, "Folder for the results; an unfinished run goes on.")] = None,
-    report: Annotated[Path | None, _option(OUTPUT, "Show the results in this folder again; nothing is run.")] = None,
-    baseline: Annotated[str | None, _option(OUTPUT, "Method from which differences are given, too.")] = None,
-    per_task: Annotated[bool, _option(OUTPUT, "Show each task beside the groups.", "--per-task")] = False,
-    plots: Annotated[bool, _option(OUTPUT, "Draw score against KV into DIR/plots.", "--plots")] = False,
-    results: Annotated[Path | None, _option(OUTPUT, "Write the figures, without samples, to this JSON file.")] = None,
-    list_tasks: Annotated[bool, _option(OUTPUT, "List the built-in tasks.", "--list")] = False,
+    metric: Annotated[
+        str, option(DATA, "Metric for --data, default exact_match:", choices=tuple(METRICS))
+    ] = "exact_match",
+    prompts: Annotated[str | None, option(DATA, "Prompts without answers, for --label-free.")] = None,
+    allow_urls: Annotated[bool, allow_urls_option(DATA)] = False,
+    label_free: Annotated[bool, option(HOW, "Compare with the full cache, without answers.", "--label-free")] = False,
+    mode: Annotated[str, option(HOW, "How samples are scored, default auto:", choices=MODES)] = "auto",
+    dtype: Annotated[str, dtype_option(HOW)] = "auto",
+    device: Annotated[str | None, device_option(HOW)] = None,
+    workers: Annotated[int, option(HOW, "Processes of one thread each; default 1.", min=1)] = 1,
+    rows: Annotated[int, option(HOW, "Variants whose caches are alive at a time; default 64.", min=1)] = 64,
+    batch: Annotated[int, option(HOW, "Samples in a batch, for --mode generate; default 8.", min=1)] = 8,
+    max_new_tokens: Annotated[int | None, option(HOW, "Longest answer.", min=1)] = None,
+    out: Annotated[Path | None, option(OUTPUT, "Folder for the results; an unfinished run goes on.")] = None,
+    report: Annotated[Path | None, option(OUTPUT, "Show the results in this folder again; nothing is run.")] = None,
+    baseline: Annotated[str | None, option(OUTPUT, "Method from which differences are given, too.")] = None,
+    per_task: Annotated[bool, option(OUTPUT, "Show each task beside the groups.", "--per-task")] = False,
+    plots: Annotated[bool, option(OUTPUT, "Draw score against KV into DIR/plots.", "--plots")] = False,
+    results: Annotated[Path | None, option(OUTPUT, "Write the figures, without samples, to this JSON file.")] = None,
+    list_tasks: Annotated[bool, option(OUTPUT, "List the built-in tasks.", "--list")] = False,
+    quiet: Annotated[bool, option(OUTPUT, "Show no progress on standard error.", "--quiet")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score methods on tasks at equal measured KV, with intervals."""
+    """Score methods on tasks at equal measured KV, with intervals; samples that cannot be read are skipped."""
     if sum((list_tasks, out is not None, report is not None)) != 1:
         raise ConfigError("Give one of --out DIR (run), --report DIR (show again) and --list (the tasks).")
     if list_tasks:
         _list(as_json)
         return
+    given: dict[str, Any] = {
+        "retention": None if target_retention is None else _numbers(target_retention),
+        "tasks": None if tasks is None else _names(tasks),
+    }
+    check_choice("split", split, SPLITS)
+    check_choice("mode", mode, MODES)
+    get_metric(metric)
+    check_model(model if report is None else None, dtype, device)
+    check_out_file(results, "results")
+    if out is not None:
+        check_out_folder(out)
     from plphp.evaluation import EvalSettings, evaluate, save_score_plots, summarize, unfinished, write_results
 
     if plots:
@@ -74,16 +94,13 @@ def evaluate_command(
             console().print(f"Not finished: {missing}.", highlight=False)
     else:
         assert out is not None
-        given: dict[str, Any] = {
-            "methods": None if methods is None else _methods(methods),
-            "retention": None if retention is None else _numbers(retention),
-            "tasks": None if tasks is None else _names(tasks),
-        }
+        given["methods"] = None if methods is None else _methods(methods)
         settings = EvalSettings(
             model=model,
             data=tuple(data or ()),
             metric=metric,
             prompts=prompts,
+            allow_urls=allow_urls,
             split=split,  # type: ignore[arg-type]
             samples=samples,
             seed=seed,
@@ -95,26 +112,14 @@ def evaluate_command(
             max_new_tokens=max_new_tokens,
             **{name: value for name, value in given.items() if value is not None},
         )
-        with _bar(quiet=as_json) as tell:
+        with shown_progress(quiet) as tell:
             metrics = evaluate(settings, out, workers=workers, baseline=baseline, progress=tell)
+        note_on_bundled(model, quiet=quiet or as_json or not (data or prompts))
         folder = out
     files = [str(path) for path in save_score_plots(metrics, folder / "plots")] if plots else []
     if results is not None:
         write_results(folder, results, baseline)
     _show(metrics, per_task, files, as_json)
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Progress]:
-    """A progress bar over all samples on standard error, where it is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    _quiet_libraries()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True, quiet=quiet or not sys.stderr.isatty())) as bar:
-        line = bar.add_task("loading the model", total=None)
-        yield lambda task, done, total: bar.update(line, description=task, completed=done, total=total)
 
 
 def _list(as_json: bool) -> None:
@@ -134,12 +139,26 @@ def _show(metrics: dict[str, Any], per_task: bool, files: list[str], as_json: bo
     if as_json:
         print_json({**metrics, "plots": files})
         return
-    out = console()
-    for table in score_tables(metrics, per_task=per_task):
+    in_terminal = sys.stdout.isatty()
+    out = Console(width=None if in_terminal else WIDE, highlight=False)
+    for table in score_tables(metrics, per_task=per_task, width=out.width if in_terminal else None):
         out.print(table, "")
     for label, reason in metrics["refused"].items():
         out.print(f"{label} was left out: {reason}", markup=False)
     print("\n".join(files), end="\n" if files else "")
+    if metrics["skipped"]:
+        print(_skipped(metrics))
+
+
+def _skipped(metrics: dict[str, Any]) -> str:
+    """The last line: how many samples were skipped, and where the reasons are."""
+    counts = {task: len(samples) for task, samples in metrics["skipped"].items()}
+    skipped, scored = sum(counts.values()), sum(task["samples"] for task in metrics["tasks"].values())
+    by_task = ", ".join(f"{task}: {count}" for task, count in counts.items())
+    return (
+        f"{skipped} of {skipped + scored} samples were skipped ({by_task}), and no method is judged on them: the "
+        'reasons stand under "skipped" in metrics.json.'
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -159,4 +178,4 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in _names(text))
     except ValueError:
-        raise ConfigError(f"--retention must be numbers by commas, such as 0.5,0.25, got {text!r}.") from None
+        raise ConfigError(f"--target-retention must be numbers by commas, such as 0.5,0.25, got {text!r}.") from None

@@ -8,93 +8,94 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plphp.chat import read_chat
 from plphp.config import PLPHPConfig, checked_mode
 from plphp.errors import ConfigError
+from plphp.media import load_image, load_video
+from plphp.sources import is_bundled
 
-from ._app import JsonOption, app, console, loading_bars, print_json, progress
+from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
+from ._checks import check_in_file, check_model, check_out_file, check_text, sampling_options
+from ._options import (
+    ConfigFileOption,
+    ConfigOption,
+    JsonOption,
+    MethodOption,
+    RetentionRateOption,
+    TargetRetentionOption,
+    allow_urls_option,
+    decode_option,
+    device_option,
+    dtype_option,
+    model_option,
+    option,
+)
+from ._settings import read_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from plphp.report import PruneReport
 
-DEFAULT_TARGET = 0.4
-"""Target retention where no rate is given: thresholds that fit any model and prompt are not to be had."""
-
-PROMPT, PRUNING, GENERATION, OUTPUT = "Prompt", "Pruning", "Generation", "Output"
-
-
-def _option(panel: str, text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **limits)
-
-
-ConfigOption = Annotated[str | None, _option(PRUNING, "Settings such as 'plphp:retention_rate=0.5'.")]
-ConfigFileOption = Annotated[Path | None, _option(PRUNING, "Settings as a TOML file.")]
-MethodOption = Annotated[str | None, _option(PRUNING, "Method, see `plphp methods`.")]
-RetentionRateOption = Annotated[
-    float | None, _option(PRUNING, "Fraction of vision tokens that a balanced layer keeps.")
-]
-TargetRetentionOption = Annotated[
-    float | None, _option(PRUNING, "Mean fraction of vision tokens kept over all layers; default 0.4.")
-]
+PROMPT, GENERATION, OUTPUT = "Prompt", "Generation", "Output"
 
 
 @app.command()
 def generate(
-    model: Annotated[str | None, _option(PROMPT, "Hub id or folder; default: the bundled model.")] = None,
-    image: Annotated[list[str] | None, _option(PROMPT, "Image file; may be repeated.")] = None,
+    model: Annotated[str | None, model_option(PROMPT)] = None,
+    image: Annotated[list[str] | None, option(PROMPT, "Image file, data: URI or base64; may be repeated.")] = None,
     video: Annotated[
-        str | None, _option(PROMPT, "Folder of frames, animated GIF or WebP; a video file needs PyAV.")
+        str | None, option(PROMPT, "Folder of frames, animated GIF or WebP; a video file needs PyAV.")
     ] = None,
-    frames: Annotated[int, _option(PROMPT, "Frames to take of a video; default 8.", min=1)] = 8,
-    prompt: Annotated[str | None, _option(PROMPT, "The question.")] = None,
-    chat: Annotated[Path | None, _option(PROMPT, "JSON file of messages, in the place of --prompt.")] = None,
-    system: Annotated[str | None, _option(PROMPT, "System message.")] = None,
+    frames: Annotated[int, option(PROMPT, "Frames to take of a video; default 8.", min=1)] = 8,
+    prompt: Annotated[str | None, option(PROMPT, "The question.")] = None,
+    chat: Annotated[Path | None, option(PROMPT, "JSON file of messages, in the place of --prompt.")] = None,
+    system: Annotated[str | None, option(PROMPT, "System message.")] = None,
+    allow_urls: Annotated[bool, allow_urls_option(PROMPT)] = False,
     config: ConfigOption = None,
     config_file: ConfigFileOption = None,
     method: MethodOption = None,
     retention_rate: RetentionRateOption = None,
     target_retention: TargetRetentionOption = None,
-    max_new_tokens: Annotated[int, _option(GENERATION, "Length of the answer; default 128.", min=1)] = 128,
-    temperature: Annotated[float | None, _option(GENERATION, "Sample, with this temperature.")] = None,
-    top_p: Annotated[float | None, _option(GENERATION, "Sample from this share of the probability.")] = None,
-    seed: Annotated[int | None, _option(GENERATION, "Seed of the sampling.", min=0)] = None,
-    num_beams: Annotated[int, _option(GENERATION, "Beams; default 1.", min=1)] = 1,
-    decode: Annotated[
-        str, _option(GENERATION, "eager, auto or graph: replay decoding steps from a CUDA graph; default eager.")
-    ] = "eager",
-    dtype: Annotated[str, _option(GENERATION, "auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, _option(GENERATION, "Default: a GPU if there is one.")] = None,
-    compare: Annotated[bool, _option(OUTPUT, "Show the unpruned answer beside.", "--compare")] = False,
-    rounds: Annotated[int, _option(OUTPUT, "Runs of each for --compare; default 3.", min=1)] = 3,
-    report: Annotated[Path | None, _option(OUTPUT, "Write what was kept to this JSON file.")] = None,
+    max_new_tokens: Annotated[int, option(GENERATION, "Length of the answer; default 128.", min=1)] = 128,
+    temperature: Annotated[float | None, option(GENERATION, "Sample, with this temperature.")] = None,
+    top_p: Annotated[float | None, option(GENERATION, "Sample from this share of the probability.")] = None,
+    seed: Annotated[int | None, option(GENERATION, "Seed of the sampling.", min=0)] = None,
+    num_beams: Annotated[int, option(GENERATION, "Beams; default 1.", min=1)] = 1,
+    decode: Annotated[str, decode_option(GENERATION)] = "eager",
+    dtype: Annotated[str, dtype_option(GENERATION)] = "auto",
+    device: Annotated[str | None, device_option(GENERATION)] = None,
+    compare: Annotated[bool, option(OUTPUT, "Show the unpruned answer beside.", "--compare")] = False,
+    rounds: Annotated[int, option(OUTPUT, "Runs of each for --compare; default 3.", min=1)] = 3,
+    report: Annotated[Path | None, option(OUTPUT, "Write what was kept to this JSON file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt about images, with a pruned KV cache."""
-    settings = read_settings(config, config_file, method, retention_rate, target_retention)
+    settings = read_settings(config, config_file, method, retention_rate, target_retention, bundled=is_bundled(model))
     checked_mode(decode)
-    sampling = sampling_options(temperature, top_p, seed)
-    options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling}
-    if report is not None and not report.parent.is_dir():
-        raise ConfigError(f"There is no folder {report.parent} to write the report to.")
-    if report is not None and report.is_dir():
-        raise ConfigError(f"{report} is a folder: name the file to write the report to.")
+    options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling_options(temperature, top_p, seed)}
+    check_out_file(report, "report")
     if (prompt is None) == (chat is None):
         raise ConfigError("Give either --prompt or --chat.")
+    check_text(prompt, "--prompt")
+    check_in_file(chat, "chat")
+    messages = None if chat is None else read_chat(chat, allow_urls=allow_urls)
+    images = [load_image(source, allow_urls=allow_urls) for source in image or ()]
+    videos = [load_video(video, frames=frames)] if video is not None else []
+    check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.loading import load_processor, load_weights
-        from plphp.media import load_image, load_video
-        from plphp.prompt import build_inputs, read_chat
-        from plphp.registry import get_method
+        from plphp.loading import decoder_layers, load_processor, load_weights
+        from plphp.prompt import build_inputs
+        from plphp.suitability import method_for
 
-        get_method(settings.method)
-        # Everything that can be wrong with the prompt comes before the weights, which may take minutes.
-        messages = None if chat is None else read_chat(chat)
-        images = [load_image(path) for path in image or ()]
-        videos = [load_video(video, frames=frames)] if video is not None else []
+        # Everything that can be wrong with prompt and settings comes before the weights, which may take minutes.
         tell("loading the processor")
         processor = load_processor(model)
-        inputs = build_inputs(processor, prompt, messages=messages, images=images, videos=videos, system=system)
+        inputs = build_inputs(
+            processor, prompt, messages=messages, images=images, videos=videos, system=system, frames=frames
+        )
+        method_for(settings, decoder_layers(model))
+    note_on_bundled(model, quiet=as_json)
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     action = _compare if compare else _answer
@@ -102,44 +103,6 @@ def generate(
     found = action(weights, processor, inputs, settings, decode, options, seed or 0, as_json, **extra)
     if report is not None:
         found.to_json(report)
-
-
-def read_settings(
-    config: str | None,
-    config_file: Path | None,
-    method: str | None,
-    retention_rate: float | None,
-    target_retention: float | None,
-) -> PLPHPConfig:
-    """Make the config of the options that set it, and refuse those that contradict each other."""
-    single = {"method": method, "retention_rate": retention_rate, "target_retention": target_retention}
-    given = {name: value for name, value in single.items() if value is not None}
-    sources = [name for name, value in (("--config", config), ("--config-file", config_file)) if value is not None]
-    sources += [f"--{name.replace('_', '-')}" for name in given]
-    if (config is not None or config_file is not None) and len(sources) > 1:
-        raise ConfigError(f"{' and '.join(sources)} contradict each other: give all settings in one of them.")
-    if retention_rate is not None and target_retention is not None:
-        raise ConfigError("--retention-rate and --target-retention contradict each other: give one of them.")
-    if config is not None:
-        return PLPHPConfig.parse(config)
-    if config_file is not None:
-        return PLPHPConfig.from_toml(config_file)
-    if retention_rate is None:
-        given.setdefault("target_retention", DEFAULT_TARGET)
-    return PLPHPConfig.from_dict(given)
-
-
-def sampling_options(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
-    """Arguments of ``generate`` for sampling; greedy search if nothing asks for it."""
-    if temperature is None and top_p is None:
-        if seed is not None:
-            raise ConfigError("--seed is for sampling: give --temperature or --top-p with it.")
-        return {"do_sample": False}
-    if temperature is not None and not temperature > 0:
-        raise ConfigError(f"--temperature must be above 0, got {temperature}: leave it out for greedy search.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"--top-p must be in (0, 1], got {top_p}.")
-    return {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
 
 
 def _answer(
@@ -186,7 +149,7 @@ def _compare(
     rounds: int,
 ) -> PruneReport:
     from plphp.compare import compare
-    from plphp.tables import comparison_table, comparison_values, layer_table
+    from plphp.tables import comparison_table, comparison_values, layer_tables
 
     with progress("comparing", quiet=as_json) as tell:
         found = compare(
@@ -195,7 +158,7 @@ def _compare(
     if as_json:
         print_json(comparison_values(found))
     else:
-        console().print(comparison_table(found), layer_table(found.report))
+        console().print(comparison_table(found), *layer_tables(found.report))
     return found.report
 
 

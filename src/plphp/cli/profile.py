@@ -5,51 +5,55 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import Annotated, Any
 
 from plphp.errors import ConfigError
+from plphp.image_source import located_image
 
-from ._app import JsonOption, app, console, loading_bars, print_json, progress
+from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
+from ._checks import check_in_file, check_model, check_out_folder, check_text
+from ._options import AllowUrlsOption, DeviceOption, DtypeOption, JsonOption, ModelOption, option
 from ._prompts import fitting_processor
-
-if TYPE_CHECKING:
-    from plphp.prompts_file import Prompt
 
 
 @app.command()
 def profile(
-    out: Annotated[Path, typer.Option(help="Folder for profile.json and the plots; made if missing.")],
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; default: the bundled model.")] = None,
+    out: Annotated[Path, option(None, "Folder for profile.json and the plots; made if missing.")],
+    model: ModelOption = None,
     prompts: Annotated[
-        Path | None, typer.Option(help='JSON Lines: {"images": [paths], "question": text}, or "turns".')
+        Path | None, option(None, 'JSON Lines: {"images": [paths], "question": text}, or "turns".')
     ] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image file of a single prompt; may be repeated.")] = None,
-    question: Annotated[str | None, typer.Option(help="Question of the single prompt.")] = None,
+    image: Annotated[list[str] | None, option(None, "Image file of a single prompt; may be repeated.")] = None,
+    question: Annotated[str | None, option(None, "Question of the single prompt.")] = None,
+    allow_urls: AllowUrlsOption = False,
     query_rows: Annotated[
-        str, typer.Option(help="Whose attention: the last n prompt tokens, or text (after the images).")
+        str, option(None, "Whose attention: the last n prompt tokens, or text (after the images).", show_default=True)
     ] = "1,text",
-    plots: Annotated[bool, typer.Option(help="Draw plots, which needs matplotlib.")] = True,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
+    plots: Annotated[bool, option(None, "Draw plots, which needs matplotlib.", show_default=True)] = True,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure vision attention per layer and head over prompts: does it fall and rise again with depth?"""
     rows = _rows(query_rows)
+    _check_prompts(prompts, image, question)
+    images = tuple(located_image(source, allow_urls=allow_urls) for source in image or ())
+    check_out_folder(out)
+    check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.loading import load_weights
         from plphp.measurement_tables import profile_table
         from plphp.plots import new_figure
         from plphp.profile_plots import plot_heads, plot_profile
         from plphp.profiling import profile as measure
-        from plphp.prompts_file import prompt_inputs
+        from plphp.prompts_file import Prompt, prompt_inputs, read_prompts
 
         if plots:
             new_figure()  # says now, not after the measurement, that matplotlib is missing
-        given = _prompts(prompts, image, question)
+        given = [Prompt(images, question)] if prompts is None else read_prompts(prompts, allow_urls=allow_urls)
         out.mkdir(parents=True, exist_ok=True)
         processor = fitting_processor(model, given, tell)
+    note_on_bundled(model, quiet=as_json)
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)
     with progress("profiling", quiet=as_json) as tell:
@@ -77,13 +81,10 @@ def _rows(text: str) -> tuple[Any, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in rows)
 
 
-def _prompts(path: Path | None, images: list[Path] | None, question: str | None) -> list[Prompt]:
-    from plphp.prompts_file import Prompt, read_prompts
-
+def _check_prompts(path: Path | None, images: list[str] | None, question: str | None) -> None:
     if (path is None) == (question is None):
         raise ConfigError("Give either --prompts, or --question with --image.")
-    if path is None:
-        return [Prompt(tuple(images or ()), question)]
-    if images:
+    if path is not None and images:
         raise ConfigError("--image goes with --question: a prompts file names its images itself.")
-    return read_prompts(path)
+    check_in_file(path, "prompts")
+    check_text(question, "--question")

@@ -6,47 +6,52 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from plphp.media import load_image
 
-from ._app import JsonOption, app, console, print_json
+from ._app import app, console, print_json
+from ._checks import check_in_file, check_out_folder
+from ._options import JsonOption, argument, option
 
-ReportArgument = Annotated[Path, typer.Argument(help="Report written by `plphp generate --report`.")]
-RowOption = Annotated[int, typer.Option(min=0, help="Row of the batch.")]
+ReportArgument = Annotated[Path, argument("Report written by `plphp generate --report`.")]
+RowOption = Annotated[int, option(None, "Row of the batch; default 0.", min=0)]
 
 
 @app.command()
 def inspect(report: ReportArgument, row: RowOption = 0, as_json: JsonOption = False) -> None:
     """Show what a run kept, layer by layer."""
+    check_in_file(report, "report")
     from plphp.report import PruneReport
-    from plphp.tables import layer_table, report_values, summary
+    from plphp.tables import layer_tables, report_values, summary
 
     found = PruneReport.from_json(report)
     if as_json:
         print_json(report_values(found))
         return
-    tables = [layer_table(found, prompt, row) for prompt in range(max(1, len(found.prompts)))]
-    print(f"{found.model_class} ({found.model_type}), {found.tokens} tokens\n{summary(found)}")
-    console().print(*tables)
+    tables = layer_tables(found, row)
+    print(f"{found.model_class} ({found.model_type})\n{summary(found)}")
+    if tables:
+        console().print(*tables)
 
 
 @app.command()
 def plot(
     report: ReportArgument,
-    out: Annotated[Path, typer.Option(help="Folder for the PNG files; made if missing.")],
-    image: Annotated[list[str] | None, typer.Option(help="Image file of the prompt, in order.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Layer whose heads are drawn; default: the first one.")] = None,
+    out: Annotated[Path, option(None, "Folder for the PNG files; made if missing.")],
+    image: Annotated[list[str] | None, option(None, "Image file of the prompt, in order.")] = None,
+    layer: Annotated[int | None, option(None, "Layer whose heads are drawn; default: the first one.")] = None,
     row: RowOption = 0,
-    prompt: Annotated[int, typer.Option(min=0, help="Prompt (turn of the chat).")] = 0,
+    prompt: Annotated[int, option(None, "Prompt (turn of the chat); default 0.", min=0)] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Draw kept tokens per layer and per head over the images, and vision attention over the layers."""
-    from plphp.media import load_image
+    check_in_file(report, "report")
+    images = [load_image(source) for source in image or ()] or None
+    check_out_folder(out)
     from plphp.plots import plot_kept, plot_vision_attention
     from plphp.report import PruneReport
     from plphp.tables import layer_rows
 
     found = PruneReport.from_json(report)
-    images = [load_image(path) for path in image or ()] or None
     shown = layer_rows(found, prompt, row)[0][0] if layer is None else layer
     figures = {
         "kept-per-layer.png": plot_kept(found, images, prompt=prompt, row=row),

@@ -8,20 +8,22 @@ from typing import Annotated
 import typer
 
 from ._app import app
-from .generate import (
+from ._options import (
+    MODEL_HELP,
     ConfigFileOption,
     ConfigOption,
     MethodOption,
     RetentionRateOption,
     TargetRetentionOption,
-    read_settings,
+    argument,
 )
+from ._settings import read_settings
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="Hub id or folder; default: the bundled model.")] = None,
+    model: Annotated[str | None, argument(MODEL_HELP)] = None,
     config: ConfigOption = None,
     config_file: ConfigFileOption = None,
     method: MethodOption = None,
@@ -32,9 +34,11 @@ def serve(
 
     All other options are those of `vllm serve`, such as --port 8000.
     """
-    settings = read_settings(config, config_file, method, retention_rate, target_retention)
+    given = (config, config_file, method, retention_rate, target_retention)
+    settings, for_bundled = (read_settings(*given, bundled=bundled) for bundled in (False, True))
     from plphp.vllm.server import serve as run
     from plphp.vllm.server import server_arguments
 
     # Where an option comes first, it is what was taken for the model.
-    run(server_arguments(settings, [*([] if model is None else [model]), *context.args]))
+    options = [*([] if model is None else [model]), *context.args]
+    run(server_arguments(settings, options, for_bundled=for_bundled))

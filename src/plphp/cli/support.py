@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ._app import JsonOption, app, console, print_json, progress
+from ._app import app, console, print_json, progress
+from ._options import JsonOption, option
 
 UNUSABLE = 1
 
@@ -36,24 +37,28 @@ def families(as_json: JsonOption = False) -> None:
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Option(help="Check this hub id or folder.")] = None,
+    model: Annotated[str | None, option(None, "Check this hub id or folder.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show versions, devices, and what is unsupported here and why; exit code 1 if plphp cannot be used."""
+    """Show versions, devices, and what is unsupported here and why; exit code 1 if plphp cannot be used.
+
+    The last line is the verdict.
+    """
     with progress("looking around", quiet=as_json):
         from plphp.doctor import diagnose
 
         found = diagnose(model)
     if as_json:
-        print_json({**dataclasses.asdict(found), "usable": found.usable})
+        print_json({**dataclasses.asdict(found), "usable": found.usable, "verdict": found.verdict})
     else:
         out = console()
         for field in dataclasses.fields(found):
             checks = getattr(found, field.name)
             table = Table(title=field.name, title_justify="left", show_header=False, box=None)
             for check in checks if isinstance(checks, list) else [checks]:
-                table.add_row("yes" if check.ok else "no ", check.name, Text(check.detail))
+                table.add_row("yes" if check.ok else "no ", Text(check.name), Text(check.detail))
             out.print(table, "")
+        print(found.verdict)
     if not found.usable:
         raise typer.Exit(UNUSABLE)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..cache import PrunedCache
+from ..cache_argument import passed
+from ..errors import NonFiniteAttentionError
 from ..report import PruneReport
 from ..session import prune
 from .controls import blank, interpolated_positions
@@ -167,10 +169,10 @@ def _generate_one(
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.inference_mode(), interpolated_positions(model) if group.interpolated else nullcontext():
             if span.start:
-                model(**inputs, past_key_values=cache)
+                model(**inputs, **passed(cache))
             else:
                 given = inputs
-            output = _greedy(model, given, limit or _limit(conversation, number), past_key_values=cache)
+            output = _greedy(model, given, limit or _limit(conversation, number), **passed(cache))
         text = str(processor.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
         answers.append(_Answer(number, text, _kept(cache.report())[0] * group.share))
     return answers
@@ -188,12 +190,20 @@ def _reference_limit(model: PreTrainedModel, processor: Any, sample: Sample) -> 
 
 
 def _kept(report: PruneReport) -> list[float]:
-    """What each row kept of the first prompt, as `Forced.kept` counts it."""
+    """What each row kept of the first prompt, as `Forced.kept` counts it.
+
+    Raises
+    ------
+    NonFiniteAttentionError
+        If the attention of a row held NaN or inf: it has an answer, but none that a method can be judged by.
+    """
     if not report.prompts:
         return [1.0] * report.batch
     shares = []
     for row in range(report.batch):
         layers = [layer.rows[row] for layer in report.prompts[0].layers]
+        if any(layer.layer_class == "non-finite" for layer in layers):
+            raise NonFiniteAttentionError(f"The attention of row {row} of the batch holds NaN or inf.")
         total = sum(layer.vision_tokens * len(layer.kept) for layer in layers)
         stored = sum(sum(layer.kept) - sum(map(len, layer.evicted_text)) for layer in layers)
         shares.append(stored / total if total else 1.0)

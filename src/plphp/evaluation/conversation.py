@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedFeatureError, one_line
+from ..errors import ConfigError, PLPHPError, UnsupportedFeatureError, one_line
 from ..prompt import build_inputs
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def end_tokens(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
 def prompt_inputs(processor: Any, sample: Sample, turns: int = 1) -> dict[str, Any]:
     """Inputs of ``generate`` for the question of turn number ``turns``; the answers before it are the references."""
     messages = _messages(sample)[: 2 * turns - 1]
-    return build_inputs(processor, messages=messages, images=sample.images, system=sample.system)
+    with _refusals(processor):
+        return build_inputs(processor, messages=messages, images=sample.images, system=sample.system)
 
 
 def batch_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -97,7 +99,19 @@ def batch_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     options = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
     images = [list(sample.images) for sample in samples]
     padding = {"padding": True, "padding_side": "left"}
-    return dict(processor(text=texts, images=images, return_tensors="pt", **padding, **options))
+    with _refusals(processor):
+        return dict(processor(text=texts, images=images, return_tensors="pt", **padding, **options))
+
+
+@contextmanager
+def _refusals(processor: Any) -> Iterator[None]:
+    """Raise what a processor has against an image or a text, such as its size, as a ConfigError."""
+    try:
+        yield
+    except PLPHPError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{type(processor).__name__} refuses this sample: {one_line(error)}") from error
 
 
 def encode(processor: Any, sample: Sample, ends: tuple[int, ...]) -> Conversation:

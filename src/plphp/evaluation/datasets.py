@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..errors import BackendUnavailableError, ConfigError, LoadError, did_you_mean, one_line
+from ..errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError, did_you_mean, one_line
+from ..image_source import located_images
+from ..json_lines import read_entries
 from ..media import load_image
+from ..quoting import quoted
 from .metrics import get_metric
 from .tasks import Sample, Turn
 
@@ -63,7 +64,7 @@ class DataTask:
         return (make() for make in self.makers[:count])
 
 
-def read_data(source: str, metric: str = "exact_match") -> list[DataTask]:
+def read_data(source: str, metric: str = "exact_match", *, allow_urls: bool = False) -> list[DataTask]:
     """Read tasks from a file, a folder or a data set.
 
     Parameters
@@ -73,17 +74,20 @@ def read_data(source: str, metric: str = "exact_match") -> list[DataTask]:
         ``.parquet`` file, a folder of images) with options, as in
         ``"lmms-lab/ChartQA:split=test,question=question,answer=answer,image=image"``.
 
-        A line of a file is an object with ``"images"`` (paths beside the file; ``"image"`` or ``"file_name"`` for
-        one), ``"question"``, and ``"answer"`` (text) or ``"answers"`` (a list of accepted ones); or ``"turns"``, a
-        list of ``{"question", "answer", "scored"}``, in the place of both. ``"id"``, ``"group"`` and ``"system"``
-        may be added. Each group is a task of its own.
+        A line of a file is an object with ``"images"`` (a list of what `plphp.media.load_image` takes, paths beside
+        the file; ``"image"`` or ``"file_name"`` for one), ``"question"``, and ``"answer"`` (text) or ``"answers"`` (a
+        list of accepted ones); or ``"turns"``, a list of ``{"question", "answer", "scored"}``, in the place of both.
+        ``"id"``, ``"group"`` and ``"system"`` may be added. Each group is a task of its own.
     metric : str
         Name of the metric.
+    allow_urls : bool
+        Whether http and https addresses of images may be fetched, when a sample is made.
 
     Raises
     ------
     LoadError
-        If it cannot be read, holds nothing, or a line or an image is not as it has to be.
+        If it cannot be read, holds nothing, or a line is not as it has to be. An image that cannot be read raises it
+        when its sample is made; the message names the line or row.
     BackendUnavailableError
         If the ``datasets`` library is needed and not installed.
     """
@@ -91,8 +95,8 @@ def read_data(source: str, metric: str = "exact_match") -> list[DataTask]:
     path = Path(source)
     file = path / METADATA if path.is_dir() else path
     if file.is_file() and file.suffix == ".jsonl":
-        return _tasks(path.stem, metric, list(_lines(file)), str(file))
-    return _tasks(*_loaded(source, metric))
+        return _tasks(path.stem, metric, list(_lines(file, allow_urls)), str(file))
+    return _tasks(*_loaded(source, metric, allow_urls))
 
 
 Entry = tuple[str, Callable[[], Sample], bool]
@@ -124,40 +128,37 @@ def _tasks(name: str, metric: str, entries: list[Entry], source: str) -> list[Da
     return tasks
 
 
-def _lines(file: Path) -> Iterator[Entry]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"Cannot read the data {file}: {one_line(error)}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise LoadError(f"{where}: not JSON: {error}.") from error
+def _lines(file: Path, allow_urls: bool) -> Iterator[Entry]:
+    for where, values in read_entries(file, "data"):
         if not isinstance(values, dict):
-            raise LoadError(f'{where}: expected an object with "images", "question" and "answer", got {line:.60}')
-        yield _entry(values, where, file.parent, f"{file.stem}-{number}")
+            raise LoadError(
+                f'{where}: expected an object with "images", "question" and "answer", got {quoted(values)}.'
+            )
+        yield _entry(values, where, file, allow_urls)
 
 
-def _entry(values: Mapping[str, Any], where: str, folder: Path, default_id: str) -> Entry:
-    names = next((values[key] for key in ("images", "image", "file_name") if values.get(key)), None)
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise LoadError(f'{where}: "images" must be a list of image files, got {names!r:.60}.')
-    paths = [folder / name for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise LoadError(f"{where}: there is no image file {path}.")
+def _entry(values: Mapping[str, Any], where: str, file: Path, allow_urls: bool) -> Entry:
+    try:
+        images = located_images(values, folder=file.parent, allow_urls=allow_urls)
+    except PLPHPError as error:
+        raise LoadError(f"{where}: {error}") from error
+    if not images:
+        raise LoadError(f'{where}: "images" is missing or empty: a list of image files, relative to the file.')
     turns, accepted = _turns(values, where)
+    default_id = f"{file.stem}-{where.rpartition(' ')[2]}"
     sample_id, system = str(values.get("id", default_id)), values.get("system")
 
     def make() -> Sample:
-        return DataSample(sample_id, folder.name, tuple(map(load_image, paths)), turns, system, accepted)
+        return DataSample(sample_id, file.parent.name, _images(images, where), turns, system, accepted)
 
     return str(values.get("group", "")), make, len(accepted) > 1
+
+
+def _images(sources: Iterable[Any], where: str, **options: Any) -> tuple[Image.Image, ...]:
+    try:
+        return tuple(load_image(source, **options) for source in sources)
+    except PLPHPError as error:
+        raise LoadError(f"{where}: {error}") from error
 
 
 def _turns(values: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
@@ -166,13 +167,15 @@ def _turns(values: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tup
     if listed is None:
         listed = [{key: values[key] for key in ("question", "answer", "answers") if key in values}]
     if not isinstance(listed, list) or not listed or not all(isinstance(turn, dict) for turn in listed):
-        raise LoadError(f'{where}: "turns" must be a list of objects with "question" and "answer", got {listed!r:.60}.')
+        raise LoadError(
+            f'{where}: "turns" must be a list of objects with "question" and "answer", got {quoted(listed)}.'
+        )
     turns: list[Turn] = []
     accepted: tuple[str, ...] = ()
     for turn in listed:
         question = turn.get("question")
         if not isinstance(question, str) or not question.strip():
-            raise LoadError(f'{where}: "question" must be text, got {question!r:.60}.')
+            raise LoadError(f'{where}: "question" must be text, got {quoted(question)}.')
         accepted = _accepted(turn.get("answers", turn.get("answer")), where)
         turns.append(Turn(question, accepted[0], bool(turn.get("scored", True))))
     return tuple(turns), accepted
@@ -182,11 +185,13 @@ def _accepted(given: Any, where: str) -> tuple[str, ...]:
     answers = [given] if isinstance(given, (str, int, float)) else list(given or [])
     texts = tuple(dict.fromkeys(str(answer).strip() for answer in answers))
     if not texts or not all(texts):
-        raise LoadError(f'{where}: "answer" is missing or empty (got {given!r:.60}): a sample needs one to be scored.')
+        raise LoadError(
+            f'{where}: "answer" is missing or empty (got {quoted(given)}): a sample needs one to be scored.'
+        )
     return texts
 
 
-def _loaded(source: str, metric: str) -> tuple[str, str, list[Entry], str]:
+def _loaded(source: str, metric: str, allow_urls: bool) -> tuple[str, str, list[Entry], str]:
     """Entries of a data set that the ``datasets`` library loads."""
     name, options = _options(source)
     try:
@@ -217,8 +222,17 @@ def _loaded(source: str, metric: str) -> tuple[str, str, list[Entry], str]:
         if column not in known:
             raise ConfigError(f"The data set {name!r} has no column {column!r}.{did_you_mean(column, known)}")
     wanted = [options[key] for key in ("question", "answer", "group") if options[key]]
-    texts = data.select_columns(wanted)  # without decoding the images
-    return Path(name).stem, metric, [_row_entry(data, row, texts[row], options, name) for row in range(len(data))], name
+    texts = data.select_columns(wanted)  # without reading the images
+    stored = data.select_columns([options["image"]]).with_format("arrow")  # as in the file: plphp decodes the images
+    reading = {"folder": _folder_of(name), "allow_urls": allow_urls}
+    entries = [_row_entry(stored, row, texts[row], options, name, reading) for row in range(len(data))]
+    return Path(name).stem, metric, entries, name
+
+
+def _folder_of(name: str) -> Path | None:
+    """Where the relative paths of a data set start; None for one of the hub."""
+    path = Path(name)
+    return path if path.is_dir() else path.parent if path.is_file() else None
 
 
 def _options(source: str) -> tuple[str, dict[str, str]]:
@@ -232,24 +246,21 @@ def _options(source: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-def _row_entry(data: Any, row: int, texts: Mapping[str, Any], options: Mapping[str, str], name: str) -> Entry:
+def _row_entry(
+    stored: Any, row: int, texts: Mapping[str, Any], options: Mapping[str, str], name: str, reading: Mapping[str, Any]
+) -> Entry:
     where = f"{name}, row {row}"
     turns, accepted = _turns({key: texts[options[key]] for key in ("question", "answer")}, where)
     group = str(texts[options["group"]]) if options["group"] else ""
 
     def make() -> Sample:
-        found = data[row][options["image"]]
-        images = [_image(one, where) for one in (found if isinstance(found, list) else [found])]
-        return DataSample(f"{row}", name, tuple(images), turns, None, accepted)
+        try:
+            cell = stored[row][options["image"]][0].as_py()
+        except Exception as error:  # the library raises whatever its readers run into
+            raise LoadError(f"{where}: cannot read the image: {one_line(error)}") from error
+        images = _images(cell if isinstance(cell, (list, tuple)) else [cell], where, **reading)
+        if not images:
+            raise LoadError(f"{where}: no image in the column {options['image']!r}.")
+        return DataSample(f"{row}", name, images, turns, None, accepted)
 
     return group, make, len(accepted) > 1
-
-
-def _image(value: Any, where: str) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value.convert("RGB")
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
-        return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
-    if isinstance(value, str):
-        return load_image(value)
-    raise LoadError(f"{where}: expected an image, got a {type(value).__name__}.")

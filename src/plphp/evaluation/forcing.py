@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..branching import Branches, branch
+from ..cache_argument import passed
 from ..prompt import count_vision_tokens
 from .controls import blank, interpolated_positions, smaller_inputs
 from .conversation import prompt_inputs
@@ -175,7 +176,7 @@ def decode(
             answers[row].append(tokens[row])
         if not running or step == max_new_tokens - 1:
             break
-        output: Any = model(input_ids=chosen[:, None], past_key_values=branches.cache)
+        output: Any = model(input_ids=chosen[:, None], **passed(branches.cache))
         logits = output.logits[:, -1]
     return {one.name: (answers[row], shares[row]) for row, one in enumerate(group.variants)}
 
@@ -206,7 +207,7 @@ def _next_logits(
     piece = max(1, MAX_LOGITS // (rows * branches.logits.shape[-1]))
     for start in range(0, len(draft), piece):
         ids = draft[start : start + piece].expand(rows, -1)
-        output: Any = model(input_ids=ids, past_key_values=branches.cache)
+        output: Any = model(input_ids=ids, **passed(branches.cache))
         for offset in range(ids.shape[1]):
             if start + offset + 1 in wanted:
                 yield start + offset + 1, output.logits[:, offset]

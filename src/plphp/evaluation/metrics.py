@@ -7,6 +7,8 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
+from rapidfuzz.distance import Levenshtein
+
 from ..errors import ConfigError, did_you_mean
 
 Metric = Callable[[str, str], float]
@@ -29,8 +31,7 @@ def edit_similarity(given: str, accepted: str) -> float:
     0.5714285714285714
     """
     first, second = " ".join(given.split()), " ".join(accepted.split())
-    longest = max(len(first), len(second))
-    return 1 - _levenshtein(first, second) / longest if longest else 1.0
+    return Levenshtein.normalized_similarity(first, second)
 
 
 def contains(given: str, accepted: str) -> float:
@@ -80,15 +81,6 @@ def best_score(metric: Metric, given: str, accepted: Sequence[str]) -> float:
     if not accepted:
         raise ConfigError("A sample without an accepted answer cannot be scored.")
     return max(metric(given, one) for one in accepted)
-
-
-def _levenshtein(first: str, second: str) -> int:
-    row = list(range(len(second) + 1))
-    for number, left in enumerate(first, 1):
-        diagonal, row[0] = row[0], number
-        for column, right in enumerate(second, 1):
-            diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, diagonal + (left != right))
-    return row[-1]
 
 
 def _words(text: str) -> list[str]:

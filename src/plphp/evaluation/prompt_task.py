@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import UnsupportedFeatureError
-from ..media import load_image
 from ..prompts_file import Prompt, read_prompts
 from .tasks import Sample, Turn
 
@@ -31,7 +30,7 @@ class PromptTask:
         return (make() for make in self.makers[:count])
 
 
-def read_prompt_task(path: str | Path) -> PromptTask:
+def read_prompt_task(path: str | Path, *, allow_urls: bool = False) -> PromptTask:
     """Read a file of prompts, see `plphp.prompts_file.read_prompts`.
 
     Raises
@@ -41,7 +40,7 @@ def read_prompt_task(path: str | Path) -> PromptTask:
     UnsupportedFeatureError
         If a prompt is a chat: give its question and images.
     """
-    prompts = read_prompts(path)
+    prompts = read_prompts(path, allow_urls=allow_urls)
     for prompt in prompts:
         if prompt.question is None:
             raise UnsupportedFeatureError(f'{prompt.origin}: the label-free measures take a "question", not "turns".')
@@ -50,5 +49,4 @@ def read_prompt_task(path: str | Path) -> PromptTask:
 
 
 def _sample(prompt: Prompt) -> Sample:
-    images = tuple(load_image(image) for image in prompt.images)
-    return Sample(prompt.origin, "prompts", images, (Turn(prompt.question or "", "", True),), None)
+    return Sample(prompt.origin, "prompts", tuple(prompt.read_images()), (Turn(prompt.question or "", "", True),), None)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -14,10 +16,19 @@ if TYPE_CHECKING:
     from .settings import AnyTask
 
 Figures = Mapping[str, Any]
+MIN_METHOD = 20
+"""Columns of the terminal that the names of the methods get at least; longer ones are folded."""
+FIXED = ("asked", "KV")
+"""Columns that every part of a table that was cut has."""
+BORDER = 2
+"""Columns of the terminal between two cells, and at both sides of a table."""
 
 
-def score_tables(metrics: Mapping[str, Any], *, per_task: bool = False) -> list[Table]:
-    """A table for each group of tasks: a line per method and retention.
+def score_tables(metrics: Mapping[str, Any], *, per_task: bool = False, width: int | None = None) -> list[Table]:
+    """A table for each group of tasks, with a line per method and retention, and one over all groups at the end.
+
+    A group's scores are means over its tasks, those of the last table means over the groups, each with equal weight.
+    There is no last table where there is one group, and no table of a task that is the only one of its group.
 
     Parameters
     ----------
@@ -25,23 +36,30 @@ def score_tables(metrics: Mapping[str, Any], *, per_task: bool = False) -> list[
         What `plphp.evaluation.evaluate` returned.
     per_task : bool
         Add a table for each task.
+    width : int, optional
+        Columns of the terminal: a wider table is cut into several, one below the other. Default: no limit.
     """
     tables = []
     for group, values in metrics["groups"].items():
-        title = f"{group}: {len(values['tasks'])} task(s), {values['samples']} samples"
-        tables.append(_table(title, values["variants"], metrics))
-        members = [name for name, task in metrics["tasks"].items() if task["group"] == group] if per_task else []
-        for name in members:
+        alone = values["tasks"] if len(values["tasks"]) == 1 else []
+        about = _about(metrics["tasks"][alone[0]], alone[0]) if alone else f"{len(values['tasks'])} tasks"
+        tables += _tables(f"{group}: {about}, {_count(values)}", values["variants"], metrics, width)
+        members = [name for name, task in metrics["tasks"].items() if task["group"] == group and name not in alone]
+        for name in members if per_task else ():
             task = metrics["tasks"][name]
-            scored = "" if task["scored"] else ", not scored"
-            title = f"{name}: {task['metric']}, chance {100 * task['chance']:.0f} %, {task['samples']} samples{scored}"
-            tables.append(_table(title, task["variants"], metrics))
+            tables += _tables(f"{_about(task, name)}, {_count(task)}", task["variants"], metrics, width)
+    overall = metrics["overall"]
+    if len(overall["groups"]) > 1:
+        title = f"overall: mean of {len(overall['groups'])} groups, {_count(overall)}"
+        tables += _tables(title, overall["variants"], metrics, width)
     return tables
 
 
 def task_table(tasks: Iterable[AnyTask]) -> Table:
     """The tasks that there are."""
-    table = Table("task", "group", "metric", "chance", "scored", "about")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("task", "group", "metric", "chance", "scored", "about"):
+        table.add_column(heading, overflow="fold", min_width=len(heading))
     for task in tasks:
         scored = "yes" if task.scored else "no"
         about = (task.name, task.group, task.metric, f"{100 * task.chance:.1f} %", scored, task.summary)
@@ -49,26 +67,69 @@ def task_table(tasks: Iterable[AnyTask]) -> Table:
     return table
 
 
-def _table(title: str, figures: Mapping[str, Figures], metrics: Mapping[str, Any]) -> Table:
-    baseline = metrics["baseline"]
-    columns = {
-        "score (95 %)": lambda one: _interval(one, "score", ""),
-        "- full": lambda one: _interval(one, "vs_full", "+"),
-        **({f"- {baseline}": lambda one: _interval(one, "vs_baseline", "+")} if baseline else {}),
-        "agree": lambda one: f"{100 * one['agreement']:.1f}" if "agreement" in one else "",
-        "KL": lambda one: f"{one['kl']:.4f}" if "kl" in one else "",
+def _about(task: Mapping[str, Any], name: str) -> str:
+    measured = "" if task["metric"] == "none" else f", {task['metric']}, chance {100 * task['chance']:.0f} %"
+    return f"{name}{measured}{'' if task['scored'] else ', not in the mean'}"
+
+
+def _count(values: Mapping[str, Any]) -> str:
+    return f"{values['samples']} samples" + (f", {values['skipped']} skipped" if values["skipped"] else "")
+
+
+def _tables(title: str, figures: Mapping[str, Figures], metrics: Mapping[str, Any], width: int | None) -> list[Table]:
+    """One table, or several with some of the columns each where it would be too wide."""
+    columns = _columns(figures, metrics)
+    room = math.inf if width is None else width - MIN_METHOD - BORDER - sum(_width(name, columns) for name in FIXED)
+    parts: list[list[str]] = [[]]
+    taken = 0
+    for name in [name for name, cells in columns.items() if any(cells) and name not in FIXED]:
+        needed = _width(name, columns)
+        if parts[-1] and taken + needed > room:
+            parts.append([])
+            taken = 0
+        parts[-1].append(name)
+        taken += needed
+    titles = [title, *(f"{title} (further columns)" for _ in parts[1:])]
+    methods = _methods(metrics["variants"])
+    return [
+        _table(shown, methods, {name: columns[name] for name in (*FIXED, *part)})
+        for shown, part in zip(titles, parts, strict=True)
+    ]
+
+
+def _columns(figures: Mapping[str, Figures], metrics: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Cells of every column but the method's, in the order of the variants."""
+    baseline, variants = metrics["baseline"], metrics["variants"]
+    lines = [figures[variant["name"]] for variant in variants]
+    return {
+        "asked": ["" if one["retention"] is None else f"{100 * one['retention']:g}" for one in variants],
+        "KV": [f"{100 * line['kept']:.1f}" for line in lines],
+        "score (95 %)": [_interval(line, "score", "") for line in lines],
+        "- full": [_interval(line, "vs_full", "+") for line in lines],
+        **({f"- {baseline}": [_interval(line, "vs_baseline", "+") for line in lines]} if baseline else {}),
+        "agree": [f"{100 * line['agreement']:.1f}" if "agreement" in line else "" for line in lines],
+        "KL": [f"{line['kl']:.4f}" if "kl" in line else "" for line in lines],
     }
-    filled = {name: read for name, read in columns.items() if any(read(one) for one in figures.values())}
+
+
+def _methods(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The label of each variant, empty where it is that of the line before."""
+    labels = [variant["label"] for variant in variants]
+    return ["" if label == before else label for before, label in zip([None, *labels], labels, strict=False)]
+
+
+def _width(name: str, columns: Mapping[str, Sequence[str]]) -> int:
+    """Columns of the terminal that a column of the table takes, with its padding and border."""
+    return max(map(cell_len, (name, *columns[name]))) + BORDER
+
+
+def _table(title: str, methods: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", min_width=8, overflow="fold")
-    for name in ("asked", "KV", *filled):
-        table.add_column(name, justify="right", no_wrap=True)
-    label = None
-    for variant in metrics["variants"]:
-        shown = "" if label == variant["label"] else variant["label"]
-        label, one = variant["label"], figures[variant["name"]]
-        asked = "" if variant["retention"] is None else f"{100 * variant['retention']:g}"
-        table.add_row(Text(shown), asked, f"{100 * one['kept']:.1f}", *(read(one) for read in filled.values()))
+    for name in columns:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for method, *cells in zip(methods, *columns.values(), strict=True):
+        table.add_row(Text(method), *cells)
     return table
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,20 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cache import PrunedCache
-from ..errors import ConfigError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
+from ..errors import ConfigError, LoadError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
 from ..loading import load_model
 from ..query_bank import bank_file
 from ..registry import get_method
 from ..suitability import method_for, refuse_unanswered
-from .answering import accepted_answers, decode_sample, generate_samples
+from .answering import decode_sample, generate_samples
 from .controls import smaller_inputs
 from .conversation import prompt_inputs
 from .datasets import METADATA
 from .identity import identity
 from .scoring import Outcome, label_free, verify
 from .settings import AnyTask, EvalSettings, mode_of, resolve_tasks, task_size
+from .skipping import Maker, first_usable, makers_of, records_of
 from .store import FORMAT, Store, write_json
-from .summary import summarize
+from .summary import none_scored, summarize
 from .tasks import Task
 from .variants import Variant, make_variants
 from .workers import run_workers
@@ -52,6 +54,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score methods on tasks and write the results to a folder; what is there already is not done again.
 
+    A sample that fails by itself is skipped for all methods, with a warning in the log, see
+    `plphp.evaluation.skipping`; it is not tried again when the run goes on.
+
     Parameters
     ----------
     settings : EvalSettings
@@ -75,7 +80,8 @@ def evaluate(
     ConfigError
         If a method, task or setting is not known, or the folder holds another evaluation.
     LoadError
-        If the model, data or an image cannot be read.
+        If the model or the data cannot be read, or all samples of a task had to be skipped: the others' results are
+        written then.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ConfigError(f"workers must be an integer of at least 1, got {workers!r}.")
@@ -87,7 +93,7 @@ def evaluate(
     if baseline is not None and baseline not in labels:
         raise ConfigError(f"The baseline {baseline!r} is not among the methods.{did_you_mean(baseline, labels)}")
     model, processor = load_model(settings.model, settings.dtype, settings.device)
-    sample = next(tasks[0].samples(settings.split, 1, settings.seed))
+    sample = first_usable(tasks, settings, processor)
     usable, refused = _usable(model, processor, variants, modes.values(), sample)
     config = _config(settings, usable, refused, tasks, modes, identity(model))
     store = Store(out, config)
@@ -96,6 +102,9 @@ def evaluate(
     def note(task: str, record: Mapping[str, Any]) -> None:
         nonlocal done
         store.add(task, record)
+        if "skipped" in record:
+            name = record["index"] if record["id"] is None else record["id"]
+            log.warning("%s: sample %s is skipped: %s", task, name, record["skipped"])
         done += 1
         progress(task, done, total)
 
@@ -107,6 +116,9 @@ def evaluate(
             note(task, record)
     metrics = summarize(store.folder, baseline)
     write_json(store.folder / "metrics.json", metrics)
+    without = [name for name in metrics["skipped"] if name not in metrics["tasks"]]
+    if without:
+        raise LoadError(none_scored(without[0], metrics["skipped"][without[0]]))
     return metrics
 
 
@@ -119,16 +131,14 @@ def _results(
         wanted = {number: block for block in blocks for number in block}
         if not wanted:
             continue
-        held: list[tuple[int, Sample]] = []
-        for number, sample in enumerate(task.samples(settings.split, settings.samples, settings.seed)):
+        score = functools.partial(_scored, model, processor, settings, variants, task)
+        held: list[tuple[int, Maker]] = []
+        for number, make in makers_of(task, settings):
             if number not in wanted:
                 continue
-            held.append((number, sample))
+            held.append((number, make))
             if number == wanted[number][-1]:
-                samples = [one for _, one in held]
-                outcomes = _scored(model, processor, settings, variants, task, samples)
-                for (index, one), found in zip(held, outcomes, strict=True):
-                    yield task.name, _record(index, one, found)
+                yield from ((task.name, record) for record in records_of(task.name, held, score))
                 held = []
 
 
@@ -141,24 +151,15 @@ def _scored(
     samples: Sequence[Sample],
 ) -> list[dict[str, Outcome]]:
     mode, rows, limit = mode_of(task, settings.mode), settings.rows, settings.max_new_tokens
-    try:
-        if mode == "generate":
-            return generate_samples(model, processor, samples, variants, task.metric, max_new_tokens=limit)
-        [sample] = samples
-        if mode == "label-free":
-            longest = limit or LABEL_FREE_TOKENS
-            return [label_free(model, processor, sample, variants, rows=rows, max_new_tokens=longest)]
-        if mode == "verify":
-            return [verify(model, processor, sample, variants, rows=rows)]
-        return [decode_sample(model, processor, sample, variants, task.metric, rows=rows, max_new_tokens=limit)]
-    except PLPHPError as error:
-        raise type(error)(f"{task.name}, sample {samples[0].id}: {error}") from error
-
-
-def _record(index: int, sample: Sample, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    references = [list(accepted_answers(sample, turn)) for turn, one in enumerate(sample.turns) if one.scored]
-    outcome = {name: found.to_dict() for name, found in outcomes.items()}
-    return {"index": index, "id": sample.id, "references": references, "outcomes": outcome}
+    if mode == "generate":
+        return generate_samples(model, processor, samples, variants, task.metric, max_new_tokens=limit)
+    [sample] = samples
+    if mode == "label-free":
+        longest = limit or LABEL_FREE_TOKENS
+        return [label_free(model, processor, sample, variants, rows=rows, max_new_tokens=longest)]
+    if mode == "verify":
+        return [verify(model, processor, sample, variants, rows=rows)]
+    return [decode_sample(model, processor, sample, variants, task.metric, rows=rows, max_new_tokens=limit)]
 
 
 def _worker_results(settings: EvalSettings, names: Sequence[str], todo: Blocks) -> Iterator[tuple[str, dict[str, Any]]]:

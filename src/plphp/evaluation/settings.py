@@ -6,18 +6,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import ConfigError, did_you_mean
+from .choices import MODES, SPLITS, Mode, Split, check_choice
 from .datasets import DataTask, read_data
 from .metrics import get_metric
 from .prompt_task import PromptTask, read_prompt_task
 from .scoring import ROWS
-from .tasks import SPLITS, Split, Task, available_tasks, find_tasks
+from .tasks import Task, available_tasks, find_tasks
 
 RETENTION = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 METHODS = ("plphp", "uniform", "shared", "random", "zero", "blank")
-MODES = ("auto", "verify", "decode", "generate", "label-free")
 
 AnyTask = Task | DataTask | PromptTask
 
@@ -42,6 +42,8 @@ class EvalSettings:
         Metric of ``data``.
     prompts : str, optional
         File of prompts without answers, see `plphp.prompts_file.read_prompts`; for ``mode="label-free"``.
+    allow_urls : bool
+        Whether images of ``data`` and ``prompts`` that http and https addresses name are fetched.
     split : {"dev", "test"}
         Of the built-in tasks.
     samples : int
@@ -75,10 +77,11 @@ class EvalSettings:
     data: tuple[str, ...] = ()
     metric: str = "exact_match"
     prompts: str | None = None
+    allow_urls: bool = False
     split: Split = "dev"
     samples: int = 500
     seed: int = 0
-    mode: Literal["auto", "verify", "decode", "generate", "label-free"] = "auto"
+    mode: Mode = "auto"
     dtype: str = "auto"
     device: str | None = None
     rows: int = ROWS
@@ -89,8 +92,7 @@ class EvalSettings:
         for name in ("methods", "retention", "tasks", "data"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, known in (("split", SPLITS), ("mode", MODES)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), known)
         for name in ("samples", "rows", "batch", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -134,9 +136,9 @@ def resolve_tasks(settings: EvalSettings) -> list[AnyTask]:
     """
     tasks: list[AnyTask] = [*_built_in(settings)]
     for source in settings.data:
-        tasks += read_data(source, settings.metric)
+        tasks += read_data(source, settings.metric, allow_urls=settings.allow_urls)
     if settings.prompts is not None:
-        tasks.append(read_prompt_task(settings.prompts))
+        tasks.append(read_prompt_task(settings.prompts, allow_urls=settings.allow_urls))
     names = [task.name for task in tasks]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

@@ -4,7 +4,7 @@
 ::
 
     DIR/config.json                  settings, variants, model with a hash of its weights, versions, hardware, date
-    DIR/predictions/<task>.jsonl     a line per finished sample; lines are only ever added
+    DIR/predictions/<task>.jsonl     a line per finished sample, scored or skipped; lines are only ever added
     DIR/metrics.json                 the figures
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, LoadError, one_line
+from ..json_files import describe
 
 FORMAT = 1
 COMPARED = ("format", "settings", "variants", "query_banks", "contents", "model", "versions")
@@ -64,7 +65,7 @@ class Store:
             write_json(path, config)
 
     def finished(self, task: str) -> set[int]:
-        """Numbers of the samples of a task that are done. A line that was cut off is removed."""
+        """Numbers of the samples of a task that are done: scored or skipped. A line that was cut off is removed."""
         path = self._path(task)
         if path.exists():
             content = path.read_bytes()
@@ -72,7 +73,7 @@ class Store:
             if whole < len(content):
                 with path.open("r+b") as file:
                     file.truncate(whole)
-        return {record["index"] for record in read_records(self.folder, task)}
+        return {record["index"] for record in _read_lines(self.folder, task)}
 
     def add(self, task: str, record: Mapping[str, Any]) -> None:
         """Write down a finished sample at once."""
@@ -90,22 +91,42 @@ def records_path(folder: Path, task: str) -> Path:
 
 
 def read_records(folder: Path, task: str) -> list[dict[str, Any]]:
-    """Finished samples of a task, in the order of the samples; none where there is no file.
+    """Scored samples of a task, in the order of the samples; none where there is no file.
 
     Raises
     ------
     LoadError
         If a line is broken.
     """
+    return [record for record in _read_lines(folder, task) if "outcomes" in record]
+
+
+def read_skipped(folder: Path, task: str) -> list[dict[str, Any]]:
+    """Skipped samples of a task as ``index``, ``id`` (None where the sample could not be read) and ``reason``.
+
+    Raises
+    ------
+    LoadError
+        If a line is broken.
+    """
+    return [
+        {"index": record["index"], "id": record["id"], "reason": record["skipped"]}
+        for record in _read_lines(folder, task)
+        if "outcomes" not in record
+    ]
+
+
+def _read_lines(folder: Path, task: str) -> list[dict[str, Any]]:
+    """What the newest line of each sample says, in the order of the samples."""
     path = records_path(folder, task)
     if not path.exists():
         return []
     found: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # bytes: a line may end inside a character
         if line:
             try:
                 record = json.loads(line)
-                index, _ = record["index"], record["outcomes"]
+                index, _ = record["index"], record["outcomes" if "skipped" not in record else "id"]
                 found[index] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise LoadError(f"{path}, line {number} is broken ({one_line(error)}): remove the line.") from error
@@ -142,7 +163,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise LoadError(f"{path} is not JSON: {error}.") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise LoadError(f"{path} is not of an evaluation of this version's format ({FORMAT}).")
+        what = describe(values)
+        raise LoadError(
+            f"{path} is {f'{what}, and ' if what else ''}not of an evaluation of this version's format ({FORMAT})."
+        )
     return values
 
 

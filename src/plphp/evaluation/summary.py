@@ -14,12 +14,16 @@ import numpy as np
 from ..errors import ConfigError, LoadError, did_you_mean
 from .intervals import LEVEL, RESAMPLES, Resampled, averaged, resample
 from .settings import EvalSettings
-from .store import FORMAT, read_config, read_json, read_records, write_json
+from .store import FORMAT, read_config, read_json, read_records, read_skipped, write_json
 from .tasks import available_tasks
 from .variants import FULL
 
 MEASURES = ("kept", "agreement", "kl", "right_share")
 """Beside the score, given as plain means."""
+OPTIONS = {"retention": "target_retention"}
+"""Options of ``plphp eval`` that are not named like the setting."""
+Drawn = tuple[Resampled | None, dict[str, Any]]
+"""Resampled scores, None where there are none, and plain means by the name of the measure."""
 PER_TASK = ("score", "kept")
 """What compact results hold of each task; of groups they hold everything."""
 
@@ -43,10 +47,12 @@ def summarize(
     Returns
     -------
     dict
-        JSON-ready. ``tasks`` and ``groups`` hold for every variant: ``score``, ``vs_full`` and ``vs_baseline``
-        (mean and 95 % interval of the paired bootstrap over samples; a group is the mean of its scored tasks, each
-        with equal weight), and the means ``kept`` (measured vision KV, fraction), ``right_share`` (tokens before
-        the first error, fraction), ``agreement`` and ``kl`` (nats). What was not measured is left out.
+        JSON-ready. ``tasks``, ``groups`` and ``overall`` hold for every variant: ``score``, ``vs_full`` and
+        ``vs_baseline`` (mean and 95 % interval of the paired bootstrap over samples), and the means ``kept``
+        (measured vision KV, fraction), ``right_share`` (tokens before the first error, fraction), ``agreement`` and
+        ``kl`` (nats). A group is the mean of its scored tasks, and ``overall`` the mean of the groups that have any,
+        each with equal weight whatever the number of its samples. What was not measured is left out. ``skipped``
+        holds by task the samples that no method was scored on, with the reasons.
 
     Raises
     ------
@@ -63,9 +69,12 @@ def summarize(
         raise ConfigError(f"The baseline {baseline!r} is not among the methods.{did_you_mean(baseline, labels)}")
     against = [_baseline_of(variant, variants, baseline) for variant in variants]
     tasks: dict[str, Any] = {}
-    drawn: dict[str, tuple[Resampled | None, dict[str, Any]]] = {}
+    skipped: dict[str, list[dict[str, Any]]] = {}
+    drawn: dict[str, Drawn] = {}
     for task in config["tasks"]:
-        records = read_records(folder, task["name"])
+        records, left_out = read_records(folder, task["name"]), read_skipped(folder, task["name"])
+        if left_out:
+            skipped[task["name"]] = left_out
         if not records:
             continue
         scores = _scores(records, variants)
@@ -75,19 +84,24 @@ def summarize(
         tasks[task["name"]] = {
             **{key: task[key] for key in ("group", "metric", "mode", "chance", "scored")},
             "samples": len(records),
+            "skipped": len(left_out),
             "variants": _figures(variants, found, means, against),
         }
     if not tasks:
-        raise LoadError(f"{folder} holds no finished sample yet.")
+        none = [none_scored(name, samples) for name, samples in skipped.items()]
+        raise LoadError(none[0] if none else f"{folder} holds no finished sample yet.")
+    groups, overall = _groups(tasks, drawn, variants, against)
     return {
         "format": FORMAT,
         "variants": [{key: one[key] for key in ("name", "label", "retention")} for one in variants],
         "refused": config["refused"],
+        "skipped": skipped,
         "baseline": baseline,
         "resamples": resamples,
         "level": LEVEL,
         "tasks": tasks,
-        "groups": _groups(tasks, drawn, variants, against),
+        "groups": groups,
+        "overall": overall,
     }
 
 
@@ -125,8 +139,19 @@ def unfinished(folder: str | Path) -> str:
     config = read_config(Path(folder))
     built_in = {task["name"] for task in config["tasks"]} & set(available_tasks())
     wanted = config["settings"]["samples"]
-    done = {name: len(read_records(Path(folder), name)) for name in sorted(built_in)}
+    read = (read_records, read_skipped)
+    done = {name: sum(len(of(Path(folder), name)) for of in read) for name in sorted(built_in)}
     return ", ".join(f"{name}: {count} of {wanted} samples" for name, count in done.items() if count < wanted)
+
+
+def none_scored(task: str, skipped: Sequence[Mapping[str, Any]]) -> str:
+    """Say that a task has no scored sample, with the reason against the first."""
+    first = skipped[0]
+    name = first["index"] if first["id"] is None else first["id"]
+    return (
+        f"No sample of the task {task!r} could be scored, {len(skipped)} had to be skipped; the first, {name}: "
+        f"{first['reason']}"
+    )
 
 
 def command_of(settings: Mapping[str, Any]) -> str:
@@ -143,7 +168,7 @@ def command_of(settings: Mapping[str, Any]) -> str:
             parts += [f"--data {shlex.quote(one)}" for one in value]
         else:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            parts.append(f"--{field.name.replace('_', '-')} {shlex.quote(text)}")
+            parts.append(f"--{OPTIONS.get(field.name, field.name).replace('_', '-')} {shlex.quote(text)}")
     return " ".join([*parts, "--out DIR"])
 
 
@@ -167,24 +192,39 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 def _groups(
     tasks: Mapping[str, Any],
-    drawn: Mapping[str, tuple[Resampled | None, dict[str, Any]]],
+    drawn: Mapping[str, Drawn],
     variants: Sequence[Mapping[str, Any]],
     against: Sequence[int | None],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of each group, and those over all groups."""
     groups: dict[str, Any] = {}
+    pooled: dict[str, Drawn] = {}
     for group in dict.fromkeys(task["group"] for task in tasks.values()):
-        # what is not scored has a score that survives without the images, or none at all
-        members = [name for name, task in tasks.items() if task["group"] == group and task["scored"]]
-        members = members or [name for name, task in tasks.items() if task["group"] == group]
-        sets = [found for found, _ in map(drawn.__getitem__, members) if found is not None]
-        together = averaged(sets) if len(sets) == len(members) else None
-        means = {name: _averaged([drawn[member][1][name] for member in members]) for name in MEASURES}
-        groups[group] = {
-            "tasks": members,
-            "samples": sum(tasks[member]["samples"] for member in members),
-            "variants": _figures(variants, together, means, against),
-        }
-    return groups
+        members = _that_count([name for name, task in tasks.items() if task["group"] == group], tasks)
+        pooled[group] = _pooled([drawn[member] for member in members])
+        groups[group] = {"tasks": members, **_counted(members, tasks)}
+        groups[group]["variants"] = _figures(variants, *pooled[group], against)
+    scored = {group for group, values in groups.items() if any(tasks[name]["scored"] for name in values["tasks"])}
+    counting = [group for group in groups if group in scored or not scored]
+    overall = {"groups": counting, **_counted([name for group in counting for name in groups[group]["tasks"]], tasks)}
+    overall["variants"] = _figures(variants, *_pooled([pooled[group] for group in counting]), against)
+    return groups, overall
+
+
+def _that_count(names: Sequence[str], tasks: Mapping[str, Any]) -> list[str]:
+    """The tasks that are scored; all where none is: their score survives without the images, or there is none."""
+    return [name for name in names if tasks[name]["scored"]] or list(names)
+
+
+def _counted(members: Sequence[str], tasks: Mapping[str, Any]) -> dict[str, int]:
+    return {count: sum(tasks[member][count] for member in members) for count in ("samples", "skipped")}
+
+
+def _pooled(parts: Sequence[Drawn]) -> Drawn:
+    """Mean over tasks or groups, each with equal weight and resampled by itself; scored if all of them are."""
+    sets = [found for found, _ in parts if found is not None]
+    together = averaged(sets) if len(sets) == len(parts) else None
+    return together, {name: _averaged([means[name] for _, means in parts]) for name in MEASURES}
 
 
 def _baseline_of(variant: Mapping[str, Any], variants: Sequence[Mapping[str, Any]], label: str | None) -> int | None:

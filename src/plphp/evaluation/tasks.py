@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in tasks: what is asked about which synthetic images, in four groups that are never averaged together."""
+"""The built-in tasks: what is asked about which synthetic images, in four groups."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from PIL import Image
 
 from ..errors import ConfigError, did_you_mean
+from .choices import SPLITS, Split, check_choice
 from .synthetic import questions, scenes
 from .synthetic.questions import Question
 from .synthetic.scenes import Kind, Scene
 
-Split = Literal["dev", "test"]
-SPLITS: tuple[Split, ...] = ("dev", "test")
 GROUPS = ("one_image", "several_images", "several_regions", "dialogue")
 SCALE = 4
 """Images are drawn at 448 x 448 pixels; the processor brings them to the model's size."""
@@ -118,8 +116,7 @@ class Task:
         seed : int
             Of the draw.
         """
-        if split not in SPLITS:
-            raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+        check_choice("split", split, SPLITS)
         for number in range(count):
             rng = random.Random(f"{split}-{self.name}-{seed}-{number}")
             drawn, asked = self._draw(rng, split)

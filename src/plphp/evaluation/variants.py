@@ -148,12 +148,12 @@ def _rates(values: Sequence[object]) -> list[float]:
 
 
 def with_retention(config: PLPHPConfig, retention: float) -> PLPHPConfig:
-    """Ask a method for a retention: as the target of its layer classes where it has them, else as its rate."""
-    by_class = get_method(config.method).uses_class_rule
-    changed = {"target_retention" if by_class else "retention_rate": retention}
-    if retention == 0:
-        changed["min_kept"] = 0
-    return dataclasses.replace(config, **changed)  # type: ignore[arg-type]
+    """Ask a method for a retention: as the target of its layer classes where it sorts layers, else as its rate."""
+    if retention == 0:  # of nothing no layer can have more than another
+        return dataclasses.replace(config, retention_rate=0.0, target_retention=None, min_kept=0)
+    if get_method(config.method).uses_class_rule(config):
+        return dataclasses.replace(config, target_retention=retention)
+    return dataclasses.replace(config, retention_rate=retention)
 
 
 def _spelled_out(text: str, retention: list[float]) -> list[Variant]:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
-import torch
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from plphp.families.base import Features, Inputs, VisionSegment
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def token_ids(*attributes: str) -> Callable[[PretrainedConfig], tuple[int, ...]]:
@@ -68,6 +68,8 @@ def in_prompt_order(inputs: Inputs, segments: Mapping[int, Sequence[VisionSegmen
     input_ids = inputs.get("input_ids")
     if input_ids is None:
         return None
+    import torch
+
     flat = input_ids.reshape(-1)
     placeholders = flat[torch.isin(flat, torch.tensor(list(filled), device=flat.device))].tolist()
     expected = sum(segment.tokens for queue in filled.values() for segment in queue)

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
 
 Inputs = Mapping[str, Any]
 """The keyword arguments of ``generate``: ``input_ids``, ``attention_mask``, ``pixel_values``, ..."""
@@ -67,6 +68,8 @@ class Features:
 
     def placeholders(self, config: PretrainedConfig, inputs: Inputs) -> Tensor:
         """Mark the tokens of ``input_ids`` that the images fill, bool [batch, seq]."""
+        import torch  # families are listed without it
+
         ids = inputs["input_ids"]
         mask = torch.isin(ids, torch.tensor(self.token_ids(config), device=ids.device))
         types = inputs.get("mm_token_type_ids")

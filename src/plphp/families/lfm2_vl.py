@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, rows_of, token_ids
 from plphp.families.base import Family, Features, Inputs, VisionSegment
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, rows_of, square, token_ids
 from plphp.families.base import Family, Features, Inputs, VisionSegment
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _CLS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0}
 """Tokens beside the patches, by model type of the vision tower."""

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
-
-from transformers import PretrainedConfig
-from transformers.image_processing_utils import select_best_resolution
+from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, rows_of, token_ids
 from plphp.families.base import Family, Features, Inputs, VisionSegment
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def unpadded_grid(config: PretrainedConfig, size: tuple[int, ...]) -> tuple[int, int]:
@@ -22,6 +23,8 @@ def unpadded_grid(config: PretrainedConfig, size: tuple[int, ...]) -> tuple[int,
     size : tuple of int
         ``(height, width)`` of the original image in pixels.
     """
+    from transformers.image_processing_utils import select_best_resolution
+
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     best_height, best_width = select_best_resolution(size, config.image_grid_pinpoints)

@@ -6,15 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
-
-import torch
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from plphp.errors import UnsupportedFeatureError
 from plphp.families._segments import in_prompt_order, rows_of, token_ids
 from plphp.families.base import Family, Features, Inputs, VisionSegment
 from plphp.families.llava_next import base_tokens, unpadded_grid
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _tiled(config: PretrainedConfig, size: tuple[int, ...], base: int) -> VisionSegment:
@@ -62,6 +62,8 @@ class _Tiled(Features):
         per_row = inputs.get("batch_num_images")
         if per_row is None or not numbers:
             return picked
+        import torch  # families are listed without it
+
         alone = [int(count) == 1 for count in per_row for _ in range(int(count))]
         return {**picked, "batch_num_images": torch.tensor(_counts([alone[number] for number in numbers]))}
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, square, token_ids
 from plphp.families.base import Family, Features, Inputs, VisionSegment
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:

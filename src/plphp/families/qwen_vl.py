@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from plphp.families._segments import grid_features, grid_segments, in_prompt_order, token_ids
 from plphp.families.base import Family, Inputs, VisionSegment
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _IDS = token_ids("image_token_id", "video_token_id")
 _MROPE = "Positions are three-dimensional and offset by rope_deltas, which the model keeps between turns."

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 _CROSS_ATTENTION = "its images are read through cross-attention layers and are not in the self-attention KV cache."
 _ENCODER_DECODER = "it is an encoder-decoder model: the image stands in the encoder's output, not in a KV cache."

@@ -24,7 +24,7 @@ def gather(keys: Tensor, values: Tensor, keep: Tensor, total: int) -> tuple[Tens
     places = marked.flatten().cumsum(0, dtype=torch.int64)
     new_keys, new_values = keys.new_empty(total, dim), values.new_empty(total, value_dim)
     wide, value_wide = wide_of(dim), wide_of(value_dim)
-    _, entries = tile_shape(1, max(wide, value_wide), keys.element_size())
+    _, entries = tile_shape(1, max(wide, value_wide), max(keys.element_size(), values.element_size()))
     _gather[(keep.shape[0] * kv_heads, triton.cdiv(seq, entries))](
         keys, values, marked, places, new_keys, new_values, seq,
         *keys.stride(), *values.stride(),

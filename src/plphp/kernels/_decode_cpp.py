@@ -14,6 +14,12 @@ from .cpp_library import library
 
 MOST_ROWS = 64
 """Query rows of a KV head, [group x query], that cpp/by_vectors.h has room for."""
+KERNELS = {
+    (torch.float32, torch.float32): "attend_float32",
+    (torch.float32, torch.bfloat16): "attend_float32_bfloat16",
+    (torch.bfloat16, torch.bfloat16): "attend_bfloat16",
+}
+"""Functions of the library, by the dtype of queries and keys and that of values."""
 _STRIDES = ctypes.c_int64 * 3
 
 
@@ -38,8 +44,9 @@ def attend(
     Parameters
     ----------
     query : Tensor
-        float32 or bfloat16 [batch, q_heads, query, dim], as all states.
+        float32 or bfloat16 [batch, q_heads, query, dim].
     prefix : PackedKV
+        Its keys have the dtype of the query, and its values that of the tail's, see `KERNELS`.
     tail_keys, tail_values : Tensor
         [batch, kv_heads, tail, dim].
     bias : Tensor, optional
@@ -78,7 +85,6 @@ def attend(
         torch.get_num_threads(),
         scaling,
     )
-    of_dtype = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
-    if getattr(library("decode"), of_dtype[query.dtype])(ctypes.byref(call)):
+    if getattr(library("decode"), KERNELS[query.dtype, tail_values.dtype])(ctypes.byref(call)):
         raise CacheMemoryError(f"There is no memory for attention over {tail} new and the kept tokens.")
     return out

@@ -23,14 +23,16 @@ def attend(
 ) -> Tensor:
     """Attend with query [batch, q_heads, length, dim]; see `plphp.kernels.decode_attention`.
 
-    ``bias`` is additive, float32 [batch or 1, q_heads or 1, length, tail], in the place of the causal mask.
+    Queries and all keys have one dtype, and all values one, which may be another. ``bias`` is additive, float32
+    [batch or 1, q_heads or 1, length, tail], in the place of the causal mask.
     """
     batch, q_heads, length, dim = query.shape
     kv_heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
     group = q_heads // kv_heads
     rows = group * length
     wide, value_wide = wide_of(dim), wide_of(value_dim)
-    tile, entries = tile_shape(rows, max(wide, value_wide), query.element_size())
+    widest_number = max(query.element_size(), tail_values.element_size())
+    tile, entries = tile_shape(rows, max(wide, value_wide), widest_number)
     chunk = chunk_of(batch * kv_heads, max(map(max, prefix.counts)) + tail, query.device)
     early = triton.cdiv(max(map(max, prefix.counts)), chunk)
     splits = early + triton.cdiv(tail, chunk)
@@ -44,7 +46,7 @@ def attend(
         *query.stride(), *prefix.keys.stride(), *prefix.values.stride(), *tail_keys.stride(), *tail_values.stride(),
         *shown.stride(),
         KV_HEADS=kv_heads, ROWS=rows, DIM=dim, VALUE_DIM=value_dim, BIASED=bias is not None,
-        IN_FLOAT32=multiplies_bits(query),
+        IN_FLOAT32=multiplies_bits(query, tail_values),
         TILE=tile, ENTRIES=entries, WIDE=wide, VALUE_WIDE=value_wide,
     )  # fmt: skip
     out = torch.empty(batch, length, q_heads, value_dim, dtype=query.dtype, device=query.device)

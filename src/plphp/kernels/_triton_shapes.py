@@ -56,6 +56,6 @@ def chunk_of(pairs: int, entries: int, device: torch.device) -> int:
     return min(LARGEST_CHUNK, max(2 * ENTRIES, triton.cdiv(wanted, ENTRIES) * ENTRIES))
 
 
-def multiplies_bits(states: torch.Tensor) -> bool:
+def multiplies_bits(*states: torch.Tensor) -> bool:
     """Whether products have to be taken in float32: interpreted, a kernel would multiply the bits of bfloat16."""
-    return states.device.type == "cpu" and states.dtype is torch.bfloat16
+    return any(one.device.type == "cpu" and one.dtype is torch.bfloat16 for one in states)

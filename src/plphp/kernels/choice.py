@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Container, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError, one_line
+from ..precision import as_written
 
 log = logging.getLogger("plphp")
 
@@ -25,15 +26,22 @@ NARROWEST = 32
 """Smallest head dimension of the C++ kernels: what the widest vectors take at once."""
 NO_CUDA = "it needs a CUDA device"
 
-Trial = Callable[[torch.device, torch.dtype, int, int], float]
-"""Runs a kernel and its reference on a device at a dtype and the widths of keys and values: the largest difference."""
+Dtypes = tuple[torch.dtype, torch.dtype]
+"""That of queries and keys, and that of values."""
 
-Case = Callable[[Callable[..., Tensor], torch.device], tuple[Any, ...]]
-"""Makes the arguments of a trial on a device, with what draws normal numbers of a shape."""
+Trial = Callable[[torch.device, Dtypes, int, int], float]
+"""Runs a kernel and its reference on a device at some dtypes and the widths of keys and values: the largest
+difference."""
+
+Draw = Callable[..., Tensor]
+"""Draws normal numbers of a shape."""
+
+Case = Callable[[Draw, Draw, torch.device], tuple[Any, ...]]
+"""Makes the arguments of a trial on a device, with what draws keys and what draws values."""
 
 
 def unsupported_by_triton(*states: Tensor) -> str | None:
-    """Say why no Triton kernel can read these states [batch, heads, seq, dim]; None where one can."""
+    """Say why no Triton kernel can read these states of one dtype, [..., dim]; None where one can."""
     first = states[0]
     if first.device.type != "cuda":
         return NO_CUDA
@@ -53,7 +61,7 @@ def unsupported_by_triton(*states: Tensor) -> str | None:
 
 
 def unsupported_by_cpp(*states: Tensor) -> str | None:
-    """Say why no C++ kernel can read these states [batch, heads, seq, dim]; None where one can."""
+    """Say why no C++ kernel can read these states of one dtype, [..., dim]; None where one can."""
     if sys.platform != "linux":
         return f"it is for Linux, and this is {sys.platform}"
     if any(one.device.type != "cpu" for one in states):
@@ -78,24 +86,36 @@ UNSUPPORTED = {"Triton": unsupported_by_triton, "C++": unsupported_by_cpp}
 
 
 @cache
-def trouble(trial: Trial, device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> str | None:
-    """Try a kernel against its reference, once for each device, dtype and width; say what is wrong with it."""
+def trouble(
+    trial: Trial,
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    value_dim: int,
+    of_values: torch.dtype | None = None,
+) -> str | None:
+    """Try a kernel against its reference, once for each device, dtype and width; say what is wrong with it.
+
+    Values have the dtype ``of_values``, if it is another one than that of queries and keys.
+    """
+    dtypes = dtype, of_values or dtype
     try:
-        worst = trial(device, dtype, dim, value_dim)
+        worst = trial(device, dtypes, dim, value_dim)
     except (torch.OutOfMemoryError, MemoryError):  # says nothing about the kernel, and is not kept as its result
         raise
     except BackendUnavailableError as error:
         return str(error)
     except Exception as error:  # compilers raise what they like
         return f"it fails on this device ({type(error).__name__}: {one_line(error, limit=200)})"
-    if worst < TOLERANCE[dtype]:
+    if worst < max(TOLERANCE[one] for one in dtypes):
         return None
     return f"it differs from the reference on this device by {worst:.2g}"
 
 
 def usable(operation: str, language: str, reason: str | None, trial: Trial, keys: Tensor, values: Tensor) -> bool:
     """Whether an operation on keys and values can use its kernel; why not, a given ``reason`` first, is logged once."""
-    reason = reason or trouble(trial, keys.device, keys.dtype, keys.shape[-1], values.shape[-1])
+    other = () if values.dtype == keys.dtype else (values.dtype,)
+    reason = reason or trouble(trial, keys.device, keys.dtype, keys.shape[-1], values.shape[-1], *other)
     if reason is not None and reason != NO_CUDA:
         _tell_once(operation, language, reason)
     return reason is None
@@ -106,20 +126,26 @@ def difference(
     reference: Callable[..., Tensor],
     case: Case,
     device: torch.device,
-    dtype: torch.dtype,
+    dtypes: Dtypes,
 ) -> float:
-    """Largest difference of a kernel, on a device and in a dtype, from the reference in float64 on the CPU.
+    """Largest difference of a kernel, on a device and in some dtypes, from the reference in float64 on the CPU.
 
     There the reference depends on no setting of the process. NaN where one of them has one.
     """
 
-    def noise(cast: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def draws(cast: Callable[[Tensor], Tensor]) -> tuple[Draw, Draw]:
         generator = torch.Generator().manual_seed(0)
-        return lambda *shape: cast(torch.randn(shape, generator=generator, device="cpu").to(dtype))
 
-    found = kernel(*case(noise(lambda one: one.to(device)), device))
-    with torch.autocast("cpu", enabled=False):
-        expected = reference(*case(noise(lambda one: one.double()), torch.device("cpu")))
+        def draw(dtype: torch.dtype, *shape: int) -> Tensor:
+            return cast(torch.randn(shape, generator=generator, device="cpu").to(dtype))
+
+        of_keys, of_values = dtypes
+        return partial(draw, of_keys), partial(draw, of_values)
+
+    with as_written(device):
+        found = kernel(*case(*draws(lambda one: one.to(device)), device))
+    with as_written(torch.device("cpu")):
+        expected = reference(*case(*draws(lambda one: one.double()), torch.device("cpu")))
     return (found.double().cpu() - expected.double()).abs().max().item()
 
 

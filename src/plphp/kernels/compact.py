@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:
     Parameters
     ----------
     keys, values : Tensor
-        [batch, kv_heads, seq, dim]; any strides. Evicted entries are never read, so they may hold NaN.
+        [batch, kv_heads, seq, dim]; any strides, a dtype each. Evicted entries are never read, so they may hold NaN.
     keep : Tensor
         bool [batch, kv_heads, seq].
 
@@ -32,7 +31,7 @@ def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:
     """
     counts = tuple(tuple(row) for row in keep.sum(-1).tolist())
     keep = keep.to(keys.device)
-    reason = choice.unsupported_by_triton(keys, values)
+    reason = choice.unsupported_by_triton(keys) or choice.unsupported_by_triton(values)
     if choice.usable("compact_kv", "Triton", reason, triton_trial, keys, values):
         from . import _compact_triton
 
@@ -48,12 +47,12 @@ def _by_torch(keys: Tensor, values: Tensor, keep: Tensor) -> tuple[Tensor, Tenso
     return keys[where], values[where]
 
 
-def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
+def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
     """Largest difference between the Triton kernel and the reference on a small case: none, as both copy."""
     from . import _compact_triton
 
-    def case(noise: Callable[..., Tensor], _: torch.device) -> tuple[Any, ...]:
-        return noise(2, 150, 3, dim).transpose(1, 2), noise(2, 3, 150, value_dim), noise(2, 3, 150) > 0
+    def case(keys: choice.Draw, values: choice.Draw, _: torch.device) -> tuple[Any, ...]:
+        return keys(2, 150, 3, dim).transpose(1, 2), values(2, 3, 150, value_dim), keys(2, 3, 150) > 0
 
     def gather(keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
         return torch.cat(_compact_triton.gather(keys, values, keep, int(keep.sum())), dim=1)
@@ -61,4 +60,4 @@ def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: 
     def reference(keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
         return torch.cat(_by_torch(keys, values, keep), dim=1)
 
-    return choice.difference(gather, reference, case, device, dtype)
+    return choice.difference(gather, reference, case, device, dtypes)

@@ -3,7 +3,7 @@
 
 They are compiled for the very instructions of the machine, which a wheel could not assume. What was built stays in
 ``$XDG_CACHE_HOME/plphp`` (``~/.cache/plphp``), under a name that changes with the source, the compiler and the
-processor.
+processor, and with a digest at its end: a library that was cut off may end the process that loads it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +29,8 @@ COMPILERS = ("g++", *(f"g++-{version}" for version in range(16, 11, -1)), "clang
 COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi", "-c")
 LINK = ("-shared",)
 """Without OpenMP: the library that torch has loaded is taken, so that both use the same threads."""
+DIGEST = hashlib.sha256
+"""Of a library that is kept; it stands behind it, where loaders do not look."""
 TIMEOUT = 300
 """Seconds that the compiler may take."""
 
@@ -72,17 +74,21 @@ def _compilers() -> list[list[str]]:
 def _made_with(compiler: list[str], name: str) -> ctypes.CDLL:
     folder = _folder()
     kept = folder and folder / f"{name}-{_key(compiler)}.so"
-    if kept and kept.exists():
-        with suppress(OSError):  # a damaged file is made again
-            return ctypes.CDLL(str(kept))
+    if kept and os.path.lexists(kept):
+        reason = _damage(kept)
+        if reason is None:
+            try:
+                return ctypes.CDLL(str(kept))
+            except OSError as error:
+                reason = one_line(error, limit=200)
+        log.warning("The C++ kernel that is kept in %s cannot be used (%s): it is built anew.", kept, reason)
     with tempfile.TemporaryDirectory(prefix="plphp-") as place:
         compiled, linked = Path(place) / "compiled.o", Path(place) / f"{name}.so"
         _call([*compiler, *COMPILE, str(SOURCES / f"{name}.cpp"), "-o", str(compiled)])
         _call([*compiler, *LINK, str(compiled), "-o", str(linked)])
         made = ctypes.CDLL(str(linked))  # stays when the file is gone
-        if kept:
-            _keep(linked, kept)
-    log.info("The C++ kernel %s was built with %s, %s.", name, compiler[0], f"as {kept}" if kept else "not kept")
+        reason = _keep(linked, kept) if kept else "there is no folder for it that is yours alone"
+    log.info("The C++ kernel %s was built with %s: %s.", name, compiler[0], f"not kept, {reason}" if reason else kept)
     return made
 
 
@@ -98,10 +104,35 @@ def _folder() -> Path | None:
     return folder if about.st_uid == os.getuid() and not about.st_mode & 0o022 else None
 
 
-def _keep(linked: Path, kept: Path) -> None:
-    """Put a library into the cache, complete at once, if that can be written."""
-    with suppress(OSError), tempfile.TemporaryDirectory(dir=kept.parent) as place:
-        Path(shutil.copy(linked, place)).replace(kept)
+def _damage(kept: Path) -> str | None:
+    """Say why a library must not be loaded; None where it is what `_keep` wrote."""
+    try:
+        about = kept.lstat()
+        if not stat.S_ISREG(about.st_mode):
+            return "it is no plain file"
+        if about.st_uid != os.getuid() or about.st_mode & 0o022:
+            return "others can write to it"
+        content = kept.read_bytes()
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    size = DIGEST().digest_size
+    return None if DIGEST(content[:-size]).digest() == content[-size:] else "it was cut off or altered"
+
+
+def _keep(linked: Path, kept: Path) -> str | None:
+    """Put a library into the cache, complete at once; say why where that cannot be done."""
+    try:
+        content = linked.read_bytes()
+        with tempfile.TemporaryDirectory(dir=kept.parent) as place:
+            whole = Path(place) / kept.name
+            with open(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content + DIGEST(content).digest())
+                file.flush()
+                os.fsync(file.fileno())  # or a crash may leave the name without the content
+            whole.replace(kept)
+    except OSError as error:
+        return f"{kept} cannot be written: {error.strerror or error}"
+    return None
 
 
 def _key(compiler: list[str]) -> str:

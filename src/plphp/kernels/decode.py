@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..packed import PackedKV
+from ..precision import as_written
 from . import _decode_cpp, choice
 
 TRITON_ROWS = 128
@@ -80,7 +81,8 @@ def decode_attention(
     prefix : PackedKV
         Kept entries of ``batch`` rows.
     tail_keys, tail_values : Tensor
-        [batch, kv_heads, tail, dim].
+        [batch, kv_heads, tail, dim]. States may have different dtypes, as they do under autocast: nothing is read with
+        less precision than it has.
     mask : Tensor, optional
         Over the tail, see `tail_bias`; None is causal.
     scaling : float
@@ -91,25 +93,46 @@ def decode_attention(
     Tensor
         [batch, query, q_heads, dim], contiguous, in the dtype of ``query``.
     """
-    length, tail = query.shape[2], tail_keys.shape[2]
+    length, tail, dtype = query.shape[2], tail_keys.shape[2], query.dtype
+    query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
     reason = unsupported_by_triton(query, tail_keys, tail_values)
     if choice.usable("decode_attention", "Triton", reason, triton_trial, tail_keys, tail_values):
         from . import _decode_triton
 
         shown = None if mask is None else tail_bias(mask.to(query.device), length, tail, torch.float32)
-        return _decode_triton.attend(query, prefix, tail_keys, tail_values, shown, scaling)
+        return _decode_triton.attend(query, prefix, tail_keys, tail_values, shown, scaling).to(dtype)
     bias = tail_bias(mask, length, tail, torch.float32)
     bias = None if bias is None else bias.to(query.device)
     meant = unsupported_by_cpp(query, prefix, tail_keys, tail_values) is None  # if not, torch's is: no need to log it
     if meant and choice.usable("decode_attention", "C++", None, cpp_trial, tail_keys, tail_values):
-        return _decode_cpp.attend(query, prefix, tail_keys, tail_values, bias, scaling)
-    return _by_torch(query, prefix, tail_keys, tail_values, bias, scaling)
+        return _decode_cpp.attend(query, prefix, tail_keys, tail_values, bias, scaling).to(dtype)
+    with as_written(query.device):
+        return _by_torch(query, prefix, tail_keys, tail_values, bias, scaling).to(dtype)
+
+
+def _evened(
+    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor
+) -> tuple[Tensor, PackedKV, Tensor, Tensor]:
+    """Bring values to the widest of their dtypes, and queries and keys to the widest of all.
+
+    So values have no more bits than keys, which is what the kernels have to know.
+    """
+    if query.dtype == prefix.keys.dtype == tail_keys.dtype == prefix.values.dtype == tail_values.dtype:
+        return query, prefix, tail_keys, tail_values  # at once, as this is done for each layer of each step
+    of_values = _widest(prefix.values, tail_values)
+    of_keys = _widest(query, prefix.keys, tail_keys, prefix.values, tail_values)
+    return query.to(of_keys), prefix.to(of_keys, of_values), tail_keys.to(of_keys), tail_values.to(of_values)
+
+
+def _widest(*states: Tensor) -> torch.dtype:
+    return reduce(torch.promote_types, (one.dtype for one in states))
 
 
 def _by_torch(
     query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:
     """The reference of all kernels, with an additive mask or none at all."""
+    prefix, tail_values = prefix.to(query.dtype, query.dtype), tail_values.to(query.dtype)
     batch, q_heads, length, _ = query.shape
     kv_heads = tail_keys.shape[1]
     grouped = (query * scaling).unflatten(1, (kv_heads, q_heads // kv_heads))
@@ -124,7 +147,10 @@ def _by_torch(
 
 def unsupported_by_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> str | None:
     """Say why the Triton kernel cannot attend, see `decode_attention` for the arguments; None where it can."""
-    reason = choice.unsupported_by_triton(query, tail_keys, tail_values)
+    if tail_values.dtype == tail_keys.dtype:
+        reason = choice.unsupported_by_triton(query, tail_keys, tail_values)
+    else:
+        reason = choice.unsupported_by_triton(query, tail_keys) or choice.unsupported_by_triton(tail_values)
     rows = _query_rows(query, tail_keys)
     if reason is None and rows > TRITON_ROWS:
         return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}"
@@ -136,17 +162,19 @@ def unsupported_by_cpp(query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_
     rows = _query_rows(query, tail_keys)
     if rows > CPP_ROWS:
         return f"a KV head has {rows} query rows, and it is faster than torch up to {CPP_ROWS}"
-    return choice.unsupported_by_cpp(query, tail_keys, tail_values, prefix.keys, prefix.values)
+    return choice.unsupported_by_cpp(query, tail_keys, prefix.keys) or choice.unsupported_by_cpp(
+        tail_values, prefix.values
+    )
 
 
-def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
+def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
     """Largest difference between the Triton kernel and the reference on a small case."""
     from . import _decode_triton
 
-    return choice.difference(_decode_triton.attend, _by_torch, _trial_case(dim, value_dim), device, dtype)
+    return choice.difference(_decode_triton.attend, _by_torch, _trial_case(dim, value_dim), device, dtypes)
 
 
-def cpp_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
+def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
     """Largest difference between the C++ kernel and the reference on a small case.
 
     Raises
@@ -154,13 +182,13 @@ def cpp_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int
     BackendUnavailableError
         If it cannot be built.
     """
-    return choice.difference(_decode_cpp.attend, _by_torch, _trial_case(dim, value_dim), device, dtype)
+    return choice.difference(_decode_cpp.attend, _by_torch, _trial_case(dim, value_dim), device, dtypes)
 
 
 def _trial_case(dim: int, value_dim: int) -> choice.Case:
-    def case(noise: Callable[..., Tensor], _: torch.device) -> tuple[Any, ...]:
-        prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
-        return noise(2, 6, 1, dim), prefix, noise(2, 2, 70, dim), noise(2, 2, 70, value_dim), None, dim**-0.5
+    def case(keys: choice.Draw, values: choice.Draw, _: torch.device) -> tuple[Any, ...]:
+        prefix = PackedKV(keys(450, dim), values(450, value_dim), ((300, 0), (20, 130)), (1, 0))
+        return keys(2, 6, 1, dim), prefix, keys(2, 2, 70, dim), values(2, 2, 70, value_dim), None, dim**-0.5
 
     return case
 
@@ -214,7 +242,8 @@ def _attend(
     for start in range(0, length, step):
         part = query if step >= length else query[:, :, :, start : start + step]
         rows = part.flatten(2, 3)
-        logits = torch.cat([rows @ keys.mT, rows @ tail_keys.mT], dim=-1).float()
+        logits = torch.cat([rows @ keys.mT, rows @ tail_keys.mT], dim=-1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if bias is not None:
             shown = logits.view(batch, kv_heads, group, -1, kept + tail)[..., kept:]
             shown += bias[:, :, start : start + step].unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..packed import PackedKV
+from ..precision import as_written
 from ..types import PLAIN, Evidence
 from . import choice
 
@@ -62,7 +62,7 @@ def window_scores(
     Parameters
     ----------
     query : Tensor
-        [batch, q_heads, window, dim]; post-RoPE queries.
+        [batch, q_heads, window, dim]; post-RoPE queries, in a dtype that may differ from that of the keys.
     weight : Tensor
         float [batch, window]; share of each query in the mean of its row, 0 where it does not count.
     position : Tensor
@@ -85,15 +85,16 @@ def window_scores(
     Returns
     -------
     WindowScores
-        Computed in float32. NaN where a query or a visible key is NaN.
+        Computed in float32, under autocast too. NaN where a query or a visible key is NaN.
     """
     if not (evidence.peak or evidence.best_rank or evidence.density is not None):
-        reason = choice.unsupported_by_triton(query, keys)
+        reason = choice.unsupported_by_triton(query, keys, *([] if prefix is None else [prefix.keys]))
         if choice.usable("window_scores", "Triton", reason, triton_trial, keys, keys):
             from . import _scores_triton
 
             return WindowScores(_scores_triton.attention_mass(query, weight, position, keys, real, prefix, scaling))
-    return _by_torch(query, weight, position, keys, real, prefix, scaling, evidence, vision, gqa_reduction)
+    with as_written(keys.device):
+        return _by_torch(query, weight, position, keys, real, prefix, scaling, evidence, vision, gqa_reduction)
 
 
 def _by_torch(
@@ -148,21 +149,21 @@ def _by_torch(
     return result
 
 
-def triton_trial(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> float:
+def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
     """Largest difference between the Triton kernel and the reference on a small case; it reads no values."""
     from . import _scores_triton
 
-    def case(noise: Callable[..., Tensor], where: torch.device) -> tuple[Any, ...]:
-        prefix = PackedKV(noise(450, dim), noise(450, value_dim), ((300, 0), (20, 130)), (1, 0))
+    def case(keys: choice.Draw, values: choice.Draw, where: torch.device) -> tuple[Any, ...]:
+        prefix = PackedKV(keys(450, dim), values(450, value_dim), ((300, 0), (20, 130)), (1, 0))
         weight = torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.3, 0.5]], device=where)
         position, real = torch.tensor([40, 60, 69], device=where), torch.arange(70, device=where).expand(2, -1) > 5
-        return noise(2, 6, 3, dim), weight, position, noise(2, 2, 70, dim), real, prefix, dim**-0.5
+        return keys(2, 6, 3, dim), weight, position, keys(2, 2, 70, dim), real, prefix, dim**-0.5
 
     def reference(*arguments: Any) -> Tensor:
         more: tuple[Any, ...] = (PLAIN, None, "mean")
         return _by_torch(*arguments, *more).attention
 
-    return choice.difference(_scores_triton.attention_mass, reference, case, device, dtype)
+    return choice.difference(_scores_triton.attention_mass, reference, case, device, dtypes)
 
 
 def places(rank: Tensor, candidates: Tensor | None = None) -> Tensor:

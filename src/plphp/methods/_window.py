@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
+from typing import TYPE_CHECKING
 
 from ..config import PLPHPConfig
 from ..options import Option, settings
 from ..selection import per_head
 from ..types import Evidence, LayerScores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPTIONS = {
     "window": Option(16, low=1),
@@ -26,6 +27,9 @@ def window_evidence(config: PLPHPConfig) -> Evidence:
 
 def by_window(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """Rank what stands before the window by its pooled attention; the window itself comes first of all."""
+    import torch
+    from torch.nn.functional import avg_pool1d, max_pool1d
+
     chosen = settings(OPTIONS, config.options)
     in_window = scores.need("queries").cumsum(1) > 0
     # Pooling takes what is not there, at the ends and for padding, as zero attention.

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..allocation import Allocator
 from ..config import PLPHPConfig
 from ..options import Option, settings
 from ..selection import Mix, Ranker
 from ..types import Evidence, LayerScores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Method:
         Layer level: scored layers to retention rates, see `plphp.allocation`.
     rank : Ranker
         Head level: a score for every entry of every KV head, see `plphp.selection`.
-    uses_class_rule : bool
-        Whether ``target_retention`` sorts the layers of a prompt by their scores, so that none may be compacted
-        before all have been scored.
+    uses_class_rule : callable
+        ``config -> bool``: whether the allocator sorts layers into classes by their vision attention scores. Then
+        ``target_retention`` says how much is kept, and none may be compacted before all have been scored.
     options : mapping of str to Option
         Its own options, given in `PLPHPConfig.options`.
     evidence : callable
@@ -75,7 +76,7 @@ class Method:
     paper: str
     allocate: Allocator
     rank: Ranker
-    uses_class_rule: bool = False
+    uses_class_rule: Callable[[PLPHPConfig], bool] = lambda config: False
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     evidence: Callable[[PLPHPConfig], Evidence] = lambda config: Evidence()
     all_layers: Callable[[PLPHPConfig], bool] = lambda config: False
@@ -86,7 +87,7 @@ class Method:
 
     def needs_all_layers(self, config: PLPHPConfig) -> bool:
         """Whether the rates of any layer depend on the scores of all."""
-        return (self.uses_class_rule and config.target_retention is not None) or self.all_layers(config)
+        return (config.target_retention is not None and self.uses_class_rule(config)) or self.all_layers(config)
 
     def settings(self, config: PLPHPConfig) -> dict[str, Any]:
         """All options by name: those of the config, else the defaults."""

@@ -9,13 +9,16 @@ in prefill too, and their KV in these layers is not stored. The layers before ke
 ``(L r - K) / (L - K)`` of the vision tokens: K / L is the least that can be asked for.
 
 Default: layer 2, the paper's. The paper's text speaks of the attention that a token receives from all others; the last
-token's is what the authors' code ranks by, and what later comparisons mean by FastV. Prefill computes what it did:
-the tokens are masked, not skipped, so FastV's saving of prefill time is not there. Positions stay as they were.
+token's is what the authors' code ranks by, and what later comparisons mean by FastV. Where one prompt without padding
+is read as a whole, the attention of the later layers leaves the lower tokens out, which takes less time. In a batch
+and in later turns they are masked, and prefill takes as long as before. All else in a layer is computed for them
+either way, so FastV's saving of prefill time is there in part. Positions stay as they were.
 """
 
-import math
+from __future__ import annotations
 
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from ..allocation import Allocation, Layers, with_rates
 from ..config import PLPHPConfig
@@ -25,6 +28,9 @@ from ..selection import keep_mask, pooled, shared_by_heads
 from ..types import LayerScores
 from ._stage import refuse_exempt_layers
 from .base import Method, PromptStage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPTIONS = {"layer": Option(2, low=1)}
 

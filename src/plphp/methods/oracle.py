@@ -6,7 +6,9 @@ them for each KV head: the largest attention (``peak``), the mean, or the best p
 `plphp.methods.recall_rank`). Only `plphp.branch` with ``answer_ids`` has an answer.
 """
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from ..allocation import uniform
 from ..config import PLPHPConfig
@@ -14,6 +16,9 @@ from ..options import Option, settings
 from ..selection import by_best_rank, by_peak, per_head
 from ..types import Evidence, LayerScores
 from .base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RANKERS = {"best_rank": by_best_rank, "peak": by_peak, "mean": per_head}
 OPTIONS = {"reduce": Option("best_rank", choices=tuple(RANKERS))}

@@ -11,5 +11,5 @@ METHOD = Method(
     paper="arXiv:2502.14504",
     allocate=by_vision_attention,
     rank=per_head,
-    uses_class_rule=True,
+    uses_class_rule=lambda config: True,
 )

@@ -16,16 +16,20 @@ the ranking leaves. Related: arXiv:2510.00636 foretells the attention of later q
 prompt's own.
 """
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from ..allocation import uniform
 from ..config import PLPHPConfig
 from ..errors import ConfigError
 from ..options import Option, settings
-from ..query_bank import bank_at
 from ..selection import Mix, by_best_rank, by_peak, by_value_norm, per_head
 from ..types import Evidence, LayerScores
 from .base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_rank}
 OPTIONS = {
@@ -66,6 +70,8 @@ def check(config: PLPHPConfig, layers: int) -> None:
             f"The method 'query_bank' asks with the queries of its bank, got query_rows={config.query_rows!r}: leave "
             "it out."
         )
+    from ..query_bank import bank_at
+
     found = bank_at(name).decoder_layers
     if found != layers:
         raise ConfigError(

@@ -15,7 +15,9 @@ images, ``random_share`` the share that is drawn from it at random (before the s
 allocated: the same for all, or by PLPHP's classes. Choosing defaults by evidence is the benchmark's part.
 """
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from ..allocation import Allocation, Layers, by_vision_attention, uniform
 from ..config import PLPHPConfig
@@ -24,6 +26,9 @@ from ..options import Option, settings
 from ..selection import Mix, by_best_rank, by_value_norm
 from ..types import Evidence, LayerScores
 from .base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPTIONS = {
     "value_norm": Option(0, low=0, high=1),
@@ -78,7 +83,7 @@ METHOD = Method(
     rank=rank,
     options=OPTIONS,
     evidence=evidence,
-    all_layers=lambda config: by_classes(config) and config.target_retention is not None,
+    uses_class_rule=by_classes,
     mix=mix,
     check=check,
 )

@@ -11,5 +11,5 @@ METHOD = Method(
     paper="control: arXiv:2502.14504 without the head level",
     allocate=by_vision_attention,
     rank=shared_by_heads,
-    uses_class_rule=True,
+    uses_class_rule=lambda config: True,
 )

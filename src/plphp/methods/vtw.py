@@ -5,14 +5,15 @@ From decoder layer K on no other token sees a vision token, in prefill too, and 
 layers before keep everything. With r the ``retention_rate`` and L layers, ``K = max(1, round(r L))``: what is kept is
 K / L. The paper looks for K on a calibration set; here the retention says it.
 
-Prefill computes what it did: the tokens are masked, not skipped, so the saving of prefill time is not there. A
-prompt that ends in a vision token keeps that one, since the answer goes on from it.
+As with FastV, prefill takes less time where one prompt without padding is read as a whole, since attention leaves the
+tokens out, and as long as before in a batch and in later turns, where they are masked. A prompt that ends in a vision
+token keeps that one, since the answer goes on from it.
 """
 
-import math
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from ..allocation import Allocation, Layers, with_rates
 from ..config import PLPHPConfig
@@ -20,6 +21,9 @@ from ..selection import shared_by_heads
 from ..types import LayerScores
 from ._stage import refuse_exempt_layers
 from .base import Method, PromptStage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def first_layer(config: PLPHPConfig, layers: int) -> int:
@@ -29,6 +33,8 @@ def first_layer(config: PLPHPConfig, layers: int) -> int:
 
 def nothing_stays(scores: LayerScores, config: PLPHPConfig, layers: int) -> Tensor:
     """No vision token stays."""
+    import torch
+
     return torch.zeros_like(scores.vision)
 
 

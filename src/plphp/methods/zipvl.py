@@ -11,10 +11,10 @@ together, here each KV head ranks its own. The query rows are the text after the
 probe tokens, and the mass is that of the vision tokens, since all text is kept.
 """
 
-import math
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from ..allocation import Allocation, Layers, with_rates
 from ..config import PLPHPConfig
@@ -24,11 +24,16 @@ from ..selection import per_head
 from ..types import Evidence, LayerScores
 from .base import Method
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 OPTIONS = {"tau": Option(None, low=0, high=1)}
 
 
 def mass_before(scores: LayerScores, row: int) -> Tensor:
     """float64 [vision tokens]; of each vision token in falling order of attention, the share of those before it."""
+    import torch
+
     attention = scores.attention[row].double().mean(0)[scores.vision[row]]
     share = attention.sort(descending=True).values / attention.sum().clamp(min=torch.finfo(torch.float64).tiny)
     return torch.nn.functional.pad(share.cumsum(0), (1, 0))[:-1]
@@ -36,6 +41,8 @@ def mass_before(scores: LayerScores, row: int) -> Tensor:
 
 def by_mass(layers: Layers, config: PLPHPConfig) -> Allocation:
     """Rates by cumulative attention mass, for every row of the batch by itself."""
+    import torch
+
     tau = settings(OPTIONS, config.options)["tau"]
     rows = []
     for row in range(len(layers[0].vision_score)):

@@ -10,10 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedFeatureError
-from ..types import LayerScores
-
-OF_HEADS = ("attention", "peak", "best_rank", "density", "value_norm")
-"""The tensors of `LayerScores` whose second dimension is heads."""
+from ..types import EVIDENCE, LayerScores
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Ranks:
         joined: dict[str, Any] = {
             field.name: self.gather(value.contiguous())
             for field in fields(scores)
-            if field.name in OF_HEADS and (value := getattr(scores, field.name)) is not None
+            if field.name in EVIDENCE and (value := getattr(scores, field.name)) is not None
         }
         return replace(scores, kv_heads=scores.kv_heads * self.count, **joined)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import PLPHPConfig
 from ..errors import BackendUnavailableError, ConfigError, LoadError, one_line
-from ..loading import bundled_model_path
+from ..sources import bundled_model_path, is_bundled
 from . import CONNECTOR
 from .refusals import refuse_unsupported
 from .settings import ENVIRONMENT, KEY
@@ -21,7 +21,9 @@ BLOCK_SIZE = 32
 """Tokens of a block on a CPU where nothing is said: the smallest that vLLM's attention reads there."""
 
 
-def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
+def server_arguments(
+    config: PLPHPConfig, options: Sequence[str] = (), *, for_bundled: PLPHPConfig | None = None
+) -> Any:
     """The arguments of a server that prunes.
 
     Parameters
@@ -30,6 +32,8 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
         The settings.
     options : sequence of str
         As for ``vllm serve``: a hub id or folder, by default the bundled model, and further options.
+    for_bundled : PLPHPConfig, optional
+        The settings where it is the bundled model that is served; default: ``config``.
 
     Returns
     -------
@@ -74,6 +78,8 @@ def server_arguments(config: PLPHPConfig, options: Sequence[str] = ()) -> Any:
         arguments.served_model_name = arguments.served_model_name or [BUNDLED_NAME]
     elif arguments.model_tag.startswith(("/", ".", "~")) and not Path(arguments.model_tag).expanduser().is_dir():
         raise LoadError(f"There is no folder {arguments.model_tag}: give a model's folder or its hub id.")
+    if for_bundled is not None and is_bundled(arguments.model_tag):
+        config = for_bundled
     arguments.model = arguments.model_tag
     arguments.additional_config = {**additional, KEY: config.to_dict()}
     arguments.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")

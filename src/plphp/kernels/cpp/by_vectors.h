@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A piece by vectors of any width, in float32 and bf16.
+// A piece by vectors of any width, in float32 and bf16; keys may be stored as K and values as V.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -34,9 +34,9 @@ inline void add_logits(const float* query, int64_t width, const Floats* keys, fl
 }
 
 // `ahead` are entries that are needed next.
-template <int ROWS, class T>
-inline void add_values(const float* weights, const T* values, int64_t stride, int entries, float* out, int64_t width,
-                       const T* ahead, int64_t ahead_stride) {
+template <int ROWS, class K, class V>
+inline void add_values(const float* weights, const V* values, int64_t stride, int entries, float* out, int64_t width,
+                       const K* ahead, int64_t ahead_stride) {
   Floats sums[ROWS][2];
   fetch<ROWS>(out, width, sums);
   for (int entry = 0; entry < entries; ++entry) {
@@ -87,23 +87,23 @@ inline void reweigh(float* logits, int entries, float* out, int64_t width, float
 
 constexpr int MOST_ROWS = 64;  // MOST_ROWS of _decode_cpp.py
 
-template <class T>
+template <class K, class V = K>
 class ByVectors {
   const Call& call;
   const int rows, key_groups, value_groups;
   const int64_t query_width, width;
   alignas(64) float logits[MOST_ROWS * BLOCK];
 
-  void score(const Piece<T>& block, const float* query) {
+  void score(const Piece<K, V>& block, const float* query) {
     Floats keys[2 * GROUP];
     std::fill(logits, logits + rows * BLOCK, 0.0f);
     for (int i = 0; i < block.entries; i += GROUP) {
       const int here = std::min(GROUP, block.entries - i), later = here > LANES ? LANES : 0;
       for (int group = 0; group < key_groups; ++group) {
-        const T* from = block.keys + i * block.key_stride + begin(group, call.dim);
+        const K* from = block.keys + i * block.key_stride + begin(group, call.dim);
         columns(from, block.key_stride, here, keys);
         columns(from + later * block.key_stride, block.key_stride, here - later, keys + 1);
-        const T* ahead = block.values + i * block.value_stride + begin(std::min(group, value_groups - 1), call.value_dim);
+        const V* ahead = block.values + i * block.value_stride + begin(std::min(group, value_groups - 1), call.value_dim);
         for (int j = 0; j < here; ++j) __builtin_prefetch(ahead + j * block.value_stride);
         by_tiles(0, rows, [&](int row, auto tile) {
           add_logits<tile>(query + row * query_width + group * GROUP, query_width, keys, logits + row * BLOCK + i);
@@ -112,9 +112,9 @@ class ByVectors {
     }
   }
 
-  void mix(const Piece<T>& block, float* out) {
+  void mix(const Piece<K, V>& block, float* out) {
     for (int group = 0; group < value_groups; ++group) {
-      const T* ahead = block.keys + BLOCK * block.key_stride + begin(std::min(group, key_groups - 1), call.dim);
+      const K* ahead = block.keys + BLOCK * block.key_stride + begin(std::min(group, key_groups - 1), call.dim);
       by_tiles(0, rows, [&](int row, auto tile) {
         add_values<tile>(logits + row * BLOCK, block.values + begin(group, call.value_dim), block.value_stride,
                          block.entries, out + row * width + group * GROUP, width, ahead, block.key_stride);
@@ -132,7 +132,7 @@ class ByVectors {
   // Query rows of a head, scaled; 0 where a group overlaps with the one before it.
   void fetch_query(int head, float* to) const {
     for (int row = 0; row < rows; ++row) {
-      const T* from = call.query_row<T>(head, row);
+      const K* from = call.query_row<K>(head, row);
       for (int group = 0; group < key_groups; ++group)
         for (int64_t dim = begin(group, call.dim), end = dim + GROUP; dim < end; ++dim)
           *to++ = dim < group * GROUP ? 0.0f : number(from[dim]) * float(call.scaling);
@@ -140,10 +140,10 @@ class ByVectors {
   }
 
   // out [rows, width] is 0 before.
-  void attend(const Piece<T>& piece, const float* query, float* out, float* tops, float* totals) {
+  void attend(const Piece<K, V>& piece, const float* query, float* out, float* tops, float* totals) {
     std::fill(tops, tops + rows, LOWEST);
     for (int at = 0; at < piece.entries; at += BLOCK) {
-      const Piece<T> block = piece.part(at, BLOCK);
+      const Piece<K, V> block = piece.part(at, BLOCK);
       score(block, query);
       for (int row = 0; row < rows; ++row) {
         float* own = logits + row * BLOCK;

@@ -40,10 +40,11 @@ struct Call {
   }
 };
 
-// Some entries of a head, of its prefix or its tail.
-template <class T>
+// Some entries of a head, of its prefix or its tail: keys are stored as K, values as V.
+template <class K, class V = K>
 struct Piece {
-  const T *keys, *values;
+  const K* keys;
+  const V* values;
   int64_t key_stride, value_stride;
   int head;
   int64_t biased;  // place of the first entry in the tail; -1 in the prefix
@@ -60,25 +61,25 @@ struct Piece {
 };
 
 // Pieces of all heads, several for each thread, but large ones, as each has to be merged; and the first of each head.
-template <class T>
-std::vector<Piece<T>> pieces_of(const Call& call, int64_t block, std::vector<size_t>& first) {
+template <class K, class V>
+std::vector<Piece<K, V>> pieces_of(const Call& call, int64_t block, std::vector<size_t>& first) {
   const int heads = call.heads();
   const int64_t *starts = call.index, *counts = call.index + heads;
   int64_t entries = heads * call.tail;
   for (int head = 0; head < heads; ++head) entries += counts[head];
   const int64_t size = std::max<int64_t>(4, entries / (8 * call.threads * block) + 1) * block;
-  std::vector<Piece<T>> pieces;
-  const auto cut = [&](const Piece<T>& whole) {
+  std::vector<Piece<K, V>> pieces;
+  const auto cut = [&](const Piece<K, V>& whole) {
     for (int64_t at = 0; at < whole.entries; at += size) pieces.push_back(whole.part(at, size));
   };
   for (int head = 0; head < heads; ++head) {
     first.push_back(pieces.size());
     const int64_t row = call.batch_row(head), own = call.kv_head(head);
-    cut({(const T*)call.prefix_keys + starts[head] * call.dim,
-         (const T*)call.prefix_values + starts[head] * call.value_dim, call.dim, call.value_dim, head, -1,
+    cut({(const K*)call.prefix_keys + starts[head] * call.dim,
+         (const V*)call.prefix_values + starts[head] * call.value_dim, call.dim, call.value_dim, head, -1,
          int(counts[head])});
-    cut({(const T*)call.tail_keys + row * call.key_strides[0] + own * call.key_strides[1],
-         (const T*)call.tail_values + row * call.value_strides[0] + own * call.value_strides[1], call.key_strides[2],
+    cut({(const K*)call.tail_keys + row * call.key_strides[0] + own * call.key_strides[1],
+         (const V*)call.tail_values + row * call.value_strides[0] + own * call.value_strides[1], call.key_strides[2],
          call.value_strides[2], head, 0, int(call.tail)});
   }
   first.push_back(pieces.size());

@@ -24,7 +24,7 @@ struct Found {
 };
 
 // The output of one head, of its pieces `begins` to `ends`.
-template <class T>
+template <class K, class V>
 void merge(const Call& call, int head, size_t begins, size_t ends, const Found& found) {
   const int rows = call.rows(), value_groups = groups(call.value_dim);
   for (int row = 0; row < rows; ++row) {
@@ -39,15 +39,15 @@ void merge(const Call& call, int head, size_t begins, size_t ends, const Found& 
         const float* out = &found.outs[((piece * rows + row) * value_groups + group) * GROUP];
         for (int half = 0; half < 2; ++half) sums[half] += load(out + half * LANES) * share;
       }
-      put(call.out_row<T>(head, row) + begin(group, call.value_dim), sums);
+      put_sums<V>(call.out_row<K>(head, row) + begin(group, call.value_dim), sums);
     }
   }
 }
 
-template <class T, class Way>
+template <class K, class V, class Way>
 void attend(const Call& call) {
   std::vector<size_t> first;
-  const std::vector<Piece<T>> pieces = pieces_of<T>(call, BLOCK, first);
+  const std::vector<Piece<K, V>> pieces = pieces_of<K, V>(call, BLOCK, first);
   const int64_t rows = call.rows(), size = rows * groups(call.value_dim) * GROUP, query_size = Way::query_size(call);
   std::vector<float> queries(call.heads() * query_size);
   Found found{std::vector<float>(pieces.size() * size), std::vector<float>(pieces.size() * rows),
@@ -63,7 +63,7 @@ void attend(const Call& call) {
       way.attend(pieces[i], &queries[pieces[i].head * query_size], &found.outs[i * size], &found.tops[i * rows],
                  &found.totals[i * rows]);
 #pragma omp for
-    for (int head = 0; head < call.heads(); ++head) merge<T>(call, head, first[head], first[head + 1], found);
+    for (int head = 0; head < call.heads(); ++head) merge<K, V>(call, head, first[head], first[head + 1], found);
   }
 }
 
@@ -79,11 +79,16 @@ int tried(void (*way)(const Call&), const Call& call) {
 
 }  // namespace
 
-extern "C" int attend_float32(const Call* call) { return tried(attend<float, ByVectors<float>>, *call); }
+extern "C" int attend_float32(const Call* call) { return tried(attend<float, float, ByVectors<float>>, *call); }
+
+// Keys in float32 and values in bf16, as under autocast in models whose rotary embedding is float32.
+extern "C" int attend_float32_bfloat16(const Call* call) {
+  return tried(attend<float, bf16, ByVectors<float, bf16>>, *call);
+}
 
 extern "C" int attend_bfloat16(const Call* call) {
 #ifdef __AMX_BF16__
-  if (ByAmx::can(*call)) return tried(attend<bf16, ByAmx>, *call);
+  if (ByAmx::can(*call)) return tried(attend<bf16, bf16, ByAmx>, *call);
 #endif
-  return tried(attend<bf16, ByVectors<bf16>>, *call);
+  return tried(attend<bf16, bf16, ByVectors<bf16>>, *call);
 }

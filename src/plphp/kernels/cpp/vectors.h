@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace {
@@ -102,6 +103,17 @@ inline Words rounded(Floats x) {  // to bf16 in the upper halves: the nearest, t
 }
 inline void put(bf16* to, const Floats (&group)[2]) {
   *reinterpret_cast<AnyWords*>(to) = (rounded(group[0]) >> 16 & 0xffff) | (rounded(group[1]) & UPPER);
+}
+
+// A GROUP of sums over values that are stored as V, to an output in K.
+template <class V, class K>
+inline void put_sums(K* to, const Floats (&group)[2]) {
+  if constexpr (std::is_same_v<K, V>) {
+    put(to, group);
+  } else {  // sums over bf16 are those of even and of odd dims
+    for (int lane = 0; lane < LANES; ++lane)
+      for (int odd = 0; odd < 2; ++odd) to[2 * lane + odd] = group[odd][lane];
+  }
 }
 
 // A GROUP of dims of LANES entries, to[2 * dim]: one entry a lane. The last entry is taken again where there are fewer.

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The name under which transformers takes a cache: ``past_key_values``, and from 5.24 on ``cache``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+
+from .errors import ConfigError
+
+NAMES = ("cache", "past_key_values", "cache_params")
+"""All names that transformers 5 knows; an older one warns at every call in newer versions."""
+NAME = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else NAMES[1]
+"""The name in the version that is installed."""
+
+
+def passed(cache: Cache | None) -> dict[str, Any]:
+    """The keyword argument that hands a cache to a model or to its ``generate``."""
+    return {NAME: cache}
+
+
+def cache_in(output: Any) -> Any:
+    """The cache that a model's output, or that of ``generate``, carries."""
+    return getattr(output, NAME)
+
+
+def cache_among(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model, under any of its names; None without one."""
+    return next((arguments[name] for name in NAMES if arguments.get(name) is not None), None)
+
+
+def take_cache(arguments: MutableMapping[str, Any]) -> tuple[str, Any]:
+    """Remove the cache from arguments of ``generate``.
+
+    Parameters
+    ----------
+    arguments : dict
+        As the user passed them. A cache under a name that is none of a cache is taken, too: transformers would
+        ignore it, or pass it on to the model.
+
+    Returns
+    -------
+    name : str
+        The name that it had; the one to use where there is none.
+    cache : object or None
+
+    Raises
+    ------
+    ConfigError
+        If there are several.
+    """
+    found = {
+        name: value
+        for name, value in arguments.items()
+        if value is not None and (name in NAMES or isinstance(value, Cache))
+    }
+    if len({id(value) for value in found.values()}) > 1:
+        raise ConfigError(f"generate takes one cache, got several: {', '.join(found)}. Pass one of them, as {NAME}.")
+    for name in (*NAMES, *found):
+        arguments.pop(name, None)
+    return next(iter(found.items()), (NAME, None))

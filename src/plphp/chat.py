@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chats as transformers and OpenAI's clients write them, brought to one form; what is not understood is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, LoadError, PLPHPError, did_you_mean
+from .image_source import find_video, located_image, named_source
+from .json_lines import read_json
+from .quoting import quoted
+
+Messages = Sequence[Mapping[str, Any]]
+KINDS = ("image", "video")
+"""What the entries of a message may be beside text."""
+_TYPES = {"text": "text", **{name: kind for kind in KINDS for name in (kind, f"{kind}_url")}}
+
+
+def read_chat(path: str | Path, *, allow_urls: bool = False) -> list[dict[str, Any]]:
+    """Read a chat from a JSON file: a list of ``{"role": ..., "content": ...}``.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. Its images are as in `normalized`; a relative path, under whatever key, starts at its folder.
+    allow_urls : bool
+        Whether its http and https addresses may be fetched.
+
+    Returns
+    -------
+    list of dict
+        See `chat_in`.
+
+    Raises
+    ------
+    LoadError
+        If it cannot be read or is not a chat, or one of its images is not there.
+    """
+    messages = read_json(path, "chat")
+    if not isinstance(messages, list):
+        raise LoadError(f"The chat {path} must be a list of messages, got a {type(messages).__name__}.")
+    try:
+        return chat_in(Path(path).parent, messages, allow_urls=allow_urls)
+    except PLPHPError as error:
+        raise LoadError(f"The chat {path}: {error}") from error
+
+
+def chat_in(folder: Path, messages: Messages, *, allow_urls: bool = False) -> list[dict[str, Any]]:
+    """Copy a chat whose paths start at a folder, so that it may be used anywhere.
+
+    Parameters
+    ----------
+    folder : Path
+        Where relative paths start.
+    messages : sequence of mapping
+        See `normalized`.
+    allow_urls : bool
+        Whether its http and https addresses may be fetched.
+
+    Returns
+    -------
+    list of dict
+        In the form of `normalized`, every path a `Path`, every address that may be fetched a `WebAddress`.
+
+    Raises
+    ------
+    ConfigError
+        If it is not a chat.
+    LoadError
+        If one of its images or videos is not there, or is an address.
+    """
+    chat = normalized(messages)
+    for kind, find in (("image", located_image), ("video", find_video)):
+        for place, part in parts_of(chat, kind):
+            if kind in part:
+                try:
+                    part[kind] = find(part[kind], folder=folder, allow_urls=allow_urls)
+                except PLPHPError as error:
+                    raise type(error)(f"{place}: {error}") from error
+    return chat
+
+
+def normalized(messages: Messages) -> list[dict[str, Any]]:
+    """Copy a chat, with the content of every message as a list of entries of three kinds.
+
+    Parameters
+    ----------
+    messages : sequence of mapping
+        ``{"role": ..., "content": ...}`` each. The content is text, or a list of entries:
+        ``{"type": "text", "text": ...}``;
+        ``{"type": "image"}``, alone or with "path", "url", "image" or "base64";
+        ``{"type": "image_url", "image_url": ...}``, with text or ``{"url": ...}``; and the same with "video" for
+        "image", without base64. An entry without a type is of the type that its key says. Keys whose value is None
+        count as absent.
+
+    Returns
+    -------
+    list of dict
+        Entries are ``{"type": "text", "text": ...}``, ``{"type": "image"}`` or ``{"type": "image", "image": source}``,
+        where `plphp.media.load_image` takes the source, or the same with "video".
+
+    Raises
+    ------
+    ConfigError
+        If it is not a chat, or an entry is of another kind, or has a key that is not known: the message names it.
+    """
+    result = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ConfigError(
+                f'Message {number} of the chat must be {{"role": ..., "content": ...}}, got {quoted(message)}.'
+            )
+        content = message.get("content")
+        entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise ConfigError(
+                f'The content of message {number} of the chat must be text or a list of {{"type": ...}} '
+                f"entries, got {quoted(content)}."
+            )
+        parts = [_part(entry, _place(number, index)) for index, entry in enumerate(entries, 1)]
+        result.append({**message, "content": parts})
+    return result
+
+
+def parts_of(messages: Messages, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of one kind of a normalized chat, each after its place, for messages."""
+    for number, message in enumerate(messages, 1):
+        for index, part in enumerate(message["content"], 1):
+            if part["type"] == kind:
+                yield _place(number, index), part
+
+
+def _place(message: int, part: int) -> str:
+    return f"Message {message} of the chat, part {part}"
+
+
+def _part(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
+    values = {key: value for key, value in entry.items() if value is not None}
+    name = values.pop("type") if "type" in values else next((key for key in _TYPES if key in values), None)
+    if not isinstance(name, str) or name not in _TYPES:
+        advice = f"{did_you_mean(str(name), _TYPES)} Sounds and files are not read." if name is not None else ""
+        raise ConfigError(f'{place}: plphp knows no "type" {quoted(name)}, got {quoted(dict(entry))}.{advice}')
+    kind = _TYPES[name]
+    if kind == "text":
+        if set(values) != {"text"} or not isinstance(values["text"], str):
+            raise ConfigError(f'{place}: expected {{"type": "text", "text": ...}}, got {quoted(dict(entry))}.')
+        return {"type": "text", "text": values["text"]}
+    try:
+        source = named_source(values, kind)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    if source is None and name != kind:
+        raise ConfigError(f"{place}: {name!r} is missing, got {quoted(dict(entry))}.")
+    return {"type": kind} if source is None else {"type": kind, kind: source}

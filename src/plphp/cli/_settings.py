@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the options that set a config to the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.presets import with_defaults
+from plphp.registry import resolve
+
+
+def read_settings(
+    config: str | None,
+    config_file: Path | None,
+    method: str | None,
+    retention_rate: float | None,
+    target_retention: float | None,
+    *,
+    bundled: bool = False,
+) -> PLPHPConfig:
+    """Make the config of the options that set it.
+
+    Parameters
+    ----------
+    config, config_file, method, retention_rate, target_retention
+        As given, None where left out.
+    bundled : bool
+        Whether they are for the bundled model, which has a method of its own where none is given.
+
+    Raises
+    ------
+    ConfigError
+        If they contradict each other, or name a method or a setting that is not there.
+    """
+    single = {"method": method, "retention_rate": retention_rate, "target_retention": target_retention}
+    given: dict[str, Any] = {name: value for name, value in single.items() if value is not None}
+    sources = [name for name, value in (("--config", config), ("--config-file", config_file)) if value is not None]
+    sources += [f"--{name.replace('_', '-')}" for name in given]
+    if (config is not None or config_file is not None) and len(sources) > 1:
+        raise ConfigError(f"{' and '.join(sources)} contradict each other: give all settings in one of them.")
+    if retention_rate is not None and target_retention is not None:
+        raise ConfigError("--retention-rate and --target-retention contradict each other: give one of them.")
+    if config is not None:
+        settings = PLPHPConfig.parse(config)
+    elif config_file is not None:
+        settings = PLPHPConfig.from_toml(config_file)
+    else:
+        settings = PLPHPConfig.from_dict(with_defaults(given, bundled))
+    resolve(settings)
+    return settings

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows whose attention is NaN or inf: they cannot be ranked, so they are kept whole, and named with the cause."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteAttentionError
+
+log = logging.getLogger("plphp")
+
+ADVICE = "look at how the images were loaded and normalised"
+SUSPECTS = "look for NaN in the model's weights, or for numbers that are too large for its dtype"
+
+
+def features_of(inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """Image features and embeddings among the inputs of a model: what is floating and no mask, by name."""
+    found = {}
+    for name, value in inputs.items():
+        tensors = [one for one in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(one, Tensor)]
+        if tensors and "mask" not in name and all(one.is_floating_point() for one in tensors):
+            found[name] = tensors
+    return found
+
+
+def damage(features: Mapping[str, Sequence[Tensor]]) -> str | None:
+    """Say what holds NaN or inf, as in "pixel_values holds NaN"; None where all numbers are finite."""
+    for name, tensors in features.items():
+        for one in tensors:
+            # A sum is NaN or inf where a number is, and takes no memory.
+            if bool(one.sum(dtype=torch.float32).isfinite()) or bool(one.isfinite().all()):
+                continue
+            return f"{name} holds {'NaN' if bool(one.isnan().any()) else 'inf'}"
+    return None
+
+
+def refuse_damaged(features: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse the image features of a single prompt, before anything of it is read.
+
+    Raises
+    ------
+    NonFiniteAttentionError
+        If they hold NaN or inf; the message says which.
+    """
+    reason = damage(features)
+    if reason is not None:
+        raise NonFiniteAttentionError(
+            f"{reason} in row 0, the only row, whose attention would not be finite: {ADVICE}. Nothing was read."
+        )
+
+
+def cause_of(features: Mapping[str, Sequence[Tensor]] | None) -> str:
+    """Say why attention may not be finite, in words that complete a sentence; ``features`` are None if unknown."""
+    if features is None:
+        return f"{ADVICE}, or {SUSPECTS}"
+    reason = damage(features)
+    if reason is not None:
+        return f"{reason}: {ADVICE}"
+    names = " and ".join(features) or "what was given"
+    return f"{names} is finite, so {SUSPECTS}"
+
+
+def rows_in_words(rows: Sequence[int]) -> str:
+    """For example "row 1" or "rows 0, 2"."""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}"
+
+
+def warn(rows: Sequence[int], layer: int, features: Mapping[str, Sequence[Tensor]] | None) -> None:
+    """Name rows that are kept whole from a layer on."""
+    log.warning(
+        "The attention of %s is NaN or inf from layer %d on, so that its tokens cannot be ranked: they are all kept "
+        "there, and its answer is not to be trusted (%s). The other rows are pruned as ever.",
+        rows_in_words(rows),
+        layer,
+        cause_of(features),
+    )
+
+
+def refuse(rows: Sequence[int], layer: int, features: Mapping[str, Sequence[Tensor]] | None) -> None:
+    """Refuse a batch of which no row is left that could be ranked.
+
+    Raises
+    ------
+    NonFiniteAttentionError
+    """
+    raise NonFiniteAttentionError(
+        f"the attention of layer {layer} is NaN or inf in {rows_in_words(rows)}, and no other row is left to answer: "
+        f"{cause_of(features)}"
+    )

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an image is: what people and programs write to name one, without reading it yet.
+
+`plphp.media.load_image` lists what is understood. Everything that takes images, a chat, a data file or a data set,
+comes through here, so that all of them understand the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+from PIL import Image
+
+from .errors import ConfigError, LoadError, did_you_mean
+from .fetching import WebAddress
+from .quoting import cut, quoted, shortened
+
+LONGEST_NAME = 255
+"""Characters of a path up to which a message has it in full."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
+_BASE64_OF_IMAGES = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+"""How PNG, JPEG, GIF, WebP and TIFF begin."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An image that has been found, and not been read.
+
+    Parameters
+    ----------
+    content : Path, bytes, WebAddress or Image
+        The file, its bytes, or the image itself.
+    name : str
+        For messages; short.
+    """
+
+    content: Path | bytes | WebAddress | Image.Image
+    name: str
+
+
+def find_image(source: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> ImageSource:
+    """Find an image.
+
+    Parameters
+    ----------
+    source : object
+        See `plphp.media.load_image`.
+    folder : str or Path, optional
+        Where relative paths start; default: the current folder.
+    allow_urls : bool
+        Whether http and https addresses may be fetched.
+
+    Raises
+    ------
+    LoadError
+        If there is no such file, or it is a kind of address, of text or of object that is not read.
+    ConfigError
+        If it is a mapping, such as a part of a chat, that does not name one image.
+    """
+    if isinstance(source, Image.Image):
+        name = getattr(source, "filename", "") or f"of {source.width} x {source.height} pixels in memory"
+        return ImageSource(source, str(name))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return ImageSource(bytes(source), f"of {len(source):,} bytes")
+    if isinstance(source, WebAddress):
+        return ImageSource(source, str(source))
+    if isinstance(source, Mapping):
+        image = find_image(named_source(source, "image"), folder=folder, allow_urls=allow_urls)
+        stored = source.get("bytes") is not None and isinstance(source.get("path"), str)
+        return replace(image, name=_path_name(source["path"])) if stored else image
+    if isinstance(source, os.PathLike):
+        # a path has lost a slash of an address
+        source = re.sub(r"^(https?:)/(?=[^/])", r"\1//", os.fsdecode(source))
+    if isinstance(source, str) and source.strip():
+        return _find_text(source, Path(folder or ""), allow_urls)
+    raise LoadError(f"Expected an image, got {quoted(source)} ({type(source).__name__}).{_advice(source)}")
+
+
+def located_image(source: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> Any:
+    """Check a source without reading it, and free it of what it depends on: the folder and the leave to fetch.
+
+    Returns
+    -------
+    object
+        What `find_image` takes and means the same: a `Path` or a `WebAddress` in the place of a text that names one.
+
+    Raises
+    ------
+    PLPHPError
+        See `find_image`.
+    """
+    content = find_image(source, folder=folder, allow_urls=allow_urls).content
+    return content if isinstance(content, (Path, WebAddress)) else source
+
+
+def located_images(
+    values: Mapping[str, Any], *, folder: str | Path | None = None, allow_urls: bool = False
+) -> tuple[Any, ...]:
+    """Images that a line of a file names, under ``"images"`` (a list), ``"image"`` or ``"file_name"`` (one).
+
+    Raises
+    ------
+    PLPHPError
+        If two of the keys are there, or see `find_image`.
+    """
+    keys = [key for key in ("images", "image", "file_name") if values.get(key) is not None]
+    if len(keys) > 1:
+        raise ConfigError(f"The images are named twice, by {' and '.join(map(repr, keys))}: leave one of them out.")
+    named = values[keys[0]] if keys else []
+    sources = named if isinstance(named, list) else [named]
+    return tuple(located_image(source, folder=folder, allow_urls=allow_urls) for source in sources)
+
+
+def named_source(part: Mapping[str, Any], kind: str) -> Any:
+    """What an entry of a chat, or a cell of a hub's table, names as its image or video.
+
+    Parameters
+    ----------
+    part : mapping
+        ``{"path": ...}``, ``{"url": ...}``, ``{"image": ...}``, ``{"base64": ...}`` or ``{"image_url": {"url": ...}}``,
+        each with or without a ``"type"``; or ``{"bytes": ..., "path": ...}``, of which the bytes count.
+    kind : str
+        ``"image"`` or ``"video"``.
+
+    Returns
+    -------
+    object
+        None if the entry names none.
+
+    Raises
+    ------
+    ConfigError
+        If it has a key that is not known, or names two.
+    """
+    values = {key: value for key, value in part.items() if key != "type" and value is not None}
+    known = (kind, "path", "url", f"{kind}_url", *(["base64", "bytes", "detail"] if kind == "image" else []))
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"Unknown key {quoted(key)} of the {kind}.{did_you_mean(str(key), known)}")
+    if {*values} == {"bytes", "path"}:  # how `datasets` stores an image: the path is a mere name
+        return values["bytes"]
+    detail = values.pop("detail", "auto")
+    if len(values) > 1:
+        raise ConfigError(f"The {kind} is named twice, by {' and '.join(map(repr, values))}: leave one of them out.")
+    key, value = next(iter(values.items()), ("", None))
+    if key == f"{kind}_url" and isinstance(value, Mapping):
+        if set(value) - {"url", "detail"} or not isinstance(value.get("url"), str):
+            raise ConfigError(f'{key!r} must be {{"url": ...}} or text, got {quoted(value)}.')
+        value, detail = value["url"], value.get("detail") or detail
+    if detail not in ("auto", "high"):
+        raise ConfigError(f"The detail {quoted(detail)} of an image cannot be had: leave it out for the whole image.")
+    if key == "base64":
+        return value if isinstance(value, str) and value.startswith("data:") else f"data:;base64,{value}"
+    return value
+
+
+def find_file(text: str, folder: Path) -> Path | None:
+    """The file that a path or a ``file:`` address names; None if the text is another kind of address.
+
+    Raises
+    ------
+    LoadError
+        If the address is of a file of another machine.
+    """
+    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(//)?", text)
+    if scheme is None or not (scheme[2] or scheme[1].lower() in ("file", "data")):
+        return folder / text  # a colon may stand in a name, and after a drive's letter
+    if scheme[1].lower() != "file":
+        return None
+    parts = urlsplit(text.strip())
+    if parts.netloc not in ("", "localhost"):
+        raise LoadError(
+            f"{_path_name(text)} is a file of the machine {parts.netloc!r}: write file:///folder/name.png, or the "
+            "path alone."
+        )
+    return folder / url2pathname(parts.path)
+
+
+def find_video(source: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> Path | list[Any]:
+    """Find a video: a file, a folder of frames, or a list of frames.
+
+    Parameters
+    ----------
+    source : str, Path or sequence
+        A path, a ``file:`` address, or frames, each as in `located_image`.
+    folder : str or Path, optional
+        Where relative paths start; default: the current folder.
+    allow_urls : bool
+        Whether http and https addresses of frames may be fetched.
+
+    Raises
+    ------
+    LoadError
+        If there is none, or it is an address.
+    """
+    if isinstance(source, (list, tuple)) and source:
+        return [located_image(frame, folder=folder, allow_urls=allow_urls) for frame in source]
+    if not isinstance(source, (str, os.PathLike)) or not os.fsdecode(source):
+        raise LoadError(f"Expected a video, a path or a list of frames, got {quoted(source)}.")
+    path = find_file(os.fsdecode(source), Path(folder or ""))
+    if path is None:
+        raise LoadError(f"{_path_name(os.fsdecode(source))} is an address: plphp reads videos from files alone.")
+    if not os.path.exists(path):
+        raise LoadError(f"There is no video {_path_name(str(path))}.")
+    return path
+
+
+def _find_text(text: str, folder: Path, allow_urls: bool) -> ImageSource:
+    path = find_file(text, folder)
+    if path is None:
+        return _find_address(text.strip(), allow_urls)
+    if not os.path.isfile(path) and _is_base64(text):
+        return ImageSource(_decoded(text, text), cut(text))
+    name = _path_name(str(path))
+    if os.path.isdir(path):
+        raise LoadError(f"{name} is a folder, not an image file.")
+    if not os.path.exists(path):
+        raise LoadError(f"There is no image file {name}.")
+    return ImageSource(path, name)
+
+
+def _find_address(text: str, allow_urls: bool) -> ImageSource:
+    scheme = text.partition(":")[0].lower()
+    if scheme == "data":
+        return ImageSource(_data(text), cut(text))
+    if scheme not in ("http", "https"):
+        raise LoadError(f"{_path_name(text)} is an address that plphp does not read: download the file first.")
+    address = WebAddress(text)
+    if not allow_urls:
+        raise LoadError(
+            f"{address} is an address, and nothing is fetched from the web unless it is allowed: download the file "
+            "first, or allow it (allow_urls=True; --allow-urls on the command line)."
+        )
+    return ImageSource(address, str(address))
+
+
+def _data(text: str) -> bytes:
+    """The bytes of a ``data:`` URI."""
+    header, comma, data = text[len("data:") :].partition(",")
+    media_type, *parameters = [part.strip().lower() for part in header.split(";")]
+    if not comma:
+        raise LoadError(f"{cut(text)} is no data URI: expected data:image/png;base64,...")
+    if media_type == "image/svg+xml":
+        raise LoadError(f"{cut(text)} is a drawing (SVG), not pixels: convert it to PNG.")
+    if not media_type.startswith("image/") and media_type not in ("", "application/octet-stream"):
+        raise LoadError(f"{cut(text)} is of the media type {cut(media_type)!r}, not an image.")
+    if "base64" in parameters:
+        return _decoded(data, text)
+    return unquote_to_bytes(data)
+
+
+def _decoded(data: str, text: str) -> bytes:
+    """The bytes of base64, in either alphabet, with or without line breaks and padding."""
+    encoded = b"".join(unquote_to_bytes(data).split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error as error:
+        raise LoadError(f"The base64 text {cut(text)} is broken: {error}.") from error
+
+
+def _is_base64(text: str) -> bool:
+    """Whether a text that is no file is meant as base64: it begins as an image does, or is long and has no dot."""
+    bare = "".join(text.split())
+    if bare.startswith(_BASE64_OF_IMAGES):
+        return True
+    return len(bare) >= 64 and not bare.startswith("/") and _BASE64.fullmatch(bare) is not None
+
+
+def _path_name(text: str) -> str:
+    return shortened(text) if len(text) <= LONGEST_NAME else cut(text)
+
+
+def _advice(source: Any) -> str:
+    if hasattr(source, "__array_interface__") or hasattr(source, "detach"):
+        return " Image.fromarray makes an image of an array, if it holds 8 bits and the channels come last."
+    if isinstance(source, list):
+        return " Give the images one by one."
+    return ""

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quote what a user gave in a message, without repeating a whole image that is written out as text."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from typing import Any
+
+SHOWN = 40
+"""Characters of a long text that a message repeats."""
+LONGEST = 600
+"""Characters of a quote: 40 of a text may take ten each."""
+_ENCODED = re.compile(
+    r"(?:data:|base64,)[^\s'\"]+(?:\s+[\w+/=-]{40,})*"  # with the lines that MIME breaks base64 into
+    r"|[\w+/=-]{200,}",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def cut(text: str) -> str:
+    """Return a text's first characters and its length, or all of it if it is short."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+
+
+def shortened(text: str) -> str:
+    """Return a text in which data URIs and long runs of base64 are cut; everything else stays."""
+    return _ENCODED.sub(lambda match: cut(match[0]), text)
+
+
+def quoted(value: Any) -> str:
+    """Return the ``repr`` of a value on one line, in which no text has more than 40 characters and no list many items.
+
+    Parameters
+    ----------
+    value : object
+        What a user gave, such as a chat's message with images in it.
+    """
+    text = _QUOTES.repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+class _Quotes(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxdict = self.maxlist = self.maxtuple = 8
+        self.maxother = 100
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x) if len(x) <= SHOWN else f"{x[:SHOWN]!r}... ({len(x):,} characters)"
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x) if len(x) <= SHOWN else f"{x[:SHOWN]!r}... ({len(x):,} bytes)"
+
+    repr_bytearray = repr_bytes
+
+    def repr_instance(self, x: object, level: int) -> str:
+        return " ".join(super().repr_instance(x, level).split())
+
+
+_QUOTES = _Quotes()

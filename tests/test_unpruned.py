@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would run unpruned inside a session is refused, made to work, or noticed; wrappers are looked into."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import DynamicCache
+
+import plphp
+from invariants import assert_same_generation, evicted_entries_masked, generate
+from plphp import CacheStateError, ConfigError, PrunedCache, UnprunedWarning, UnsupportedFeatureError
+from plphp.cache_argument import NAME, NAMES, cache_in, passed
+from test_invariants import config
+from tiny_models import TINY, tiny_model
+
+SETTINGS = config("plphp", retention_rate=0.4)
+ROUNDABOUT: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "taken before": lambda model: model.generate,
+    "of the class": lambda model: lambda **kwargs: type(model).generate(model, **kwargs),
+    "compiled before": lambda model: torch.compile(model.generate, backend="eager"),
+    "the model itself": lambda model: (
+        lambda input_ids, attention_mask, pixel_values, **_: model(
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values
+        )
+    ),
+}
+
+
+def plain_cache(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config())
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo.*")
+@pytest.mark.parametrize("way", ROUNDABOUT)
+def test_a_model_that_runs_past_plphp_is_noticed(llava: Any, way: str) -> None:
+    inputs, call = TINY["llava"].inputs(llava), ROUNDABOUT[way](llava)
+
+    def session() -> None:
+        with plphp.prune(llava, SETTINGS) as run:
+            call(**inputs, max_new_tokens=2, do_sample=False)
+            with pytest.raises(CacheStateError, match=r"ran without plphp .* taken from the model, or compiled"):
+                _ = run.report
+
+    with pytest.warns(UnprunedWarning, match=r"ran without plphp \(\d+ passes, with the whole cache\)"):
+        session()
+
+
+def test_it_is_noticed_beside_what_was_pruned_and_by_remove(llava: Any) -> None:
+    inputs, taken = TINY["llava"].inputs(llava), llava.generate
+    session = plphp.apply(llava, SETTINGS)
+    generate(llava, inputs)
+    assert session.report.retention < 1
+    taken(**inputs, max_new_tokens=1)
+    with pytest.warns(UnprunedWarning, match=r"\(1 passes"):
+        plphp.remove(llava)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3.5"])
+def test_what_runs_with_plphp_is_no_reason_to_warn(family: str) -> None:
+    """Sliding and linear layers of a pruned cache hold what stock layers hold, and attend as those do."""
+    model = tiny_model(family)
+    inputs = TINY[family].inputs(model)
+    generate(model, inputs)
+    with plphp.prune(model, SETTINGS) as run:
+        generate(model, inputs)
+        model(**inputs, **passed(PrunedCache.for_inputs(model, inputs, SETTINGS)))
+    generate(model, inputs)
+    assert run.report.retention < 1
+
+
+def test_an_exception_is_not_hidden_by_the_warning(llava: Any) -> None:
+    def session() -> None:
+        with plphp.prune(llava, SETTINGS):
+            llava(**TINY["llava"].inputs(llava))
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        session()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "kv_cache"])
+def test_another_cache_is_refused_under_any_keyword(llava: Any, name: str) -> None:
+    inputs = TINY["llava"].inputs(llava)
+    with plphp.prune(llava, SETTINGS):
+        with pytest.raises(UnsupportedFeatureError, match=rf"{name}=DynamicCache"):
+            llava.generate(**inputs, **{name: plain_cache(llava)}, max_new_tokens=2)
+        with pytest.raises(ConfigError, match=r"one cache, got several: (cache|past_key_values|kv_cache)"):
+            llava.generate(**inputs, **{name: plain_cache(llava), "other": plain_cache(llava)}, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pruned_cache_is_taken_under_any_name_of_a_cache(llava: Any, name: str) -> None:
+    inputs = TINY["llava"].inputs(llava)
+    with plphp.prune(llava, SETTINGS):
+        expected = generate(llava, inputs)
+    cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
+    assert_same_generation(expected, generate(llava, inputs, **{name: cache}))
+    assert cache.report().retention < 1
+
+
+def test_the_name_is_that_of_the_transformers_that_is_installed(llava: Any) -> None:
+    inputs, cache = TINY["llava"].inputs(llava), plain_cache(llava)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = generate(llava, inputs, **passed(cache))
+    assert cache_in(output) is cache
+    assert cache.get_seq_length() > 0
+    assert NAME in NAMES
+
+
+@pytest.mark.skipif(NAME == "cache", reason="this transformers takes the new name")
+def test_a_direct_call_with_the_name_of_newer_versions_is_refused(llava: Any) -> None:
+    inputs = TINY["llava"].inputs(llava)
+    cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
+    with pytest.raises(UnsupportedFeatureError, match=r"does not take a cache as cache, .*: pass past_key_values"):
+        llava(**inputs, cache=cache)
+
+
+def test_a_part_of_a_model_is_refused(llava: Any) -> None:
+    for use in (plphp.apply, lambda part, settings: plphp.prune(part, settings).__enter__()):
+        with pytest.raises(plphp.UnsupportedModelError, match="LlavaModel has no generate to prune: pass the model"):
+            use(llava.model, SETTINGS)
+    assert llava.config.get_text_config()._attn_implementation == "sdpa"
+
+
+# peft asks for an attribute that newer transformers has renamed
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*", "ignore:.*Dynamo.*")
+class TestWrappers:
+    """The inner model is pruned, whichever of the two is named and called."""
+
+    @pytest.fixture
+    def expected(self, llava: Any) -> Any:
+        with plphp.prune(llava, SETTINGS):
+            return generate(llava, TINY["llava"].inputs(llava))
+
+    @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+    def test_of_torch(self, expected: Any, wrap: Callable[[Any], Any]) -> None:
+        llava = TINY["llava"].build()  # dynamo leaves marks on it
+        inputs, wrapper = TINY["llava"].inputs(llava), wrap(llava)
+        generating = wrapper if hasattr(wrapper, "generate") else wrapper.module
+        with plphp.prune(wrapper, SETTINGS) as run:
+            assert_same_generation(expected, generate(generating, inputs))
+        assert run.report.retention < 1
+        session = plphp.apply(wrapper, SETTINGS)
+        assert_same_generation(expected, generate(llava, inputs))
+        assert session.report.retention < 1
+        plphp.remove(wrapper)
+        assert "generate" not in llava.__dict__
+        cache = PrunedCache.for_inputs(wrapper, inputs, SETTINGS)
+        assert_same_generation(expected, generate(generating, inputs, **passed(cache)))
+
+    def test_generate_that_is_compiled_inside(self, llava: Any, expected: Any) -> None:
+        inputs = TINY["llava"].inputs(llava)
+        with plphp.prune(llava, SETTINGS) as run:
+            compiled = torch.compile(llava.generate, backend="eager")
+            assert torch.equal(compiled(**inputs, max_new_tokens=4, do_sample=False), expected.sequences)
+        assert run.report.retention < 1
+
+    def test_a_model_that_is_compiled_in_place(self, expected: Any) -> None:
+        model = TINY["llava"].build()
+        model.compile(backend="eager")
+        with plphp.prune(model, SETTINGS) as run:
+            output = generate(model, TINY["llava"].inputs(model))
+        assert_same_generation(expected, output)
+        assert run.report.retention < 1
+
+    def test_lora(self) -> None:
+        """Pruned with the adapter, and by what the adapter makes of the attention."""
+        model = TINY["llava"].build()
+        inputs = TINY["llava"].inputs(model)
+        with plphp.prune(model, SETTINGS) as run:
+            generate(model, inputs)
+        without = run.report.to_json()
+        torch.manual_seed(5)
+        wrapper = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        ).eval()
+        with plphp.prune(wrapper, SETTINGS) as run:
+            output = generate(wrapper, inputs)
+        assert run.report.to_json() != without
+        with evicted_entries_masked(model, run.report):
+            assert_same_generation(generate(wrapper, inputs), output)
+        plphp.apply(wrapper, SETTINGS)
+        assert_same_generation(generate(model, inputs), output)
+        plphp.remove(wrapper)
+        assert "generate" not in model.__dict__
+
+    @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"])
+    def test_virtual_tokens_are_refused(self, kind: str) -> None:
+        model = TINY["llava"].build()
+        text = model.config.get_text_config()
+        made = getattr(peft, kind)(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=3,
+            num_layers=text.num_hidden_layers,
+            token_dim=text.hidden_size,
+            num_attention_heads=text.num_attention_heads,
+        )
+        wrapper = peft.PeftModel(model, made)
+        with pytest.raises(UnsupportedFeatureError, match=r"tuning: it puts virtual tokens into the cache.*LoRA, work"):
+            plphp.apply(wrapper)
+        with pytest.raises(UnsupportedFeatureError, match="virtual tokens"):
+            PrunedCache.for_inputs(wrapper, TINY["llava"].inputs(model))
+        assert "generate" not in model.__dict__
+
+    def test_what_holds_a_model(self, llava: Any) -> None:
+        class Pipeline:
+            model = llava
+
+        for use in (plphp.apply, plphp.remove):
+            with pytest.raises(
+                plphp.UnsupportedModelError, match=r"got Pipeline: pass its attribute 'model', the Llava"
+            ):
+                use(Pipeline())
+            with pytest.raises(plphp.UnsupportedModelError, match=r"got Linear\."):
+                use(torch.nn.Linear(2, 2))
