@@ -28,8 +28,8 @@ with plphp.prune(model, default_settings(name)) as run:
     print(answer)
 
     chat += [{"role": "assistant", "content": answer}, user("And what does line 2 of this one say?")]
+    # The whole chat with all its images: what the cache holds already is left out.
     inputs = build_inputs(processor, messages=chat, images=images)
-    inputs["pixel_values"] = inputs["pixel_values"][1:]  # the first image is in the cache already
     second = model.generate(**inputs, max_new_tokens=32, past_key_values=first.past_key_values)
     print(processor.decode(second[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 

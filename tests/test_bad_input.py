@@ -433,8 +433,8 @@ def test_a_prompt_that_the_cache_holds_already(llava: Any) -> None:
     with pytest.raises(SpanError, match=r"holds \d+ tokens already"):
         generate(llava, inputs, past_key_values=cache)
     # That left the cache as it was.
-    more = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
-    generate(llava, more, past_key_values=cache)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+    generate(llava, {"input_ids": first.sequences, "attention_mask": mask}, past_key_values=cache)
 
 
 def test_offloading_a_cache_is_refused(llava: Any) -> None:

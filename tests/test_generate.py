@@ -239,7 +239,7 @@ def test_deepcopy_is_an_independent_cache(llava: Any) -> None:
     cache = PrunedCache.for_inputs(llava, inputs, config("plphp"))
     ids = generate(llava, inputs, past_key_values=cache).sequences
     other = copy.deepcopy(cache)
-    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    turn = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)}
     expected = generate(llava, turn, past_key_values=cache)
     del cache
     actual = generate(llava, turn, past_key_values=other)

@@ -6,25 +6,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .attachment import Attachment, Lease
 from .config import PLPHPConfig, checked, checked_mode
+from .conversation import ConversationCache
 from .errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
-from .finite import features_of, refuse_damaged
+from .finite import features_of
 from .layer import PrunedLayer, layer_nbytes
-from .mrope import TurnPositions, turn_positions
 from .passes import PassGuard
 from .plan import PromptPlan
 from .precision import as_written
-from .registry import family_of
 from .report import LayerRecord, PruneReport, build_report
-from .spans import find_spans, real_tokens
 from .suitability import method_for, refuse_prompt_stage, refuse_unanswered
 
 
@@ -36,7 +34,7 @@ class PendingUpdate:
     layer: int
 
 
-class PrunedCache(Cache):
+class PrunedCache(ConversationCache):
     """KV cache from which vision tokens are evicted as soon as a layer has read the prompt.
 
     Make it with `for_inputs` or let `plphp.prune` make it. Full-attention layers are pruned; sliding-window and
@@ -50,14 +48,13 @@ class PrunedCache(Cache):
     def __init__(self, attachment: Attachment, config: PLPHPConfig, decode: str = "eager") -> None:
         text_config = attachment.model.config.get_text_config(decoder=True)
         layers = DynamicCache(config=text_config).layers
-        super().__init__(layers=[PrunedLayer() if type(layer) is DynamicLayer else layer for layer in layers])
+        pruned = [PrunedLayer() if type(layer) is DynamicLayer else layer for layer in layers]
+        super().__init__(attachment, pruned)
         self.config, self.decode = config, checked_mode(decode)
         self.method = method_for(config, len(layers))
         refuse_unanswered(self.method)
-        self.attachment = attachment
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
-        self._turn: TurnPositions | None = None
         self._pruned = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PrunedLayer)}
         if not self._pruned:
             raise UnsupportedModelError(
@@ -124,7 +121,7 @@ class PrunedCache(Cache):
             raise
         return cache
 
-    def plan(self, inputs: Mapping[str, Any], *, vision_mask: Tensor | None = None) -> None:
+    def plan(self, inputs: Mapping[str, Any], *, vision_mask: Tensor | None = None) -> dict[str, Any]:
         """Say what the next prompt is, so that its vision tokens are pruned at its end.
 
         ``generate`` calls it by itself; call it before a later turn that is given to ``model(...)`` directly.
@@ -132,53 +129,37 @@ class PrunedCache(Cache):
         Parameters
         ----------
         inputs : mapping
-            As for `for_inputs`; for a later turn the whole conversation.
+            As for `for_inputs`; for a later turn the whole conversation, with all of its images or the new ones alone.
         vision_mask : Tensor, optional
             bool [batch, seq] over the whole conversation.
+
+        Returns
+        -------
+        dict
+            The inputs with the features of new images alone; `model_inputs` makes of them what ``model(...)`` reads.
 
         Raises
         ------
         SpanError
             If the vision tokens cannot be found.
+        HistoryError
+            If the conversation differs from what the cache has read.
         NonFiniteAttentionError
             If the image features of a single prompt hold NaN or inf; the cache is as before.
         """
         self.check_alive()
         if self._spent and self.get_seq_length():
             raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
-        model = self.attachment.model
-        spans = find_spans(
-            family_of(model.config),
-            model.config,
-            inputs,
-            past_length=self.get_seq_length(),
-            vision_mask=vision_mask,
-        )
-        # Text alone: nothing to evict, so nothing to compact either.
-        has_vision = bool(spans.vision.any())
-        features = features_of(inputs)
-        if has_vision and len(spans.real) == 1:
-            refuse_damaged(features)  # the cache is as before
-        turn = self._turn
-        before = None if turn is None else turn.before if turn.start == spans.start else turn.after
-        self._turn = turn_positions(model, inputs, spans.real, spans.start, before, has_vision)
+        spans, turn = self.begin_turn(inputs, vision_mask)
         self._plan = None
-        if has_vision:
+        # Text alone: nothing to evict, so nothing to compact either.
+        if spans.vision.any():
             evidence = self.method.evidence(self.config)
             delta = None if self._turn is None else self._turn.after
             custom = vision_mask is not None
             self._plan = PromptPlan.of(spans, self.config, evidence, custom=custom, rope_delta=delta)
-            self._plan.features = features
-
-    @property
-    def turn(self) -> TurnPositions | None:
-        """Positions of the newest turn of a model with m-RoPE."""
-        return self._turn
-
-    @property
-    def has_custom_plan(self) -> bool:
-        """Whether a prompt was planned from a ``vision_mask`` and has not been read yet."""
-        return self._plan is not None and self._plan.custom
+            self._plan.features = features_of(turn)
+        return turn
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -336,23 +317,20 @@ class PrunedCache(Cache):
                 "a supported one, and was it compiled or changed while the cache was in use?)"
             )
 
-    def check_prompt(self, inputs: Mapping[str, Any]) -> None:
-        """Raise `SpanError` unless a prompt has the shape of the planned one."""
-        if self._plan is not None:
-            self._plan.check_shape(*real_tokens(inputs, self.get_seq_length()).shape)
+    def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Plan what ``generate`` is given, or compare it with what was planned from a ``vision_mask``; see `plan`."""
+        if self._plan is None or not self._plan.custom:
+            return self.plan(inputs)
+        self.check_alive()
+        turn, real = self.read_turn(inputs)
+        self._plan.check_shape(*real.shape)
+        return turn
 
     def after_failure(self) -> None:
         """Make the cache whole again after an exception; if it cannot be, mark it as dead."""
         half_read = self._plan is not None and self._pruned[self._last].get_seq_length() > self._plan.spans.start
         if not self._dead and (self._guard.cut_off or half_read) and not self._take_back():
             self._bury("an error stopped the model in the middle of a step")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` (numbers, or a bool mask)."""
-        super().batch_select_indices(indices)
-        if self._turn is not None:
-            after = self._turn.after
-            self._turn = replace(self._turn, after=after[indices.to(after.device)], before=None, start=-1)
 
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""
@@ -362,7 +340,7 @@ class PrunedCache(Cache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self.records, self._plan = [], None
-        self._turn, self.pruning_seconds, self._spent = None, 0.0, ""
+        self.pruning_seconds, self._spent = 0.0, ""
         self._guard.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:

@@ -6,6 +6,7 @@
     PLPHPError
     ├── ConfigError(ValueError)              a setting is out of range, unknown or contradicts another
     ├── SpanError(ValueError)                the vision tokens cannot be found or do not match the features
+    ├── HistoryError(ValueError)             a later turn does not go on from what the cache has read
     ├── UnsupportedModelError                this model class cannot be pruned rightly
     ├── UnsupportedFeatureError              this use of a supported model cannot be pruned rightly
     ├── BackendUnavailableError              an optional dependency or device is missing
@@ -35,6 +36,10 @@ class ConfigError(PLPHPError, ValueError):
 
 class SpanError(PLPHPError, ValueError):
     """The vision tokens of a prompt cannot be found, or do not match its image features."""
+
+
+class HistoryError(PLPHPError, ValueError):
+    """A conversation differs from what the cache has read of it."""
 
 
 class UnsupportedModelError(PLPHPError):

@@ -21,6 +21,8 @@ from .contexts import generating
 from .errors import UnsupportedFeatureError
 from .graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
 from .mrope import position_holder
+from .registry import family_of
+from .turns import with_features
 
 SUPPORTED_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -73,10 +75,7 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     elif cache.attachment is not attachment:
         raise UnsupportedFeatureError("This PrunedCache was made for another model.")
     inputs = _model_inputs(config, kwargs)
-    if cache.has_custom_plan:
-        cache.check_prompt(inputs)
-    else:
-        cache.plan(inputs)
+    kwargs = with_features(kwargs, cache.plan_generate(inputs), family_of(model.config))
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]
     kwargs.update(passed(cache))
@@ -87,6 +86,7 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
         with generating(), _replayed(model, cache, config, inputs):
             output = original(**kwargs)
         cache.check_read()
+        cache.note_answer(output)
     except BaseException:
         cache.after_failure()
         raise

@@ -9,6 +9,7 @@ inputs of every turn and belongs to the cache.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedFeatureError
 from .families.base import Inputs
+
+POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""Inputs of images and videos that positions depend on, where the model knows them."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,7 @@ def _placed(holder: Any, inputs: Inputs, mask: Tensor) -> Tensor:
             "returns, or position_ids."
         )
     new = mask.shape[1]
-    positions, _ = holder.get_rope_index(
-        ids[:, -new:],
-        types[:, -new:],
-        image_grid_thw=inputs.get("image_grid_thw"),
-        video_grid_thw=inputs.get("video_grid_thw"),
-        attention_mask=mask,
-    )
+    names = inspect.signature(holder.get_rope_index).parameters
+    more = {name: inputs[name] for name in names if name in POSITION_INPUTS and inputs.get(name) is not None}
+    positions, _ = holder.get_rope_index(ids[:, -new:], types[:, -new:], **more, attention_mask=mask)
     return positions

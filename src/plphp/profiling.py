@@ -24,7 +24,7 @@ class _WatchedCache(PrunedCache):
     choices: Sequence[PLPHPConfig] = ()
     watched: tuple[PromptPlan, ...] = ()
 
-    def plan(self, inputs: Mapping[str, Any], *, vision_mask: Tensor | None = None) -> None:
+    def plan(self, inputs: Mapping[str, Any], *, vision_mask: Tensor | None = None) -> dict[str, Any]:
         own, plans = self.config, []
         for choice in self.choices:
             self.config = choice
@@ -32,7 +32,7 @@ class _WatchedCache(PrunedCache):
             plans.append(self._plan)
         self.watched = tuple(plan for plan in plans if plan is not None)
         self.config = own
-        super().plan(inputs, vision_mask=vision_mask)
+        return super().plan(inputs, vision_mask=vision_mask)
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
         # Before the layer is packed: its tail holds the keys of the whole prompt.

@@ -39,7 +39,8 @@ def find_spans(
     inputs : mapping
         What is passed to ``generate``: ``input_ids`` int64 [batch, seq], ``attention_mask`` [batch, seq], and
         the image features. After an earlier turn, ``input_ids`` hold the whole conversation, or the new part
-        alone with an ``attention_mask`` over the whole.
+        alone with an ``attention_mask`` over the whole; the features are those of the new part
+        (`plphp.turns.new_features`).
     past_length : int
         Tokens that the cache holds already; vision tokens among them are left as they are.
     vision_mask : Tensor, optional
@@ -67,8 +68,11 @@ def find_spans(
         vision = torch.isin(ids, wanted)
         # A later turn's input_ids may leave out what the cache holds.
         vision = torch.nn.functional.pad(vision, (real.shape[1] - ids.shape[1], 0)).cpu()
-        segments = family.segments(config, inputs)
-        vision, segments = _match_features(vision, past_length, segments, inputs, family, config)
+        new_ids = ids[:, past_length - real.shape[1] :]
+        segments = family.segments(config, {**inputs, "input_ids": new_ids})
+        found = int(vision.sum())
+        vision[:, :past_length] = False
+        segments = _match_features(vision, found, segments, inputs, family, config)
     else:
         if not isinstance(vision_mask, Tensor) or vision_mask.shape != real.shape:
             raise SpanError(
@@ -78,7 +82,7 @@ def find_spans(
     # Features fill placeholders that the mask hides, too.
     segment, grids = _number_segments(vision if segments else vision & real, segments)
     segment[~real] = -1
-    segment[:, :past_length] = -1
+    segment[:, :past_length] = -1  # a vision_mask marks earlier turns, too
     return VisionSpans(segment=segment, real=real, start=past_length, grids=grids)
 
 
@@ -113,6 +117,25 @@ def real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = N
     Raises
     ------
     SpanError
+        If the inputs are no prompt, or one that adds nothing to what the cache holds.
+    """
+    real = padding_mask(inputs, past_length, vision_mask)
+    if real.shape[1] <= past_length:
+        raise SpanError(
+            f"The cache holds {past_length} tokens already and the prompt has {real.shape[1]}: pass the whole "
+            "conversation, or the new tokens with an attention_mask over the whole conversation."
+        )
+    if not real[:, past_length:].any(1).all():
+        raise SpanError("A row of the prompt is all padding: every row needs at least one token.")
+    return real
+
+
+def padding_mask(inputs: Inputs, past_length: int, vision_mask: Tensor | None = None) -> Tensor:
+    """The same of a conversation that may be shorter than what the cache holds.
+
+    Raises
+    ------
+    SpanError
         If the inputs are no prompt.
     """
     ids: Any = inputs.get("input_ids")
@@ -140,13 +163,6 @@ def real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = N
         )
     else:
         real = mask.bool().cpu()
-    if real.shape[1] <= past_length:
-        raise SpanError(
-            f"The cache holds {past_length} tokens already and the prompt has {real.shape[1]}: pass the whole "
-            "conversation, or the new tokens with an attention_mask over the whole conversation."
-        )
-    if not real[:, past_length:].any(1).all():
-        raise SpanError("A row of the prompt is all padding: every row needs at least one token.")
     return real
 
 
@@ -155,22 +171,18 @@ def _shape(value: object) -> str:
 
 
 def _match_features(
-    vision: Tensor,
-    past_length: int,
+    new: Tensor,
+    found: int,
     segments: list[VisionSegment] | None,
     inputs: Inputs,
     family: Family,
     config: PretrainedConfig,
-) -> tuple[Tensor, list[VisionSegment] | None]:
-    """Compare the vision tokens of the prompt with what its image features will fill.
+) -> list[VisionSegment] | None:
+    """Compare the ``new`` vision tokens of the prompt, of ``found`` in all, with what its image features will fill.
 
-    After an earlier turn the features may be those of the whole conversation or of the new part alone, so the
-    vision tokens are returned that the segments describe.
+    Return the segments where there are features.
     """
     given = [name for name in FEATURE_INPUTS if inputs.get(name) is not None]
-    new = vision.clone()
-    new[:, :past_length] = False
-    found, found_new = int(vision.sum()), int(new.sum())
     if given and found == 0:
         raise SpanError(
             f"{', '.join(given)} are given, but the prompt holds no vision token (ids "
@@ -178,15 +190,22 @@ def _match_features(
             "processor's apply_chat_template does."
         )
     if not given or segments is None:
-        return new, None
-    expected = sum(segment.tokens for segment in segments)
+        return None
+    expected, found_new = sum(segment.tokens for segment in segments), int(new.sum())
     if expected == found_new:
-        return new, segments
-    if expected == found:
-        return vision, segments
+        return segments
+    if found == found_new:
+        raise SpanError(
+            f"The prompt holds {found} vision tokens but the images fill {expected}: make input_ids and "
+            f"{', '.join(given)} with one processor call, and do not truncate the prompt."
+        )
+    whole = (
+        "" if family.features else f", which for the family {family.name!r} is all that is understood (Family.features)"
+    )
     raise SpanError(
-        f"The prompt holds {found_new} vision tokens but the images fill {expected}: make input_ids and "
-        f"{', '.join(given)} with one processor call, and do not truncate the prompt."
+        f"The new part of the conversation holds {found_new} vision tokens and the whole conversation {found}, but the "
+        f"images fill {expected}: pass {', '.join(given)} of all images of the conversation, or of the new ones "
+        f"alone{whole}."
     )
 
 

@@ -115,13 +115,14 @@ def test_segments_number_the_images_within_their_row(rows: list[list[int]], data
     assert spans.grids == tuple(grids)
 
 
-def test_later_turn_takes_the_features_of_the_whole_or_of_the_new_part() -> None:
+def test_later_turn_takes_the_features_of_the_new_part() -> None:
     rows = [[TEXT, IMAGE, IMAGE, TEXT, IMAGE, IMAGE, IMAGE, TEXT]]
     new = VisionSegment(3, (1, 1, 3))
     part = spans_of(rows, past_length=4, segments=[new])
-    whole = spans_of(rows, past_length=4, segments=[VisionSegment(2, (1, 1, 2)), new])
-    assert part.vision.tolist() == whole.vision.tolist() == [[False] * 4 + [True] * 3 + [False]]
-    assert part.grids[0][int(part.segment.max())] == whole.grids[0][int(whole.segment.max())] == (1, 1, 3)
+    assert part.vision.tolist() == [[False] * 4 + [True] * 3 + [False]]
+    assert part.grids == (((1, 1, 3),),)
+    with pytest.raises(SpanError, match=r"holds 3 vision tokens and the whole conversation 5, .* images fill 5: "):
+        spans_of(rows, past_length=4, segments=[VisionSegment(2, (1, 1, 2)), new])
 
 
 def test_vision_tokens_that_the_mask_hides_do_not_shift_the_other_images() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from plphp.families.base import Inputs, VisionSegment
+from plphp.families.base import Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -95,6 +95,30 @@ def grid_segments(value: Any, merge: int, kind: Any = "image") -> list[VisionSeg
         VisionSegment(frames * (height // merge) * (width // merge), (frames, height // merge, width // merge), kind)
         for frames, height, width in rows_of(value)
     ]
+
+
+def grid_patches(name: str) -> Callable[[Inputs], list[int]]:
+    """Return a function that counts the patches of each image from the grids (items, 3) in the named input."""
+    return lambda inputs: [frames * height * width for frames, height, width in rows_of(inputs.get(name))]
+
+
+def grid_features(
+    image_ids: Callable[[PretrainedConfig], tuple[int, ...]],
+    video_ids: Callable[[PretrainedConfig], tuple[int, ...]],
+    image_type: int | None = None,
+    video_type: int | None = None,
+) -> tuple[Features, Features]:
+    """Return how Qwen-like inputs hold images and videos: flattened patches, and their grids."""
+    return (
+        Features(image_ids, ("pixel_values",), ("image_grid_thw",), grid_patches("image_grid_thw"), image_type),
+        Features(
+            video_ids,
+            ("pixel_values_videos",),
+            ("video_grid_thw", "second_per_grid_ts"),
+            grid_patches("video_grid_thw"),
+            video_type,
+        ),
+    )
 
 
 def real_images(inputs: Inputs) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, square, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,7 +25,10 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
 
 _NOTES = "A segment is a tile. Three of four layers have a sliding window and are never pruned."
 
+_IDS = token_ids("image_token_id")
+_FEATURES = (Features(_IDS),)
+
 FAMILIES = (
-    Family("aya-vision", ("aya_vision",), token_ids("image_token_id"), _segments, _NOTES),
-    Family("cohere2-vision", ("cohere2_vision",), token_ids("image_token_id"), _segments, _NOTES),
+    Family("aya-vision", ("aya_vision",), _IDS, _segments, _NOTES, _FEATURES),
+    Family("cohere2-vision", ("cohere2_vision",), _IDS, _segments, _NOTES, _FEATURES),
 )

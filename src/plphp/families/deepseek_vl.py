@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, square, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,4 +22,6 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     return in_prompt_order(inputs, {config.image_token_id: images})
 
 
-FAMILY = Family("deepseek-vl", ("deepseek_vl",), token_ids("image_token_id"), _segments)
+_IDS = token_ids("image_token_id")
+
+FAMILY = Family("deepseek-vl", ("deepseek_vl",), _IDS, _segments, features=(Features(_IDS),))

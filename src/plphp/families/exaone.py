@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.families._segments import grid_segments, in_prompt_order, token_ids
+from plphp.families._segments import grid_features, grid_segments, in_prompt_order, token_ids
 from plphp.families.base import Family, Inputs, VisionSegment
 
 if TYPE_CHECKING:
@@ -28,5 +28,6 @@ FAMILY = Family(
     model_types=("exaone4_5",),
     vision_token_ids=token_ids("image_token_id", "video_token_id"),
     segments=_segments,
+    features=grid_features(token_ids("image_token_id"), token_ids("video_token_id")),
     notes="Three of four layers have a sliding window and are never pruned.",
 )

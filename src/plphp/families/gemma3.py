@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,6 +26,7 @@ FAMILY = Family(
     model_types=("gemma3",),
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,
+    features=(Features(token_ids("image_token_id")),),
     notes=(
         "Five of six layers have a sliding window and are never pruned. Tokens of an image see the whole "
         "image (token_type_ids), also what stands after them."

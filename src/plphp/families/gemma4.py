@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.errors import UnsupportedModelError
 from plphp.families._segments import in_prompt_order, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 from plphp.families.unsupported import reason_against
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     )
 
 
+def _frames(inputs: Inputs) -> list[int]:
+    """Entries of ``pixel_values_videos`` for each video: its frames, or one where videos have an axis of their own."""
+    counts = inputs.get("num_frames_per_video")
+    return [1] * len(inputs["pixel_values_videos"]) if counts is None else [int(count) for count in counts]
+
+
 def _vision_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
     if reason := reason_against(config):
         raise UnsupportedModelError(f"plphp does not prune this {config.model_type!r} model: {reason}")
@@ -47,6 +53,15 @@ FAMILY = Family(
     model_types=("gemma4",),
     vision_token_ids=_vision_token_ids,
     segments=_segments,
+    features=(
+        Features(token_ids("image_token_id"), each=("image_position_ids",)),
+        Features(
+            token_ids("video_token_id"),
+            ("pixel_values_videos", "video_position_ids"),
+            ("num_frames_per_video",),
+            _frames,
+        ),
+    ),
     notes=(
         "Five of six layers have a sliding window and are never pruned. Checkpoints whose last layers share keys "
         "and values (num_kv_shared_layers > 0: E2B, E4B) are not supported. A frame of a video is a segment."

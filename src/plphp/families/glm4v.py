@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.families._segments import grid_segments, in_prompt_order, token_ids
+from plphp.families._segments import grid_features, grid_segments, in_prompt_order, token_ids
 from plphp.families.base import Family, Inputs, VisionSegment
 
 if TYPE_CHECKING:
@@ -27,5 +27,6 @@ FAMILY = Family(
     # video_token_id marks a video in the text and is never in input_ids: frames are written with image tokens
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,
+    features=grid_features(token_ids("image_token_id"), token_ids("image_token_id"), image_type=1, video_type=2),
     notes="Positions are three-dimensional and offset by rope_deltas, which the model keeps between turns.",
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, square, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,5 +28,6 @@ FAMILY = Family(
     model_types=("internvl",),
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,
+    features=(Features(token_ids("image_token_id")),),
     notes="A segment is a tile; the processor does not tell tiles of one image and frames of a video apart.",
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, rows_of, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,5 +24,6 @@ FAMILY = Family(
     model_types=("lfm2_vl",),
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,
+    features=(Features(token_ids("image_token_id"), each=("spatial_shapes", "pixel_attention_mask")),),
     notes="A segment is a tile. Only the attention layers have a KV cache; the convolutions are not touched.",
 )

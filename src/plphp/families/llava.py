@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, rows_of, square, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,12 +35,15 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     return in_prompt_order(inputs, {config.image_token_id: [VisionSegment(tokens, grid)] * len(pixel_values)})
 
 
+_FEATURES = (Features(token_ids("image_token_id"), each=("image_sizes",)),)
+
 FAMILIES = (
     Family(
         name="llava",
         model_types=("llava",),
         vision_token_ids=token_ids("image_token_id"),
         segments=_segments,
+        features=_FEATURES,
         notes="With a Pixtral tower the break and end tokens of an image count as text and are kept.",
     ),
     Family(
@@ -48,5 +51,6 @@ FAMILIES = (
         model_types=("vipllava",),
         vision_token_ids=token_ids("image_token_id"),
         segments=_segments,
+        features=_FEATURES,
     ),
 )

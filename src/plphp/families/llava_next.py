@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, rows_of, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,12 +72,15 @@ def _video_segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegm
     return in_prompt_order(inputs, {config.image_token_id: images, config.video_token_id: videos})
 
 
+IMAGE_FEATURES = (Features(token_ids("image_token_id"), each=("image_sizes",)),)
+
 FAMILIES = (
     Family(
         name="llava-next",
         model_types=("llava_next",),
         vision_token_ids=token_ids("image_token_id"),
         segments=_segments,
+        features=IMAGE_FEATURES,
         notes="The newline tokens between rows of patches are placeholders too and are evicted like patches.",
     ),
     Family(
@@ -85,6 +88,7 @@ FAMILIES = (
         model_types=("llava_next_video",),
         vision_token_ids=token_ids("image_token_id", "video_token_id"),
         segments=_video_segments,
+        features=(*IMAGE_FEATURES, Features(token_ids("video_token_id"), ("pixel_values_videos",))),
         notes="The newline tokens between rows of patches are placeholders too and are evicted like patches.",
     ),
 )

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
+from plphp.errors import UnsupportedFeatureError
 from plphp.families._segments import in_prompt_order, rows_of, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 from plphp.families.llava_next import base_tokens, unpadded_grid
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     alone = [True] * len(sizes) if per_row is None else [int(n) == 1 for n in per_row for _ in range(int(n))]
     images = [
         _tiled(config, size, base) if single else VisionSegment(base + 1)  # + 1: newline
-        for size, single in zip(sizes, alone, strict=True)
+        for size, single in zip(sizes, alone, strict=False)  # as the model does, see _Tiled
     ]
     videos: list[VisionSegment] = []
     pixel_values = inputs.get("pixel_values_videos")
@@ -45,10 +48,54 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     return in_prompt_order(inputs, {config.image_token_id: images, config.video_token_id: videos})
 
 
+class _Tiled(Features):
+    """Images that are tiled if they are alone in their row of the conversation."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Features.names`."""
+        return (*super().names, "batch_num_images")
+
+    def pick(self, inputs: Inputs, numbers: Sequence[int]) -> dict[str, Any]:
+        """See `Features.pick`; an image stays as it was cut, however many are left in its row."""
+        picked = super().pick({**inputs, "batch_num_images": None}, numbers)
+        per_row = inputs.get("batch_num_images")
+        if per_row is None or not numbers:
+            return picked
+        import torch  # families are listed without it
+
+        alone = [int(count) == 1 for count in per_row for _ in range(int(count))]
+        return {**picked, "batch_num_images": torch.tensor(_counts([alone[number] for number in numbers]))}
+
+    def _counts(self, inputs: Inputs) -> list[int] | None:
+        per_row, counts = inputs.get("batch_num_images"), super()._counts({**inputs, "batch_num_images": None})
+        fits = counts is None or per_row is None or sum(map(int, per_row)) == len(counts)
+        return counts if fits else None
+
+
+def _counts(alone: Sequence[bool]) -> list[int]:
+    """Write as numbers of images per row which images are alone: the model takes any other number than 1 for "not"."""
+    counts = []
+    runs = [(single, len(list(run))) for single, run in groupby(alone)]
+    for place, (single, length) in enumerate(runs, 1):
+        if not single and length == 1 and place < len(runs):
+            raise UnsupportedFeatureError(
+                "LLaVA-OneVision cannot be told that one new image of a batch is not tiled and the next one is: "
+                "continue the conversations of this batch one by one."
+            )
+        # The model stops at the last image, so that a 2 says of a single image that it is not alone.
+        counts += [1] * length if single else [max(length, 2)]
+    return counts
+
+
 FAMILY = Family(
     name="llava-onevision",
     model_types=("llava_onevision",),
     vision_token_ids=token_ids("image_token_id", "video_token_id"),
     segments=_segments,
+    features=(
+        _Tiled(token_ids("image_token_id"), each=("image_sizes",)),
+        Features(token_ids("video_token_id"), ("pixel_values_videos",), ("image_sizes_videos",)),
+    ),
     notes="The newline tokens are placeholders too and are evicted like patches.",
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, rows_of, square, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,13 +23,16 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     return in_prompt_order(inputs, {config.image_token_id: images})
 
 
+_FEATURES = (Features(token_ids("image_token_id"), each=("image_sizes",)),)
+
 FAMILIES = (
     Family(
         name="mistral3",
         model_types=("mistral3",),
         vision_token_ids=token_ids("image_token_id"),
         segments=_segments,
+        features=_FEATURES,
         notes="The break and end tokens of an image count as text and are kept.",
     ),
-    Family("lighton-ocr", ("lighton_ocr",), token_ids("image_token_id"), _segments),
+    Family("lighton-ocr", ("lighton_ocr",), token_ids("image_token_id"), _segments, features=_FEATURES),
 )

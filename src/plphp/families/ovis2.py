@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from plphp.families._segments import in_prompt_order, square, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.families.base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,5 +30,6 @@ FAMILY = Family(
     model_types=("ovis2",),
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,
+    features=(Features(token_ids("image_token_id")),),
     notes="A segment is a tile; the indicator tokens around tiles count as text and are kept.",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.families._segments import grid_segments, in_prompt_order, token_ids
+from plphp.families._segments import grid_features, grid_segments, in_prompt_order, token_ids
 from plphp.families.base import Family, Inputs, VisionSegment
 
 if TYPE_CHECKING:
@@ -27,15 +27,18 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     )
 
 
+_FEATURES = grid_features(token_ids("image_token_id"), token_ids("video_token_id"))
+
 FAMILIES = (
-    Family("qwen2-vl", ("qwen2_vl",), _IDS, _segments, _MROPE),
-    Family("qwen2.5-vl", ("qwen2_5_vl",), _IDS, _segments, _MROPE),
+    Family("qwen2-vl", ("qwen2_vl",), _IDS, _segments, _MROPE, _FEATURES),
+    Family("qwen2.5-vl", ("qwen2_5_vl",), _IDS, _segments, _MROPE, _FEATURES),
     Family(
         "qwen3-vl",
         ("qwen3_vl", "qwen3_vl_moe"),
         _IDS,
         _segments,
         f"{_MROPE} Deepstack adds image features after the first layers too, so eviction there loses more.",
+        _FEATURES,
     ),
     Family(
         "qwen3.5",
@@ -43,5 +46,6 @@ FAMILIES = (
         _IDS,
         _segments,
         f"{_MROPE} Only the full-attention layers (one in four) have a KV cache; the others are not touched.",
+        _FEATURES,
     ),
 )
