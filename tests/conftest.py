@@ -16,10 +16,18 @@ import pytest
 import torch
 from transformers.utils import logging
 
+import precision
 from tiny_models import tiny_model
 
 logging.set_verbosity_error()
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("PLPHP_TEST_THREADS", "1")))
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Tiny models in float64, see `precision`: what compares two routes to the same logits."""
+    with precision.float64():
+        yield
 
 
 @pytest.fixture

@@ -13,11 +13,14 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import plphp
-from invariants import assert_same_generation, evicted_entries_masked, generate, max_difference, pruned
+from invariants import assert_same_generation, evicted_entries_masked, generate, logit_difference, pruned
 from plphp import PLPHPConfig, PrunedCache
 from plphp.layer import PrunedLayer
+from precision import assert_exact
 from test_invariants import config
 from tiny_models import TINY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 SOME = ("llava", "qwen2-vl", "gemma3", "idefics3")
 KEEP_ALL = PLPHPConfig(retention_rate=1.0)
@@ -138,7 +141,7 @@ def test_prompt_in_chunks_is_one_forward(family: str, query_rows: int | str) -> 
         positions = inputs["attention_mask"].cumsum(1)[:, -4:] - 1 + deltas
         second["position_ids"] = positions.expand(3, -1, -1)
     actual = model(**second, past_key_values=parts).logits[:, -1]
-    assert (actual - expected).abs().max() < 2e-5
+    assert_exact(actual, expected)
     assert parts.report().prompts[0].layers[0].rows[0].kept_positions == (
         whole.report().prompts[0].layers[0].rows[0].kept_positions
     )
@@ -243,4 +246,4 @@ def test_deepcopy_is_an_independent_cache(llava: Any) -> None:
     expected = generate(llava, {"input_ids": first.sequences, **more}, past_key_values=cache)
     del cache, first.past_key_values
     actual = generate(llava, {"input_ids": first.sequences, **more}, past_key_values=other)
-    assert max_difference(expected, actual) == 0
+    assert logit_difference(expected, actual) == 0

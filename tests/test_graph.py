@@ -28,6 +28,8 @@ from plphp.layer import PrunedLayer
 from test_invariants import config
 from tiny_models import TINY, tiny_model
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 FAMILIES = ("llava", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "idefics3", "glm4v")
 ASKS_THE_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten.equal", "lift_fresh", "bincount")
 

@@ -20,7 +20,10 @@ from invariants import (
     pruned,
 )
 from plphp import PLPHPConfig, PrunedCache
+from precision import assert_exact
 from tiny_models import TINY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = sorted(TINY)
 STAGED = ("fastv", "vtw")
@@ -107,7 +110,7 @@ def test_padded_row_is_the_row_alone(family: str, method: str) -> None:
     for row, inputs in enumerate(tiny.rows(model, counts)):
         alone, one = pruned(model, inputs, settings)
         for batched, single in zip(together.logits, alone.logits, strict=True):
-            assert (batched[row] - single[0]).abs().max() < 2e-5
+            assert_exact(batched[row], single[0])
         padding = together.sequences.shape[1] - alone.sequences.shape[1]
         if not one.prompts:
             continue

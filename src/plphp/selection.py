@@ -89,10 +89,13 @@ def at_random(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     It depends on the seed, the layer and the number of vision tokens of a row, not on the other rows of the
     batch or on padding.
     """
-    rank = torch.zeros(scores.attention.shape[0], scores.kv_heads, scores.attention.shape[2])
+    shape = scores.attention.shape[0], scores.kv_heads, scores.attention.shape[2]
+    rank = torch.zeros(shape, dtype=torch.float32)
     for row, vision in enumerate(scores.vision.cpu()):
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + scores.layer) % 2**63)
-        rank[row, :, vision] = torch.rand(scores.kv_heads, int(vision.sum()), generator=generator)
+        rank[row, :, vision] = torch.rand(
+            scores.kv_heads, int(vision.sum()), generator=generator, dtype=torch.float32
+        )
     return rank.to(scores.attention.device)
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from precision import EXACT, max_difference
 from tiny_models import ANY, NEWEST, TINY
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 NAMES = sorted(TINY)
 CASES = [(name, video) for name in NAMES for video in (False, True) if not video or TINY[name].videos is not None]
 MROPE = [name for name in NAMES if name.startswith(("qwen", "glm"))]
-EXACT = 5e-5
 
 
 def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
@@ -36,7 +38,7 @@ def fresh(model: Any) -> DynamicCache:
 
 def differences(batch: Any, alone: list[Any]) -> list[float]:
     """Return the largest difference of the first logits of each row."""
-    return [float((row.logits[0][0] - batch.logits[0][i]).abs().max()) for i, row in enumerate(alone)]
+    return [max_difference(row.logits[0][0], batch.logits[0][i]) for i, row in enumerate(alone)]
 
 
 @pytest.mark.parametrize(("name", "video"), CASES)
@@ -120,7 +122,7 @@ def test_chunked_prefill(name: str, video: bool) -> None:
     except (RuntimeError, TypeError, KeyError):  # m-RoPE in 5.17; Ovis2 and Llama 4 in 5.23
         assert not expected
         return
-    assert (float((chunked.logits[0] - whole.logits[0]).abs().max()) < EXACT) == expected
+    assert (max_difference(chunked.logits[0], whole.logits[0]) < EXACT) == expected
 
 
 @pytest.mark.parametrize("rows", [[1, 1], [2, 1, 0]], ids=str)

@@ -22,6 +22,8 @@ from plphp import CacheStateError, ConfigError, PLPHPConfig, PrunedCache, Unsupp
 from plphp.attachment import Lease
 from tiny_models import TINY, tiny_model
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def state(model: Any) -> tuple[Any, ...]:
     """All that an attachment may change on a model."""
