@@ -150,23 +150,6 @@ def test_prompt_in_chunks_is_one_forward(family: str, query_rows: int | str) -> 
             assert one.nbytes == other.nbytes
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", SOME)
-def test_half_precision(family: str, dtype: torch.dtype) -> None:
-    model = tiny_model(family, dtype)
-    inputs = TINY[family].inputs(model, [2, 1])
-    tokens = {"max_new_tokens": 1}
-    with plphp.prune(model, config("plphp")) as run:
-        cache = PrunedCache.for_inputs(model, inputs, run.config)
-        generate(model, inputs, past_key_values=cache, **tokens)
-    assert cache.layers[-1].prefix.keys.dtype == dtype
-    output, report = pruned(model, inputs, config("plphp"))
-    with evicted_entries_masked(model, report):
-        reference = generate(model, inputs)
-    scale = reference.logits[0].float().abs().max()
-    assert (reference.logits[1] - output.logits[1]).float().abs().max() < 0.05 * scale
-
-
 def test_two_threads_with_one_model_and_two_settings() -> None:
     model, inputs = setup("llava", (2, 1))
     settings = [config("plphp", retention_rate=0.2), config("uniform", retention_rate=0.7)]

@@ -25,6 +25,7 @@ from invariants import assert_same_generation, generate, pruned
 from plphp import PLPHPConfig, PrunedCache, captured, generation, graph
 from plphp.errors import CacheMemoryError, ConfigError, UnsupportedFeatureError
 from plphp.layer import PrunedLayer
+from precision import EXACT
 from test_invariants import config
 from tiny_models import TINY, tiny_model
 
@@ -218,7 +219,7 @@ def test_a_number_that_a_capture_holds_fast_is_found_out(
         return output
 
     monkeypatch.setattr(type(model), "forward", by_length)
-    monkeypatch.setitem(graph.TOLERANCE, torch.float32, 1e-5)
+    monkeypatch.setitem(graph.TOLERANCE, torch.float64, EXACT)
     expected, _ = pruned(model, inputs, config("plphp"), max_new_tokens=50)
     found = graphed(model, inputs, config("plphp"), "auto", max_new_tokens=50)
     assert torch.equal(found.sequences, expected.sequences)
@@ -226,6 +227,7 @@ def test_a_number_that_a_capture_holds_fast_is_found_out(
     assert "a replayed step differs" in caplog.text
 
 
+@pytest.mark.own_dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_position_that_a_capture_holds_fast_is_found_out(
     dtype: torch.dtype, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
