@@ -163,8 +163,11 @@ def test_a_kernel_that_fails_is_told_once_and_not_taken(
     assert [record.getMessage() for record in caplog.records] == [told]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("group", "length"), [(1, 1), (7, 1), (3, 5), (2, 37)])
+@pytest.mark.parametrize(
+    ("group", "length", "dtype"),
+    [(1, 1, torch.float32), (7, 1, torch.float16), (2, 37, torch.float32), *((3, 5, dtype) for dtype in DTYPES)],
+    ids=str,
+)
 def test_scores_of_chunks_and_tiles(
     monkeypatch: pytest.MonkeyPatch, group: int, length: int, dtype: torch.dtype
 ) -> None:
