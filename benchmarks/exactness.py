@@ -2,7 +2,8 @@
 """How exact pruning is, per model family: largest difference of the logits of four generated tokens.
 
 On the tests' small models with random weights: in float64, where noise is 1e-14 and a mistake 1e-4, and in float32
-beside what stock ``generate`` differs by between a padded row and the row alone. Run ``python benchmarks/exactness.py``.
+beside what stock ``generate`` differs by between a padded row and the row alone. Run ``python
+benchmarks/exactness.py``.
 """
 
 from __future__ import annotations
