@@ -10,6 +10,7 @@ float64, as with them a near tie sends a token to another expert.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,17 @@ from precision import float64, max_difference
 from test_invariants import config
 from tiny_models import TINY, tiny_model
 
-FAMILIES = ("llava", "qwen2-vl", "gemma3", "idefics3")
+
+def wide_llava() -> Any:
+    config = TINY["llava"].config()
+    config.text_config.head_dim = 32
+    return config
+
+
+MODELS = {name: TINY[name] for name in ("llava", "qwen2-vl", "gemma3", "idefics3")}
+MODELS["llava-wide"] = dataclasses.replace(TINY["llava"], config=wide_llava)
+"""With heads that are wide enough for the C++ kernel."""
+FAMILIES = tuple(MODELS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MARGIN = 4
 """Times the noise of stock: the largest of some hundred random numbers varies by a factor of 2."""
@@ -35,14 +46,19 @@ ROWS = (2, 0, 1)
 
 
 @functools.cache
+def model_of(family: str, dtype: torch.dtype) -> Any:
+    return MODELS[family].build(dtype=dtype)
+
+
+@functools.cache
 def twin(family: str, dtype: torch.dtype) -> Any:
     """The same weights in float64, as the dtype has rounded them."""
-    return copy.deepcopy(tiny_model(family, dtype)).double()
+    return copy.deepcopy(model_of(family, dtype)).double()
 
 
 def inputs_of(family: str, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs of the model, and the same pixels in float64."""
-    inputs = TINY[family].inputs(tiny_model(family, dtype), ROWS)
+    inputs = MODELS[family].inputs(model_of(family, dtype), ROWS)
     return inputs, doubled(inputs)
 
 
@@ -78,7 +94,7 @@ CASES += [("llava", dtype, method) for dtype in DTYPES for method in METHODS[1:]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_retention_is_stock_generate(family: str, dtype: torch.dtype) -> None:
-    model, (inputs, same) = tiny_model(family, dtype), inputs_of(family, dtype)
+    model, (inputs, same) = model_of(family, dtype), inputs_of(family, dtype)
     output, _ = pruned(model, inputs, PLPHPConfig(retention_rate=1.0))
     with float64():
         truth = forced(twin(family, dtype), same, output)
@@ -90,7 +106,7 @@ def test_full_retention_is_stock_generate(family: str, dtype: torch.dtype) -> No
 def test_compacted_cache_is_full_cache_with_evicted_entries_masked(
     family: str, dtype: torch.dtype, method: str
 ) -> None:
-    model, (inputs, same) = tiny_model(family, dtype), inputs_of(family, dtype)
+    model, (inputs, same) = model_of(family, dtype), inputs_of(family, dtype)
     output, report = pruned(model, inputs, config(method, retention_rate=0.3))
     with float64(), evicted_entries_masked(twin(family, dtype), report):
         truth = forced(twin(family, dtype), same, output)
@@ -104,7 +120,7 @@ def test_compacted_cache_is_full_cache_with_evicted_entries_masked(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_later_turn_is_one_with_evicted_entries_masked(family: str, dtype: torch.dtype) -> None:
-    model, tiny, (inputs, same) = tiny_model(family, dtype), TINY[family], inputs_of(family, dtype)
+    model, tiny, (inputs, same) = model_of(family, dtype), MODELS[family], inputs_of(family, dtype)
     cache = PrunedCache.for_inputs(model, inputs, config("plphp", retention_rate=0.3))
     first = generate(model, inputs, past_key_values=cache)
     turn = tiny.second_turn(model, inputs, first.sequences, with_image=tiny.stock.second_turn_image)
@@ -127,7 +143,7 @@ def test_a_later_turn_is_one_with_evicted_entries_masked(family: str, dtype: tor
 @pytest.mark.parametrize("family", ["llava", "qwen2-vl", "idefics3"])
 def test_kept_entries_are_the_top_scores(family: str, dtype: torch.dtype) -> None:
     """But for ties within the noise of attention weights in this dtype."""
-    model, (inputs, same) = tiny_model(family, dtype), inputs_of(family, dtype)
+    model, (inputs, same) = model_of(family, dtype), inputs_of(family, dtype)
     with float64():
         truth = last_row_attention(twin(family, dtype), same)
     stock = last_row_attention(model, inputs)
