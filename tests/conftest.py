@@ -10,16 +10,29 @@ if not os.path.exists("/dev/nvidiactl"):  # torch imports triton, which has to k
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from transformers.utils import logging
 
+import precision
 from tiny_models import tiny_model
 
 logging.set_verbosity_error()
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("PLPHP_TEST_THREADS", "1")))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "own_dtype: names the dtype of its models, in a module of tests in float64")
+
+
+@pytest.fixture
+def float64(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models in float64, see `precision`: what compares two routes to the same logits."""
+    with nullcontext() if request.node.get_closest_marker("own_dtype") else precision.float64():
+        yield
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from transformers.masking_utils import eager_mask
 
 import plphp
 from plphp.report import PruneReport
+from precision import EXACT, assert_exact, max_difference
 
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -30,16 +31,16 @@ def pruned(model: Any, inputs: dict[str, Any], config: plphp.PLPHPConfig, **kwar
     return output, run.report
 
 
-def max_difference(first: Any, second: Any) -> float:
+def logit_difference(first: Any, second: Any) -> float:
     """Largest difference of the logits of two generations."""
-    pairs = zip(first.logits, second.logits, strict=True)
-    return max((a.float() - b.float()).abs().max().item() for a, b in pairs)
+    return max(max_difference(a, b) for a, b in zip(first.logits, second.logits, strict=True))
 
 
-def assert_same_generation(first: Any, second: Any, tolerance: float = 2e-5) -> None:
-    """Equal tokens, and logits within float error."""
+def assert_same_generation(first: Any, second: Any) -> None:
+    """Equal tokens, and the same logits in float64."""
     assert torch.equal(first.sequences, second.sequences)
-    assert max_difference(first, second) < tolerance
+    for a, b in zip(first.logits, second.logits, strict=True):
+        assert_exact(a, b)
 
 
 @contextmanager
@@ -118,14 +119,13 @@ def eager_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
     Returns
     -------
     list of Tensor
-        Per layer, float32 [batch, q_heads, seq, seq].
+        Per layer, [batch, q_heads, seq, seq] in the dtype of the model.
     """
     with attention_set(model, "eager"), torch.no_grad():
-        attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
-    return [attention.float() for attention in attentions]
+        return list(model(**inputs, output_attentions=True, use_cache=False).attentions)
 
 
-def assert_kept_are_top(report: PruneReport, attentions: list[Tensor], kv_heads: int, tolerance: float = 1e-6) -> None:
+def assert_kept_are_top(report: PruneReport, attentions: list[Tensor], kv_heads: int) -> None:
     """Every head kept the entries with the highest scores, as many as the rate says, and gamma is right."""
     (prompt,) = report.prompts
     for layer in prompt.layers:
@@ -136,7 +136,7 @@ def assert_kept_are_top(report: PruneReport, attentions: list[Tensor], kv_heads:
             if not vision:
                 continue
             gamma = attentions[layer.layer][row][:, vision].sum(-1).mean()
-            assert abs(gamma - one.vision_score) < 1e-4
+            assert abs(gamma - one.vision_score) < EXACT
             expected = max(1, int(one.rate * len(vision) + 0.5))
             for head, kept in enumerate(one.kept_positions):
                 assert len(kept) == expected == len(set(kept))
@@ -145,7 +145,7 @@ def assert_kept_are_top(report: PruneReport, attentions: list[Tensor], kv_heads:
                 score = grouped[row, head].mean(0)
                 evicted = sorted(set(vision) - set(kept))
                 if evicted:
-                    assert score[kept].min() >= score[evicted].max() - tolerance
+                    assert score[kept].min() >= score[evicted].max() - EXACT
 
 
 def live_bytes(cache: Any) -> int:

@@ -28,8 +28,11 @@ from plphp import (
     UnsupportedModelError,
 )
 from plphp.cache_argument import NAME
+from precision import assert_exact
 from test_invariants import config
 from tiny_models import IMAGE, PAD, TINY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 SETTINGS = config("plphp", retention_rate=0.3)
 
@@ -332,7 +335,7 @@ def test_embeddings_with_a_vision_mask_equal_the_ids(llava: Any) -> None:
     output = generate(llava, embedded(llava, inputs), past_key_values=cache)
     assert torch.equal(output.sequences, expected.sequences[:, inputs["input_ids"].shape[1] :])
     for one, other in zip(expected.logits, output.logits, strict=True):
-        assert (one - other).abs().max() < 2e-5
+        assert_exact(other, one)
     for layer, other_layer in zip(report.prompts[0].layers, cache.report().prompts[0].layers, strict=True):
         assert [row.kept_positions for row in layer.rows] == [row.kept_positions for row in other_layer.rows]
 
@@ -525,7 +528,7 @@ def assert_right_or_dead(model: Any, inputs: dict[str, Any], cache: PrunedCache,
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(inputs["input_ids"]), done + 1)], 1).long()
     turn = {"input_ids": expected.sequences[:, : held + 1], "attention_mask": mask}
     more = generate(model, turn, past_key_values=cache, max_new_tokens=1)
-    assert (more.logits[0] - expected.logits[done + 1]).abs().max() < 2e-5
+    assert_exact(more.logits[0], expected.logits[done + 1])
     return True
 
 
@@ -646,7 +649,7 @@ def test_no_memory_for_the_next_token(
             llava(input_ids=token, attention_mask=mask, past_key_values=cache)
     assert cache.get_seq_length() == length
     logits = llava(input_ids=token, attention_mask=mask, past_key_values=cache).logits
-    assert (logits[:, -1] - expected.logits[1]).abs().max() < 2e-5
+    assert_exact(logits[:, -1], expected.logits[1])
 
 
 @torch.no_grad()

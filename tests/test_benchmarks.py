@@ -25,6 +25,7 @@ from shapes import build_model, twin
 import plphp
 from plphp.attachment import Lease
 from plphp.graph import GraphedDecoding
+from precision import assert_exact
 from test_graph import Recorder
 
 CPU = torch.device("cpu")
@@ -56,9 +57,10 @@ def test_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     assert "x DynamicCache" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("float64")
 def test_decode_compares_like_with_like() -> None:
     """With everything kept both caches hold the same entries, so the next token's logits are the same."""
-    model = build_model("tiny", torch.float32, CPU)
+    model = build_model("tiny", torch.float64, CPU)
     tokens = torch.tensor([[5], [6]])
     with torch.inference_mode():
         stock = model(input_ids=tokens, past_key_values=decode.dynamic_cache(model, 2, 50)).logits
@@ -69,8 +71,8 @@ def test_decode_compares_like_with_like() -> None:
             for rate in (1.0, 0.4)
         )
         lease.end()
-    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
-    torch.testing.assert_close(static, stock, atol=1e-5, rtol=0)
+    assert_exact(ours, stock)
+    assert_exact(static, stock)
     assert (less - stock).abs().max() > 1e-3
 
 

@@ -15,6 +15,8 @@ from plphp import PLPHPConfig, PrunedCache
 from test_invariants import FAMILIES, config
 from tiny_models import TINY, tiny_model
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 VIDEO = [family for family in FAMILIES if TINY[family].videos is not None]
 
 

@@ -20,9 +20,12 @@ import plphp
 from invariants import assert_same_generation, attention_set, eager_attention, evicted_entries_masked, generate, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
 from plphp.report import LayerReport, PruneReport
+from precision import EXACT, assert_exact
 from test_invariants import config as method_config
 from test_turns import two_turns
 from tiny_models import TINY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = ("llava", "qwen2-vl", "qwen3-vl", "smolvlm", "internvl")
 
@@ -81,13 +84,13 @@ def run(found: Reading, line: str) -> tuple[PruneReport, list[LayerReport]]:
     return report, report.prompts[0].layers
 
 
-def assert_best(kept: list[int], score: dict[int, float], count: int, tolerance: float = 1e-6) -> None:
+def assert_best(kept: list[int], score: dict[int, float], count: int) -> None:
     """``count`` entries were kept, and none that was not has a higher score."""
     assert len(kept) == count == len(set(kept))
     assert set(kept) <= set(score)
     evicted = score.keys() - set(kept)
     if kept and evicted:
-        assert min(score[position] for position in kept) >= max(score[position] for position in evicted) - tolerance
+        assert min(score[position] for position in kept) >= max(score[position] for position in evicted) - EXACT
 
 
 def half_up(value: float) -> int:
@@ -186,7 +189,7 @@ def test_vl_cache(family: str, mean: float) -> None:
         low, high = (factor, high) if reached < mean else (low, factor)
     for layer, one in zip(layers, density, strict=True):
         rate = min(1, low * one)
-        assert layer.rows[0].rate == pytest.approx(rate, abs=1e-6)
+        assert layer.rows[0].rate == pytest.approx(rate, abs=EXACT)
         for head, kept in enumerate(layer.rows[0].kept_positions):
             score = found.mean(layer.layer, head, found.text_rows)
             assert_best(kept, {p: score[p] for p in found.vision}, max(1, half_up(rate * len(found.vision))))
@@ -309,7 +312,7 @@ def test_value_norm(family: str) -> None:
     for layer in layers:
         for head, kept in enumerate(layer.rows[0].kept_positions):
             norm = found.norms[layer.layer][head]
-            assert_best(kept, {p: norm[p] for p in found.vision}, half_up(0.3 * len(found.vision)), 1e-5)
+            assert_best(kept, {p: norm[p] for p in found.vision}, half_up(0.3 * len(found.vision)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -362,7 +365,7 @@ def test_several_sequences_of_a_prompt(method: str) -> None:
     one, _ = pruned(model, inputs, settings)
     several, report = pruned(model, inputs, settings, num_beams=2, num_return_sequences=2)
     assert len(report.prompts[0].layers[0].rows) == 4
-    assert (several.logits[0][::2] - one.logits[0]).abs().max() < 2e-5
+    assert_exact(several.logits[0][::2], one.logits[0])
 
 
 # --- methods that act inside prefill ---------------------------------------------------------------------------
@@ -415,7 +418,7 @@ def test_fastv_is_a_model_that_drops_the_hidden_states(family: str) -> None:
     with dropped_from(found.model, 1, choose), torch.no_grad():
         expected = found.model(**found.inputs, use_cache=False).logits[0, -1]
     output, report = pruned(found.model, found.inputs, settings)
-    assert (output.logits[0][0] - expected).abs().max() < 2e-5
+    assert_exact(output.logits[0][0], expected)
     for layer in report.prompts[0].layers:
         (row,) = layer.rows
         assert row.rate == pytest.approx(1.0 if layer.layer == 0 else rate)
@@ -435,7 +438,7 @@ def test_vtw_is_a_model_that_drops_the_hidden_states(family: str, rate: float, f
             expected = found.model(**found.inputs, use_cache=False).logits[0, -1]
     else:
         expected = generate(found.model, found.inputs).logits[0][0]
-    assert (output.logits[0][0] - expected).abs().max() < 2e-5
+    assert_exact(output.logits[0][0], expected)
     for layer in report.prompts[0].layers:
         assert layer.rows[0].kept_positions == [found.vision if layer.layer < first else []] * found.kv_heads
     assert report.retention == pytest.approx(first / 3)
@@ -463,9 +466,7 @@ def test_prompt_stage_over_both_attentions_and_in_a_later_turn(method: str, base
         with evicted_entries_masked(model, part, inside_prefill=True):
             expected.append(generate(model, one, past_key_values=stock))
     for mine, theirs in zip((first, second), expected, strict=True):
-        assert torch.equal(mine.sequences, theirs.sequences)
-        for a, b in zip(mine.logits, theirs.logits, strict=True):
-            assert (a - b).abs().max() < 2e-5
+        assert_same_generation(theirs, mine)
     for prompt in report.prompts:
         assert sum(row.vision_tokens - row.kept[0] for layer in prompt.layers for row in layer.rows) > 0
 

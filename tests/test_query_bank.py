@@ -24,10 +24,13 @@ from plphp.collecting import _Reservoir
 from plphp.query_bank import FORMAT, LayerBank
 from plphp.rotary import Rotation
 from plphp.rotary_probe import find_rotations
+from precision import EXACT
 from test_branch import assert_rows_are_ordinary_runs
 from test_invariants import FAMILIES
 from test_turns import two_turns
 from tiny_models import TINY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 NEW = 6
 
@@ -68,15 +71,15 @@ def test_rotations_are_those_of_the_model(family: str) -> None:
             assert len(found) == 0
             continue
         width = 2 * len(rotation.frequencies)
-        expected = own["rope_theta"] ** (-torch.arange(0, width, 2) / width)
-        assert torch.allclose(found, expected[: len(found)], rtol=1e-5), (layer, rotation)
+        expected = own["rope_theta"] ** (-torch.arange(0, width, 2).double() / width)
+        assert torch.allclose(found, expected[: len(found)], rtol=EXACT), (layer, rotation)
         assert rotation.interleaved == (family in ("glm4v", "glm46v"))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_turning_is_complex_multiplication(interleaved: bool) -> None:
-    frequencies = torch.tensor([1.0, 0.3, 0.01])
-    vectors = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))  # 6 of 8 are turned
+    frequencies = torch.tensor([1.0, 0.3, 0.01]).double()
+    vectors = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).double()  # 6 of 8 are turned
     position = torch.tensor([[0.0], [7.0]])
     turned = Rotation(frequencies, interleaved).turned(vectors, position)
     moved = vectors[..., :6]
@@ -84,7 +87,7 @@ def test_turning_is_complex_multiplication(interleaved: bool) -> None:
     numbers = torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * position[..., None] * frequencies)
     expected = torch.view_as_real(numbers)
     expected = expected.flatten(-2) if interleaved else expected.mT.flatten(-2)
-    assert torch.allclose(turned[..., :6], expected, atol=1e-5)
+    assert torch.allclose(turned[..., :6], expected, atol=EXACT)
     assert torch.equal(turned[..., 6:], vectors[..., 6:])
 
 
@@ -117,7 +120,7 @@ def test_the_bank_holds_the_projected_queries(family: str) -> None:
     assert found.record["answer_tokens"] == found.record["samples"] == len(ahead) > NEW
     assert found.ahead.tolist() == ahead
     for number, rows in heard.items():
-        assert (found.layers[number].queries - torch.stack(rows, dim=1)).abs().max() < 1e-4
+        assert (found.layers[number].queries - torch.stack(rows, dim=1)).abs().max() < EXACT
     assert "generate" not in model.__dict__
 
 
@@ -158,7 +161,7 @@ def test_padded_row_is_the_row_alone(family: str, folder: Path) -> None:
             continue
         for many, few in zip(report.prompts[0].layers, one.prompts[0].layers, strict=True):
             together, alone = many.rows[row], few.rows[0]
-            assert together.vision_score == pytest.approx(alone.vision_score, abs=1e-5)
+            assert together.vision_score == pytest.approx(alone.vision_score, abs=EXACT)
             shift = together.kept_positions[0][0] - alone.kept_positions[0][0]
             assert [[place - shift for place in head] for head in together.kept_positions] == alone.kept_positions
 
@@ -190,7 +193,7 @@ def test_kept_are_what_the_bank_looks_at(family: str, options: dict[str, Any], f
                 query = turn @ own.queries[head, sample].double()
                 mass[head, sample] = (keys[head // group] @ query * scaling).softmax(-1)
         mass = mass.unflatten(0, (-1, group))[..., vision]
-        assert layer.rows[0].vision_score == pytest.approx(mass.sum(-1).mean().item(), abs=1e-5)
+        assert layer.rows[0].vision_score == pytest.approx(mass.sum(-1).mean().item(), abs=EXACT)
         for head, kept in enumerate(layer.rows[0].kept_positions):
             reduce = options.get("reduce", "best_rank")
             if reduce == "mean":

@@ -19,6 +19,8 @@ from plphp.report import PruneReport
 from test_invariants import config
 from tiny_models import TINY, tiny_model
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def test_a_model_whose_layers_all_slide() -> None:
     made = TINY["idefics2"].config()

@@ -13,8 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate
 from plphp import PLPHPConfig, PrunedCache, SpanError
+from precision import assert_exact
 from test_invariants import FAMILIES, config
 from tiny_models import TINY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def two_turns(model: Any, family: str, cache: Any, with_image: bool, rows: tuple[int, ...]) -> tuple[Any, Any]:
@@ -97,7 +100,7 @@ def test_second_turn_of_unequal_lengths_is_the_row_alone() -> None:
         ids = torch.cat([first.sequences, torch.tensor([new[row]])], dim=1)
         single = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
         for batched, one in zip(together.logits, single.logits, strict=True):
-            assert (batched[row] - one[0]).abs().max() < 2e-5
+            assert_exact(batched[row], one[0])
 
 
 def test_new_tokens_alone_with_a_mask_over_the_whole() -> None:
@@ -143,7 +146,7 @@ def test_positions_of_later_images_are_counted_on(family: str) -> None:
     for row, whole in enumerate(rows):
         expected = generate(model, whole)
         for got, wanted in zip(second.logits, expected.logits, strict=True):
-            assert (got[row] - wanted[0]).abs().max() < 1e-4
+            assert_exact(got[row], wanted[0])
 
     generate(model, tiny.inputs(model, [3]))
     types = {"mm_token_type_ids": 0} if "mm_token_type_ids" in turn else {}
@@ -157,7 +160,7 @@ def test_positions_of_later_images_are_counted_on(family: str) -> None:
             more["mm_token_type_ids"] = torch.nn.functional.pad(types_row, (0, longer.shape[1] - types_row.shape[1]))
         expected = generate(model, {**whole, **more})
         for got, wanted in zip(third.logits, expected.logits, strict=True):
-            assert (got[row] - wanted[0]).abs().max() < 1e-4
+            assert_exact(got[row], wanted[0])
 
 
 NEW_TEXT = torch.tensor([[5, 6, 7, 8]])
@@ -293,4 +296,4 @@ def test_turns_after_several_sequences_and_after_a_choice_of_rows(family: str) -
         whole[name] = torch.nn.functional.pad(row[name], (0, answer.shape[1]))
     expected = generate(model, whole)
     for got, wanted in zip(third.logits, expected.logits, strict=True):
-        assert (got[0] - wanted[0]).abs().max() < 1e-4
+        assert_exact(got[0], wanted[0])

@@ -199,7 +199,7 @@ class PromptPlan:
         position = (begin + bank.ahead).to(own.device)
         queries = bank.of(layer_idx).at(position, own.shape[1], own.shape[3])
         samples = position.shape[1]
-        weight = torch.full(position.shape, 1 / samples, device=own.device)
+        weight = torch.full(position.shape, 1 / samples, dtype=torch.float32, device=own.device)
         return queries, weight, torch.full((samples,), seq, device=own.device)
 
     def withdraw(self, layer_idx: int, method: Method, config: PLPHPConfig, layers: int) -> None:

@@ -65,7 +65,7 @@ def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
         for name, buffer in decoder.named_buffers()
         if name.endswith("inv_freq") and buffer.ndim == 1
     }
-    candidates = [Rotation(torch.zeros(1))]
+    candidates = [Rotation(torch.zeros(1, dtype=torch.float32))]
     candidates += [Rotation(one, interleaved) for one in known.values() for interleaved in (False, True)]
     seen = {position: _queries(model, decoder, position) for position in (0, *POSITIONS)}
     found = {}

@@ -93,10 +93,11 @@ def at_random(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """
     import torch
 
-    rank = torch.zeros(scores.attention.shape[0], scores.kv_heads, scores.attention.shape[2])
+    shape = scores.attention.shape[0], scores.kv_heads, scores.attention.shape[2]
+    rank = torch.zeros(shape, dtype=torch.float32)
     for row, vision in enumerate(scores.vision.cpu()):
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + scores.layer) % 2**63)
-        rank[row, :, vision] = torch.rand(scores.kv_heads, int(vision.sum()), generator=generator)
+        rank[row, :, vision] = torch.rand(scores.kv_heads, int(vision.sum()), generator=generator, dtype=torch.float32)
     return rank.to(scores.attention.device)
 
 

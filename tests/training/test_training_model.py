@@ -17,29 +17,31 @@ from transformers import LlavaForConditionalGeneration
 
 from plphp.evaluation import available_tasks
 from plphp.evaluation.synthetic import scenes
+from precision import EXACT
 from training import export, model, optim, rows, tokenizer, train
 
 BLOCKS = 3
 
 
-def _batch(made: list[rows.Row], images: int) -> tuple:
+def _batch(made: list[rows.Row], images: int, dtype: torch.dtype = torch.float32) -> tuple:
     ids, labels, numbers, blocks, positions = (
         torch.from_numpy(np.stack([getattr(row, name) for row in made]))
         for name in ("ids", "labels", "numbers", "blocks", "positions")
     )
-    structure = model.Structure.of(blocks, rows.prefix_length(images), rows.WIDTH, torch.float32)
+    structure = model.Structure.of(blocks, rows.prefix_length(images), rows.WIDTH, dtype)
     return ids, labels, numbers, positions, structure
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("images", [1, 2])
 def test_conversations_see_the_prefix_and_themselves_only(images: int) -> None:
-    net = export.new_model(small=True).eval()
+    net = export.new_model(small=True).eval().double()
     row = rows.make_row(random.Random(5), images, BLOCKS)
     with torch.no_grad():
         features = model.vision_features(net, torch.from_numpy(row.pixels))
-        packed, *_ = model.AnswerLoss(net, tokenizer.NUMBERS)(features, *_batch([row], images))
+        packed, *_ = model.AnswerLoss(net, tokenizer.NUMBERS)(features, *_batch([row], images, torch.float64))
         net.set_attn_implementation("sdpa")
-        pixels = torch.from_numpy(row.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(row.pixels).permute(0, 3, 1, 2).double() / 127.5 - 1
         total, count = 0.0, 0
         for conversation in range(1, int(row.blocks.max()) + 1):
             at = (row.blocks == 0) | (row.blocks == conversation)
@@ -49,7 +51,7 @@ def test_conversations_see_the_prefix_and_themselves_only(images: int) -> None:
             total += torch.nn.functional.cross_entropy(logits[scored], labels[scored], reduction="sum").item()
             count += int(scored.sum())
     assert row.blocks.max() > BLOCKS  # several conversations share a block
-    assert packed.item() == pytest.approx(total / count, abs=1e-4)
+    assert packed.item() == pytest.approx(total / count, abs=EXACT)
 
 
 def test_the_numbering_asks_for_the_numbers_of_the_row() -> None:

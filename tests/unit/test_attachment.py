@@ -23,6 +23,8 @@ from plphp.attachment import Lease
 from plphp.cache_argument import cache_among
 from tiny_models import TINY, tiny_model
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def state(model: Any) -> tuple[Any, ...]:
     """All that an attachment may change on a model."""

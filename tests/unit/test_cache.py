@@ -25,6 +25,8 @@ from invariants import (
 from plphp import PLPHPConfig, PrunedCache, UnsupportedFeatureError
 from tiny_models import TINY, tiny_model
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3.5"])
 def test_bytes_are_those_of_all_live_tensors_the_states_of_linear_attention_too(family: str) -> None:

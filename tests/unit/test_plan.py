@@ -10,16 +10,18 @@ from plphp import PLPHPConfig
 from plphp.layer import PrunedLayer
 from plphp.plan import PromptPlan
 from plphp.types import VisionSpans
+from precision import assert_exact
 
 PAST, END = 4, 11
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("cuts", [[], [7], [5, 9, 10]], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, "text"])
 def test_scores_of_a_later_prompt_are_naive_softmax_mass(rows: int | str, cuts: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(2, 1, END, 6, generator=generator) for _ in range(2))
-    query = torch.randn(2, 2, END, 6, generator=generator)
+    keys, values = (torch.randn(2, 1, END, 6, generator=generator).double() for _ in range(2))
+    query = torch.randn(2, 2, END, 6, generator=generator).double()
     keep = torch.rand(2, 1, PAST, generator=generator) < 0.5
     layer = PrunedLayer()
     layer.update(keys[:, :, :PAST], values[:, :, :PAST])
@@ -43,9 +45,9 @@ def test_scores_of_a_later_prompt_are_naive_softmax_mass(rows: int | str, cuts: 
             expected = torch.zeros(END, dtype=torch.float64)
             for position in wanted:
                 seen = (seen_before[row] & (torch.arange(END) <= position)).nonzero()[:, 0]
-                logits = keys[row, 0, seen].double() @ query[row, head, position].double() * 0.7
+                logits = keys[row, 0, seen] @ query[row, head, position] * 0.7
                 expected[seen] += logits.softmax(0) / len(wanted)
-            torch.testing.assert_close(scores.attention[row, head].double(), expected[PAST:], atol=1e-6, rtol=1e-5)
+            assert_exact(scores.attention[row, head], expected[PAST:])
     assert (scores.layer, scores.kv_heads) == (3, 1)
     assert torch.equal(scores.segment, segment[:, PAST:])
     assert torch.equal(scores.real, real[:, PAST:])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import SCALING, TOLERANCE, assert_attention, make, naive_scores, noise, window
+from test_kernels import SCALING, TOLERANCE, assert_attention, assert_scores, make, naive_scores, noise, window
 
 from plphp.kernels import TRIALS, choice, decode
 from plphp.kernels.decode import TRITON_ROWS, triton_trial, unsupported_by_triton
@@ -163,8 +163,11 @@ def test_a_kernel_that_fails_is_told_once_and_not_taken(
     assert [record.getMessage() for record in caplog.records] == [told]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("group", "length"), [(1, 1), (7, 1), (3, 5), (2, 37)])
+@pytest.mark.parametrize(
+    ("group", "length", "dtype"),
+    [(1, 1, torch.float32), (7, 1, torch.float16), (2, 37, torch.float32), *((3, 5, dtype) for dtype in DTYPES)],
+    ids=str,
+)
 def test_scores_of_chunks_and_tiles(
     monkeypatch: pytest.MonkeyPatch, group: int, length: int, dtype: torch.dtype
 ) -> None:
@@ -175,7 +178,7 @@ def test_scores_of_chunks_and_tiles(
     for prefix in (case.prefix, None):
         found = _scores_triton.attention_mass(case.query, weight, position, case.tail_keys, real, prefix, SCALING)
         expected = naive_scores(case, weight, position, real, prefix is not None)
-        assert (found.double() - expected).abs().max() < 1e-6
+        assert_scores(found, expected, case)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 256])
@@ -187,7 +190,7 @@ def test_scores_at_head_dimensions(dim: int) -> None:
     case.keys, case.tail_keys = noise(generator, 2, 2, 9, dim), noise(generator, 2, 2, 20, dim)
     weight, position, real = window(case)
     found = _scores_triton.attention_mass(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING)
-    assert (found.double() - naive_scores(case, weight, position, real, True)).abs().max() < 1e-6
+    assert_scores(found, naive_scores(case, weight, position, real, True), case)
 
 
 @pytest.mark.parametrize("kept", ["ragged", "empty", "none"])

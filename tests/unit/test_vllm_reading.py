@@ -24,6 +24,9 @@ from plphp.vllm.reading import PromptReading, vision_spans
 from plphp.vllm.rounding import evict_whole_blocks
 from plphp.vllm.step import Row, Step
 from plphp.vllm.worker import Pruning
+from precision import assert_exact
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 Q_HEADS, KV_HEADS, DIM, LAYERS, BLOCK = 4, 2, 8, 3, 4
 TOKENS, IMAGES = 40, ((3, 12), (20, 10))
@@ -89,7 +92,7 @@ class Paged:
     """The paged cache of one layer, of entries that NaN stands for until they are written."""
 
     def __init__(self, blocks: int, heads: int = KV_HEADS) -> None:
-        self.keys = torch.full((blocks * BLOCK, heads, DIM), torch.nan)
+        self.keys = torch.full((blocks * BLOCK, heads, DIM), torch.nan, dtype=torch.float64)
         self.values = self.keys.clone()
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -99,7 +102,7 @@ class Paged:
 def states(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     heads = (Q_HEADS, KV_HEADS, KV_HEADS)
-    query, keys, values = (torch.randn(tokens, count, DIM, generator=generator) for count in heads)
+    query, keys, values = (torch.randn(tokens, count, DIM, generator=generator).double() for count in heads)
     return query, keys, values
 
 
@@ -112,11 +115,11 @@ def pruning_of(**settings: Any) -> Pruning:
 def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Naive attention of [tokens, heads, dim], the queries being the last tokens."""
     group = query.shape[1] // keys.shape[1]
-    keys, values = (one.repeat_interleave(group, 1).double() for one in (keys, values))
-    logits = torch.einsum("qhd,khd->hqk", query.double(), keys) * DIM**-0.5
+    keys, values = (one.repeat_interleave(group, 1) for one in (keys, values))
+    logits = torch.einsum("qhd,khd->hqk", query, keys) * DIM**-0.5
     seen = torch.arange(len(keys)) <= torch.arange(len(keys) - len(query), len(keys))[:, None]
     weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, values).float()
+    return torch.einsum("hqk,khd->qhd", weights, values)
 
 
 def run(
@@ -183,7 +186,7 @@ def test_tokens_behind_the_prompt_see_what_is_left_of_it() -> None:
         position = torch.arange(3 * BLOCK, 46)
         slots = TABLE[0, position // BLOCK].long() * BLOCK + position % BLOCK
         expected = attention(query[TOKENS:], cache.keys[slots], cache.values[slots])
-        assert torch.allclose(output[TOKENS - 16 :], expected.flatten(1), atol=1e-5)
+        assert_exact(output[TOKENS - 16 :], expected.flatten(1))
 
 
 def test_a_request_that_begins_anew_is_pruned_anew() -> None:

@@ -144,7 +144,7 @@ def _by_torch(
             result.best_rank = torch.minimum(result.best_rank, torch.where(share > 0, rank, seq).amin(2))
         if result.density is not None and evidence.density is not None:
             reached = (mass >= evidence.density * mass.amax(-1, keepdim=True)) & visible[:, None]
-            dense = reached.sum(-1) / visible.sum(-1)[:, None]
+            dense = reached.sum(-1).float() / visible.sum(-1)[:, None]
             result.density += torch.where(share[..., 0] > 0, dense * share[..., 0], 0).sum(2)
     return result
 
@@ -194,7 +194,7 @@ def places(rank: Tensor, candidates: Tensor | None = None) -> Tensor:
 
 def _prefix_lse(query: Tensor, prefix: PackedKV) -> Tensor:
     """Natural-log sum of the exponentials of query [batch, kv_heads, group, dim] with the prefix keys."""
-    lse = torch.full(query.shape[:3], -torch.inf, device=query.device)
+    lse = query.new_full(query.shape[:3], -torch.inf)
     for row in range(prefix.batch):
         for heads, (keys, _) in prefix.row(row):
             if keys.shape[1]:
