@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 import plphp
 from plphp.attachment import Lease
+from plphp.cache_argument import passed
 from plphp.compare import kv_bytes
 from plphp.graph import GraphedDecoding
 from plphp.model_cost import model_cost
@@ -97,7 +98,7 @@ def stepper(
     @torch.inference_mode()
     def step() -> None:
         positions = torch.full_like(tokens, next(place))
-        (forward or model)(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+        (forward or model)(input_ids=tokens, position_ids=positions, **passed(cache), use_cache=True)
 
     return step
 

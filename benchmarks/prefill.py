@@ -27,6 +27,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
+from plphp.cache_argument import passed
 from plphp.compare import kv_bytes
 from plphp.layer import PrunedLayer
 from plphp.plan import PromptPlan
@@ -68,7 +69,7 @@ def variants(
 def prefill(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], make_cache: Callable[[], Cache]) -> Cache:
     """Read the prompt into a new cache."""
     cache = make_cache()
-    model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(**inputs, **passed(cache), use_cache=True, logits_to_keep=1)
     return cache
 
 

@@ -22,6 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
+from plphp.cache_argument import passed
 
 IMAGE = 1
 MARK = "layer-done"
@@ -115,7 +116,7 @@ def measure(model: Any, inputs: dict[str, Any], make_cache: Callable[[], Cache |
     cache = make_cache()
 
     def prefill() -> None:
-        model(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        model(**inputs, **passed(cache), use_cache=cache is not None, logits_to_keep=1)
 
     started = time.perf_counter()
     result = (run_cuda if model.device.type == "cuda" else run_cpu)(prefill)

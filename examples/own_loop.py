@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from plphp import PrunedCache
+from plphp.cache_argument import passed
 from plphp.loading import load_model
 from plphp.media import load_image
 from plphp.presets import default_settings
@@ -22,7 +23,7 @@ tokens: list[int] = []
 with torch.no_grad():
     step = inputs
     while len(tokens) < 32:
-        logits = model(**step, past_key_values=cache).logits
+        logits = model(**step, **passed(cache)).logits  # past_key_values, and from transformers 5.24 on cache
         tokens.append(int(logits[0, -1].argmax()))
         if tokens[-1] == processor.tokenizer.eos_token_id:
             break

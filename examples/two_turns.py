@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import plphp
+from plphp.cache_argument import cache_in, passed
 from plphp.loading import load_model
 from plphp.media import load_image
 from plphp.presets import default_settings
@@ -30,7 +31,7 @@ with plphp.prune(model, default_settings(name)) as run:
     chat += [{"role": "assistant", "content": answer}, user("And what does line 2 of this one say?")]
     # The whole chat with all its images: what the cache holds already is left out.
     inputs = build_inputs(processor, messages=chat, images=images)
-    second = model.generate(**inputs, max_new_tokens=32, past_key_values=first.past_key_values)
+    second = model.generate(**inputs, max_new_tokens=32, **passed(cache_in(first)))
     print(processor.decode(second[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 for prompt in run.report.prompts:

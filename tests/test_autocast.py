@@ -22,6 +22,7 @@ from transformers import DynamicCache
 import plphp
 from invariants import evicted_entries_masked, generate, live_bytes, pruned
 from plphp import PLPHPConfig, PrunedCache, generation, graph
+from plphp.cache_argument import NAME, cache_in, passed
 from plphp.kernels import _decode_cpp
 from test_graph import Recorder
 from tiny_models import TINY, tiny_model
@@ -62,7 +63,7 @@ def draft_for(inputs: dict[str, Any]) -> Tensor:
 
 def dynamic_bytes(model: Any, inputs: dict[str, Any], draft: Tensor) -> int:
     cache = DynamicCache(config=model.config.get_text_config())
-    drafted(model, inputs, draft, past_key_values=cache)
+    drafted(model, inputs, draft, **passed(cache))
     return held_bytes(cache)
 
 
@@ -86,7 +87,7 @@ def test_an_unpruned_cache_is_as_stock_under_autocast(family: str) -> None:
     with autocast():
         stock = drafted(model, inputs, draft)
         cache = PrunedCache.for_inputs(model, inputs, EVERYTHING)
-        found = drafted(model, inputs, draft, past_key_values=cache)
+        found = drafted(model, inputs, draft, **passed(cache))
         assert cache.full_nbytes == dynamic_bytes(model, inputs, draft)
     assert cache.nbytes == cache.report().kv_bytes == held_bytes(cache)
     assert torch.equal(found[:, 0], stock[:, 0])
@@ -103,7 +104,7 @@ def test_what_is_left_is_read_as_a_full_cache_with_a_mask_under_autocast(family:
     with autocast():
         stock = drafted(model, inputs, draft)
         cache = PrunedCache.for_inputs(model, inputs, SETTINGS)
-        found = drafted(model, inputs, draft, past_key_values=cache)
+        found = drafted(model, inputs, draft, **passed(cache))
         with evicted_entries_masked(model, cache.report()):
             expected = drafted(model, inputs, draft)
     assert spread(found, expected) < 3 * spread(stock, drafted(model, inputs, draft))
@@ -131,11 +132,11 @@ def test_narrower_values_in_float64(family: str) -> None:
     with values_in(model, torch.float32):
         stock = drafted64(model, inputs, draft)
         cache = PrunedCache.for_inputs(model, inputs, EVERYTHING)
-        found = drafted64(model, inputs, draft, past_key_values=cache)
+        found = drafted64(model, inputs, draft, **passed(cache))
         assert (found - stock).abs().max() < 1e-9
         assert cache.full_nbytes == dynamic_bytes(model, inputs, draft)
         cache = PrunedCache.for_inputs(model, inputs, SETTINGS)
-        found = drafted64(model, inputs, draft, past_key_values=cache)
+        found = drafted64(model, inputs, draft, **passed(cache))
         assert cache.nbytes == held_bytes(cache)
         assert all(one.dtypes == (torch.float64, torch.float32) for one in cache._pruned.values())
         with evicted_entries_masked(model, cache.report()):
@@ -145,11 +146,11 @@ def test_narrower_values_in_float64(family: str) -> None:
 
 def drafted64(model: Any, inputs: dict[str, Any], draft: Tensor, **kwargs: Any) -> Tensor:
     """Logits of prompt and draft [batch, 1 + steps, vocab] in the model's dtype: ``generate`` gives float32."""
-    cache = kwargs.pop("past_key_values", None) or DynamicCache(config=model.config.get_text_config())
+    cache = kwargs.pop(NAME, None) or DynamicCache(config=model.config.get_text_config())
     taken: list[Tensor] = []
     hook = model.register_forward_hook(lambda *call: taken.append(call[-1].logits[:, -1]))
     try:
-        drafted(model, inputs, draft, past_key_values=cache)
+        drafted(model, inputs, draft, **passed(cache))
     finally:
         hook.remove()
     return torch.stack(taken, dim=1)
@@ -168,9 +169,9 @@ def test_turns_inside_and_outside_of_autocast(family: str, image: bool, first: b
 
     def conversation(cache: Any, forced: bool | None = None) -> Tensor:
         with autocast(first if forced is None else forced):
-            drafted(model, inputs, draft[:, :1], past_key_values=cache)
+            drafted(model, inputs, draft[:, :1], **passed(cache))
         with autocast(not first if forced is None else forced):
-            return drafted(model, second, draft, past_key_values=cache)
+            return drafted(model, second, draft, **passed(cache))
 
     def dynamic() -> DynamicCache:
         return DynamicCache(config=model.config.get_text_config())
@@ -201,7 +202,7 @@ def test_methods_allocate_and_rank_outside_of_autocast(llava: Any, monkeypatch: 
     method = cache.method
     cache.method = dataclasses.replace(method, allocate=noted(method.allocate), rank=noted(method.rank))
     with autocast():
-        generate(llava, inputs, past_key_values=cache)
+        generate(llava, inputs, **passed(cache))
     assert products == [torch.float32] * 6
 
 
@@ -217,9 +218,9 @@ def test_branches_keep_what_pruning_keeps_under_autocast(method: str) -> None:
         for layer, own in zip(branched.layers, report.prompts[0].layers, strict=True):
             assert layer.rows[0].kept_positions == own.rows[0].kept_positions
         draft = draft_for(inputs)[:, :2]
-        stock = model(**inputs, use_cache=True).past_key_values
-        expected = model(input_ids=draft, past_key_values=stock).logits
-        found = model(input_ids=draft.expand(2, -1), past_key_values=branches.cache).logits
+        stock = cache_in(model(**inputs, use_cache=True))
+        expected = model(input_ids=draft, **passed(stock)).logits
+        found = model(input_ids=draft.expand(2, -1), **passed(branches.cache)).logits
     assert found.isfinite().all()
     assert (found[1] - expected[0]).float().square().mean().sqrt() < 0.05
 
@@ -245,7 +246,7 @@ def test_a_step_is_captured_under_autocast(monkeypatch: pytest.MonkeyPatch) -> N
         found = {}
         for decode in ("eager", "graph"):
             cache = PrunedCache.for_inputs(model, inputs, SETTINGS, decode=decode)
-            found[decode] = drafted(model, inputs, draft, past_key_values=cache)
+            found[decode] = drafted(model, inputs, draft, **passed(cache))
         assert cache.layers[0].dtypes == (torch.float32, torch.bfloat16)
     assert (recorder.captures, recorder.replays) == (1, STEPS - 2)
     assert spread(found["graph"], found["eager"]) < 0.05
@@ -269,7 +270,7 @@ def test_the_cpp_kernel_decodes_under_autocast(monkeypatch: pytest.MonkeyPatch) 
     with autocast():
         stock = drafted(model, inputs, draft)
         cache = PrunedCache.for_inputs(model, inputs, EVERYTHING)
-        found = drafted(model, inputs, draft, past_key_values=cache)
+        found = drafted(model, inputs, draft, **passed(cache))
     own = [states for states in read if any(states[1] is layer.prefix for layer in cache.layers)]
     assert len(own) == 3 * (STEPS - 1)
     assert {(query, values) for query, _, values in own} == {(torch.float32, torch.bfloat16)}
@@ -283,6 +284,6 @@ def test_rotated_keys_and_plain_values_outside_of_autocast(llava: Any) -> None:
     with values_in(llava, torch.bfloat16):
         stock = drafted(llava, inputs, draft)
         cache = PrunedCache.for_inputs(llava, inputs, EVERYTHING)
-        found = drafted(llava, inputs, draft, past_key_values=cache)
+        found = drafted(llava, inputs, draft, **passed(cache))
     assert cache.layers[0].dtypes == (torch.float32, torch.bfloat16)
     assert spread(found, stock) < 1e-4

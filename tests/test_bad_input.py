@@ -27,7 +27,7 @@ from plphp import (
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
-from plphp.cache_argument import NAME
+from plphp.cache_argument import NAME, cache_in, passed
 from precision import assert_exact
 from test_invariants import config
 from tiny_models import IMAGE, PAD, TINY, tiny_model
@@ -138,7 +138,7 @@ def test_other_caches_are_refused(llava: Any) -> None:
             plphp.prune(llava),
             pytest.raises(UnsupportedFeatureError, match=f"must be a PrunedCache, got {NAME}={type(cache).__name__}"),
         ):
-            generate(llava, llava_inputs(), past_key_values=cache)
+            generate(llava, llava_inputs(), **passed(cache))
 
 
 def test_training_mode_is_refused(llava: Any) -> None:
@@ -156,7 +156,7 @@ def test_training_mode_is_refused_in_a_forward_pass(llava: Any) -> None:
     llava.train()
     try:
         with pytest.raises(UnsupportedFeatureError, match=r"training mode.*model.eval\(\)"), torch.no_grad():
-            llava(**inputs, past_key_values=cache)
+            llava(**inputs, **passed(cache))
     finally:
         llava.eval()
 
@@ -332,7 +332,7 @@ def test_embeddings_with_a_vision_mask_equal_the_ids(llava: Any) -> None:
     expected, report = pruned(llava, inputs, SETTINGS)
     mask = inputs["input_ids"] == IMAGE
     cache = PrunedCache.for_inputs(llava, embedded(llava, inputs), SETTINGS, vision_mask=mask)
-    output = generate(llava, embedded(llava, inputs), past_key_values=cache)
+    output = generate(llava, embedded(llava, inputs), **passed(cache))
     assert torch.equal(output.sequences, expected.sequences[:, inputs["input_ids"].shape[1] :])
     for one, other in zip(expected.logits, output.logits, strict=True):
         assert_exact(other, one)
@@ -352,7 +352,7 @@ def test_a_planned_vision_mask_and_another_prompt(llava: Any, change: str) -> No
         "fewer rows": {k: v[:1] for k, v in inputs.items()},
     }[change]
     with pytest.raises(SpanError, match="planned for"):
-        generate(llava, other, past_key_values=cache)
+        generate(llava, other, **passed(cache))
 
 
 # --- a cache that is used wrongly -------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_a_planned_vision_mask_and_another_prompt(llava: Any, change: str) -> No
 def test_a_cache_for_one_prompt_takes_the_prompt_that_generate_gets(llava: Any) -> None:
     for rows in ((2, 1), (1,), (1, 1, 1)):
         cache = PrunedCache.for_inputs(llava, llava_inputs((1, 2)), SETTINGS)
-        output = generate(llava, llava_inputs(rows), past_key_values=cache)
+        output = generate(llava, llava_inputs(rows), **passed(cache))
         assert_same_generation(pruned(llava, llava_inputs(rows), SETTINGS)[0], output)
 
 
@@ -371,10 +371,10 @@ def test_a_forward_pass_of_a_longer_prompt_than_planned(llava: Any) -> None:
     cache = PrunedCache.for_inputs(llava, short, SETTINGS)
     length = [one["input_ids"].shape[1] for one in (short, long)]
     with pytest.raises(SpanError, match=f"planned for a prompt of {length[0]} tokens and would hold {length[1]}"):
-        llava(**long, past_key_values=cache)
+        llava(**long, **passed(cache))
     # Nothing was read, so the cache still takes its own prompt.
     expected = PrunedCache.for_inputs(llava, short, SETTINGS)
-    assert torch.equal(llava(**short, past_key_values=cache).logits, llava(**short, past_key_values=expected).logits)
+    assert torch.equal(llava(**short, **passed(cache)).logits, llava(**short, **passed(expected)).logits)
 
 
 @torch.no_grad()
@@ -382,19 +382,19 @@ def test_a_forward_pass_of_another_batch_size_than_planned(llava: Any) -> None:
     cache = PrunedCache.for_inputs(llava, llava_inputs((1, 1)), SETTINGS)
     one = TINY["llava"].rows(llava, [1, 1])[1]
     with pytest.raises(CacheStateError, match="planned for 2 rows and read 1"):
-        llava(**one, past_key_values=cache)
+        llava(**one, **passed(cache))
     with pytest.raises(CacheStateError, match="cannot be used any more"):
-        llava(**one, past_key_values=cache)
+        llava(**one, **passed(cache))
 
 
 @torch.no_grad()
 def test_a_batch_that_changes_its_size_after_the_prompt(llava: Any) -> None:
     inputs = llava_inputs((1, 1))
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
-    generate(llava, inputs, past_key_values=cache)
+    generate(llava, inputs, **passed(cache))
     for rows in (1, 3):
         with pytest.raises((CacheStateError, SpanError, RuntimeError)):
-            llava(input_ids=torch.full((rows, 1), 7), past_key_values=cache)
+            llava(input_ids=torch.full((rows, 1), 7), **passed(cache))
 
 
 def test_a_cache_outside_its_session(llava: Any) -> None:
@@ -403,18 +403,18 @@ def test_a_cache_outside_its_session(llava: Any) -> None:
         first = generate(llava, inputs)
     more = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
     with pytest.raises(CacheStateError, match="outside the session"):
-        generate(llava, more, past_key_values=first.past_key_values)
+        generate(llava, more, **passed(cache_in(first)))
 
 
 def test_a_cache_with_another_model(llava: Any) -> None:
     other, inputs = TINY["llava"].build(seed=1), llava_inputs()
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
     with plphp.prune(other), pytest.raises(UnsupportedFeatureError, match="made for another model"):
-        generate(other, inputs, past_key_values=cache)
+        generate(other, inputs, **passed(cache))
     with pytest.raises(CacheStateError, match="did not read it through plphp's attention function"):
-        generate(other, inputs, past_key_values=cache)
+        generate(other, inputs, **passed(cache))
     with pytest.raises(CacheStateError, match="cannot be used any more"):
-        generate(llava, inputs, past_key_values=cache)
+        generate(llava, inputs, **passed(cache))
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3.5"])
@@ -422,22 +422,22 @@ def test_a_cache_after_reset_is_a_new_one(family: str) -> None:
     model, tiny = tiny_model(family), TINY[family]
     inputs = tiny.inputs(model, [2, 1])
     cache = PrunedCache.for_inputs(model, tiny.inputs(model, [1, 1], seed=3), SETTINGS)
-    generate(model, tiny.inputs(model, [1, 1], seed=3), past_key_values=cache)
+    generate(model, tiny.inputs(model, [1, 1], seed=3), **passed(cache))
     cache.reset()
     assert (cache.get_seq_length(), cache.report().prompts) == (0, [])
-    assert_same_generation(pruned(model, inputs, SETTINGS)[0], generate(model, inputs, past_key_values=cache))
+    assert_same_generation(pruned(model, inputs, SETTINGS)[0], generate(model, inputs, **passed(cache)))
     assert len(cache.report().prompts) == 1
 
 
 def test_a_prompt_that_the_cache_holds_already(llava: Any) -> None:
     inputs = llava_inputs()
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
-    first = generate(llava, inputs, past_key_values=cache)
+    first = generate(llava, inputs, **passed(cache))
     with pytest.raises(SpanError, match=r"holds \d+ tokens already"):
-        generate(llava, inputs, past_key_values=cache)
+        generate(llava, inputs, **passed(cache))
     # That left the cache as it was.
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
-    generate(llava, {"input_ids": first.sequences, "attention_mask": mask}, past_key_values=cache)
+    generate(llava, {"input_ids": first.sequences, "attention_mask": mask}, **passed(cache))
 
 
 def test_offloading_a_cache_is_refused(llava: Any) -> None:
@@ -449,7 +449,7 @@ def test_offloading_a_cache_is_refused(llava: Any) -> None:
 def test_cropping_into_the_prompt_is_refused(llava: Any) -> None:
     inputs = llava_inputs()
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
-    generate(llava, inputs, past_key_values=cache)
+    generate(llava, inputs, **passed(cache))
     cache.crop(-1)
     with pytest.raises(UnsupportedFeatureError, match="Cannot remove the last 50 tokens"):
         cache.crop(-50)
@@ -516,10 +516,10 @@ def assert_right_or_dead(model: Any, inputs: dict[str, Any], cache: PrunedCache,
     except CacheStateError:
         assert live_bytes(cache) == 0
         with pytest.raises(CacheStateError, match=r"cannot be used any more: .*(middle of a step|attention of layer)"):
-            generate(model, inputs, past_key_values=cache)
+            generate(model, inputs, **passed(cache))
         return False
     if held == 0:
-        assert_same_generation(expected, generate(model, inputs, past_key_values=cache))
+        assert_same_generation(expected, generate(model, inputs, **passed(cache)))
         return True
     # It holds the prompt and some of the answer: the next step gives the logits that it would have given.
     length = inputs["input_ids"].shape[1]
@@ -527,7 +527,7 @@ def assert_right_or_dead(model: Any, inputs: dict[str, Any], cache: PrunedCache,
     assert done >= 0
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(inputs["input_ids"]), done + 1)], 1).long()
     turn = {"input_ids": expected.sequences[:, : held + 1], "attention_mask": mask}
-    more = generate(model, turn, past_key_values=cache, max_new_tokens=1)
+    more = generate(model, turn, **passed(cache), max_new_tokens=1)
     assert_exact(more.logits[0], expected.logits[done + 1])
     return True
 
@@ -554,7 +554,7 @@ def test_an_exception_inside_the_model(family: str, where: str, when: str, pre: 
     expected, _ = pruned(model, inputs, SETTINGS)
     cache = PrunedCache.for_inputs(model, inputs, SETTINGS)
     with failing(module, after=2 * (when == "decode"), pre=pre), pytest.raises(BoomError):
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, **passed(cache))
     assert_right_or_dead(model, inputs, cache, expected)
     with plphp.prune(model, SETTINGS):
         with failing(module, after=2 * (when == "decode"), pre=pre), pytest.raises(BoomError):
@@ -572,9 +572,9 @@ def test_a_forward_pass_that_failed_is_not_gone_on_with(family: str) -> None:
     inputs = TINY[family].inputs(model, [1])
     cache = PrunedCache.for_inputs(model, inputs, SETTINGS)
     with failing(model.get_decoder().layers[1], pre=True), pytest.raises(BoomError):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **passed(cache))
     with pytest.raises(CacheStateError, match="middle of a step"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **passed(cache))
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "attention", "last attention"])
@@ -593,7 +593,7 @@ def test_a_decoding_step_that_failed_is_taken_back(family: str, where: str) -> N
     expected, _ = pruned(model, inputs, SETTINGS)
     cache = PrunedCache.for_inputs(model, inputs, SETTINGS)
     with failing(module, after=2), pytest.raises(BoomError):
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, **passed(cache))
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 1
     assert assert_right_or_dead(model, inputs, cache, expected)
 
@@ -602,11 +602,11 @@ def test_beams_that_failed_are_not_gone_on_with(llava: Any) -> None:
     inputs = llava_inputs((1,))
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
     with failing(llava.get_decoder().layers[1], after=2), pytest.raises(BoomError):
-        generate(llava, inputs, past_key_values=cache, num_beams=2)
+        generate(llava, inputs, **passed(cache), num_beams=2)
     ids = torch.cat([inputs["input_ids"], torch.full((1, 4), 5)], 1)
     more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(UnsupportedFeatureError, match="the beams that were running"):
-        generate(llava, more, past_key_values=cache)
+        generate(llava, more, **passed(cache))
 
 
 def test_a_turn_of_text_that_failed_leaves_nothing_behind(llava: Any) -> None:
@@ -614,10 +614,10 @@ def test_a_turn_of_text_that_failed_leaves_nothing_behind(llava: Any) -> None:
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     cache = PrunedCache.for_inputs(llava, text, SETTINGS)
     with failing(llava.get_decoder().layers[1]), pytest.raises(BoomError):
-        generate(llava, text, past_key_values=cache)
+        generate(llava, text, **passed(cache))
     assert cache.nbytes == 0
     both = {name: value.expand(2, -1) for name, value in text.items()}
-    assert_same_generation(generate(llava, both), generate(llava, both, past_key_values=cache))
+    assert_same_generation(generate(llava, both), generate(llava, both, **passed(cache)))
 
 
 @pytest.mark.parametrize("call", range(6))
@@ -632,7 +632,7 @@ def test_no_memory_for_the_next_token(
     inputs = llava_inputs((1, 1))
     expected, _ = pruned(llava, inputs, SETTINGS)
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
-    llava(**inputs, past_key_values=cache)
+    llava(**inputs, **passed(cache))
     length = cache.get_seq_length()
     token = expected.sequences[:, length][:, None]
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1)], 1).long()
@@ -646,9 +646,9 @@ def test_no_memory_for_the_next_token(
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_zeros", new_zeros)
         with pytest.raises(CacheMemoryError, match=f"memory.* room for 17 tokens .*holds {length} tokens as before"):
-            llava(input_ids=token, attention_mask=mask, past_key_values=cache)
+            llava(input_ids=token, attention_mask=mask, **passed(cache))
     assert cache.get_seq_length() == length
-    logits = llava(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+    logits = llava(input_ids=token, attention_mask=mask, **passed(cache)).logits
     assert_exact(logits[:, -1], expected.logits[1])
 
 
@@ -662,13 +662,13 @@ def test_no_memory_where_a_step_cannot_be_taken_back(monkeypatch: pytest.MonkeyP
     def no_memory(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **passed(cache))
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_zeros", no_memory)
         with pytest.raises(CacheMemoryError, match=r"answers; this PrunedCache cannot be used any more\.$"):
-            model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+            model(input_ids=inputs["input_ids"][:, -1:], **passed(cache))
     with pytest.raises(CacheStateError, match="cannot be used any more"):
-        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, -1:], **passed(cache))
 
 
 @pytest.mark.parametrize("text", ["something else", "CUDA error: an illegal memory access was encountered"])
@@ -682,7 +682,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
     monkeypatch.setattr(torch.Tensor, "new_zeros", broken)
     with pytest.raises(RuntimeError, match=text):
-        generate(llava, inputs, past_key_values=cache)
+        generate(llava, inputs, **passed(cache))
 
 
 @pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
@@ -699,7 +699,7 @@ def test_an_exception_between_the_steps_leaves_a_cache_that_works(
     elif what == "prompt":
         kwargs = {"streamer": FailingStreamer(error, after=0)}
     with pytest.raises(error):
-        generate(llava, inputs, past_key_values=cache, **kwargs)
+        generate(llava, inputs, **passed(cache), **kwargs)
     assert assert_right_or_dead(llava, inputs, cache, expected)
     del cache
     with pytest.raises(error), plphp.prune(llava, SETTINGS):
@@ -713,7 +713,7 @@ def test_a_failure_between_the_chunks_of_a_prompt(llava: Any) -> None:
     expected, _ = pruned(llava, inputs, SETTINGS)
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
     with failing(llava.get_decoder(), after=1, pre=True), pytest.raises(BoomError):
-        generate(llava, inputs, past_key_values=cache, prefill_chunk_size=20)
+        generate(llava, inputs, **passed(cache), prefill_chunk_size=20)
     assert not assert_right_or_dead(llava, inputs, cache, expected)
 
 
@@ -723,7 +723,7 @@ def test_an_interrupt_inside_a_layer(llava: Any) -> None:
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
     layer = llava.get_decoder().layers[1].self_attn.o_proj
     with failing(layer, error=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        generate(llava, inputs, past_key_values=cache)
+        generate(llava, inputs, **passed(cache))
     assert not assert_right_or_dead(llava, inputs, cache, expected)
     del cache
     assert_as_before(llava, before)
@@ -743,7 +743,7 @@ def test_attention_that_is_not_finite(layer: int, bad: float, target: float | No
     with torch.no_grad():
         weight[0, 0] = bad
     with pytest.raises(NonFiniteAttentionError, match=f"layer {layer} "):
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, **passed(cache))
     with pytest.raises(NonFiniteAttentionError), plphp.prune(model, settings):
         generate(model, inputs)
     with torch.no_grad():

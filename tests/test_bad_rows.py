@@ -21,6 +21,7 @@ from torch import Tensor
 import plphp
 from invariants import generate, max_difference, pruned
 from plphp import NonFiniteAttentionError, PLPHPConfig, PrunedCache
+from plphp.cache_argument import passed
 from plphp.finite import damage, features_of
 from plphp.graph import _difference
 from plphp.report import PruneReport
@@ -243,15 +244,15 @@ def test_a_chat_outlives_a_bad_image(family: str) -> None:
 
     def first() -> tuple[PrunedCache, dict[str, Any]]:
         cache = PrunedCache.for_inputs(model, inputs, SETTINGS)
-        answer = generate(model, inputs, past_key_values=cache)
+        answer = generate(model, inputs, **passed(cache))
         return cache, TINY[family].second_turn(model, inputs, answer.sequences, with_image=True)
 
     cache, second = first()
-    expected = generate(model, second, past_key_values=cache)
+    expected = generate(model, second, **passed(cache))
     cache, _ = first()
     with pytest.raises(NonFiniteAttentionError, match="pixel_values holds NaN"):
-        generate(model, {**second, "pixel_values": second["pixel_values"] * NAN}, past_key_values=cache)
-    found = generate(model, second, past_key_values=cache)
+        generate(model, {**second, "pixel_values": second["pixel_values"] * NAN}, **passed(cache))
+    found = generate(model, second, **passed(cache))
     assert torch.equal(found.sequences, expected.sequences)
     assert max_difference(found, expected) < 1e-5
 

@@ -24,6 +24,7 @@ from shapes import build_model, twin
 
 import plphp
 from plphp.attachment import Lease
+from plphp.cache_argument import passed
 from plphp.graph import GraphedDecoding
 from precision import assert_exact
 from test_graph import Recorder
@@ -63,12 +64,11 @@ def test_decode_compares_like_with_like() -> None:
     model = build_model("tiny", torch.float64, CPU)
     tokens = torch.tensor([[5], [6]])
     with torch.inference_mode():
-        stock = model(input_ids=tokens, past_key_values=decode.dynamic_cache(model, 2, 50)).logits
-        static = model(input_ids=tokens, past_key_values=decode.static_cache(model, 2, 50, 9)).logits
+        stock = model(input_ids=tokens, **passed(decode.dynamic_cache(model, 2, 50))).logits
+        static = model(input_ids=tokens, **passed(decode.static_cache(model, 2, 50, 9))).logits
         lease = Lease.of(model)
         ours, less = (
-            model(input_ids=tokens, past_key_values=decode.pruned_cache(lease, 2, 50, rate)).logits
-            for rate in (1.0, 0.4)
+            model(input_ids=tokens, **passed(decode.pruned_cache(lease, 2, 50, rate))).logits for rate in (1.0, 0.4)
         )
         lease.end()
     assert_exact(ours, stock)

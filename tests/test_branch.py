@@ -13,6 +13,7 @@ import plphp
 from invariants import attention_set
 from plphp import ConfigError, PLPHPConfig, PrunedCache, SpanError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.branching import _Reader
+from plphp.cache_argument import cache_in, passed
 from precision import EXACT, assert_exact
 from test_invariants import FAMILIES, KINDS, MECHANISMS
 from tiny_models import TINY, tiny_model
@@ -39,14 +40,14 @@ DRAFT = torch.tensor([5, 17, 60, 33, 9])
 
 def draft_logits(model: Any, cache: Any, rows: int) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=DRAFT.expand(rows, -1), past_key_values=cache).logits
+        return model(input_ids=DRAFT.expand(rows, -1), **passed(cache)).logits
 
 
 def alone(model: Any, inputs: dict[str, Any], config: PLPHPConfig) -> tuple[PrunedCache, Tensor]:
     """An ordinary cache with the prompt, and the logits of the next token."""
     cache = PrunedCache.for_inputs(model, inputs, config)
     with torch.no_grad():
-        return cache, model(**inputs, past_key_values=cache).logits[:, -1]
+        return cache, model(**inputs, **passed(cache)).logits[:, -1]
 
 
 def has_full_attention_only(model: Any) -> bool:
@@ -109,8 +110,8 @@ def test_oracle_ranks_by_the_answer(family: str, reduce: str) -> None:
 
     end, heads = inputs["input_ids"].shape[1], model.config.get_text_config().num_key_value_heads
     with attention_set(model, "eager"), torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
-        output = model(input_ids=DRAFT[None, :-1], past_key_values=cache, output_attentions=True)
+        cache = cache_in(model(**inputs, use_cache=True))
+        output = model(input_ids=DRAFT[None, :-1], **passed(cache), output_attentions=True)
     if family != "gemma3":
         assert all(attention.shape[2:] == (4, end + 4) for attention in output.attentions)
     for layer in prompt.layers:
@@ -178,7 +179,7 @@ def test_a_later_turn_goes_on_by_direct_calls_only(llava: Any) -> None:
     branches = plphp.branch(llava, inputs, CONFIGS[:2])
     ids = torch.cat([inputs["input_ids"], DRAFT[None]], dim=1).expand(2, -1)
     with pytest.raises(UnsupportedFeatureError, match=r"model\(\.\.\.\) directly"):
-        llava.generate(input_ids=ids, past_key_values=branches.cache, max_new_tokens=2)
+        llava.generate(input_ids=ids, **passed(branches.cache), max_new_tokens=2)
     first = draft_logits(llava, branches.cache, 2)
     branches.cache.crop(-len(DRAFT))
     assert_exact(draft_logits(llava, branches.cache, 2), first)

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 import plphp
 import tiny_hub
 from plphp import ConfigError, PLPHPConfig
+from plphp.cache_argument import passed
 from plphp.compare import compare
 from plphp.prompt import build_inputs
 from plphp.tables import comparison_table, comparison_values, human_bytes, report_values, summary
@@ -46,8 +47,8 @@ def test_bytes_are_those_of_live_tensors_after_the_prompt(llava: Any, inputs: di
     plain = DynamicCache(config=llava.config.get_text_config())
     cache = plphp.PrunedCache.for_inputs(llava, inputs)
     with torch.no_grad():
-        llava(**inputs, past_key_values=plain)
-        llava(**inputs, past_key_values=cache)
+        llava(**inputs, **passed(plain))
+        llava(**inputs, **passed(cache))
     by_hand = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
     assert found.unpruned.kv_bytes == by_hand == cache.full_nbytes
     assert found.pruned.kv_bytes == cache.nbytes < by_hand

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import plphp
 from plphp.accelerators import ACCELERATORS, Accelerator, accelerator
 from plphp.cache import PrunedCache
+from plphp.cache_argument import passed
 from plphp.errors import ConfigError, UnsupportedModelError
 from plphp.estimate import Workload, estimate
 from plphp.layer import PrunedLayer, layer_nbytes
@@ -47,9 +48,9 @@ def test_kv_bytes_are_those_of_the_live_tensors(name: str, rate: float) -> None:
     inputs = TINY[name].inputs(model)
     cache = PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig(method="uniform", retention_rate=rate))
     vision = int(cache._plan.spans.vision.sum())
-    output = model(**inputs, past_key_values=cache)
+    output = model(**inputs, **passed(cache))
     for _ in range(NEW):
-        output = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=cache)
+        output = model(input_ids=output.logits[:, -1:].argmax(-1), **passed(cache))
     cost = model_cost(empty(name))
     assert cost.kv_bytes(cache.get_seq_length(), vision, rate) == held(cache)
     assert [layer.prunable for layer in cost.layers] == [isinstance(layer, PrunedLayer) for layer in cache.layers]

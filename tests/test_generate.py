@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate, logit_difference, pruned
 from plphp import PLPHPConfig, PrunedCache
+from plphp.cache_argument import cache_in, passed
 from plphp.layer import PrunedLayer
 from precision import assert_exact
 from test_invariants import config
@@ -63,7 +64,7 @@ def test_scores_and_hidden_states_are_returned() -> None:
     output, _ = pruned(model, inputs, config("plphp"), output_scores=True, output_hidden_states=True)
     assert len(output.scores) == len(output.logits) == 4
     assert len(output.hidden_states) == 4
-    assert isinstance(output.past_key_values, PrunedCache)
+    assert isinstance(cache_in(output), PrunedCache)
 
 
 class StopAfter(StoppingCriteria):
@@ -131,16 +132,16 @@ def test_prompt_in_chunks_is_one_forward(family: str, query_rows: int | str) -> 
     model, inputs = setup(family, (2, 1))
     settings = config("plphp", query_rows=query_rows)
     whole = PrunedCache.for_inputs(model, inputs, settings)
-    expected = model(**inputs, past_key_values=whole).logits[:, -1]
+    expected = model(**inputs, **passed(whole)).logits[:, -1]
     parts = PrunedCache.for_inputs(model, inputs, settings)
     first, second = text_chunk(model, inputs, inputs["input_ids"].shape[1] - 4)
-    model(**first, past_key_values=parts)
+    model(**first, **passed(parts))
     assert not parts.records
     if (deltas := getattr(model.model, "rope_deltas", None)) is not None:
         # With m-RoPE the model takes the positions of a later chunk from its caller, as generate gives them.
         positions = inputs["attention_mask"].cumsum(1)[:, -4:] - 1 + deltas
         second["position_ids"] = positions.expand(3, -1, -1)
-    actual = model(**second, past_key_values=parts).logits[:, -1]
+    actual = model(**second, **passed(parts)).logits[:, -1]
     assert_exact(actual, expected)
     assert parts.report().prompts[0].layers[0].rows[0].kept_positions == (
         whole.report().prompts[0].layers[0].rows[0].kept_positions
@@ -209,13 +210,13 @@ def test_apply_and_remove(llava: Any) -> None:
 def test_cache_for_inputs_restores_the_model_when_it_is_freed(llava: Any) -> None:
     inputs = TINY["llava"].inputs(llava)
     cache = PrunedCache.for_inputs(llava, inputs, config("plphp"))
-    output = generate(llava, inputs, past_key_values=cache)
+    output = generate(llava, inputs, **passed(cache))
     expected, _ = pruned(llava, inputs, config("plphp"))
     assert_same_generation(expected, output)
     assert "generate" in llava.__dict__
     # Other calls are as stock while the cache is alive.
     stock = generate(llava, inputs)
-    assert not isinstance(stock.past_key_values, PrunedCache)
+    assert not isinstance(cache_in(stock), PrunedCache)
     del cache, output, stock
     assert "generate" not in llava.__dict__
 
@@ -223,10 +224,10 @@ def test_cache_for_inputs_restores_the_model_when_it_is_freed(llava: Any) -> Non
 def test_deepcopy_is_an_independent_cache(llava: Any) -> None:
     inputs = TINY["llava"].inputs(llava, [1, 1])
     cache = PrunedCache.for_inputs(llava, inputs, config("plphp"))
-    ids = generate(llava, inputs, past_key_values=cache).sequences
+    ids = generate(llava, inputs, **passed(cache)).sequences
     other = copy.deepcopy(cache)
     turn = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)}
-    expected = generate(llava, turn, past_key_values=cache)
+    expected = generate(llava, turn, **passed(cache))
     del cache
-    actual = generate(llava, turn, past_key_values=other)
+    actual = generate(llava, turn, **passed(other))
     assert logit_difference(expected, actual) == 0

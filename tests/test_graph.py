@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import plphp
 from invariants import assert_same_generation, generate, pruned
 from plphp import PLPHPConfig, PrunedCache, captured, generation, graph
-from plphp.cache_argument import cache_among
+from plphp.cache_argument import cache_among, passed
 from plphp.errors import CacheMemoryError, ConfigError, UnsupportedFeatureError
 from plphp.layer import PrunedLayer
 from precision import EXACT
@@ -135,13 +135,13 @@ def test_a_later_turn_goes_on_from_what_was_replayed(family: str, recorder: Reco
     outputs = []
     for decode in ("eager", "graph"):
         cache = PrunedCache.for_inputs(model, inputs, config("plphp"), decode=decode)
-        first = generate(model, inputs, past_key_values=cache, max_new_tokens=8)
+        first = generate(model, inputs, **passed(cache), max_new_tokens=8)
         longer = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
         later = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
         if "mm_token_type_ids" in inputs:
             types = inputs["mm_token_type_ids"]
             later["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, longer.shape[1] - types.shape[1]))
-        outputs.append(generate(model, later, past_key_values=cache, max_new_tokens=8))
+        outputs.append(generate(model, later, **passed(cache), max_new_tokens=8))
         assert all(layer.slot is None for layer in cache.layers if isinstance(layer, PrunedLayer))
     assert_same_generation(*outputs)
     assert (recorder.captures, recorder.replays) == (2, 12)
@@ -299,7 +299,7 @@ def test_the_cache_is_freed_without_a_collection(recorder: Recorder) -> None:
     gc.disable()
     try:
         cache = PrunedCache.for_inputs(model, inputs, config("plphp"), decode="graph")
-        generate(model, inputs, past_key_values=cache, max_new_tokens=8)
+        generate(model, inputs, **passed(cache), max_new_tokens=8)
         gone = weakref.ref(cache)
         recorder._operations = []
         del cache

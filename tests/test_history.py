@@ -49,10 +49,10 @@ def test_a_history_that_differs_is_refused_with_its_place(turns: int, place: int
     model, tiny, rows, cache, output = first_turn("qwen2-vl")
     rows = tiny.whole(model, rows, output.sequences, True)
     if turns == 2:
-        output = generate(model, whole(rows), past_key_values=cache)
+        output = generate(model, whole(rows), **passed(cache))
         rows = tiny.whole(model, rows, output.sequences, False, seed=2)
     inputs = whole(rows)
-    expected = generate(model, inputs, past_key_values=copy.deepcopy(cache))
+    expected = generate(model, inputs, **passed(copy.deepcopy(cache)))
     pads = int((1 - inputs["attention_mask"][1]).sum())
     assert pads
     position = pads + place if place > 0 else cache.get_seq_length() + place
@@ -60,11 +60,11 @@ def test_a_history_that_differs_is_refused_with_its_place(turns: int, place: int
     wrong[1, position] = 77
     before, [here], after = inputs["input_ids"][1, position - 3 : position + 4].split([3, 1, 3])
     with pytest.raises(HistoryError, match=f"Row 1 .* at token {position}, {where}: .* Usual causes") as error:
-        generate(model, {**inputs, "input_ids": wrong}, past_key_values=cache)
+        generate(model, {**inputs, "input_ids": wrong}, **passed(cache))
     before, after = (", ".join(map(str, tokens.tolist())) for tokens in (before, after))
     assert f"has read [{before}, *{here}*" in str(error.value)
     assert f"the conversation has [{before}, *77*, {after}]" in str(error.value)
-    assert_same_generation(generate(model, inputs, past_key_values=cache), expected)
+    assert_same_generation(generate(model, inputs, **passed(cache)), expected)
 
 
 def test_a_history_that_lost_a_part_is_refused_with_its_place() -> None:
@@ -74,9 +74,9 @@ def test_a_history_that_lost_a_part_is_refused_with_its_place() -> None:
     ids = torch.cat([output.sequences[:, : begin + 2], output.sequences[:, -3:], torch.tensor([[5, 6]])], 1)
     assert ids.shape[1] < cache.get_seq_length()
     with pytest.raises(HistoryError, match=f"at token {begin + 2}, in the answer of turn 1: .* reasoning"):
-        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
+        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **passed(cache))
     with pytest.raises(SpanError, match="tokens already"):
-        generate(model, {"input_ids": output.sequences[:, :-1]}, past_key_values=cache)
+        generate(model, {"input_ids": output.sequences[:, :-1]}, **passed(cache))
 
 
 def test_the_last_token_of_an_answer_is_not_in_the_cache() -> None:
@@ -84,7 +84,7 @@ def test_the_last_token_of_an_answer_is_not_in_the_cache() -> None:
     model, tiny, rows, cache, output = first_turn("llava", (1,), KEPT)
     output.sequences[:, -1] = 77
     rows = tiny.whole(model, rows, output.sequences, True)
-    assert_rows_alone(model, rows, generate(model, whole(rows), past_key_values=cache))
+    assert_rows_alone(model, rows, generate(model, whole(rows), **passed(cache)))
 
 
 def swapped(value: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_an_image_that_is_not_the_one_that_was_read_is_refused(name: str) -> Non
     """One element of the second row's image is another one."""
     model, tiny, rows, cache, output = first_turn(name)
     inputs = whole(tiny.whole(model, rows, output.sequences, True))
-    expected = generate(model, inputs, past_key_values=copy.deepcopy(cache))
+    expected = generate(model, inputs, **passed(copy.deepcopy(cache)))
     pixels = inputs["pixel_values"].clone()
     number = 3  # three images of row 0 with the new one, so the fourth is the first one of row 1
     if name == "idefics2":
@@ -107,21 +107,21 @@ def test_an_image_that_is_not_the_one_that_was_read_is_refused(name: str) -> Non
     else:
         pixels[3].view(-1)[11] += 0.01
     with pytest.raises(HistoryError, match=f"Image {number} of pixel_values is not the one .* of row 1"):
-        generate(model, {**inputs, "pixel_values": pixels}, past_key_values=cache)
-    assert_same_generation(generate(model, inputs, past_key_values=cache), expected)
+        generate(model, {**inputs, "pixel_values": pixels}, **passed(cache))
+    assert_same_generation(generate(model, inputs, **passed(cache)), expected)
 
 
 def test_images_in_another_order_are_refused() -> None:
     model, tiny, rows, cache, output = first_turn("llava")
     inputs = whole(tiny.whole(model, rows, output.sequences, True))
     with pytest.raises(HistoryError, match=r"Image 0 of pixel_values is not the one .* order"):
-        generate(model, {**inputs, "pixel_values": swapped(inputs["pixel_values"])}, past_key_values=cache)
+        generate(model, {**inputs, "pixel_values": swapped(inputs["pixel_values"])}, **passed(cache))
 
 
 def test_images_in_another_dtype_are_not_compared() -> None:
     model, tiny, rows, cache, output = first_turn("llava")
     inputs = whole(tiny.whole(model, rows, output.sequences, True))
-    generate(model, {**inputs, "pixel_values": inputs["pixel_values"].float()}, past_key_values=cache)
+    generate(model, {**inputs, "pixel_values": inputs["pixel_values"].float()}, **passed(cache))
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -131,7 +131,7 @@ def test_features_that_are_neither_all_nor_the_new_ones(images: int) -> None:
     inputs["input_ids"][0, -4:-2] = IMAGE
     match = r"holds 2 vision tokens and the whole conversation 50, but the images fill " + str(16 * images)
     with pytest.raises(SpanError, match=match):
-        generate(model, {**inputs, "pixel_values": inputs["pixel_values"][:images]}, past_key_values=cache)
+        generate(model, {**inputs, "pixel_values": inputs["pixel_values"][:images]}, **passed(cache))
 
 
 def test_a_family_that_does_not_take_its_features_apart_takes_the_new_ones() -> None:
@@ -141,8 +141,8 @@ def test_a_family_that_does_not_take_its_features_apart_takes_the_new_ones() -> 
     plphp.register_family(replace(family_of(model.config), name="whole-chat-test", features=()))
     try:
         with pytest.raises(SpanError, match="'whole-chat-test' is all that is understood"):
-            generate(model, whole(rows), past_key_values=cache)
-        generate(model, only_new(tiny, model, before, output, True, 1), past_key_values=cache)
+            generate(model, whole(rows), **passed(cache))
+        generate(model, only_new(tiny, model, before, output, True, 1), **passed(cache))
     finally:
         del plphp.registry._families["whole-chat-test"]
 
@@ -175,7 +175,7 @@ def test_a_batch_that_was_padded_anew_is_refused() -> None:
     shifted = whole([shorter, rows[1]])
     match = r"Row 1 .* begins with 14 tokens of padding and was read with 16: .* on its left"
     with pytest.raises(HistoryError, match=match):
-        generate(model, shifted, past_key_values=cache)
+        generate(model, shifted, **passed(cache))
 
 
 def test_padding_that_is_not_masked_any_more_is_refused() -> None:
@@ -184,11 +184,11 @@ def test_padding_that_is_not_masked_any_more_is_refused() -> None:
     padded = int((1 - inputs["attention_mask"][1]).sum())
     assert padded
     with pytest.raises(HistoryError, match=f"Row 1 .* begins with 0 tokens of padding and was read with {padded}"):
-        generate(model, {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}, past_key_values=cache)
+        generate(model, {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}, **passed(cache))
     hidden = inputs["attention_mask"].clone()
     hidden[0, 2] = 0
     with pytest.raises(HistoryError, match="Token 2 of row 0 is masked"):
-        generate(model, {**inputs, "attention_mask": hidden}, past_key_values=cache)
+        generate(model, {**inputs, "attention_mask": hidden}, **passed(cache))
 
 
 def test_an_answer_that_ended_before_the_others_is_masked_in_the_next_turn() -> None:
@@ -198,7 +198,7 @@ def test_an_answer_that_ended_before_the_others_is_masked_in_the_next_turn() -> 
     begin = output.sequences.shape[1]
     inputs["attention_mask"][1, begin - 3 : begin] = 0
     inputs["input_ids"][1, begin - 3 : begin] = 0
-    second = generate(model, inputs, past_key_values=cache)
+    second = generate(model, inputs, **passed(cache))
     alone = tiny.whole(model, rows, output.sequences, True)[1]
     cut = alone["input_ids"].shape[1] - (inputs["input_ids"].shape[1] - begin)
     for name in ("input_ids", "attention_mask"):
@@ -251,7 +251,7 @@ def test_a_prompt_of_embeddings_is_not_compared() -> None:
     embeds = model.get_input_embeddings()(row["input_ids"]).detach()
     mask = row["input_ids"] == IMAGE
     cache = PrunedCache.for_inputs(model, {"inputs_embeds": embeds}, PRUNED, vision_mask=mask)
-    output = generate(model, {"inputs_embeds": embeds}, past_key_values=cache)
+    output = generate(model, {"inputs_embeds": embeds}, **passed(cache))
     ids = torch.cat([row["input_ids"], output.sequences, torch.tensor([[5]])], 1)
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     length = embeds.shape[1]
@@ -301,7 +301,7 @@ def test_the_history_follows_crop_and_reset() -> None:
     other = changed(changed(inputs, 0, length - 1), 0, length - 2)
     assert accepts(cache, other)
     assert not accepts(cache, changed(inputs, 0, length - 3))
-    ids = torch.cat([generate(model, other, past_key_values=cache).sequences, torch.tensor([[5]])], 1)
+    ids = torch.cat([generate(model, other, **passed(cache)).sequences, torch.tensor([[5]])], 1)
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     assert accepts(cache, turn)
     assert not accepts(cache, {**turn, "input_ids": torch.cat([inputs["input_ids"][:, :length], ids[:, length:]], 1)})
@@ -335,7 +335,7 @@ def test_a_turn_that_was_refused_is_not_known() -> None:
     pixels[1] = torch.nan
     length = cache.get_seq_length()
     with pytest.raises(plphp.NonFiniteAttentionError, match="Nothing was read"):
-        generate(model, {**inputs, "pixel_values": pixels}, past_key_values=cache)
+        generate(model, {**inputs, "pixel_values": pixels}, **passed(cache))
     model(input_ids=torch.tensor([[77, 77]]), **passed(cache))
     assert accepts(cache, changed(changed(inputs, 0, length), 0, length + 1))
 
@@ -347,7 +347,7 @@ def test_a_turn_that_was_planned_and_not_read_is_forgotten() -> None:
     other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
     other["pixel_values"][1] += 1
     cache.plan(other)
-    output = generate(model, inputs, past_key_values=cache)
+    output = generate(model, inputs, **passed(cache))
     third = whole(tiny.whole(model, rows, output.sequences, False))
     assert not accepts(cache, {**third, "pixel_values": other["pixel_values"]})
     assert accepts(cache, third)
@@ -364,7 +364,7 @@ def test_several_sequences_of_each_prompt() -> None:
     assert not accepts(cache, {**inputs, "pixel_values": inputs["pixel_values"].flip(0)})
     # two rows for four: each goes on from two answers, which differ
     assert not accepts(cache, whole(rows[::2]))
-    generate(model, inputs, past_key_values=cache)
+    generate(model, inputs, **passed(cache))
 
 
 def test_an_answer_that_failed_is_not_compared() -> None:
@@ -381,7 +381,7 @@ def test_an_answer_that_failed_is_not_compared() -> None:
         return scores
 
     with pytest.raises(RuntimeError, match="stopped"):
-        generate(model, row, past_key_values=cache, logits_processor=[stop])
+        generate(model, row, **passed(cache), logits_processor=[stop])
     length = row["input_ids"].shape[1]
     assert cache.get_seq_length() == length + 2
     ids = torch.cat([row["input_ids"], torch.tensor([[9, 9, 9]])], 1)
@@ -397,7 +397,7 @@ def test_an_answer_that_was_replayed_from_a_graph_is_known(monkeypatch: pytest.M
     model, tiny = model_of("llava"), TINY["llava"]
     rows = tiny.rows(model, [2, 1])
     cache = PrunedCache.for_inputs(model, whole(rows), PRUNED, decode="graph")
-    output = generate(model, whole(rows), past_key_values=cache, max_new_tokens=9)
+    output = generate(model, whole(rows), **passed(cache), max_new_tokens=9)
     assert recorder.replays
     inputs = whole(tiny.whole(model, rows, output.sequences, True))
     assert accepts(cache, inputs)
@@ -411,7 +411,7 @@ def test_a_session_goes_on_with_the_whole_chat() -> None:
     with plphp.prune(model, PRUNED) as run:
         first = generate(model, whole(rows))
         rows = tiny.whole(model, rows, first.sequences, True)
-        generate(model, whole(rows), past_key_values=cache_in(first))
+        generate(model, whole(rows), **passed(cache_in(first)))
         assert [prompt.start for prompt in run.report.prompts] == [0, first.sequences.shape[1] - 1]
         generate(model, whole(rows))
         assert [prompt.start for prompt in run.report.prompts] == [0]
@@ -422,7 +422,7 @@ def test_a_cache_of_transformers_is_left_alone() -> None:
     rows = tiny.rows(model, [2])
     cache = DynamicCache(config=model.config.get_text_config())
     lease = PrunedCache.for_inputs(model, whole(rows))
-    output = generate(model, whole(rows), past_key_values=cache)
+    output = generate(model, whole(rows), **passed(cache))
     with pytest.raises(ValueError, match="do not match"):
-        generate(model, whole(tiny.whole(model, rows, output.sequences, True)), past_key_values=cache)
+        generate(model, whole(tiny.whole(model, rows, output.sequences, True)), **passed(cache))
     assert lease.get_seq_length() == 0

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate, pruned
 from plphp import PLPHPConfig, PrunedCache
+from plphp.cache_argument import cache_in, passed
 from test_invariants import FAMILIES, config
 from tiny_models import TINY, tiny_model
 
@@ -51,10 +52,10 @@ def test_text_alone_is_a_no_op(family: str) -> None:
     model = tiny_model(family)
     inputs = TINY[family].inputs(model, [0, 0])
     output, report = pruned(model, inputs, config("plphp", retention_rate=0.2))
-    stock = generate(model, inputs, past_key_values=DynamicCache(config=model.config.get_text_config()))
+    stock = generate(model, inputs, **passed(DynamicCache(config=model.config.get_text_config())))
     assert_same_generation(stock, output)
     assert (report.prompts, report.retention) == ([], 1.0)
-    layers = [layer for layer in output.past_key_values.layers if hasattr(layer, "prefix")]
+    layers = [layer for layer in cache_in(output).layers if hasattr(layer, "prefix")]
     assert layers
     assert all(layer.prefix is None for layer in layers)
 
@@ -66,7 +67,7 @@ def test_one_vision_token(method: str) -> None:
     vision = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     vision[0, 9] = True
     cache = PrunedCache.for_inputs(model, inputs, config(method, retention_rate=0.1), vision_mask=vision)
-    output = generate(model, inputs, past_key_values=cache)
+    output = generate(model, inputs, **passed(cache))
     assert [row.kept for layer in cache.report().prompts[0].layers for row in layer.rows] == [[1, 1]] * 3
     assert_same_generation(generate(model, inputs), output)
 

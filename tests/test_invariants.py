@@ -20,6 +20,7 @@ from invariants import (
     pruned,
 )
 from plphp import PLPHPConfig, PrunedCache
+from plphp.cache_argument import passed
 from precision import assert_exact
 from tiny_models import TINY, tiny_model
 
@@ -154,10 +155,10 @@ def pruned_layers(model: Any) -> list[int]:
 def test_bytes_of_the_report_are_the_bytes_of_the_live_tensors(family: str, method: str) -> None:
     model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [3, 1])
     cache = PrunedCache.for_inputs(model, inputs, config(method, retention_rate=0.5))
-    generate(model, inputs, past_key_values=cache)
+    generate(model, inputs, **passed(cache))
     report = cache.report()
     stock = DynamicCache(config=model.config.get_text_config())
-    generate(model, inputs, past_key_values=stock)
+    generate(model, inputs, **passed(stock))
     if not any(stock.is_linear):
         assert report.kv_bytes == live_bytes(cache)
         assert report.kv_bytes_full == live_bytes(stock)

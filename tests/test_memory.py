@@ -11,6 +11,8 @@ import prefill_memory as script
 import pytest
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from plphp.cache_argument import passed
+
 SETTINGS = argparse.Namespace(layers=6, hidden=128, heads=4, kv_heads=4, images=2, dtype="float32", device="cpu")
 
 
@@ -66,7 +68,7 @@ def test_nothing_outlives_the_cache() -> None:
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])
     cache = PrunedCache.for_inputs(model, inputs)
-    generate(model, inputs, past_key_values=cache)
+    generate(model, inputs, **passed(cache))
     pointers = StorageWeakRef(cache.layers[0].prefix.keys.untyped_storage())
     assert not pointers.expired()
     del cache

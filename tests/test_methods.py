@@ -19,6 +19,7 @@ from transformers import DynamicCache
 import plphp
 from invariants import assert_same_generation, attention_set, eager_attention, evicted_entries_masked, generate, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
+from plphp.cache_argument import passed
 from plphp.report import LayerReport, PruneReport
 from precision import EXACT, assert_exact
 from test_invariants import config as method_config
@@ -70,7 +71,7 @@ def reading(family: str) -> Reading:
     attention = [layer[0].tolist() for layer in eager_attention(model, inputs)]
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **passed(cache))
     norms = [layer.values[0].norm(dim=-1).tolist() for layer in cache.layers]
     _, report = pruned(model, inputs, PLPHPConfig(method="none"))
     images = [image.positions for image in report.prompts[0].images[0]]
@@ -452,9 +453,9 @@ def test_prompt_stage_over_both_attentions_and_in_a_later_turn(method: str, base
     settings = method_config(method, retention_rate=0.6)
     with attention_set(model, base):
         cache = PrunedCache.for_inputs(model, inputs, settings)
-        first = generate(model, inputs, past_key_values=cache)
+        first = generate(model, inputs, **passed(cache))
         turn = tiny.second_turn(model, inputs, first.sequences, with_image=True)
-        second = generate(model, turn, past_key_values=cache)
+        second = generate(model, turn, **passed(cache))
         report = cache.report()
         del cache
     assert len(report.prompts) == 2
@@ -464,7 +465,7 @@ def test_prompt_stage_over_both_attentions_and_in_a_later_turn(method: str, base
         part = PruneReport(**{**vars(report), "prompts": report.prompts[: number + 1]})
         # Tokens of a later turn are not there yet for the first, and what left in the first stays away.
         with evicted_entries_masked(model, part, inside_prefill=True):
-            expected.append(generate(model, one, past_key_values=stock))
+            expected.append(generate(model, one, **passed(stock)))
     for mine, theirs in zip((first, second), expected, strict=True):
         assert_same_generation(theirs, mine)
     for prompt in report.prompts:
@@ -513,7 +514,7 @@ def test_what_the_prompt_stage_refuses() -> None:
             model(
                 input_ids=inputs["input_ids"][:, :3],
                 attention_mask=inputs["attention_mask"][:, :3],
-                past_key_values=cache,
+                **passed(cache),
             )
         del cache
         other = tiny_model("gemma3")

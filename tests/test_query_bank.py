@@ -20,6 +20,7 @@ from transformers import DynamicCache
 import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank, UnsupportedModelError
+from plphp.cache_argument import cache_in
 from plphp.collecting import _Reservoir
 from plphp.query_bank import FORMAT, LayerBank
 from plphp.rotary import Rotation
@@ -174,7 +175,7 @@ def test_kept_are_what_the_bank_looks_at(family: str, options: dict[str, Any], f
     config = settings(folder, family, **options)
     _, report = pruned(model, inputs, config)
     with torch.no_grad():
-        stock = model(**inputs, use_cache=True).past_key_values
+        stock = cache_in(model(**inputs, use_cache=True))
     deltas = [getattr(holder, "rope_deltas", None) for holder in (model, model.model)]
     delta = next((int(one.flatten()[0]) for one in deltas if one is not None), 0)
     begin = inputs["input_ids"].shape[1] + delta

@@ -14,6 +14,7 @@ import torch
 import plphp
 from invariants import generate, pruned
 from plphp import registry
+from plphp.cache_argument import passed
 from plphp.families.unsupported import reason_against
 from plphp.report import PruneReport
 from test_invariants import config
@@ -120,7 +121,7 @@ def test_full_keys_are_freed_although_gradients_are_on() -> None:
 
     with pytest.MonkeyPatch.context() as patch, torch.enable_grad():
         patch.setattr(plphp.layer.PrunedLayer, "update", watched)
-        output = model(**inputs, past_key_values=cache)
+        output = model(**inputs, **passed(cache))
     del output
     gc.collect()
     assert seen

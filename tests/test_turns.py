@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate
 from plphp import PLPHPConfig, PrunedCache, SpanError
+from plphp.cache_argument import cache_in, passed
 from precision import assert_exact
 from test_invariants import FAMILIES, config
 from tiny_models import TINY, tiny_model
@@ -23,9 +24,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 def two_turns(model: Any, family: str, cache: Any, with_image: bool, rows: tuple[int, ...]) -> tuple[Any, Any]:
     """Generate, then go on with the same cache."""
     inputs = TINY[family].inputs(model, rows)
-    first = generate(model, inputs, past_key_values=cache)
+    first = generate(model, inputs, **passed(cache))
     second = TINY[family].second_turn(model, inputs, first.sequences, with_image=with_image)
-    return first, generate(model, second, past_key_values=cache)
+    return first, generate(model, second, **passed(cache))
 
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
@@ -56,9 +57,9 @@ def test_old_vision_tokens_are_left_alone_by_a_new_image() -> None:
     model = tiny_model("llava")
     cache = PrunedCache.for_inputs(model, TINY["llava"].inputs(model, [2]), config("plphp"))
     inputs = TINY["llava"].inputs(model, [2])
-    first = generate(model, inputs, past_key_values=cache)
+    first = generate(model, inputs, **passed(cache))
     before = [(layer.prefix.keys.clone(), layer.prefix.counts[0]) for layer in cache.layers]
-    generate(model, TINY["llava"].second_turn(model, inputs, first.sequences, with_image=True), past_key_values=cache)
+    generate(model, TINY["llava"].second_turn(model, inputs, first.sequences, with_image=True), **passed(cache))
     for (keys, counts), layer in zip(before, cache.layers, strict=True):
         heads = zip(keys.split(counts), layer.prefix._heads(0), strict=True)
         for count, (old, (new, _)) in zip(counts, heads, strict=True):
@@ -72,10 +73,10 @@ def test_session_takes_up_the_cache_of_the_first_turn() -> None:
     with plphp.prune(model, config("plphp")) as run:
         first = generate(model, inputs)
         turn = TINY["llava"].second_turn(model, inputs, first.sequences, with_image=True)
-        generate(model, turn, past_key_values=first.past_key_values)
+        generate(model, turn, **passed(cache_in(first)))
         assert len(run.report.prompts) == 2
     with pytest.raises(plphp.CacheStateError, match="outside the session"), torch.no_grad():
-        model(input_ids=first.sequences[:, -1:], past_key_values=first.past_key_values)
+        model(input_ids=first.sequences[:, -1:], **passed(cache_in(first)))
 
 
 def test_second_turn_of_unequal_lengths_is_the_row_alone() -> None:
@@ -87,18 +88,18 @@ def test_second_turn_of_unequal_lengths_is_the_row_alone() -> None:
     new = [[5, 6, 7, 8, 9], [11, 12]]
 
     cache = PrunedCache.for_inputs(model, inputs, settings)
-    first = generate(model, inputs, past_key_values=cache)
+    first = generate(model, inputs, **passed(cache))
     padded = torch.tensor([[0] * (5 - len(ids)) + ids for ids in new])
     answer = torch.ones(2, 4, dtype=torch.long)
     mask = torch.cat([inputs["attention_mask"], answer, (padded > 0).long()], dim=1)
     ids = torch.cat([first.sequences, padded], dim=1)
-    together = generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
+    together = generate(model, {"input_ids": ids, "attention_mask": mask}, **passed(cache))
 
     for row, alone in enumerate(rows):
         cache = PrunedCache.for_inputs(model, alone, settings)
-        first = generate(model, alone, past_key_values=cache)
+        first = generate(model, alone, **passed(cache))
         ids = torch.cat([first.sequences, torch.tensor([new[row]])], dim=1)
-        single = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
+        single = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **passed(cache))
         for batched, one in zip(together.logits, single.logits, strict=True):
             assert_exact(batched[row], one[0])
 
@@ -109,12 +110,12 @@ def test_new_tokens_alone_with_a_mask_over_the_whole() -> None:
     outputs = []
     for whole in (True, False):
         cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
-        first = generate(model, inputs, past_key_values=cache)
+        first = generate(model, inputs, **passed(cache))
         turn = TINY["llava"].second_turn(model, inputs, first.sequences, with_image=True)
         if not whole:
             # The newest answer token is not in the cache yet.
             turn["input_ids"] = turn["input_ids"][:, cache.get_seq_length() :]
-        outputs.append(generate(model, turn, past_key_values=cache))
+        outputs.append(generate(model, turn, **passed(cache)))
     assert all(torch.equal(a, b) for a, b in zip(outputs[0].logits, outputs[1].logits, strict=True))
 
 
@@ -122,9 +123,9 @@ def test_a_turn_that_adds_nothing_is_refused() -> None:
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])
     cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
-    generate(model, inputs, past_key_values=cache)
+    generate(model, inputs, **passed(cache))
     with pytest.raises(SpanError, match="tokens already"):
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, **passed(cache))
 
 
 MROPE = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "glm4v")
@@ -136,11 +137,11 @@ def test_positions_of_later_images_are_counted_on(family: str) -> None:
     model, tiny = tiny_model(family), TINY[family]
     inputs = tiny.inputs(model, [2, 1])
     cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig(retention_rate=1.0))
-    first = generate(model, inputs, past_key_values=cache)
+    first = generate(model, inputs, **passed(cache))
     turn = tiny.second_turn(model, inputs, first.sequences, with_image=True)
     del turn["position_ids"]
     generate(model, tiny.inputs(model, [3]))
-    second = generate(model, turn, past_key_values=cache)
+    second = generate(model, turn, **passed(cache))
 
     rows = tiny.whole(model, tiny.rows(model, [2, 1]), first.sequences, with_image=True)
     for row, whole in enumerate(rows):
@@ -173,7 +174,7 @@ def third_turn(model: Any, sequences: torch.Tensor, turn: dict[str, Any], types:
     inputs = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(turn["attention_mask"], (0, grown), value=1)}
     for name, value in types.items():
         inputs[name] = torch.nn.functional.pad(turn[name], (0, grown), value=value)
-    return generate(model, inputs, past_key_values=cache)
+    return generate(model, inputs, **passed(cache))
 
 
 @pytest.mark.parametrize("family", MROPE)
@@ -184,10 +185,10 @@ def test_text_turn_is_right_after_another_prompt(family: str) -> None:
     results = []
     for interrupt in (False, True):
         cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
-        first = generate(model, inputs, past_key_values=cache)
+        first = generate(model, inputs, **passed(cache))
         if interrupt:
             generate(model, tiny.inputs(model, [3]))
-        results.append(generate(model, tiny.second_turn(model, inputs, first.sequences), past_key_values=cache))
+        results.append(generate(model, tiny.second_turn(model, inputs, first.sequences), **passed(cache)))
     assert_same_generation(*results)
 
 
@@ -213,8 +214,8 @@ def test_another_prompt_in_the_middle_of_an_answer_spoils_no_later_turn(family: 
     results = []
     for streamer in (None, OtherPrompt(model, other)):
         cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
-        first = generate(model, inputs, past_key_values=cache, streamer=streamer)
-        results.append(generate(model, tiny.second_turn(model, inputs, first.sequences), past_key_values=cache))
+        first = generate(model, inputs, **passed(cache), streamer=streamer)
+        results.append(generate(model, tiny.second_turn(model, inputs, first.sequences), **passed(cache)))
     assert_same_generation(*results)
 
 
@@ -228,18 +229,18 @@ def test_positions_of_a_first_turn_without_generate(again: bool) -> None:
         cache = PrunedCache.for_inputs(model, tiny.inputs(model, [3]) if again else inputs, config("plphp"))
         if again:
             other = tiny.inputs(model, [3])
-            answer = generate(model, other, past_key_values=cache).sequences
-            generate(model, tiny.second_turn(model, other, answer, with_image=True), past_key_values=cache)
+            answer = generate(model, other, **passed(cache)).sequences
+            generate(model, tiny.second_turn(model, other, answer, with_image=True), **passed(cache))
             cache.reset()
             assert (cache.nbytes, cache.pruning_seconds, cache.records, cache.turn) == (0, 0.0, [], None)
             cache.plan(inputs)
         if direct:
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **passed(cache))
             generate(model, tiny.inputs(model, [1]))
         else:
-            generate(model, inputs, past_key_values=cache, max_new_tokens=1)
+            generate(model, inputs, **passed(cache), max_new_tokens=1)
         turn = tiny.second_turn(model, inputs, inputs["input_ids"])
-        results.append(generate(model, turn, past_key_values=cache))
+        results.append(generate(model, turn, **passed(cache)))
     assert_same_generation(*results)
 
 
@@ -247,9 +248,9 @@ def test_a_cache_of_beams_is_not_continued() -> None:
     model, tiny = tiny_model("llava"), TINY["llava"]
     inputs = tiny.inputs(model, [1])
     cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
-    first = generate(model, inputs, past_key_values=cache, num_beams=2)
+    first = generate(model, inputs, **passed(cache), num_beams=2)
     with pytest.raises(plphp.UnsupportedFeatureError, match="beams that were running"):
-        generate(model, tiny.second_turn(model, inputs, first.sequences), past_key_values=cache)
+        generate(model, tiny.second_turn(model, inputs, first.sequences), **passed(cache))
 
 
 def test_a_turn_under_inference_mode_and_one_outside() -> None:
@@ -259,9 +260,9 @@ def test_a_turn_under_inference_mode_and_one_outside() -> None:
     for mode in (torch.inference_mode, torch.no_grad):
         cache = PrunedCache.for_inputs(model, inputs, config("plphp"))
         with mode():
-            first = generate(model, inputs, past_key_values=cache)
+            first = generate(model, inputs, **passed(cache))
         turn = tiny.second_turn(model, inputs, first.sequences.clone())
-        results.append(generate(model, turn, past_key_values=cache))
+        results.append(generate(model, turn, **passed(cache)))
     assert_same_generation(*results)
 
 
@@ -273,20 +274,18 @@ def test_turns_after_several_sequences_and_after_a_choice_of_rows(family: str) -
     sampling = {"do_sample": True, "num_return_sequences": 2, "temperature": 1.5}
     cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig(retention_rate=1.0))
     torch.manual_seed(3)
-    first = generate(model, inputs, past_key_values=cache, **sampling)
+    first = generate(model, inputs, **passed(cache), **sampling)
     repeated = {k: v.repeat_interleave(2, 0) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     types = {k: v.repeat_interleave(2, 0) for k, v in inputs.items() if k.endswith("token_type_ids")}
     generate(model, tiny.inputs(model, [3]))
-    second = generate(
-        model, tiny.second_turn(model, {**repeated, **types}, first.sequences), past_key_values=cache
-    ).sequences
+    second = generate(model, tiny.second_turn(model, {**repeated, **types}, first.sequences), **passed(cache)).sequences
     cache.batch_select_indices(torch.tensor([2]))
     mask = torch.cat([repeated["attention_mask"], torch.ones(4, second.shape[1] - inputs["input_ids"].shape[1])], 1)
     text = torch.tensor([[5, 6, 7]])
     ids = torch.cat([second[2:3], text], 1)
     whole_mask = torch.cat([mask[2:3], torch.ones(1, 3)], 1).long()
     grown = {k: torch.nn.functional.pad(v[2:3], (0, ids.shape[1] - v.shape[1])) for k, v in types.items()}
-    third = generate(model, {"input_ids": ids, "attention_mask": whole_mask, **grown}, past_key_values=cache)
+    third = generate(model, {"input_ids": ids, "attention_mask": whole_mask, **grown}, **passed(cache))
 
     row = tiny.rows(model, [1, 1])[1]
     answer = ids[:, inputs["input_ids"].shape[1] :]

@@ -23,6 +23,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 from invariants import evicted_entries_masked, generate, last_row_attention, pruned
 from plphp import PLPHPConfig, PrunedCache
+from plphp.cache_argument import passed
 from precision import float64, max_difference
 from test_invariants import config
 from tiny_models import TINY, tiny_model
@@ -122,17 +123,17 @@ def test_compacted_cache_is_full_cache_with_evicted_entries_masked(
 def test_a_later_turn_is_one_with_evicted_entries_masked(family: str, dtype: torch.dtype) -> None:
     model, tiny, (inputs, same) = model_of(family, dtype), MODELS[family], inputs_of(family, dtype)
     cache = PrunedCache.for_inputs(model, inputs, config("plphp", retention_rate=0.3))
-    first = generate(model, inputs, past_key_values=cache)
+    first = generate(model, inputs, **passed(cache))
     turn = tiny.second_turn(model, inputs, first.sequences, with_image=tiny.stock.second_turn_image)
-    second = generate(model, turn, past_key_values=cache)
+    second = generate(model, turn, **passed(cache))
     report = cache.report()
     assert {layer.prefix.keys.dtype for layer in cache.layers if hasattr(layer, "prefix")} == {dtype}
 
     def masked(own: Any, prompt: dict[str, Any], later: dict[str, Any]) -> Any:
         stock = DynamicCache(config=own.config.get_text_config())
         with evicted_entries_masked(own, report):
-            forced(own, prompt, first, past_key_values=stock)
-            return forced(own, later, second, past_key_values=stock)
+            forced(own, prompt, first, **passed(stock))
+            return forced(own, later, second, **passed(stock))
 
     with float64():
         truth = masked(twin(family, dtype), same, doubled(turn))
@@ -182,8 +183,8 @@ def test_the_default_dtype_of_torch_changes_nothing(line: str) -> None:
         cache = PrunedCache.for_inputs(model, inputs, settings)
         turn = tiny.second_turn(model, inputs, inputs["input_ids"], with_image=True)
         with default_dtype(dtype), torch.no_grad():
-            model(**inputs, past_key_values=cache)
-            generate(model, turn, past_key_values=cache, max_new_tokens=1)
+            model(**inputs, **passed(cache))
+            generate(model, turn, **passed(cache), max_new_tokens=1)
         runs.append([layer for prompt in cache.report().prompts for layer in prompt.layers])
     assert len(runs[0]) == 6
     assert runs[0] == runs[1]

@@ -63,7 +63,7 @@ def first_turn(name: str, images: tuple[int, ...] = (2, 1), config: PLPHPConfig 
     model, tiny = model_of(name), TINY[name]
     inputs = tiny.inputs(model, images)
     cache = PrunedCache.for_inputs(model, inputs, config)
-    return model, tiny, tiny.rows(model, images), cache, generate(model, inputs, past_key_values=cache, **kwargs)
+    return model, tiny, tiny.rows(model, images), cache, generate(model, inputs, **passed(cache), **kwargs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -73,14 +73,12 @@ def test_turns_with_all_images_are_turns_with_the_new_ones(name: str) -> None:
     rows = tiny.rows(model, [2, 1])
     inputs = whole(rows)
     caches = [PrunedCache.for_inputs(model, inputs, PRUNED) for _ in range(2)]
-    outputs = [generate(model, inputs, past_key_values=cache) for cache in caches]
+    outputs = [generate(model, inputs, **passed(cache)) for cache in caches]
     for seed, image in enumerate((True, False, True), 1):
         new = only_new(tiny, model, inputs, outputs[1], image, seed)
         rows = tiny.whole(model, rows, outputs[0].sequences, image, seed)
         inputs = whole(rows)
-        outputs = [
-            generate(model, sent, past_key_values=cache) for sent, cache in zip((inputs, new), caches, strict=True)
-        ]
+        outputs = [generate(model, sent, **passed(cache)) for sent, cache in zip((inputs, new), caches, strict=True)]
         assert_same_generation(*outputs)
     reports = [cache.report() for cache in caches]
     assert len(reports[0].prompts) == 3
@@ -93,7 +91,7 @@ def test_turns_with_all_images_are_one_prompt(name: str) -> None:
     model, tiny, rows, cache, output = first_turn(name, config=KEPT)
     for seed, image in enumerate((True, False, True), 1):
         rows = tiny.whole(model, rows, output.sequences, image, seed)
-        output = generate(model, whole(rows), past_key_values=cache)
+        output = generate(model, whole(rows), **passed(cache))
         assert_rows_alone(model, rows, output)
 
 
@@ -119,16 +117,16 @@ def test_videos_and_images_in_one_conversation(name: str, kinds: str) -> None:
     tinies = [with_videos(TINY[name]) if kind == "video" else TINY[name] for kind in kinds.split("-")]
     rows = tinies[0].rows(model, [2, 1])
     caches = [PrunedCache.for_inputs(model, whole(rows), KEPT) for _ in range(2)]
-    first, output = (generate(model, whole(rows), past_key_values=cache) for cache in caches)
+    first, output = (generate(model, whole(rows), **passed(cache)) for cache in caches)
     new = only_new(tinies[1], model, whole(rows), first, True, 1)
     rows = tinies[1].whole(model, rows, output.sequences, True)
-    output = generate(model, whole(rows), past_key_values=caches[1])
-    assert_same_generation(generate(model, new, past_key_values=caches[0]), output)
+    output = generate(model, whole(rows), **passed(caches[1]))
+    assert_same_generation(generate(model, new, **passed(caches[0])), output)
     mixed_glm = name.startswith("glm") and kinds != "video-video"  # stock ``generate`` stops: it takes one of them
     if not mixed_glm:
         assert_rows_alone(model, rows, output)
     third = tinies[0].whole(model, rows, output.sequences, False, seed=2)
-    output = generate(model, whole(third), past_key_values=caches[1])
+    output = generate(model, whole(third), **passed(caches[1]))
     if not mixed_glm:
         assert_rows_alone(model, third, output)
 
@@ -140,12 +138,12 @@ def test_seconds_per_grid_place_the_videos_of_every_turn() -> None:
     [row] = tiny.rows(model, [1])
     row["second_per_grid_ts"] = seconds
     cache = PrunedCache.for_inputs(model, row, KEPT)
-    output = generate(model, row, past_key_values=cache)
+    output = generate(model, row, **passed(cache))
     for seed, video in enumerate((True, False), 1):
         [row] = tiny.whole(model, [row], output.sequences, video, seed)
         row["second_per_grid_ts"] = torch.cat([seconds, torch.tensor([0.5])])
         slow = {**row, "second_per_grid_ts": torch.ones(2)}
-        output = generate(model, row, past_key_values=cache)
+        output = generate(model, row, **passed(cache))
         assert_rows_alone(model, [row], output)
         assert (generate(model, slow).logits[0] - output.logits[0]).abs().max() > 10 * NOISE
 
@@ -157,7 +155,7 @@ def test_seconds_per_grid_place_the_videos_of_every_turn() -> None:
 def test_rows_that_had_no_image_before(name: str, images: tuple[int, ...]) -> None:
     model, tiny, rows, cache, output = first_turn(name, images, KEPT)
     rows = tiny.whole(model, rows, output.sequences, True)
-    assert_rows_alone(model, rows, generate(model, whole(rows), past_key_values=cache))
+    assert_rows_alone(model, rows, generate(model, whole(rows), **passed(cache)))
 
 
 def test_images_of_onevision_stay_as_they_were_cut() -> None:
@@ -168,7 +166,7 @@ def test_images_of_onevision_stay_as_they_were_cut() -> None:
     per_image = 4 * 4 + 1
     new = torch.tensor([[5, 6, *[IMAGE] * per_image, 7, 8]])
     cache = PrunedCache.for_inputs(model, rows[0], KEPT)
-    output = generate(model, rows[0], past_key_values=cache)
+    output = generate(model, rows[0], **passed(cache))
     pixels = torch.cat([rows[0]["pixel_values"], three["pixel_values"][2:]])
     row = {
         "input_ids": torch.cat([output.sequences, new], 1),
@@ -177,7 +175,7 @@ def test_images_of_onevision_stay_as_they_were_cut() -> None:
         "image_sizes": three["image_sizes"],
         "batch_num_images": torch.tensor([3]),
     }
-    assert_rows_alone(model, [row], generate(model, row, past_key_values=cache))
+    assert_rows_alone(model, [row], generate(model, row, **passed(cache)))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -186,14 +184,14 @@ def test_plan_says_what_the_model_has_to_read(name: str) -> None:
     model, tiny = model_of(name), TINY[name]
     [row] = tiny.rows(model, [2])
     expected_cache, cache = (PrunedCache.for_inputs(model, row, PRUNED) for _ in range(2))
-    expected = generate(model, row, past_key_values=expected_cache)
+    expected = generate(model, row, **passed(expected_cache))
     logits = model(**cache.model_inputs(cache.plan(row)), **passed(cache)).logits[:, -1]
     assert torch.equal(logits.float(), expected.logits[0])
     for step in expected.sequences[0, -4:-1].tolist():
         token = torch.tensor([[step]])
         model(input_ids=token, **passed(cache))
     [row] = tiny.whole(model, [row], expected.sequences, True)
-    expected = generate(model, row, past_key_values=expected_cache)
+    expected = generate(model, row, **passed(expected_cache))
     turn = cache.model_inputs(cache.plan(row))
     assert turn["input_ids"].shape[1] == row["input_ids"].shape[1] - cache.get_seq_length()
     logits = model(**turn, **passed(cache)).logits[:, -1]
@@ -206,6 +204,6 @@ def test_plan_says_what_the_model_has_to_read(name: str) -> None:
 def test_the_model_reads_a_padded_batch_as_generate_does(name: str) -> None:
     model, tiny, rows, cache, output = first_turn(name)
     inputs = whole(tiny.whole(model, rows, output.sequences, True))
-    expected = generate(model, inputs, past_key_values=copy.deepcopy(cache))
+    expected = generate(model, inputs, **passed(copy.deepcopy(cache)))
     logits = model(**cache.model_inputs(cache.plan(inputs)), **passed(cache)).logits[:, -1]
     assert torch.equal(logits.float(), expected.logits[0])

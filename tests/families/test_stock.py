@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from plphp.cache_argument import passed
 from precision import EXACT, max_difference
 from tiny_models import ANY, NEWEST, TINY
 
@@ -80,8 +81,8 @@ def test_second_turn_equals_whole_prompt(name: str, with_image: bool) -> None:
     tiny, model = TINY[name], TINY[name].build()
     rows = [2, 1, 0]
     inputs, cache = tiny.inputs(model, rows), fresh(model)
-    first = generate(model, inputs, past_key_values=cache).sequences
-    second = generate(model, tiny.second_turn(model, inputs, first, with_image=with_image), past_key_values=cache)
+    first = generate(model, inputs, **passed(cache)).sequences
+    second = generate(model, tiny.second_turn(model, inputs, first, with_image=with_image), **passed(cache))
     whole = [generate(model, row) for row in tiny.whole(model, tiny.rows(model, rows), first, with_image)]
     exact = max(differences(second, whole)) < EXACT
     assert exact == (tiny.stock.second_turn_image if with_image else tiny.stock.second_turn)
@@ -91,14 +92,14 @@ def test_second_turn_equals_whole_prompt(name: str, with_image: bool) -> None:
 def test_second_turn_with_mrope_needs_positions_for_images(name: str) -> None:
     tiny, model = TINY[name], TINY[name].build()
     inputs, cache = tiny.inputs(model), fresh(model)
-    first = generate(model, inputs, past_key_values=cache).sequences
+    first = generate(model, inputs, **passed(cache)).sequences
     turn = tiny.second_turn(model, inputs, first, with_image=True)
     del turn["position_ids"]
     if NEWEST:
         with pytest.raises(StopIteration):
-            generate(model, turn, past_key_values=cache)
+            generate(model, turn, **passed(cache))
         return
-    second = generate(model, turn, past_key_values=cache)
+    second = generate(model, turn, **passed(cache))
     whole = [generate(model, row) for row in tiny.whole(model, tiny.rows(model), first, True)]
     assert max(differences(second, whole)) > 0.05
 
@@ -107,10 +108,10 @@ def test_second_turn_with_mrope_needs_positions_for_images(name: str) -> None:
 def test_mrope_deltas_of_another_prompt_spoil_a_second_turn(name: str) -> None:
     tiny, model = TINY[name], TINY[name].build()
     inputs, cache = tiny.inputs(model), fresh(model)
-    first = generate(model, inputs, past_key_values=cache).sequences
+    first = generate(model, inputs, **passed(cache)).sequences
     whole = [generate(model, row) for row in tiny.whole(model, tiny.rows(model), first)]
     generate(model, tiny.inputs(model, [2]))  # leaves its own rope_deltas on the model
-    second = generate(model, tiny.second_turn(model, inputs, first), past_key_values=cache)
+    second = generate(model, tiny.second_turn(model, inputs, first), **passed(cache))
     assert max(differences(second, whole)) > EXACT
 
 

@@ -23,6 +23,7 @@ from invariants import (
     pruned,
 )
 from plphp import PLPHPConfig, PrunedCache, UnsupportedFeatureError
+from plphp.cache_argument import passed
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -33,9 +34,9 @@ def test_bytes_are_those_of_all_live_tensors_the_states_of_linear_attention_too(
     model = tiny_model(family)
     inputs = TINY[family].inputs(model, [2, 1])
     cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig())
-    generate(model, inputs, past_key_values=cache)
+    generate(model, inputs, **passed(cache))
     stock = DynamicCache(config=model.config.get_text_config())
-    generate(model, inputs, past_key_values=stock)
+    generate(model, inputs, **passed(stock))
     states = 0
     for layer in cache.layers:
         for name in ("conv_states", "recurrent_states"):

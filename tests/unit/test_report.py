@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from invariants import generate, pruned
 from plphp import AttentionProfile, ConfigError, PLPHPConfig, PrunedCache, PruneReport
+from plphp.cache_argument import passed
 from plphp.layer import PrunedLayer, layer_nbytes
 from plphp.report import ImageReport, LayerReport, PromptReport, RowReport
 from plphp.tables import layer_tables, report_values, summary
@@ -152,7 +153,7 @@ def test_reserved_room_is_what_holds_no_entry(family: str, rows: list[int]) -> N
     model = tiny_model(family)
     inputs = TINY[family].inputs(model, rows)
     cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig(retention_rate=0.3))
-    generate(model, inputs, past_key_values=cache)
+    generate(model, inputs, **passed(cache))
     entries = 0
     for layer in cache.layers:
         if isinstance(layer, PrunedLayer):
