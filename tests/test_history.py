@@ -422,7 +422,7 @@ def test_a_cache_of_transformers_is_left_alone() -> None:
     rows = tiny.rows(model, [2])
     cache = DynamicCache(config=model.config.get_text_config())
     lease = PrunedCache.for_inputs(model, whole(rows))
-    output = generate(model, whole(rows), past_key_values=cache)
+    output = generate(model, whole(rows), **passed(cache))
     with pytest.raises(ValueError, match="do not match"):
-        generate(model, whole(tiny.whole(model, rows, output.sequences, True)), past_key_values=cache)
+        generate(model, whole(tiny.whole(model, rows, output.sequences, True)), **passed(cache))
     assert lease.get_seq_length() == 0
