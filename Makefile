@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help demo bench bench-all test test-oldest test-vllm lint wheel train clean
+.PHONY: help demo bench bench-all test test-oldest test-newest test-vllm lint wheel train clean
 
 help:
 	@echo "make demo         answer questions on images, unpruned and pruned side by side"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run those that lean on transformers on its oldest supported version"
+	@echo "make test-newest  the same on the newest release of transformers"
 	@echo "make test-vllm    run the tests of serving, in an environment with vLLM's CPU build (3.5 GB)"
 	@echo "make bench        time and memory on this machine, beside transformers' own cache"
 	@echo "make bench-all    the same for all sizes, with results files"
@@ -44,10 +45,29 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Of the tests those that lean on transformers: no kernels, no bundled tasks, no commands, no training.
-test-oldest: .venv-oldest/.dev
-	.venv-oldest/bin/python -m pytest -n auto tests/families $(filter-out $(ELSEWHERE), $(wildcard tests/test_*.py))
-ELSEWHERE = $(addprefix tests/test_, bad_input.py benchmarks.py calibration.py compare.py docs.py estimate.py \
-	examples.py plots.py profiling.py prompts_file.py)
+LEANING = $(addprefix tests/, families test_autocast.py test_bad_input.py test_bad_rows.py test_branch.py \
+	test_contexts.py test_generate.py test_graph.py test_history.py test_inputs.py test_invariants.py test_methods.py \
+	test_query_bank.py test_reference_model.py test_refused.py test_turns.py test_unpruned.py test_users_dtype.py \
+	test_whole_chat.py unit/test_attachment.py unit/test_cache.py unit/test_layer.py unit/test_spans.py)
+
+test-oldest: $(VENV)/.dev
+	$(call other_transformers,.venv-oldest,transformers==5.17.0)
+	.venv-oldest/bin/python -m pytest -n auto $(LEANING)
+
+# Whatever the newest release is today.
+test-newest: $(VENV)/.dev
+	$(call other_transformers,.venv-newest,transformers<6)
+	.venv-newest/bin/python -m pytest -n auto $(LEANING)
+
+# An environment $(1) that looks into $(VENV) for all but what the requirement $(2) names and needs.
+define other_transformers
+	test -d $(1) || $(PYTHON) -m venv $(1)
+	echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c $(PURELIB))')" \
+		> "$$($(1)/bin/python -c $(PURELIB))/base.pth"
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/pip install -q -U -c $(1)/constraints.txt "$(2)"
+endef
+PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # Each engine is a process of some 2 GB. Without those that take longest: make test-vllm SELECTED='-m "not thorough"'.
 SELECTED ?=
@@ -70,7 +90,7 @@ train: $(VENV)/.dev
 	$(BIN)/python -m training.train_all --out training/runs/reference --resume
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm .venv-wheel dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-wheel dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -81,12 +101,6 @@ $(VENV)/.plphp: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.plphp
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	touch $@
-
-.venv-oldest/.dev: $(SOURCES)
-	$(PYTHON) -m venv .venv-oldest
-	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e ".[dev]" "transformers==5.17.0"
 	touch $@
 
 .venv-vllm/.dev: $(SOURCES) tests/vllm/environment.sh tests/vllm/declare_operators.py

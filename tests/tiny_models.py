@@ -1346,6 +1346,9 @@ REFUSED: dict[str, TinyFamily] = {
 }
 """Models of known families that are refused for their text model: capped scores, shared or latent KV."""
 
+if transformers.__version__ == "5.24.0":
+    del TINY["llama4"]  # stops at the end of every pass there, without plphp too: no attribute 'image_outputs'
+
 
 def tiny_model(name: str, dtype: torch.dtype | None = None) -> Any:
     """Return the tiny model of a name, shared by all tests of a process; see `TinyFamily.build` for ``dtype``."""
