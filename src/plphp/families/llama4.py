@@ -30,5 +30,6 @@ FAMILY = Family(
     vision_token_ids=token_ids("image_token_id"),
     segments=_segments,
     features=(Features(token_ids("image_token_id")),),
-    notes="A segment is a tile. Layers with chunked attention are never pruned. transformers 5.24.0 stops in every pass.",
+    notes="A segment is a tile. Layers with chunked attention are never pruned. transformers 5.24.0 fails in every "
+    "pass.",
 )
