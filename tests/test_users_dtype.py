@@ -122,6 +122,7 @@ def test_compacted_cache_is_full_cache_with_evicted_entries_masked(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_later_turn_is_one_with_evicted_entries_masked(family: str, dtype: torch.dtype) -> None:
     model, tiny, (inputs, same) = model_of(family, dtype), MODELS[family], inputs_of(family, dtype)
+    twin(family, dtype)  # a model is not copied while a cache is in use on it
     cache = PrunedCache.for_inputs(model, inputs, config("plphp", retention_rate=0.3))
     first = generate(model, inputs, **passed(cache))
     turn = tiny.second_turn(model, inputs, first.sequences, with_image=tiny.stock.second_turn_image)

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import AutoConfig
 from transformers.image_processing_utils import select_best_resolution
 
-from precision import working_dtype
+from precision import float64, working_dtype
 
 SEED = int(os.environ.get("PLPHP_TEST_SEED", "0"))
 """Other weights and inputs of all tiny models: what holds for one seed and not for another holds by luck."""
@@ -112,12 +113,15 @@ class TinyFamily:
             Default: float64 inside of `precision.float64`, float32 elsewhere.
         """
         dtype = dtype or working_dtype()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                _seed(seed)
-            )  # for what randomize leaves: vectors, among them newline tokens and decay rates
-            model = getattr(transformers, self.model_class)(self.config())
-        randomize(model, seed)
+        if dtype is not torch.float64 and working_dtype() is torch.float64:
+            raise TypeError(f"expected float64 inside of precision.float64, got {dtype}: mark the test own_dtype")
+        # Rotary frequencies are worked out here, and a model is shared: float64 is float64 whoever builds it first.
+        with float64() if dtype is torch.float64 else nullcontext():
+            with torch.random.fork_rng(devices=[]):
+                # for what randomize leaves: vectors, among them newline tokens and decay rates
+                torch.manual_seed(_seed(seed))
+                model = getattr(transformers, self.model_class)(self.config())
+            randomize(model, seed)
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = None
         # a generated placeholder would be taken for an image by the next turn
