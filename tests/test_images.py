@@ -108,7 +108,7 @@ class TestNames:
             PICTURE,
             PICTURE.convert("RGBA"),
         ],
-        ids=lambda source: str(source)[:30],
+        ids=lambda source: "memoryview" if isinstance(source, memoryview) else str(source)[:30],
     )
     def test_what_holds_its_pixels(self, source: Any) -> None:
         assert same(load_image(source))
