@@ -230,7 +230,8 @@ def test_branches_keep_what_pruning_keeps_under_autocast(method: str) -> None:
         expected = model(input_ids=draft, **passed(stock)).logits
         found = model(input_ids=draft.expand(2, -1), **passed(branches.cache)).logits
     assert found.isfinite().all()
-    assert (found[1] - expected[0]).float().square().mean().sqrt() < 0.05
+    exact = model(input_ids=draft, **passed(cache_in(model(**inputs, use_cache=True)))).logits
+    assert spread(found[1:], expected) < 3 * spread(expected, exact)
 
 
 def test_a_step_is_captured_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +258,8 @@ def test_a_step_is_captured_under_autocast(monkeypatch: pytest.MonkeyPatch) -> N
             found[decode] = drafted(model, inputs, draft, **passed(cache))
         assert cache.layers[0].dtypes == (torch.float32, torch.bfloat16)
     assert (recorder.captures, recorder.replays) == (1, STEPS - 2)
-    assert spread(found["graph"], found["eager"]) < 0.05
+    exact = drafted(model, inputs, draft, **passed(PrunedCache.for_inputs(model, inputs, SETTINGS)))
+    assert spread(found["graph"], found["eager"]) < 3 * spread(found["eager"], exact)
 
 
 def test_the_cpp_kernel_decodes_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,4 +296,4 @@ def test_rotated_keys_and_plain_values_outside_of_autocast(llava: Any) -> None:
         cache = PrunedCache.for_inputs(llava, inputs, EVERYTHING)
         found = drafted(llava, inputs, draft, **passed(cache))
     assert cache.layers[0].dtypes == (torch.float32, torch.bfloat16)
-    assert spread(found, stock) < 1e-4
+    assert spread(found, stock) < 0.01 * spread(stock, drafted(llava, inputs, draft))  # what the narrow values do

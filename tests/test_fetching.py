@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         """A byte now and then: of the head, or of the body."""
         text = b"HTTP/1.0 200 OK\r\nX: " if rest == "head" else b"HTTP/1.0 200 OK\r\n\r\n"
         self.wfile.write(text)
-        for _ in range(100):
+        for _ in range(1200):
             try:
                 self.wfile.write(b"a")
             except OSError:
@@ -198,11 +198,11 @@ def test_the_limit_of_size(server: ThreadingHTTPServer) -> None:
 
 @pytest.mark.parametrize("part", ["head", "body"])
 def test_the_limit_of_time_is_one_of_the_whole(server: ThreadingHTTPServer, part: str) -> None:
-    """Bytes keep arriving, so no single wait is long; the server would take five seconds."""
+    """Bytes keep arriving, so no single wait is long; the server would take a minute."""
     start = time.monotonic()
     with pytest.raises(LoadError, match=r"slow/.* takes more than 0\.4 seconds"):
         fetch(WebAddress(url(server, f"slow/{part}")), seconds=0.4)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 30
 
 
 def test_a_server_that_is_not_there(server: ThreadingHTTPServer) -> None:
@@ -279,7 +279,7 @@ def test_encryption_is_checked_against_the_name(monkeypatch: pytest.MonkeyPatch)
         start = time.monotonic()
         with pytest.raises(LoadError, match="takes more than"):
             fetch(WebAddress(address.replace("picture", "slow/body")), seconds=0.5)
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 30
     finally:
         server.shutdown()
         server.server_close()

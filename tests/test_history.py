@@ -340,6 +340,21 @@ def test_a_turn_that_was_refused_is_not_known() -> None:
     assert accepts(cache, changed(changed(inputs, 0, length), 0, length + 1))
 
 
+@torch.no_grad()
+def test_a_turn_that_failed_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the middle of a text turn; then the cache goes on with tokens of which it is not told."""
+    model, tiny, rows, cache, output = first_turn("llava", (1,))
+    inputs = whole(tiny.whole(model, rows, output.sequences, False))
+    length = cache.get_seq_length()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.get_decoder().layers[1], "forward", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(model, inputs, **passed(cache))
+    assert cache.get_seq_length() == length
+    model(input_ids=torch.tensor([[77, 77]]), **passed(cache))
+    assert accepts(cache, changed(changed(inputs, 0, length), 0, length + 1))
+
+
 def test_a_turn_that_was_planned_and_not_read_is_forgotten() -> None:
     model, tiny, rows, cache, output = first_turn("llava", (1,))
     rows = tiny.whole(model, rows, output.sequences, True)

@@ -33,6 +33,11 @@ ROUNDABOUT: dict[str, Callable[[Any], Callable[..., Any]]] = {
 }
 
 
+def places(caught: pytest.WarningsRecorder) -> list[str]:
+    """The files to which the warnings point."""
+    return [warning.filename for warning in caught if issubclass(warning.category, UnprunedWarning)]
+
+
 def kept(report: Any) -> Any:
     """The entries that a run kept."""
     return [[row.kept_positions for row in layer.rows] for layer in report.prompts[0].layers]
@@ -54,8 +59,9 @@ def test_a_model_that_runs_past_plphp_is_noticed(llava: Any, way: str) -> None:
             with pytest.raises(CacheStateError, match=r"ran without plphp .* taken from the model, or compiled"):
                 _ = run.report
 
-    with pytest.warns(UnprunedWarning, match=r"ran without plphp \(\d+ passes, with the whole cache\)"):
+    with pytest.warns(UnprunedWarning, match=r"ran without plphp \(\d+ passes, with the whole cache\)") as caught:
         session()
+    assert places(caught) == [__file__]
 
 
 def test_it_is_noticed_beside_what_was_pruned_and_by_remove(llava: Any) -> None:
@@ -64,8 +70,13 @@ def test_it_is_noticed_beside_what_was_pruned_and_by_remove(llava: Any) -> None:
     generate(llava, inputs)
     assert session.report.retention < 1
     taken(**inputs, max_new_tokens=1)
-    with pytest.warns(UnprunedWarning, match=r"\(1 passes"):
+    with pytest.warns(UnprunedWarning, match=r"\(1 passes") as caught:
+        session = plphp.apply(llava, SETTINGS)  # ends the first one
+    assert places(caught) == [__file__]
+    taken(**inputs, max_new_tokens=2)
+    with pytest.warns(UnprunedWarning, match=r"\(2 passes") as caught:
         plphp.remove(llava)
+    assert places(caught) == [__file__]
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3.5"])
@@ -99,6 +110,25 @@ def test_another_cache_is_refused_under_any_keyword(llava: Any, name: str) -> No
             llava.generate(**inputs, **{name: plain_cache(llava)}, max_new_tokens=2)
         with pytest.raises(ConfigError, match=r"one cache, got several: (cache|past_key_values|kv_cache)"):
             llava.generate(**inputs, **{name: plain_cache(llava), "other": plain_cache(llava)}, max_new_tokens=2)
+
+
+def test_without_a_session_arguments_are_left_alone(llava: Any) -> None:
+    """Also while a cache of plphp is alive."""
+    inputs = TINY["llava"].inputs(llava)
+    held = PrunedCache.for_inputs(llava, inputs, SETTINGS)
+    with pytest.raises(ValueError, match="model_kwargs"):  # by transformers
+        llava.generate(**inputs, **passed(plain_cache(llava)), other=plain_cache(llava), max_new_tokens=2)
+    del held
+
+
+def test_no_report_after_a_call_that_was_refused(llava: Any) -> None:
+    inputs = TINY["llava"].inputs(llava)
+    with plphp.prune(llava, SETTINGS) as run:
+        generate(llava, inputs)
+        with pytest.raises(plphp.SpanError):
+            generate(llava, {**inputs, "pixel_values": inputs["pixel_values"].repeat(3, 1, 1, 1)})
+        with pytest.raises(CacheStateError, match="no report"):
+            _ = run.report
 
 
 @pytest.mark.parametrize("name", NAMES)

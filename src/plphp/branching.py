@@ -46,7 +46,7 @@ class Branches:
     configs : tuple of PLPHPConfig
         As given.
     cache : PrunedCache
-        Row i holds the prompt pruned by ``configs[i]``, for ``model(input_ids=..., past_key_values=cache)`` with as
+        Row i holds the prompt pruned by ``configs[i]``, for ``model(input_ids=..., **passed(cache))`` with as
         many rows. Its own config prunes nothing; its report has the rows as they are.
     logits : Tensor
         [configs, vocab]; the logits of the next token after the prompt. They differ only for methods that act
@@ -109,7 +109,7 @@ def branch(
     >>> configs = [PLPHPConfig(method=name, retention_rate=0.25) for name in ("plphp", "random")]
     >>> branches = plphp.branch(model, inputs, configs)  # doctest: +SKIP
     >>> draft = torch.tensor(answer)[None].expand(len(configs), -1)  # doctest: +SKIP
-    >>> logits = model(input_ids=draft, past_key_values=branches.cache).logits  # doctest: +SKIP
+    >>> logits = model(input_ids=draft, **passed(branches.cache)).logits  # doctest: +SKIP
     """
     chosen = tuple(checked(config) for config in configs)
     if not chosen:

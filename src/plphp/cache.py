@@ -104,7 +104,7 @@ class PrunedCache(ConversationCache):
         Returns
         -------
         PrunedCache
-            Pass it as ``past_key_values``.
+            Pass it as ``past_key_values``, from transformers 5.24 on as ``cache`` (`plphp.cache_argument.passed`).
 
         Raises
         ------
@@ -378,5 +378,6 @@ class PrunedCache(ConversationCache):
             return False
         for layer in self._pruned.values():
             layer.crop(self._before - layer.get_seq_length())
+        self.history.cut(self._before)
         self._guard.reset()
         return True

@@ -48,7 +48,7 @@ def read_chat(path: str | Path, *, allow_urls: bool = False) -> list[dict[str, A
 
 
 def chat_in(folder: Path, messages: Messages, *, allow_urls: bool = False) -> list[dict[str, Any]]:
-    """Copy a chat whose paths start at a folder, so that it may be used anywhere.
+    """Copy a chat whose relative paths start at a folder.
 
     Parameters
     ----------

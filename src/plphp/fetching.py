@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from .errors import LoadError, one_line
-from .quoting import shortened
+from .quoting import named
 
 MAX_BYTES = 64 * 2**20
 """Largest file that is fetched."""
@@ -53,7 +53,7 @@ class WebAddress:
         _split(self.url)
 
     def __str__(self) -> str:
-        return _name(self.url)
+        return named(self.url)
 
 
 def fetch(address: WebAddress, *, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> bytes:
@@ -82,7 +82,7 @@ def fetch(address: WebAddress, *, max_bytes: int = MAX_BYTES, seconds: float = S
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= deadline:
                 raise LoadError(f"Fetching {address} takes more than {seconds:g} seconds.") from error
-            raise LoadError(f"Cannot fetch {_name(url)}: {one_line(error)}") from error
+            raise LoadError(f"Cannot fetch {named(url)}: {one_line(error)}") from error
         if isinstance(answer, bytes):
             return answer
         url = answer.url
@@ -136,12 +136,12 @@ def _get(url: str, max_bytes: int, deadline: float) -> bytes | WebAddress:
             if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
                 return WebAddress(urljoin(url, response.headers["Location"]))
             if response.status != 200:
-                raise LoadError(f"{_name(url)} answers {response.status} {response.reason}.")
+                raise LoadError(f"{named(url)} answers {response.status} {response.reason}.")
             return _body(response, url, max_bytes, deadline)
 
 
 def _body(response: http.client.HTTPResponse, url: str, max_bytes: int, deadline: float) -> bytes:
-    too_large = LoadError(f"The file at {_name(url)} is larger than {max_bytes:,} bytes.")
+    too_large = LoadError(f"The file at {named(url)} is larger than {max_bytes:,} bytes.")
     if response.length is not None and response.length > max_bytes:
         raise too_large
     body = bytearray()
@@ -152,7 +152,7 @@ def _body(response: http.client.HTTPResponse, url: str, max_bytes: int, deadline
     if time.monotonic() >= deadline:  # what the deadline cut off looks like an end
         raise TimeoutError
     if response.length:
-        raise LoadError(f"The file at {_name(url)} ends {response.length:,} bytes early.")
+        raise LoadError(f"The file at {named(url)} ends {response.length:,} bytes early.")
     return bytes(body)
 
 
@@ -216,14 +216,9 @@ def _split(url: str) -> SplitResult:
         if host:
             host.encode("idna")
     except ValueError as error:
-        raise LoadError(f"{_name(url)} is not an address: {one_line(error)}") from error
+        raise LoadError(f"{named(url)} is not an address: {one_line(error)}") from error
     if parts.scheme not in _PORTS or not host or port == 0:
-        raise LoadError(f"{_name(url)} is not an address of the form https://host/path.")
+        raise LoadError(f"{named(url)} is not an address of the form https://host/path.")
     if parts.username is not None or parts.password is not None:
         raise LoadError(f"The address of {host} has a user name in it, and plphp sends none: download the file first.")
     return parts
-
-
-def _name(url: str) -> str:
-    text = shortened(url)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(url):,} characters)"

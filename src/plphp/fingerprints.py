@@ -46,6 +46,8 @@ def same_image(known: Fingerprint, sent: Fingerprint) -> bool:
 
 
 def _mark(value: Tensor) -> Tensor:
+    if value.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=value.device)
     value = torch.atleast_1d(value.detach()).contiguous()
     words = value.byte() if value.dtype is torch.bool else value.view(_WORDS[value.element_size()])
     while words.ndim:

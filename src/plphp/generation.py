@@ -51,12 +51,11 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     SpanError
         If the vision tokens cannot be found.
     """
-    given = dict(kwargs)
-    name, cache = take_cache(kwargs)
-    pruned = isinstance(cache, PrunedCache)
+    pruned = any(isinstance(value, PrunedCache) for value in kwargs.values())
     session = attachment.sessions.here_or_none() if pruned else attachment.sessions.here()
     if session is None and not pruned:
-        return original(*args, **given)
+        return original(*args, **kwargs)
+    name, cache = take_cache(kwargs)
     if args:
         bound = inspect.signature(original).bind_partial(*args)
         kwargs = {**bound.arguments, **kwargs}
@@ -74,14 +73,14 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
         )
     elif cache.attachment is not attachment:
         raise UnsupportedFeatureError("This PrunedCache was made for another model.")
+    if session is not None:
+        session.note(None)
     inputs = _model_inputs(config, kwargs)
     kwargs = with_features(kwargs, cache.plan_generate(inputs), family_of(model.config))
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]
     kwargs.update(passed(cache))
     kwargs.update(_positions(model, cache, config))
-    if session is not None:
-        session.note(None)
     try:
         with generating(), _replayed(model, cache, config, inputs):
             output = original(**kwargs)

@@ -89,7 +89,7 @@ class History:
         changed = now & ~before
         changed[:, :packed] |= (before & ~now)[:, :packed]
         if changed.any():
-            self._refuse_padding(changed, now)
+            self._refuse_padding(changed, now, times)
         if ids is None:
             return
         offset = real.shape[1] - ids.shape[1]
@@ -97,7 +97,7 @@ class History:
         again, read = sent[:, :known], self.ids[:, :known]
         differs = (again != read) & (again != UNKNOWN) & (read != UNKNOWN) & now & before
         if differs.any():
-            self._refuse_tokens(differs, sent)
+            self._refuse_tokens(differs, sent, times)
 
     def check_images(self, sent: Iterable[SentImage], rows: int) -> None:
         """Compare the images of a conversation of so many rows with those that were read.
@@ -184,26 +184,27 @@ class History:
         known = self.ids[:, :length] if len(self.ids) else torch.full((rows, 0), UNKNOWN)
         return pad(known, (0, length - known.shape[1]), value=UNKNOWN)
 
-    def _refuse_padding(self, changed: Tensor, now: Tensor) -> NoReturn:
+    def _refuse_padding(self, changed: Tensor, now: Tensor, times: int) -> NoReturn:
         row, place = changed.nonzero()[0].tolist()
         read, sent = (int((~mask[row]).cumprod(0).sum()) for mask in (self.real, now))
+        number = row // times
         raise HistoryError(
-            f"Row {row} of the conversation begins with {sent} tokens of padding and was read with {read}: the cache "
-            "cannot move what it holds. Leave the padding of the earlier turns as it is and pad the new part of each "
-            "row on its left, with an attention_mask over the whole; or keep a cache for each conversation."
+            f"Row {number} of the conversation begins with {sent} tokens of padding and was read with {read}: the "
+            "cache cannot move what it holds. Leave the padding of the earlier turns as it is and pad the new part of "
+            "each row on its left, with an attention_mask over the whole; or keep a cache for each conversation."
             if read != sent
-            else f"Token {place} of row {row} {'is masked' if self.real[row, place] else 'is not masked'} in the "
-            "attention_mask, unlike when this cache read it: pass the mask of the earlier turns with the new part "
+            else f"Token {place} of row {number} {'is masked' if self.real[row, place] else 'is not masked'} in "
+            "the attention_mask, unlike when this cache read it: pass the mask of the earlier turns with the new part "
             "behind it."
         )
 
-    def _refuse_tokens(self, differs: Tensor, sent: Tensor) -> NoReturn:
+    def _refuse_tokens(self, differs: Tensor, sent: Tensor, times: int) -> NoReturn:
         row, place = differs.nonzero()[0].tolist()
         where, cause = self._place(place)
         raise HistoryError(
-            f"Row {row} of the conversation differs from what this cache has read at token {place}, {where}: the cache "
-            f"has read {_around(self.ids[row], place)}, the conversation has {_around(sent[row], place)}. {cause} "
-            f"{WHAT_TO_DO}"
+            f"Row {row // times} of the conversation differs from what this cache has read at token {place}, {where}: "
+            f"the cache has read {_around(self.ids[row], place)}, the conversation has {_around(sent[row], place)}. "
+            f"{cause} {WHAT_TO_DO}"
         )
 
     def _place(self, position: int) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -22,10 +23,10 @@ from PIL import Image
 
 from .errors import ConfigError, LoadError, did_you_mean
 from .fetching import WebAddress
-from .quoting import cut, quoted, shortened
+from .quoting import cut, named, quoted
 
-LONGEST_NAME = 255
-"""Characters of a path up to which a message has it in full."""
+SHORTEST = 64
+"""Characters of base64 that is no name of a file."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 _BASE64_OF_IMAGES = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 """How PNG, JPEG, GIF, WebP and TIFF begin."""
@@ -76,7 +77,7 @@ def find_image(source: Any, *, folder: str | Path | None = None, allow_urls: boo
     if isinstance(source, Mapping):
         image = find_image(named_source(source, "image"), folder=folder, allow_urls=allow_urls)
         stored = source.get("bytes") is not None and isinstance(source.get("path"), str)
-        return replace(image, name=_path_name(source["path"])) if stored else image
+        return replace(image, name=named(source["path"])) if stored else image
     if isinstance(source, os.PathLike):
         # a path has lost a slash of an address
         source = re.sub(r"^(https?:)/(?=[^/])", r"\1//", os.fsdecode(source))
@@ -159,6 +160,8 @@ def named_source(part: Mapping[str, Any], kind: str) -> Any:
     if detail not in ("auto", "high"):
         raise ConfigError(f"The detail {quoted(detail)} of an image cannot be had: leave it out for the whole image.")
     if key == "base64":
+        if not isinstance(value, str):
+            raise ConfigError(f"The base64 of the {kind} must be text, got {quoted(value)}.")
         return value if isinstance(value, str) and value.startswith("data:") else f"data:;base64,{value}"
     return value
 
@@ -176,10 +179,13 @@ def find_file(text: str, folder: Path) -> Path | None:
         return folder / text  # a colon may stand in a name, and after a drive's letter
     if scheme[1].lower() != "file":
         return None
-    parts = urlsplit(text.strip())
+    try:
+        parts = urlsplit(text.strip())
+    except ValueError as error:
+        raise LoadError(f"{named(text)} is no address of a file: {error}.") from error
     if parts.netloc not in ("", "localhost"):
         raise LoadError(
-            f"{_path_name(text)} is a file of the machine {parts.netloc!r}: write file:///folder/name.png, or the "
+            f"{named(text)} is a file of the machine {parts.netloc!r}: write file:///folder/name.png, or the "
             "path alone."
         )
     return folder / url2pathname(parts.path)
@@ -208,9 +214,9 @@ def find_video(source: Any, *, folder: str | Path | None = None, allow_urls: boo
         raise LoadError(f"Expected a video, a path or a list of frames, got {quoted(source)}.")
     path = find_file(os.fsdecode(source), Path(folder or ""))
     if path is None:
-        raise LoadError(f"{_path_name(os.fsdecode(source))} is an address: plphp reads videos from files alone.")
+        raise LoadError(f"{named(os.fsdecode(source))} is an address: plphp reads videos from files alone.")
     if not os.path.exists(path):
-        raise LoadError(f"There is no video {_path_name(str(path))}.")
+        raise LoadError(f"There is no video {named(str(path))}.")
     return path
 
 
@@ -220,7 +226,7 @@ def _find_text(text: str, folder: Path, allow_urls: bool) -> ImageSource:
         return _find_address(text.strip(), allow_urls)
     if not os.path.isfile(path) and _is_base64(text):
         return ImageSource(_decoded(text, text), cut(text))
-    name = _path_name(str(path))
+    name = named(str(path))
     if os.path.isdir(path):
         raise LoadError(f"{name} is a folder, not an image file.")
     if not os.path.exists(path):
@@ -233,7 +239,7 @@ def _find_address(text: str, allow_urls: bool) -> ImageSource:
     if scheme == "data":
         return ImageSource(_data(text), cut(text))
     if scheme not in ("http", "https"):
-        raise LoadError(f"{_path_name(text)} is an address that plphp does not read: download the file first.")
+        raise LoadError(f"{named(text)} is an address that plphp does not read: download the file first.")
     address = WebAddress(text)
     if not allow_urls:
         raise LoadError(
@@ -268,19 +274,25 @@ def _decoded(data: str, text: str) -> bytes:
 
 
 def _is_base64(text: str) -> bool:
-    """Whether a text that is no file is meant as base64: it begins as an image does, or is long and has no dot."""
+    """Whether a text that is no file is meant as base64: it begins as an image does, or is long and is no path."""
     bare = "".join(text.split())
     if bare.startswith(_BASE64_OF_IMAGES):
         return True
-    return len(bare) >= 64 and not bare.startswith("/") and _BASE64.fullmatch(bare) is not None
+    if len(bare) < SHORTEST or _BASE64.fullmatch(bare) is None:
+        return False
+    return "/" not in bare or _is_image(bare)
 
 
-def _path_name(text: str) -> str:
-    return shortened(text) if len(text) <= LONGEST_NAME else cut(text)
+def _is_image(encoded: str) -> bool:
+    try:
+        with Image.open(BytesIO(_decoded(encoded, encoded))):
+            return True
+    except Exception:  # readers raise whatever these bytes make them raise
+        return False
 
 
 def _advice(source: Any) -> str:
-    if hasattr(source, "__array_interface__") or hasattr(source, "detach"):
+    if hasattr(source, "shape"):
         return " Image.fromarray makes an image of an array, if it holds 8 bits and the channels come last."
     if isinstance(source, list):
         return " Give the images one by one."

@@ -68,7 +68,7 @@ def read_values(source: str | Path, kind: Kind) -> dict[str, Any]:
     """
     expected = f"expected what {kind.made_by} writes"
     try:
-        values = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+        values = json.loads(source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source)
     except OSError as error:
         raise ConfigError(f"Cannot read the {kind.name} {source}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON

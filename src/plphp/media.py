@@ -101,7 +101,7 @@ def load_video(
             raise LoadError(f"The folder {video} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
         return [load_image(files[index], max_pixels=max_pixels) for index in _spread(len(files), frames)]
     if video.is_file() and video.suffix.lower() not in IMAGE_SUFFIXES:
-        return _decode_video(video, frames)
+        return _decode_video(video, frames, max_pixels)
     result = []
     with _opened(ImageSource(video, str(video)), max_pixels) as image:
         for index in _spread(getattr(image, "n_frames", 1), frames):
@@ -144,15 +144,18 @@ def _opened(source: ImageSource, max_pixels: int) -> Iterator[Image.Image]:
 
 def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """Decode an image, if it is not too large."""
-    width, height = image.size
-    if width * height > max_pixels:
-        raise LoadError(f"The image {name} has {width} x {height} pixels, more than {max_pixels:,}: make it smaller.")
-    if width * height == 0:
-        raise LoadError(f"The image {name} has {width} x {height} pixels: it is empty.")
+    _check_size(f"image {name}", *image.size, max_pixels)
     try:
         return decoded(image)
     except Exception as error:  # as above
         raise LoadError(f"The image {name} is broken: {one_line(error)}") from error
+
+
+def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise LoadError(f"The {what} has {width} x {height} pixels, more than {max_pixels:,}: make it smaller.")
+    if width * height == 0:
+        raise LoadError(f"The {what} has {width} x {height} pixels: it is empty.")
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -162,7 +165,7 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
 
 
-def _decode_video(path: Path, frames: int) -> list[Image.Image]:
+def _decode_video(path: Path, frames: int, max_pixels: int) -> list[Image.Image]:
     try:
         import av  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -172,10 +175,14 @@ def _decode_video(path: Path, frames: int) -> list[Image.Image]:
         ) from error
     try:
         with av.open(str(path)) as container:
+            for stream in container.streams.video:
+                _check_size(f"video {path}", stream.width, stream.height, max_pixels)
             count = sum(1 for _ in container.decode(video=0))
             container.seek(0)
             wanted = set(_spread(count, frames))
             result = [frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index in wanted]
+    except LoadError:
+        raise
     except Exception as error:  # decoders raise whatever broken bytes make them raise
         raise LoadError(f"Cannot read the video {path}: {one_line(error)}") from error
     if not result:

@@ -9,6 +9,8 @@ from typing import Any
 
 SHOWN = 40
 """Characters of a long text that a message repeats."""
+LONGEST_NAME = 255
+"""Characters of a path or an address up to which a message has it in full."""
 LONGEST = 600
 """Characters of a quote: 40 of a text may take ten each."""
 _ENCODED = re.compile(
@@ -26,6 +28,11 @@ def cut(text: str) -> str:
 def shortened(text: str) -> str:
     """Return a text in which data URIs and long runs of base64 are cut; everything else stays."""
     return _ENCODED.sub(lambda match: cut(match[0]), text)
+
+
+def named(text: str) -> str:
+    """Return a path or an address as a message has it: whole up to 255 characters, encoded images always cut."""
+    return shortened(text) if len(text) <= LONGEST_NAME else cut(text)
 
 
 def quoted(value: Any) -> str:

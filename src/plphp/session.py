@@ -31,7 +31,7 @@ class Session:
     config : PLPHPConfig
         Settings of the caches that ``generate`` makes.
     decode : str
-        How they are decoded with.
+        How decoding steps run with these caches, see `prune`.
     closed : bool
         Whether it is over.
     """
@@ -77,10 +77,11 @@ class Session:
         self._lease.attachment.sessions.close(self)
         self._lease.end()
 
-    def warn_unpruned(self) -> None:
-        """Warn if the model ran inside the session without plphp."""
+    def warn_unpruned(self, frames: int) -> None:
+        """Warn, at a place so many frames above, if the model ran inside the session without plphp."""
         if self._unpruned:
-            warnings.warn(f"In a plphp session {self._what_ran()} {WHY_UNPRUNED}", UnprunedWarning, stacklevel=4)
+            text = f"In a plphp session {self._what_ran()} {WHY_UNPRUNED}"
+            warnings.warn(text, UnprunedWarning, stacklevel=frames + 1)
 
     def _what_ran(self) -> str:
         return f"the model ran without plphp ({self._unpruned} passes, with the whole cache)."
@@ -142,7 +143,7 @@ def prune(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
         yield session
     finally:
         session.close()
-    session.warn_unpruned()
+    session.warn_unpruned(3)  # this generator, and what contextlib does at its end
 
 
 def apply(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Session:
@@ -169,6 +170,7 @@ def apply(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
     previous, sessions.applied = sessions.applied, session
     if previous is not None:
         previous.close()
+        previous.warn_unpruned(2)
     return session
 
 
@@ -194,4 +196,4 @@ def remove(model: Any) -> None:
     if attachment is not None and attachment.sessions.applied is not None:
         session, attachment.sessions.applied = attachment.sessions.applied, None
         session.close()
-        session.warn_unpruned()
+        session.warn_unpruned(2)

@@ -51,6 +51,10 @@ def test_long_videos_are_marked_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert not same_image(whole, fingerprint({"pixel_values": video.flip(0)}))
 
 
+def test_nothing() -> None:
+    assert same(torch.zeros(0, 3), torch.zeros(0, 3))
+
+
 def test_one_number() -> None:
     assert same(torch.tensor(3), torch.tensor([3]))
     assert not same(torch.tensor(3), torch.tensor(4))

@@ -19,7 +19,7 @@ DISTRIBUTIONS = {
 }
 """Where the name of a module is not that of the package that brings it."""
 OPTIONAL = {"matplotlib", "sklearn", "datasets", "triton", "vllm", "av", "pandas", "pyarrow", "numpy"}
-"""Of extras, or brought by torch."""
+"""Of extras, or brought by transformers and scipy."""
 
 
 def test_licences_are_shipped_and_name_the_digits() -> None:

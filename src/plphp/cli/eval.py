@@ -72,7 +72,7 @@ def evaluate_command(
         return
     given: dict[str, Any] = {
         "retention": None if target_retention is None else _numbers(target_retention),
-        "tasks": None if tasks is None else _names(tasks),
+        "tasks": None if tasks is None else _names(tasks, "--tasks"),
     }
     check_choice("split", split, SPLITS)
     check_choice("mode", mode, MODES)
@@ -161,10 +161,10 @@ def _skipped(metrics: dict[str, Any]) -> str:
     )
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _names(text: str, option: str) -> tuple[str, ...]:
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
     if not names:
-        raise ConfigError(f"Expected one or several, separated by commas, got {text!r}; leave the option out for all.")
+        raise ConfigError(f"{option} takes one or several, separated by commas, got {text!r}: leave it out for all.")
     return names
 
 
@@ -176,6 +176,6 @@ def _methods(texts: list[str]) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in _names(text))
+        return tuple(float(part) for part in _names(text, "--target-retention"))
     except ValueError:
         raise ConfigError(f"--target-retention must be numbers by commas, such as 0.5,0.25, got {text!r}.") from None

@@ -10,7 +10,7 @@ from plphp.media import load_image
 
 from ._app import app, console, print_json
 from ._checks import check_in_file, check_out_folder
-from ._options import JsonOption, argument, option
+from ._options import AllowUrlsOption, JsonOption, argument, option
 
 ReportArgument = Annotated[Path, argument("Report written by `plphp generate --report`.")]
 RowOption = Annotated[int, option(None, "Row of the batch; default 0.", min=0)]
@@ -38,6 +38,7 @@ def plot(
     report: ReportArgument,
     out: Annotated[Path, option(None, "Folder for the PNG files; made if missing.")],
     image: Annotated[list[str] | None, option(None, "Image file of the prompt, in order.")] = None,
+    allow_urls: AllowUrlsOption = False,
     layer: Annotated[int | None, option(None, "Layer whose heads are drawn; default: the first one.")] = None,
     row: RowOption = 0,
     prompt: Annotated[int, option(None, "Prompt (turn of the chat); default 0.", min=0)] = 0,
@@ -45,7 +46,7 @@ def plot(
 ) -> None:
     """Draw kept tokens per layer and per head over the images, and vision attention over the layers."""
     check_in_file(report, "report")
-    images = [load_image(source) for source in image or ()] or None
+    images = [load_image(source, allow_urls=allow_urls) for source in image or ()] or None
     check_out_folder(out)
     from plphp.plots import plot_kept, plot_vision_attention
     from plphp.report import PruneReport

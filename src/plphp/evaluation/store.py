@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
         If there is none.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise LoadError(f"Cannot read {path} ({error.strerror or error}): is it the folder of a run?") from error
     except ValueError as error:
