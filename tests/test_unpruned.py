@@ -55,7 +55,7 @@ def test_a_model_that_runs_past_plphp_is_noticed(llava: Any, way: str) -> None:
 
     def session() -> None:
         with plphp.prune(llava, SETTINGS) as run:
-            call(**inputs, max_new_tokens=2, do_sample=False)
+            call(**inputs, max_new_tokens=1, do_sample=False)
             with pytest.raises(CacheStateError, match=r"ran without plphp .* taken from the model, or compiled"):
                 _ = run.report
 
