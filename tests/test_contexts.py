@@ -154,6 +154,27 @@ def test_a_new_thread_between_two_sessions_is_refused(llava: Any) -> None:
         assert kept(llava) == 0.25
 
 
+def test_a_new_thread_beside_a_child_task_is_refused(llava: Any) -> None:
+    """The child's session stands inside its parent's, and both run."""
+
+    async def child(opened: asyncio.Event, over: asyncio.Event) -> None:
+        with plphp.prune(llava, KEEP[0.25]):
+            opened.set()
+            await over.wait()
+
+    async def main() -> Any:
+        opened, over = asyncio.Event(), asyncio.Event()
+        with plphp.prune(llava, KEEP[1.0]):
+            task = asyncio.create_task(child(opened, over))
+            await opened.wait()
+            result = in_new_thread(lambda: kept(llava))
+            over.set()
+            await task
+        return result
+
+    assert asyncio.run(main()).startswith("2 plphp sessions are open")
+
+
 def test_a_session_that_another_context_of_the_same_thread_holds_open(llava: Any) -> None:
     """As the life-span of a server does, or a fixture of a test."""
     context = contextvars.copy_context()

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -159,10 +162,70 @@ def test_a_direct_call_with_the_name_of_newer_versions_is_refused(llava: Any) ->
         llava(**inputs, cache=cache)
 
 
+@pytest.mark.parametrize("value", [None, "a cache"])
+def test_a_cache_in_the_generation_config_is_refused(llava: Any, value: Any) -> None:
+    settings = copy.deepcopy(llava.generation_config)
+    setattr(settings, NAME, value)
+    with plphp.prune(llava, SETTINGS), pytest.raises(UnsupportedFeatureError, match=f"has an attribute '{NAME}'"):
+        generate(llava, TINY["llava"].inputs(llava), generation_config=settings)
+
+
+def test_a_generate_that_drops_the_cache_is_refused(llava: Any) -> None:
+    def mine(**kwargs: Any) -> Any:
+        return type(llava).generate(llava, **{name: value for name, value in kwargs.items() if name != NAME})
+
+    llava.generate = mine
+    try:
+        with plphp.prune(llava, SETTINGS), pytest.raises(CacheStateError, match="ran without the cache that plphp"):
+            generate(llava, TINY["llava"].inputs(llava))
+    finally:
+        del llava.generate
+
+
+def test_the_report_is_of_the_newest_generate(llava: Any) -> None:
+    inputs, taken = TINY["llava"].inputs(llava), llava.generate
+    session = plphp.apply(llava, SETTINGS)
+    generate(llava, inputs)
+    taken(**inputs, max_new_tokens=1)
+    with pytest.raises(CacheStateError, match="ran without plphp"):
+        _ = session.report
+    generate(llava, inputs)
+    assert session.report.retention < 1
+    with pytest.warns(UnprunedWarning):
+        plphp.remove(llava)
+
+
+def test_a_cache_is_read_by_its_own_model_alone(llava: Any) -> None:
+    other, inputs = TINY["llava"].build(seed=1), TINY["llava"].inputs(llava)
+    cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
+    session = plphp.apply(other, SETTINGS)
+    with pytest.raises(UnsupportedFeatureError, match="model read it for which it was not made"):
+        other(**inputs, **passed(cache))
+    plphp.remove(other)
+    del cache, session
+
+
+def test_models_that_share_a_config(llava: Any) -> None:
+    twin = type(llava)(llava.config).double().eval()
+    with plphp.prune(llava, SETTINGS):
+        twin(**TINY["llava"].inputs(llava))  # no concern of the session
+        with pytest.raises(UnsupportedFeatureError, match="give each a config of its own"):
+            plphp.apply(twin)
+
+
+def test_a_model_that_is_deleted_under_apply_leaves_nothing() -> None:
+    model = TINY["llava"].build()
+    session = plphp.apply(model, SETTINGS)
+    alive = [weakref.ref(thing) for thing in (model, session, session._lease.attachment)]
+    del model, session
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
+
+
 def test_a_part_of_a_model_is_refused(llava: Any) -> None:
-    for use in (plphp.apply, lambda part, settings: plphp.prune(part, settings).__enter__()):
+    for use in (plphp.apply, plphp.remove, lambda part: plphp.prune(part).__enter__()):
         with pytest.raises(plphp.UnsupportedModelError, match="LlavaModel has no generate to prune: pass the model"):
-            use(llava.model, SETTINGS)
+            use(llava.model)
     assert llava.config.get_text_config()._attn_implementation == "sdpa"
 
 
@@ -239,9 +302,11 @@ class TestWrappers:
             token_dim=text.hidden_size,
             num_attention_heads=text.num_attention_heads,
         )
-        wrapper = peft.PeftModel(model, made)
+        wrapper = peft.PeftModelForCausalLM(model, made)
         with pytest.raises(UnsupportedFeatureError, match=r"tuning: it puts virtual tokens into the cache.*LoRA, work"):
             plphp.apply(wrapper)
+        with plphp.prune(model), pytest.raises(UnsupportedFeatureError, match="virtual tokens"):
+            wrapper.generate(**TINY["llava"].inputs(model), max_new_tokens=2)
         with pytest.raises(UnsupportedFeatureError, match="virtual tokens"):
             PrunedCache.for_inputs(wrapper, TINY["llava"].inputs(model))
         assert "generate" not in model.__dict__

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from invariants import generate
-from plphp import PLPHPConfig, PrunedCache
+from plphp import PLPHPConfig, PrunedCache, UnsupportedFeatureError
 from plphp.cache_argument import passed
 from test_invariants import FAMILIES
 from tiny_models import IMAGE, TINY, TinyFamily, collate, drop_empty
@@ -207,3 +207,14 @@ def test_the_model_reads_a_padded_batch_as_generate_does(name: str) -> None:
     expected = generate(model, inputs, **passed(copy.deepcopy(cache)))
     logits = model(**cache.model_inputs(cache.plan(inputs)), **passed(cache)).logits[:, -1]
     assert torch.equal(logits.float(), expected.logits[0])
+
+
+@pytest.mark.parametrize("search", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_new_images_beside_old_ones_are_not_repeated(search: dict[str, Any]) -> None:
+    """Transformers would count the old images' placeholders too; a refused turn leaves the cache as it was."""
+    model, tiny, rows, cache, output = first_turn("llava", (1,))
+    turn = whole(tiny.whole(model, rows, output.sequences, True))
+    with pytest.raises(UnsupportedFeatureError, match="give them to the wrong rows"):
+        generate(model, turn, **passed(cache), **search)
+    generate(model, turn, **passed(cache))
+    assert len(cache.report().prompts) == 2

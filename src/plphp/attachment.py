@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -89,6 +90,10 @@ class Attachment:
             if self._leases == 0:
                 self._detach()
 
+    def reads(self, module: nn.Module) -> bool:
+        """Whether a layer's attention is one of the model's."""
+        return any(module.config is config for config, _ in self._originals)
+
     def note_unpruned(self) -> None:
         """Note a pass over the layers without a `PrunedCache`, while a session is open."""
         session = None if is_generating() else self.sessions.here_or_none()
@@ -102,7 +107,7 @@ class Attachment:
         try:
             for config, name in names:
                 config._attn_implementation = name
-                watch(config, self.note_unpruned, _first_prunable(model))
+            watch(_first_prunable(model), self.note_unpruned)
             model.__dict__[ATTRIBUTE] = self
             for name in WRAPPED:
                 if hasattr(model, name):
@@ -114,11 +119,11 @@ class Attachment:
     def _detach(self) -> None:
         model = self._model()
         for config, name in self._originals:
-            unwatch(config)
             if (config._attn_implementation or "").startswith(PREFIX):
                 config._attn_implementation = name
         self._originals = []
         if model is not None:
+            unwatch(_first_prunable(model))
             for name in WRAPPED:
                 wrapper = model.__dict__.get(name)
                 if isinstance(wrapper, _Wrapper):
@@ -172,10 +177,11 @@ def _text_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     return found
 
 
-def _first_prunable(model: PreTrainedModel) -> int:
-    """The first layer with full attention, which every pass over the text model comes by; -1 if there is none."""
+def _first_prunable(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention of the first layer that can be pruned, by which every pass over the text model comes."""
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    return next((number for number, layer in enumerate(layers) if type(layer) is DynamicLayer), -1)
+    first = next((number for number, layer in enumerate(layers) if type(layer) is DynamicLayer), -1)
+    return [module for module in model.get_decoder().modules() if getattr(module, "layer_idx", None) == first]
 
 
 class _Wrapper:

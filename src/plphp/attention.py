@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -30,10 +30,8 @@ UNSUPPORTED_TERMS = ("softcap", "s_aux", "position_bias", "cache")
 
 Result = tuple[Tensor, Tensor | None]
 
-Watch = tuple[weakref.ref[PretrainedConfig], weakref.WeakMethod[Callable[[], None]], int]
-_watched: dict[int, Watch] = {}
-"""By the id of a model's config (held weakly, as ids are used again): what wants to know of passes without a
-`PrunedCache`, and the layer that tells."""
+_watched: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod[Callable[[], None]]] = weakref.WeakKeyDictionary()
+"""By a module of a model, what wants to know when it attends without a `PrunedCache`."""
 
 
 def register(base: str) -> str:
@@ -49,6 +47,11 @@ def register(base: str) -> str:
     UnsupportedFeatureError
         If the attention is one that plphp cannot stand in for.
     """
+    if base.startswith(PREFIX):
+        raise UnsupportedFeatureError(
+            "The config object of this model is also that of a model on which plphp is in use: give each a config of "
+            "its own (copy.deepcopy)."
+        )
     if base not in SUPPORTED_BASES:
         raise UnsupportedFeatureError(
             f"plphp works on top of the attention implementations {', '.join(SUPPORTED_BASES)}, and this model uses "
@@ -74,6 +77,7 @@ def _attention_over(base: str) -> Callable[..., Result]:
                 _note_stock(module)
             _refuse_stray_cache(kwargs)
             return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
+        pending.cache.check_reader(module)
         _refuse_unsupported_terms(module, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -100,22 +104,22 @@ def _attention_over(base: str) -> Callable[..., Result]:
     return plphp_attention
 
 
-def watch(config: PretrainedConfig, note: Callable[[], None], layer: int) -> None:
-    """Call the method ``note`` whenever the layer of this number and config attends without a `PrunedCache`."""
-    _watched[id(config)] = weakref.ref(config), weakref.WeakMethod(note), layer
+def watch(modules: Iterable[nn.Module], note: Callable[[], None]) -> None:
+    """Call the method ``note`` whenever one of these modules attends without a `PrunedCache`."""
+    for module in modules:
+        _watched[module] = weakref.WeakMethod(note)
 
 
-def unwatch(config: PretrainedConfig) -> None:
+def unwatch(modules: Iterable[nn.Module]) -> None:
     """End `watch`."""
-    _watched.pop(id(config), None)
+    for module in modules:
+        _watched.pop(module, None)
 
 
 @torch.compiler.disable  # what was compiled before the session would not see it
 def _note_stock(module: nn.Module) -> None:
-    config, method, layer = _watched.get(id(module.config), (None, None, -1))
-    if config is None or method is None or config() is not module.config or module.layer_idx != layer:
-        return
-    note = method()
+    method = _watched.get(module)
+    note = None if method is None else method()
     if note is not None:
         note()
 

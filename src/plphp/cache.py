@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -304,6 +304,11 @@ class PrunedCache(ConversationCache):
                 "This PrunedCache is used outside the session that made it, where the model would read it wrongly: "
                 "keep `with plphp.prune(model)` open, or make the cache with PrunedCache.for_inputs."
             )
+
+    def check_reader(self, module: nn.Module) -> None:
+        """Raise `UnsupportedFeatureError` if a layer of another model reads the cache."""
+        if not self.attachment.reads(module):
+            self._kill("a model read it for which it was not made", UnsupportedFeatureError)
 
     def end_here(self, reason: str) -> None:
         """Refuse further turns, for a reason that completes "cannot be continued: "."""

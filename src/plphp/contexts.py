@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import CacheStateError
 
@@ -46,23 +46,28 @@ def is_generating() -> bool:
 
 
 class OpenSessions:
-    """The sessions that are open on one model.
-
-    Attributes
-    ----------
-    applied : Session or None
-        That of `plphp.apply`, which counts for every caller without a session of its own.
-    """
+    """The sessions that are open on one model."""
 
     def __init__(self) -> None:
-        self.applied: Session | None = None
+        self._applied: weakref.ref[Session] | None = None
         self._lock = threading.Lock()
+        self._openers: dict[Session, tuple[int, Any]] = {}
         self._parents: dict[Session, Session | None] = {}
         self._threads: dict[Session, weakref.WeakSet[threading.Thread]] = {}
+
+    @property
+    def applied(self) -> Session | None:
+        """That of `plphp.apply`, which counts for every caller without a session of its own; the model holds it."""
+        return None if self._applied is None else self._applied()
+
+    @applied.setter
+    def applied(self, session: Session | None) -> None:
+        self._applied = None if session is None else weakref.ref(session)
 
     def open(self, session: Session) -> None:
         """Add a session to this context."""
         with self._lock:
+            self._openers[session] = threading.get_ident(), _task()
             self._threads[session] = weakref.WeakSet(threading.enumerate())
             self._parents[session] = self._innermost()
         _opened.set((*(opened for opened in _opened.get() if not opened.closed), session))
@@ -72,6 +77,7 @@ class OpenSessions:
         with self._lock:
             self._parents.pop(session, None)
             self._threads.pop(session, None)
+            self._openers.pop(session, None)
         if session in _opened.get():
             _opened.set(tuple(opened for opened in _opened.get() if opened is not session))
 
@@ -103,12 +109,11 @@ class OpenSessions:
             innermost = self._innermost()
             if innermost is not None:
                 return innermost, ""
-            leaves = self._parents.keys() - self._parents.values()
-            if not leaves:
+            if not self._parents:
                 return self.applied, ""
-            if len(leaves) > 1:
-                return None, f"{len(leaves)} plphp sessions are open on this model, none of them in this context"
-            [session] = leaves
+            if len(set(self._openers.values())) > 1:
+                return None, f"{len(self._parents)} plphp sessions are open on this model, none of them in this context"
+            session = list(self._parents)[-1]  # of one thread and task, so that they stand inside each other
             if self.applied is not None:
                 return None, "a plphp session is open on this model in another context, beside plphp.apply"
             if _is_plain_thread() and threading.current_thread() not in self._threads[session]:
@@ -119,6 +124,14 @@ class OpenSessions:
         """The newest open session of this context on this model."""
         mine = [session for session in _opened.get() if session in self._parents]
         return mine[-1] if mine else None
+
+
+def _task() -> Any:
+    """The task that runs here; None outside of an event loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 def _is_plain_thread() -> bool:

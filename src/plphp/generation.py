@@ -16,13 +16,14 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .attachment import Attachment
 from .cache import PrunedCache
-from .cache_argument import passed, take_cache
+from .cache_argument import NAME, NAMES, passed, take_cache
 from .contexts import generating
-from .errors import UnsupportedFeatureError
+from .errors import CacheStateError, UnsupportedFeatureError
 from .graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
 from .mrope import position_holder
 from .registry import family_of
 from .turns import with_features
+from .unwrapping import refuse_adapters
 
 SUPPORTED_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -72,11 +73,14 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
             "generate outside the session."
         )
     elif cache.attachment is not attachment:
+        cache.check_alive()
         raise UnsupportedFeatureError("This PrunedCache was made for another model.")
     if session is not None:
         session.note(None)
-    inputs = _model_inputs(config, kwargs)
+    inputs, expanded = _model_inputs(config, kwargs), _expanded(config)
+    length = cache.get_seq_length()
     kwargs = with_features(kwargs, cache.plan_generate(inputs), family_of(model.config))
+    _refuse_to_share_images(cache, expanded)
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]
     kwargs.update(passed(cache))
@@ -85,12 +89,13 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
         with generating(), _replayed(model, cache, config, inputs):
             output = original(**kwargs)
         cache.check_read()
+        _check_used(cache, length)
         cache.note_answer(output)
     except BaseException:
         cache.after_failure()
         raise
     finally:
-        if (config.num_beams or 1) > 1:
+        if (config.num_beams or 1) > 1 and cache.get_seq_length() != length:
             cache.end_here("it holds the beams that were running at the end, not the answer that was returned")
     if session is not None:
         session.note(cache.report())
@@ -114,13 +119,36 @@ def _replayed(
     return nullcontext()
 
 
+def _expanded(config: GenerationConfig) -> bool:
+    """Whether ``generate`` repeats the rows of its prompt."""
+    return max(config.num_beams or 1, config.num_return_sequences or 1) > 1
+
+
+def _refuse_to_share_images(cache: PrunedCache, expanded: bool) -> None:
+    """Raise where transformers would repeat new images by the placeholders of the whole chat, old ones included."""
+    if expanded and cache.records and not cache.is_read:
+        raise UnsupportedFeatureError(
+            "Beams and several returned sequences do not take new images in a later turn of a chat that has images "
+            "already: transformers would give them to the wrong rows. Decode this turn with num_beams=1 and "
+            "num_return_sequences=1."
+        )
+
+
+def _check_used(cache: PrunedCache, length: int) -> None:
+    """Raise where ``generate`` came to its end with another cache than the one that it was given."""
+    if cache.get_seq_length() == length or not cache.is_read:
+        raise CacheStateError(
+            f"generate ran without the cache that plphp gave it as {NAME}, so with its whole cache: does this model's "
+            "generate, or one that was put in its place, pass on its keyword arguments?"
+        )
+
+
 def _positions(model: PreTrainedModel, cache: PrunedCache, config: GenerationConfig) -> dict[str, Any]:
     """Positions of a later turn of a model with m-RoPE."""
     turn = cache.turn
     if turn is None or turn.before is None:
         return {}
-    expanded = max(config.num_beams or 1, config.num_return_sequences or 1) > 1
-    if expanded and torch.equal(turn.before, turn.after):
+    if _expanded(config) and torch.equal(turn.before, turn.after):
         # transformers 5.17 cannot repeat positions; text alone is placed by the deltas, too.
         position_holder(model).rope_deltas = turn.before
         return {}
@@ -158,6 +186,15 @@ def _refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, kwargs
         raise UnsupportedFeatureError(
             "The model is in training mode, where dropout changes the attention: call model.eval() first."
         )
+    for name in NAMES:
+        if hasattr(kwargs.get("generation_config"), name):
+            raise UnsupportedFeatureError(
+                f"The generation_config has an attribute {name!r}, which takes the place of the cache: remove it, and "
+                f"pass a PrunedCache as {NAME}."
+            )
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    if owner is not model and hasattr(owner, "peft_config"):  # a wrapper of PEFT puts its own there while it generates
+        refuse_adapters(owner)
     if kwargs.get("custom_generate") is not None:
         raise UnsupportedFeatureError("plphp does not prune custom_generate functions: leave it out.")
     if config.use_cache is False:

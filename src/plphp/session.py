@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .attachment import ATTRIBUTE, Lease
+from .attachment import Lease
 from .cache_argument import NAME
 from .config import PLPHPConfig, checked, checked_mode
 from .errors import CacheStateError, UnprunedWarning, UnsupportedModelError
@@ -16,6 +16,8 @@ from .registry import family_of, resolve
 from .report import PruneReport
 from .unwrapping import unwrapped
 
+APPLIED = "_plphp_applied"
+"""Where a model holds the session of `apply`, which goes when the model goes."""
 WHY_UNPRUNED = (
     "generate was taken from the model, or compiled, before the session, or called as type(model).generate(model, "
     f"...), or the model was called directly. Call model.generate inside the session, or pass {NAME}="
@@ -42,6 +44,7 @@ class Session:
         self.closed = False
         self._report: PruneReport | None = None
         self._unpruned = 0
+        self._unpruned_since = 0
         _refuse_without_generate(model)
         self._lease = Lease.of(model)
 
@@ -52,11 +55,11 @@ class Session:
         Raises
         ------
         CacheStateError
-            If ``generate`` has not run.
+            If ``generate`` has not run, or the model ran without plphp since.
         """
-        if self._report is not None:
+        if self._report is not None and not self._unpruned_since:
             return self._report
-        if self._unpruned:
+        if self._unpruned_since:
             raise CacheStateError(f"There is no report: {self._what_ran()} {WHY_UNPRUNED}")
         raise CacheStateError(
             "There is no report: no model.generate of this session has come to its end. If you called it, "
@@ -65,11 +68,12 @@ class Session:
 
     def note(self, report: PruneReport | None) -> None:
         """Keep the report of a finished ``generate``; None while one is running."""
-        self._report = report
+        self._report, self._unpruned_since = report, 0
 
     def note_unpruned(self) -> None:
         """Count a pass of the model that no `PrunedCache` took part in."""
         self._unpruned += 1
+        self._unpruned_since += 1
 
     def close(self) -> None:
         """End the session; the model is restored when nothing else uses plphp on it."""
@@ -168,6 +172,7 @@ def apply(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
     session = Session(model, config, decode)
     sessions = session._lease.attachment.sessions
     previous, sessions.applied = sessions.applied, session
+    unwrapped(model).__dict__[APPLIED] = session
     if previous is not None:
         previous.close()
         previous.warn_unpruned(2)
@@ -192,8 +197,9 @@ def remove(model: Any) -> None:
     UnprunedWarning
         If the model ran meanwhile without plphp.
     """
-    attachment = unwrapped(model).__dict__.get(ATTRIBUTE)
-    if attachment is not None and attachment.sessions.applied is not None:
-        session, attachment.sessions.applied = attachment.sessions.applied, None
+    _refuse_without_generate(model)
+    session = unwrapped(model).__dict__.pop(APPLIED, None)
+    if session is not None:
+        session._lease.attachment.sessions.applied = None
         session.close()
         session.warn_unpruned(2)

@@ -123,7 +123,7 @@ def real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = N
     if real.shape[1] <= past_length:
         raise SpanError(
             f"The cache holds {past_length} tokens already and the prompt has {real.shape[1]}: pass the whole "
-            "conversation, or the new tokens with an attention_mask over the whole conversation."
+            "conversation with at least one token more, or the new tokens with an attention_mask over the whole."
         )
     if not real[:, past_length:].any(1).all():
         raise SpanError("A row of the prompt is all padding: every row needs at least one token.")

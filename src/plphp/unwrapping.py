@@ -40,9 +40,10 @@ def unwrapped(model: Any) -> PreTrainedModel:
         name = type(inner).__name__
         if name in INNER and hasattr(inner, INNER[name]):
             inner = getattr(inner, INNER[name])
-        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-            _refuse_adapters(inner)
-            inner = inner.get_base_model()
+        elif hasattr(inner, "peft_config") and hasattr(inner, "base_model"):
+            refuse_adapters(inner)
+            # a model with adapters of several kinds has no get_base_model
+            inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
         else:
             raise UnsupportedModelError(
                 f"Expected a transformers PreTrainedModel, got {type(model).__name__}{_hint(inner)}."
@@ -50,8 +51,8 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return inner
 
 
-def _refuse_adapters(wrapper: Any) -> None:
-    """Raise for adapters of PEFT that do more than change weights."""
+def refuse_adapters(wrapper: Any) -> None:
+    """Raise `UnsupportedFeatureError` for adapters of a PEFT model that do more than change weights."""
     for name, config in wrapper.peft_config.items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning:

@@ -89,7 +89,7 @@ def test_the_card_shows_the_figures(run: Path) -> None:
     group = cells(run, "mean of 2")
     assert group[1] == "one image"
     assert (group[3].split()[0], *group[4:]) == ("75.0", "25.0", "25.0", "")
-    assert cells(run, "mean of 1")[1:5] == ["dialogue", "", "100.0 (34.2, 100.0)",  # two samples of two, by Wilson "0.0"]
+    assert cells(run, "mean of 1")[1:5] == ["dialogue", "", "100.0 (34.2, 100.0)", "0.0"]
     assert cells(run, "mean of 3 scored tasks")[3:] == ["83.3", "16.7", "16.7", ""]
 
 
