@@ -294,3 +294,14 @@ def test_videos_that_are_refused(processor: Any, tmp_path: Path) -> None:
         build_inputs(Films(), messages=chat(ASK), videos=[[PICTURE]])
     with pytest.raises(ConfigError, match="videos must be a list"):
         build_inputs(Films(), messages=chat({"type": "video"}), videos=tmp_path)
+
+
+@pytest.mark.parametrize("content", [[{"type": "image"}], [{"type": "image"}, {"type": "text", "text": " "}]])
+def test_a_chat_without_text_is_refused(content: Any) -> None:
+    with pytest.raises(ConfigError, match="The chat has no text"):
+        build_inputs(tiny_hub.processor(), messages=[{"role": "user", "content": content}], images=[PICTURE])
+
+
+def test_an_empty_chat_is_refused() -> None:
+    with pytest.raises(ConfigError, match="The chat holds no messages"):
+        normalized([])

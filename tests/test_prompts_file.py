@@ -92,7 +92,8 @@ def test_images_under_any_name(folder: Path) -> None:
 
 def test_addresses_are_fetched_when_they_are_allowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = "https://images.test/a.png"
-    turns = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": address}}]}]
+    asked_about = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "a?"}]
+    turns = [{"role": "user", "content": asked_about}]
     path = write(folder, {"images": [address], "question": "a?"}, {"turns": turns})
     with pytest.raises(LoadError, match=r"line 1: https://images\.test/a\.png is an address.* unless it is allowed"):
         read_prompts(path)

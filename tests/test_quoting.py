@@ -79,3 +79,8 @@ def test_cut() -> None:
     assert cut("a" * SHOWN) == "a" * SHOWN
     assert cut(URI) == f"{URI[:SHOWN]}... ({len(URI):,} characters)"
     assert os.linesep not in cut(URI)
+
+
+def test_what_is_cut_is_not_cut_again() -> None:
+    once = f"The image {cut('data:image/png;base64,' + 'iVBORw0KGgo' * 20)} is broken"
+    assert shortened(once) == once

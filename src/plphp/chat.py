@@ -104,9 +104,12 @@ def normalized(messages: Messages) -> list[dict[str, Any]]:
     Raises
     ------
     ConfigError
-        If it is not a chat, or an entry is of another kind, or has a key that is not known: the message names it.
+        If it is not a chat or is empty, or an entry is of another kind, or has a key that is not known: the message
+        names it.
     """
-    result = []
+    result: list[dict[str, Any]] = []
+    if not messages:
+        raise ConfigError("The chat holds no messages.")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ConfigError(

@@ -72,7 +72,8 @@ def read_values(source: str | Path, kind: Kind) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"Cannot read the {kind.name} {source}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
-        raise ConfigError(f"Not a JSON {kind.name}: {error}; {expected}.") from error
+        name = f"{source} is not" if isinstance(source, Path) else "Not"
+        raise ConfigError(f"{name} a JSON {kind.name}: {error}; {expected}.") from error
     where = f"{source} is" if isinstance(source, Path) else "This is"
     what = describe(values)
     if what is not None and kind.made_by not in what:

@@ -84,6 +84,8 @@ def build_inputs(
     else:
         images = _filled(chat, "image", images, read_image)
         videos = _filled(chat, "video", videos, read_video)
+    if not any(part["text"].strip() for _, part in parts_of(chat, "text")):
+        raise ConfigError("The chat has no text: write what is asked about the image.")
     if system is not None:
         if chat and chat[0]["role"] == "system":
             raise ConfigError("The chat has a system message already: leave out the other one.")

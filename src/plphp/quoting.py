@@ -27,7 +27,8 @@ def cut(text: str) -> str:
 
 def shortened(text: str) -> str:
     """Return a text in which data URIs and long runs of base64 are cut; everything else stays."""
-    return _ENCODED.sub(lambda match: cut(match[0]), text)
+    # what has been cut already ends in three dots
+    return _ENCODED.sub(lambda match: match[0] if match[0].endswith("...") else cut(match[0]), text)
 
 
 def named(text: str) -> str:

@@ -136,7 +136,8 @@ def summary(report: PruneReport) -> str:
     kept = f"{report.retention:.0%} of the vision entries kept" if report.prompts else "no vision tokens"
     return (
         f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
-        f"({_change(report)}){reserved}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms"
+        f"({_change(report)}){reserved}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first "
+        "use of its operations included"
     )
 
 

@@ -77,7 +77,7 @@ REFUSED = [
     (("estimate", "--target-retention", "1.5"), "target_retention must be between 0 and 1"),
     (("estimate", "--model", "/nope"), "/nope"),
     (("inspect", "nope.json"), "Cannot read the report nope.json"),
-    (("inspect", __file__), "Not a JSON report"),
+    (("inspect", __file__), "not a JSON report"),
     (("plot", "nope.json", "--out", "p"), "Cannot read the report nope.json"),
     (("plot", __file__, "--out", "p", "--image", "nope.png"), "There is no image file nope.png"),
     (("serve", "--method", "plhp"), "Did you mean 'plphp'?"),

@@ -73,7 +73,7 @@ def test_what_a_command_printed_is_named(folder: Path, name: str, command: tuple
 def test_a_preset_is_no_report(tmp_path: Path) -> None:
     path = tmp_path / "preset.toml"
     path.write_text("[plphp]\nmethod = 'plphp'\n")
-    assert "Not a JSON report" in run("inspect", path).stderr
+    assert f"{path} is not a JSON report" in run("inspect", path).stderr
 
 
 def test_a_report_of_text_alone(tmp_path: Path) -> None:

@@ -278,6 +278,18 @@ def test_a_broken_image_is_named_with_its_line(folder: Path) -> None:
         task.makers[1]()
 
 
+def test_an_image_that_is_not_there_costs_its_sample(folder: Path) -> None:
+    ask = {"question": "What?", "answer": "x"}
+    names = ("a.png", "nope.png", "https://images.test/a.png")
+    [task] = read_data(write(folder / "mine.jsonl", *({"image": name, **ask} for name in names)))
+    assert len(task.makers[0]().images) == 1
+    for maker, message in zip(
+        task.makers[1:], ("line 2: There is no image file", "line 3: .* is an address"), strict=True
+    ):
+        with pytest.raises(LoadError, match=message):
+            maker()
+
+
 def test_addresses_in_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(folder / "mine.jsonl", {"image": "https://images.test/a.png", "question": "What?", "answer": "x"})
     with pytest.raises(LoadError, match=r"line 1: https://images\.test/a\.png is an address"):

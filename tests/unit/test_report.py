@@ -121,7 +121,7 @@ def test_file_that_is_no_report(tmp_path: Path) -> None:
         PruneReport.from_json(tmp_path)
     path = tmp_path / "binary.json"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="Not a JSON report"):
+    with pytest.raises(ConfigError, match="not a JSON report"):
         PruneReport.from_json(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def read_data(source: str, metric: str = "exact_match", *, allow_urls: bool = Fa
     path = Path(source)
     file = path / METADATA if path.is_dir() else path
     if file.is_file() and file.suffix == ".jsonl":
-        return _tasks(path.stem, metric, list(_lines(file, allow_urls)), str(file))
+        return _tasks(path.stem, metric, _refuse_if_none_is_there(list(_lines(file, allow_urls))), str(file))
     return _tasks(*_loaded(source, metric, allow_urls))
 
 
@@ -138,20 +139,35 @@ def _lines(file: Path, allow_urls: bool) -> Iterator[Entry]:
 
 
 def _entry(values: Mapping[str, Any], where: str, file: Path, allow_urls: bool) -> Entry:
+    turns, accepted = _turns(values, where)
+    group, several = str(values.get("group", "")), len(accepted) > 1
     try:
         images = located_images(values, folder=file.parent, allow_urls=allow_urls)
+    except LoadError as error:  # one image that is not there costs one sample
+        return group, partial(_fail, f"{where}: {error}"), several
     except PLPHPError as error:
         raise LoadError(f"{where}: {error}") from error
     if not images:
         raise LoadError(f'{where}: "images" is missing or empty: a list of image files, relative to the file.')
-    turns, accepted = _turns(values, where)
     default_id = f"{file.stem}-{where.rpartition(' ')[2]}"
     sample_id, system = str(values.get("id", default_id)), values.get("system")
 
     def make() -> Sample:
         return DataSample(sample_id, file.parent.name, _images(images, where), turns, system, accepted)
 
-    return str(values.get("group", "")), make, len(accepted) > 1
+    return group, make, several
+
+
+def _fail(message: str) -> Sample:
+    """Stands in for the maker of a sample whose images are not there."""
+    raise LoadError(message)
+
+
+def _refuse_if_none_is_there(entries: list[Entry]) -> list[Entry]:
+    """Raise before anything is run, as where the folder or a leave to fetch is wrong for all."""
+    if entries and all(isinstance(maker, partial) and maker.func is _fail for _, maker, _ in entries):
+        entries[0][1]()
+    return entries
 
 
 def _images(sources: Iterable[Any], where: str, **options: Any) -> tuple[Image.Image, ...]:
