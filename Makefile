@@ -45,10 +45,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Of the tests those that lean on transformers: no kernels, no bundled tasks, no commands, no training.
-LEANING = $(addprefix tests/, families test_autocast.py test_bad_input.py test_bad_rows.py test_branch.py \
-	test_contexts.py test_generate.py test_graph.py test_history.py test_inputs.py test_invariants.py test_methods.py \
-	test_query_bank.py test_reference_model.py test_refused.py test_turns.py test_unpruned.py test_users_dtype.py \
-	test_whole_chat.py unit/test_attachment.py unit/test_cache.py unit/test_layer.py unit/test_spans.py)
+LEANING = $(addprefix tests/, families test_autocast.py test_bad_input.py test_bad_rows.py test_contexts.py \
+	test_generate.py test_graph.py test_history.py test_inputs.py test_invariants.py test_query_bank.py test_refused.py \
+	test_turns.py test_unpruned.py test_users_dtype.py test_whole_chat.py unit/test_attachment.py unit/test_cache.py \
+	unit/test_spans.py)
 
 test-oldest: $(VENV)/.dev
 	$(call other_transformers,.venv-oldest,transformers==5.17.0)
