@@ -40,7 +40,8 @@ def read_chat(path: str | Path, *, allow_urls: bool = False) -> list[dict[str, A
     """
     messages = read_json(path, "chat")
     if not isinstance(messages, list):
-        raise LoadError(f"The chat {path} must be a list of messages, got a {type(messages).__name__}.")
+        hint = ': write its "messages" alone' if isinstance(messages, dict) and "messages" in messages else ""
+        raise LoadError(f"The chat {path} must be a list of messages, got a {type(messages).__name__}{hint}.")
     try:
         return chat_in(Path(path).parent, messages, allow_urls=allow_urls)
     except PLPHPError as error:

@@ -52,7 +52,6 @@ class OpenSessions:
         self._applied: weakref.ref[Session] | None = None
         self._lock = threading.Lock()
         self._openers: dict[Session, tuple[int, Any]] = {}
-        self._parents: dict[Session, Session | None] = {}
         self._threads: dict[Session, weakref.WeakSet[threading.Thread]] = {}
 
     @property
@@ -69,15 +68,13 @@ class OpenSessions:
         with self._lock:
             self._openers[session] = threading.get_ident(), _task()
             self._threads[session] = weakref.WeakSet(threading.enumerate())
-            self._parents[session] = self._innermost()
         _opened.set((*(opened for opened in _opened.get() if not opened.closed), session))
 
     def close(self, session: Session) -> None:
         """Forget a session."""
         with self._lock:
-            self._parents.pop(session, None)
-            self._threads.pop(session, None)
             self._openers.pop(session, None)
+            self._threads.pop(session, None)
         if session in _opened.get():
             _opened.set(tuple(opened for opened in _opened.get() if opened is not session))
 
@@ -109,11 +106,11 @@ class OpenSessions:
             innermost = self._innermost()
             if innermost is not None:
                 return innermost, ""
-            if not self._parents:
+            if not self._openers:
                 return self.applied, ""
             if len(set(self._openers.values())) > 1:
-                return None, f"{len(self._parents)} plphp sessions are open on this model, none of them in this context"
-            session = list(self._parents)[-1]  # of one thread and task, so that they stand inside each other
+                return None, f"{len(self._openers)} plphp sessions are open on this model, none of them in this context"
+            session = list(self._openers)[-1]  # of one thread and task, so that they stand inside each other
             if self.applied is not None:
                 return None, "a plphp session is open on this model in another context, beside plphp.apply"
             if _is_plain_thread() and threading.current_thread() not in self._threads[session]:
@@ -122,7 +119,7 @@ class OpenSessions:
 
     def _innermost(self) -> Session | None:
         """The newest open session of this context on this model."""
-        mine = [session for session in _opened.get() if session in self._parents]
+        mine = [session for session in _opened.get() if session in self._openers]
         return mine[-1] if mine else None
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError, one_line
 from .kernels import compact_kv
@@ -83,8 +84,8 @@ class PrunedLayer(CacheLayerMixin):
             return 0
         entries = self.batch_size * self._kv_heads * self.get_seq_length()
         of_keys, of_values = self.dtypes
-        # transformers concatenates values to an empty tensor in the dtype of the first keys
-        of_values = torch.promote_types(self.dtype, of_values)
+        if not values_keep_their_dtype():
+            of_values = torch.promote_types(self.dtype, of_values)
         return entries * (self._dims[0] * of_keys.itemsize + self._dims[1] * of_values.itemsize)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -244,6 +245,14 @@ class PrunedLayer(CacheLayerMixin):
         raise UnsupportedFeatureError("A PrunedCache cannot be offloaded to the host.")
 
     prefetch = offload
+
+
+@cache
+def values_keep_their_dtype() -> bool:
+    """Whether a dynamic cache holds values in their own dtype: before 5.24 they are joined to the first keys' dtype."""
+    layer = DynamicLayer()
+    layer.lazy_initialization(torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.bfloat16))
+    return layer.values.dtype is torch.bfloat16
 
 
 def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:

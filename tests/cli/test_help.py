@@ -106,6 +106,7 @@ def test_bash_completes_commands_methods_and_dtypes() -> None:
     assert {"calibrate", "collect"} <= set(complete("plphp c")) < {*commands()}
     assert complete("plphp generate --method snap") == ["snapkv", "snapkv_vision"]
     assert complete("plphp profile --dtype bf") == ["bfloat16"]
+    assert complete("plphp eval --methods plphp,snapkv_") == ["plphp,snapkv_vision"]
     assert "H100" in complete("plphp estimate --gpu H")
 
 

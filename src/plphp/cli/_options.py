@@ -48,7 +48,7 @@ def option(
     """
     values = complete or (lambda: choices)
     if choices or complete is not None:
-        limits["autocompletion"] = lambda incomplete: [one for one in values() if one.startswith(incomplete)]
+        limits["autocompletion"] = lambda incomplete: _completed(values(), incomplete)
     shown = f"{text} {_listed(choices)}." if choices else text
     return typer.Option(*names, help=escape(shown), rich_help_panel=panel, show_default=show_default, **limits)
 
@@ -82,6 +82,12 @@ def decode_option(panel: str | None = None) -> Any:
     """The option that names the way of decoding."""
     text = "How decoding steps run, default eager (auto and graph replay a CUDA graph):"
     return option(panel, text, choices=DECODE_MODES)
+
+
+def _completed(values: Sequence[str], incomplete: str) -> list[str]:
+    """What an incomplete text may become; of several by commas the last one is completed."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{value}" for value in values if value.startswith(last)]
 
 
 def _listed(choices: Sequence[str]) -> str:

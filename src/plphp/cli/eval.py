@@ -12,6 +12,7 @@ from rich.console import Console
 from plphp.errors import ConfigError
 from plphp.evaluation.choices import MODES, SPLITS, check_choice
 from plphp.evaluation.metrics import METRICS, get_metric
+from plphp.registry import method_names
 
 from ._app import app, console, note_on_bundled, print_json
 from ._checks import check_model, check_out_file, check_out_folder
@@ -28,7 +29,11 @@ def evaluate_command(
     model: Annotated[str | None, model_option(WHAT)] = None,
     methods: Annotated[
         list[str] | None,
-        option(WHAT, "Methods by commas, with settings and labels: 'plphp,mine=random:seed=1'; may be repeated."),
+        option(
+            WHAT,
+            "Methods by commas, with settings and labels: 'plphp,mine=random:seed=1'; may be repeated.",
+            complete=method_names,
+        ),
     ] = None,
     target_retention: Annotated[
         str | None, option(WHAT, "Mean fractions of the vision tokens to keep, by commas, such as 0.5,0.25.")
