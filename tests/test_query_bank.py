@@ -25,7 +25,7 @@ from plphp.collecting import _Reservoir
 from plphp.query_bank import FORMAT, LayerBank
 from plphp.rotary import Rotation
 from plphp.rotary_probe import find_rotations
-from precision import EXACT
+from precision import EXACT, working_dtype
 from test_branch import assert_rows_are_ordinary_runs
 from test_invariants import FAMILIES
 from test_turns import two_turns
@@ -40,8 +40,13 @@ def prompts(family: str, count: int = 3) -> list[dict[str, Any]]:
     return [TINY[family].inputs(tiny_model(family), [2], seed=seed) for seed in range(10, 10 + count)]
 
 
-@functools.cache
 def bank(family: str) -> QueryBank:
+    """Of the tiny model in the dtype of the test that asks, which is not everywhere float64."""
+    return _collected(family, working_dtype())
+
+
+@functools.cache
+def _collected(family: str, dtype: torch.dtype) -> QueryBank:
     return plphp.collect_query_bank(tiny_model(family), prompts(family), max_new_tokens=NEW)
 
 
