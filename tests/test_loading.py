@@ -249,10 +249,11 @@ class TestPrompts:
 
     def test_a_chat_takes_open_slots_in_order(self, processor: Any, tmp_path: Path) -> None:
         named = tiny_hub.picture(tmp_path / "a.png")
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image", "path": str(named)}]}]
+        asked = {"type": "text", "text": "a"}
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image", "path": str(named)}, asked]}]
         kept = json.dumps(messages)
         inputs = build_inputs(processor, messages=messages, images=[PICTURE])
-        swapped = build_inputs(processor, messages=[{"role": "user", "content": [{"type": "image"}] * 2}],
+        swapped = build_inputs(processor, messages=[{"role": "user", "content": [{"type": "image"}] * 2 + [asked]}],
                                images=[PICTURE, load_image(named)])  # fmt: skip
         assert torch.equal(inputs["pixel_values"], swapped["pixel_values"])
         assert json.dumps(messages) == kept
