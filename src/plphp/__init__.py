@@ -9,13 +9,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from plphp._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from .branching import Branches, branch
-    from .cache import PrunedCache
-    from .calibration import RetentionMeasurement, calibrate, measure_retention
-    from .collecting import collect_query_bank
-    from .config import PLPHPConfig
-    from .errors import (
+    from plphp.branching import Branches, branch
+    from plphp.cache import PrunedCache
+    from plphp.calibration import RetentionMeasurement, calibrate, measure_retention
+    from plphp.collecting import collect_query_bank
+    from plphp.config import PLPHPConfig
+    from plphp.errors import (
         BackendUnavailableError,
         CacheMemoryError,
         CacheStateError,
@@ -29,14 +31,12 @@ if TYPE_CHECKING:
         UnsupportedFeatureError,
         UnsupportedModelError,
     )
-    from .profile_report import AttentionProfile
-    from .profiling import profile
-    from .query_bank import QueryBank
-    from .registry import available_families, available_methods, register_family, register_method
-    from .report import PruneReport
-    from .session import Session, apply, prune, remove
-
-__version__ = "0.1.0"
+    from plphp.profile_report import AttentionProfile
+    from plphp.profiling import profile
+    from plphp.query_bank import QueryBank
+    from plphp.registry import available_families, available_methods, register_family, register_method
+    from plphp.report import PruneReport
+    from plphp.session import Session, apply, prune, remove
 
 _MODULES = {
     "branching": ("Branches", "branch"),

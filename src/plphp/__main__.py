@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m plphp``."""
 
-from .cli import main
+from plphp.cli import main
 
 main()

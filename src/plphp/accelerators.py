@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .errors import ConfigError, did_you_mean
+from plphp.errors import ConfigError, did_you_mean
 
 _DATA_SHEETS = {
     "A10": (24, 600),

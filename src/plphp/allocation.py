@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from .config import PLPHPConfig
-from .types import LayerClass, RowAllocation, ScoredLayer
+from plphp.config import PLPHPConfig
+from plphp.types import LayerClass, RowAllocation, ScoredLayer
 
 Layers = Sequence[ScoredLayer]
 Allocation = list[list[RowAllocation]]

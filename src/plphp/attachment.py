@@ -18,11 +18,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .attention import PREFIX, register, unwatch, watch
-from .contexts import OpenSessions, is_generating
-from .errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
-from .registry import family_of
-from .unwrapping import unwrapped
+from plphp.attention import PREFIX, register, unwatch, watch
+from plphp.contexts import OpenSessions, is_generating
+from plphp.errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.registry import family_of
+from plphp.unwrapping import unwrapped
 
 ATTRIBUTE = "_plphp_attachment"
 _NO_COPY = (
@@ -226,7 +226,7 @@ class _Wrapper:
 
 def _generate(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # The only import against the one-way flow: the wrapper is put on here and does its work in the last module.
-    from .generation import generate
+    from plphp.generation import generate
 
     return generate(attachment, original, *args, **kwargs)
 

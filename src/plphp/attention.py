@@ -19,9 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_argument import NAME, NAMES
-from .errors import UnsupportedFeatureError, UnsupportedModelError
-from .kernels import decode_attention
+from plphp.cache_argument import NAME, NAMES
+from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
+from plphp.kernels import decode_attention
 
 PREFIX = "plphp_"
 SUPPORTED_BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")

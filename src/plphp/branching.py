@@ -14,20 +14,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from .attachment import Attachment, Lease
-from .cache import PrunedCache
-from .cache_argument import passed
-from .config import PLPHPConfig, checked
-from .errors import ConfigError, SpanError
-from .kernels import compact_kv
-from .layer import PrunedLayer
-from .methods.base import Method
-from .packed import PackedKV
-from .plan import LAYER_LEVEL, Gathered, PromptPlan, gather
-from .precision import as_written
-from .report import LayerRecord
-from .suitability import method_for, refuse_prompt_stage
-from .types import VisionSpans
+from plphp.attachment import Attachment, Lease
+from plphp.cache import PrunedCache
+from plphp.cache_argument import passed
+from plphp.config import PLPHPConfig, checked
+from plphp.errors import ConfigError, SpanError
+from plphp.kernels import compact_kv
+from plphp.layer import PrunedLayer
+from plphp.methods.base import Method
+from plphp.packed import PackedKV
+from plphp.plan import LAYER_LEVEL, Gathered, PromptPlan, gather
+from plphp.precision import as_written
+from plphp.report import LayerRecord
+from plphp.suitability import method_for, refuse_prompt_stage
+from plphp.types import VisionSpans
 
 NOTHING_EVICTED = PLPHPConfig(method="none")
 

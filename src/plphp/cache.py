@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .attachment import Attachment, Lease
-from .config import PLPHPConfig, checked, checked_mode
-from .conversation import ConversationCache
-from .errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
-from .finite import features_of
-from .layer import PrunedLayer, layer_nbytes
-from .passes import PassGuard
-from .plan import PromptPlan
-from .precision import as_written
-from .report import LayerRecord, PruneReport, build_report
-from .suitability import method_for, refuse_prompt_stage, refuse_unanswered
+from plphp.attachment import Attachment, Lease
+from plphp.config import PLPHPConfig, checked, checked_mode
+from plphp.conversation import ConversationCache
+from plphp.errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.finite import features_of
+from plphp.layer import PrunedLayer, layer_nbytes
+from plphp.passes import PassGuard
+from plphp.plan import PromptPlan
+from plphp.precision import as_written
+from plphp.report import LayerRecord, PruneReport, build_report
+from plphp.suitability import method_for, refuse_prompt_stage, refuse_unanswered
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from .errors import ConfigError
+from plphp.errors import ConfigError
 
 NAMES = ("cache", "past_key_values", "cache_params")
 """All names that transformers 5 knows; an older one warns at every call in newer versions."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .cache import PrunedCache
-from .cache_argument import passed
-from .config import PLPHPConfig
-from .errors import ConfigError
-from .registry import resolve
-from .report import PruneReport, RowReport
+from plphp.cache import PrunedCache
+from plphp.cache_argument import passed
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.registry import resolve
+from plphp.report import PruneReport, RowReport
 
 Rows = list[tuple[int, RowReport]]
 """Layer numbers with what each layer did to one row."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import PrunedCache
-from .errors import CacheMemoryError
-from .layer import PrunedLayer
+from plphp.cache import PrunedCache
+from plphp.errors import CacheMemoryError
+from plphp.layer import PrunedLayer
 
 Capture = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
 """Makes, of a function that runs a step and gives its logits, one that replays the same on a device.

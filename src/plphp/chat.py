@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, LoadError, PLPHPError, did_you_mean
-from .image_source import find_video, located_image, named_source
-from .json_lines import read_json
-from .quoting import quoted
+from plphp.errors import ConfigError, LoadError, PLPHPError, did_you_mean
+from plphp.image_source import find_video, located_image, named_source
+from plphp.io.json_lines import read_json
+from plphp.io.quoting import quoted
 
 Messages = Sequence[Mapping[str, Any]]
 KINDS = ("image", "video")

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attachment import Lease
-from .cache import PrunedCache
-from .cache_argument import passed
-from .config import PLPHPConfig
-from .errors import ConfigError
-from .provenance import provenance
-from .query_bank import LayerBank, QueryBank
-from .rotary import Rotation
-from .rotary_probe import find_rotations
+from plphp.attachment import Lease
+from plphp.cache import PrunedCache
+from plphp.cache_argument import passed
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.provenance import provenance
+from plphp.query_bank import LayerBank, QueryBank
+from plphp.rotary import Rotation
+from plphp.rotary_probe import find_rotations
 
 
 class _Reservoir:

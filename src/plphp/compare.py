@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from .cache import PrunedCache
-from .cache_argument import NAMES, passed
-from .config import PLPHPConfig
-from .errors import ConfigError
-from .layer import layer_nbytes
-from .report import PruneReport
+from plphp.cache import PrunedCache
+from plphp.cache_argument import NAMES, passed
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.layer import layer_nbytes
+from plphp.report import PruneReport
 
 OWN_ARGUMENTS = (*NAMES, "logits_processor", "streamer", "return_dict_in_generate")
 

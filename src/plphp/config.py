@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ConfigError, did_you_mean
-from .options import Options, Value
+from plphp.errors import ConfigError, did_you_mean
+from plphp.options import Options, Value
 
 DECODE_MODES = ("eager", "auto", "graph")
 DEFAULT_DELTA = 0.3
@@ -286,7 +286,7 @@ def warn_if_calibrated_elsewhere(config: PLPHPConfig, layers: int) -> None:
 
 def _method_of(config: PLPHPConfig) -> Any:
     # Against the one-way flow, and only for configs with options: a wrong one is to be told where it is written.
-    from .registry import resolve
+    from plphp.registry import resolve
 
     return resolve(config)
 

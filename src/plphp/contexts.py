@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from .errors import CacheStateError
+from plphp.errors import CacheStateError
 
 if TYPE_CHECKING:
-    from .session import Session
+    from plphp.session import Session
 
 POOLS = ("concurrent.futures.thread", "multiprocessing.pool", "anyio._backends._asyncio")
 """Modules whose threads work for whoever comes, so that when they were started says nothing."""

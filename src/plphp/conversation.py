@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .attachment import Attachment
-from .finite import features_of, refuse_damaged
-from .history import History
-from .layer import PrunedLayer
-from .mrope import TurnPositions, turn_positions
-from .registry import family_of
-from .spans import find_spans, padding_mask, real_tokens
-from .turns import SentImage, new_features
-from .types import VisionSpans
+from plphp.attachment import Attachment
+from plphp.finite import features_of, refuse_damaged
+from plphp.history import History
+from plphp.layer import PrunedLayer
+from plphp.mrope import TurnPositions, turn_positions
+from plphp.registry import family_of
+from plphp.spans import find_spans, padding_mask, real_tokens
+from plphp.turns import SentImage, new_features
+from plphp.types import VisionSpans
 
 
 class ConversationCache(Cache):

@@ -14,18 +14,19 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from . import __version__
-from .attachment import Lease
-from .attention import PREFIX, SUPPORTED_BASES
-from .cache import PrunedCache
-from .config import PLPHPConfig
-from .errors import PLPHPError, one_line
-from .families.unsupported import UNSUPPORTED
-from .kernels import TRIALS, choice
-from .layer import PrunedLayer
-from .loading import empty_model, load_model
-from .registry import available_families, family_of
-from .sources import bundled_model_path
+from plphp._version import __version__
+from plphp.attachment import Lease
+from plphp.attention import PREFIX, SUPPORTED_BASES
+from plphp.cache import PrunedCache
+from plphp.config import PLPHPConfig
+from plphp.errors import PLPHPError
+from plphp.families.unsupported import UNSUPPORTED
+from plphp.io.quoting import one_line
+from plphp.kernels import TRIALS, choice
+from plphp.layer import PrunedLayer
+from plphp.loading import empty_model, load_model
+from plphp.registry import available_families, family_of
+from plphp.sources import bundled_model_path
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
 EXTRAS = {

@@ -23,8 +23,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from .quoting import shortened
-
 
 class PLPHPError(Exception):
     """Base of every error that plphp raises on purpose."""
@@ -87,9 +85,3 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the message of any exception as one line of at most ``limit`` characters, without whole data URIs."""
-    text = " ".join(shortened(str(error)).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

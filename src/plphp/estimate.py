@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from .accelerators import Accelerator
-from .errors import ConfigError
-from .model_cost import ModelCost
+from plphp.accelerators import Accelerator
+from plphp.errors import ConfigError
+from plphp.model_cost import ModelCost
 
 RESERVE = 0.1
 """Part of the memory that is left to activations, the workspace of kernels and fragmentation."""

@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from .errors import LoadError, one_line
-from .quoting import named
+from plphp.errors import LoadError
+from plphp.io.quoting import named, one_line
 
 MAX_BYTES = 64 * 2**20
 """Largest file that is fetched."""

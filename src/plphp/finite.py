@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteAttentionError
+from plphp.errors import NonFiniteAttentionError
 
 log = logging.getLogger("plphp")
 

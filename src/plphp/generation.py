@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from .attachment import Attachment
-from .cache import PrunedCache
-from .cache_argument import NAME, NAMES, passed, take_cache
-from .contexts import generating
-from .errors import CacheStateError, UnsupportedFeatureError
-from .graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
-from .mrope import position_holder
-from .registry import family_of
-from .turns import with_features
-from .unwrapping import refuse_adapters
+from plphp.attachment import Attachment
+from plphp.cache import PrunedCache
+from plphp.cache_argument import NAME, NAMES, passed, take_cache
+from plphp.contexts import generating
+from plphp.errors import CacheStateError, UnsupportedFeatureError
+from plphp.graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
+from plphp.mrope import position_holder
+from plphp.registry import family_of
+from plphp.turns import with_features
+from plphp.unwrapping import refuse_adapters
 
 SUPPORTED_MODES = (
     GenerationMode.GREEDY_SEARCH,

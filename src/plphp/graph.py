@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import PrunedCache
-from .cache_argument import cache_among
-from .captured import Capture, CapturedStep, capture_cuda, reserve
-from .errors import CacheMemoryError, UnsupportedFeatureError, one_line
-from .layer import PrunedLayer
+from plphp.cache import PrunedCache
+from plphp.cache_argument import cache_among
+from plphp.captured import Capture, CapturedStep, capture_cuda, reserve
+from plphp.errors import CacheMemoryError, UnsupportedFeatureError
+from plphp.io.quoting import one_line
+from plphp.layer import PrunedLayer
 
 log = logging.getLogger("plphp")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .errors import HistoryError
-from .fingerprints import same_image
-from .turns import SentImage
+from plphp.errors import HistoryError
+from plphp.fingerprints import same_image
+from plphp.turns import SentImage
 
 UNKNOWN = -1
 """In the place of a token that was read without the cache being told."""

@@ -21,9 +21,9 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
-from .errors import ConfigError, LoadError, did_you_mean
-from .fetching import WebAddress
-from .quoting import cut, named, quoted
+from plphp.errors import ConfigError, LoadError, did_you_mean
+from plphp.fetching import WebAddress
+from plphp.io.quoting import cut, named, quoted
 
 SHORTEST = 64
 """Characters of base64 that is no name of a file."""

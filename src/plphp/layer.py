@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from .errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError, one_line
-from .kernels import compact_kv
-from .packed import PackedKV
+from plphp.errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError
+from plphp.io.quoting import one_line
+from plphp.kernels import compact_kv
+from plphp.packed import PackedKV
 
 MIN_GROWTH = 16
 """Tokens for which the tail reserves room at least when it grows."""

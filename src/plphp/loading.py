@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel
 
-from .errors import BackendUnavailableError, LoadError, one_line
-from .registry import family_of
-from .sources import check_device_name, check_dtype, explained, model_source, reachable_source
+from plphp.errors import BackendUnavailableError, LoadError
+from plphp.io.quoting import one_line
+from plphp.registry import family_of
+from plphp.sources import check_device_name, check_dtype, explained, model_source, reachable_source
 
 
 def read_model_config(name_or_folder: str | Path | None = None) -> dict[str, Any]:

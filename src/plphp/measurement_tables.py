@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, get_args
 
 from rich.table import Table
 
-from .types import LayerClass
+from plphp.types import LayerClass
 
 if TYPE_CHECKING:
-    from .calibration import RetentionMeasurement
-    from .profile_report import AttentionProfile
+    from plphp.calibration import RetentionMeasurement
+    from plphp.profile_report import AttentionProfile
 
 
 def profile_table(profile: AttentionProfile) -> Table:

@@ -12,10 +12,11 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from .errors import BackendUnavailableError, ConfigError, LoadError, one_line
-from .fetching import WebAddress, fetch
-from .image_source import ImageSource, find_image, find_video
-from .pixels import decoded, upright_rgb
+from plphp.errors import BackendUnavailableError, ConfigError, LoadError
+from plphp.fetching import WebAddress, fetch
+from plphp.image_source import ImageSource, find_image, find_video
+from plphp.io.quoting import one_line
+from plphp.pixels import decoded, upright_rgb
 
 MAX_PIXELS = 80_000_000
 """Largest image that is decoded; below the size from which Pillow itself suspects a decompression bomb."""

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .allocation import kept_count
-from .cache_argument import passed
-from .errors import UnsupportedModelError, one_line
-from .layer import layer_nbytes
+from plphp.allocation import kept_count
+from plphp.cache_argument import passed
+from plphp.errors import UnsupportedModelError
+from plphp.io.quoting import one_line
+from plphp.layer import layer_nbytes
 
 
 @dataclass(frozen=True)

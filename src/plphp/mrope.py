@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import UnsupportedFeatureError
-from .families.base import Inputs
+from plphp.errors import UnsupportedFeatureError
+from plphp.families.base import Inputs
 
 POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 """Inputs of images and videos that positions depend on, where the model knows them."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConfigError, did_you_mean
+from plphp.errors import ConfigError, did_you_mean
 
 Value = int | float | str | None
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
-from .errors import LoadError, one_line
+from plphp.errors import LoadError
+from plphp.io.quoting import one_line
 
 logger = logging.getLogger("plphp")
 

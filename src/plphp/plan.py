@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .config import PLPHPConfig
-from .errors import ConfigError, SpanError
-from .finite import refuse, warn
-from .kernels import window_scores
-from .layer import PrunedLayer
-from .methods.base import Method
-from .query_bank import bank_at
-from .selection import keep_masks, pooled
-from .spans import query_mask
-from .types import PLAIN, Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError, SpanError
+from plphp.finite import refuse, warn
+from plphp.kernels import window_scores
+from plphp.layer import PrunedLayer
+from plphp.methods.base import Method
+from plphp.query_bank import bank_at
+from plphp.selection import keep_masks, pooled
+from plphp.spans import query_mask
+from plphp.types import PLAIN, Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
 
 Gathered = tuple[Tensor, Tensor]
 """Queries [batch, q_heads, columns, dim] and their logical positions, int64 [columns]."""

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .errors import BackendUnavailableError, ConfigError
-from .report import ImageReport, PruneReport, RowReport
-from .tables import layer_rows, select_prompt
+from plphp.errors import BackendUnavailableError, ConfigError
+from plphp.report import ImageReport, PruneReport, RowReport
+from plphp.tables import layer_rows, select_prompt
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError
-from .json_files import Kind, read_values
+from plphp.errors import ConfigError
+from plphp.io.json_files import Kind, read_values
 
 KIND = Kind("profile", "`plphp profile`", 1)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)

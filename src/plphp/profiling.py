@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import PrunedCache
-from .calibration import read_prompt
-from .config import PLPHPConfig, QueryRows
-from .errors import ConfigError
-from .plan import PromptPlan
-from .profile_report import AttentionProfile, ProfiledPrompt
-from .provenance import provenance
+from plphp.cache import PrunedCache
+from plphp.calibration import read_prompt
+from plphp.config import PLPHPConfig, QueryRows
+from plphp.errors import ConfigError
+from plphp.plan import PromptPlan
+from plphp.profile_report import AttentionProfile, ProfiledPrompt
+from plphp.provenance import provenance
 
 
 class _WatchedCache(PrunedCache):

@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 from transformers import PretrainedConfig
 
-from .chat import Messages, normalized, parts_of
-from .errors import ConfigError, PLPHPError, SpanError, UnsupportedFeatureError, one_line
-from .media import load_image, load_video
-from .quoting import quoted
-from .registry import family_of
-from .spans import find_spans
+from plphp.chat import Messages, normalized, parts_of
+from plphp.errors import ConfigError, PLPHPError, SpanError, UnsupportedFeatureError
+from plphp.io.quoting import one_line, quoted
+from plphp.media import load_image, load_video
+from plphp.registry import family_of
+from plphp.spans import find_spans
 
 
 def build_inputs(

@@ -11,13 +11,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, device
 
-from .chat import chat_in
-from .errors import LoadError, PLPHPError
-from .image_source import located_images
-from .json_lines import read_entries
-from .media import load_image
-from .prompt import build_inputs
-from .quoting import quoted
+from plphp.chat import chat_in
+from plphp.errors import LoadError, PLPHPError
+from plphp.image_source import located_images
+from plphp.io.json_lines import read_entries
+from plphp.io.quoting import quoted
+from plphp.media import load_image
+from plphp.prompt import build_inputs
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from . import __version__
-from .sources import BUNDLED
+from plphp._version import __version__
+from plphp.sources import BUNDLED
 
 
 def provenance(model: PreTrainedModel) -> dict[str, Any]:

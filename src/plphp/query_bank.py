@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import ConfigError
-from .rotary import Rotation
+from plphp.errors import ConfigError
+from plphp.rotary import Rotation
 
 FORMAT = "plphp query bank 1"
 BUNDLED = Path(__file__).parent / "reference_model" / "query_bank" / "bank.safetensors"

@@ -13,14 +13,16 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError, UnsupportedModelError, did_you_mean
+from plphp.families.base import Family
+from plphp.families.unsupported import reason_against
+from plphp.io.quoting import one_line
+from plphp.methods.base import Method
+from plphp.options import check_options
+
 from . import families as families_package
 from . import methods as methods_package
-from .config import PLPHPConfig
-from .errors import ConfigError, UnsupportedModelError, did_you_mean, one_line
-from .families.base import Family
-from .families.unsupported import reason_against
-from .methods.base import Method
-from .options import check_options
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

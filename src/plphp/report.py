@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
-from .json_files import Kind, read_values
-from .types import LayerScores, RowAllocation, VisionSpans
+from plphp.errors import ConfigError
+from plphp.io.json_files import Kind, read_values
+from plphp.types import LayerScores, RowAllocation, VisionSpans
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from .cache import PrunedCache
+    from plphp.cache import PrunedCache
 
 KIND = Kind("report", "`plphp generate --report`", 1)
 NUMBERS = ("batch", "tokens", "kv_bytes_full", "kv_bytes", "reserved_bytes", "pruning_seconds")

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attachment import Lease
-from .cache import PrunedCache
-from .cache_argument import passed
-from .config import PLPHPConfig
-from .errors import UnsupportedModelError, one_line
-from .rotary import Rotation
+from plphp.attachment import Lease
+from plphp.cache import PrunedCache
+from plphp.cache_argument import passed
+from plphp.config import PLPHPConfig
+from plphp.errors import UnsupportedModelError
+from plphp.io.quoting import one_line
+from plphp.rotary import Rotation
 
 POSITIONS = (1, 1000)
 """Where a query is looked at, beside 0: the first tells the layout, the second tells small frequencies apart."""

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from .allocation import kept_count
-from .config import PLPHPConfig
-from .types import LayerScores
+from plphp.allocation import kept_count
+from plphp.config import PLPHPConfig
+from plphp.types import LayerScores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,7 +180,7 @@ def _choose(rank: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Ten
     at random, then evenly spread."""
     import torch
 
-    from .kernels.scores import places
+    from plphp.kernels.scores import places
 
     def column(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=rank.device)[:, None, None]

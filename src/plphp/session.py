@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .attachment import Lease
-from .cache_argument import NAME
-from .config import PLPHPConfig, checked, checked_mode
-from .errors import CacheStateError, UnprunedWarning, UnsupportedModelError
-from .registry import family_of, resolve
-from .report import PruneReport
-from .unwrapping import unwrapped
+from plphp.attachment import Lease
+from plphp.cache_argument import NAME
+from plphp.config import PLPHPConfig, checked, checked_mode
+from plphp.errors import CacheStateError, UnprunedWarning, UnsupportedModelError
+from plphp.registry import family_of, resolve
+from plphp.report import PruneReport
+from plphp.unwrapping import unwrapped
 
 APPLIED = "_plphp_applied"
 """Where a model holds the session of `apply`, which goes when the model goes."""

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from .errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError, did_you_mean, one_line
+from plphp.errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError, did_you_mean
+from plphp.io.quoting import one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "npu", "xla")

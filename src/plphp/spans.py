@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .config import QueryRows
-from .errors import SpanError
-from .families.base import Family, Inputs, VisionSegment
-from .types import VisionSpans
+from plphp.config import QueryRows
+from plphp.errors import SpanError
+from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.types import VisionSpans
 
 Grid = tuple[int, int, int] | None
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from .errors import ConfigError
+from plphp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from .compare import Comparison, Run
-    from .estimate import Estimate
-    from .report import PromptReport, PruneReport, RowReport
+    from plphp.compare import Comparison, Run
+    from plphp.estimate import Estimate
+    from plphp.report import PromptReport, PruneReport, RowReport
 
 MAX_HEADS = 8
 """Heads whose counts are spelled out; beyond it a range is shown."""

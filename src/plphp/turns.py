@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
-from .errors import SpanError
-from .families.base import Family, Features, Inputs
-from .fingerprints import Fingerprint, fingerprint
+from plphp.errors import SpanError
+from plphp.families.base import Family, Features, Inputs
+from plphp.fingerprints import Fingerprint, fingerprint
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .errors import UnsupportedFeatureError, UnsupportedModelError
+from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 
 INNER = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 """Wrappers of torch that leave the model as it is, by the name of their class, and where they hold it."""

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from plphp.errors import PLPHPError, one_line
+from plphp.errors import PLPHPError
+from plphp.io.quoting import one_line
 from plphp.sources import is_bundled
 
 USER_ERROR = 2
@@ -61,7 +62,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from plphp import __version__
+        from plphp._version import __version__
 
         print(f"plphp {__version__}")
         raise typer.Exit

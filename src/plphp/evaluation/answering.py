@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..cache import PrunedCache
-from ..cache_argument import passed
-from ..errors import NonFiniteAttentionError
-from ..report import PruneReport
-from ..session import prune
+from plphp.cache import PrunedCache
+from plphp.cache_argument import passed
+from plphp.errors import NonFiniteAttentionError
+from plphp.report import PruneReport
+from plphp.session import prune
+
 from .controls import blank, interpolated_positions
 from .conversation import Conversation, batch_inputs, encode, end_tokens
 from .forcing import decode, groups_of

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from ..errors import ConfigError
+from plphp.errors import ConfigError
 
 Split = Literal["dev", "test"]
 Mode = Literal["auto", "verify", "decode", "generate", "label-free"]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from ..errors import UnsupportedFeatureError
-from ..prompt import count_vision_tokens
+from plphp.errors import UnsupportedFeatureError
+from plphp.prompt import count_vision_tokens
+
 from .conversation import prompt_inputs
 
 if TYPE_CHECKING:

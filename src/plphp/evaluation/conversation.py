@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, PLPHPError, UnsupportedFeatureError, one_line
-from ..prompt import build_inputs
+from plphp.errors import ConfigError, PLPHPError, UnsupportedFeatureError
+from plphp.io.quoting import one_line
+from plphp.prompt import build_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

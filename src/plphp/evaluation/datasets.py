@@ -11,11 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError, did_you_mean, one_line
-from ..image_source import located_images
-from ..json_lines import read_entries
-from ..media import load_image
-from ..quoting import quoted
+from plphp.errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError, did_you_mean
+from plphp.image_source import located_images
+from plphp.io.json_lines import read_entries
+from plphp.io.quoting import one_line, quoted
+from plphp.media import load_image
+
 from .metrics import get_metric
 from .tasks import Sample, Turn
 

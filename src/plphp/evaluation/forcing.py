@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..branching import Branches, branch
-from ..cache_argument import passed
-from ..prompt import count_vision_tokens
+from plphp.branching import Branches, branch
+from plphp.cache_argument import passed
+from plphp.prompt import count_vision_tokens
+
 from .controls import blank, interpolated_positions, smaller_inputs
 from .conversation import prompt_inputs
 from .variants import Variant

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError
+from plphp.errors import ConfigError
 
 RESAMPLES = 10_000
 LEVEL = 0.95

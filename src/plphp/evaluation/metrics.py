@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from ..errors import ConfigError, did_you_mean
+from plphp.errors import ConfigError, did_you_mean
 
 Metric = Callable[[str, str], float]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..errors import UnsupportedFeatureError
-from ..prompts_file import Prompt, read_prompts
+from plphp.errors import UnsupportedFeatureError
+from plphp.prompts_file import Prompt, read_prompts
+
 from .tasks import Sample, Turn
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, did_you_mean
-from ..plots import new_figure
-from ..profile_plots import LINES, MARKERS
+from plphp.errors import ConfigError, did_you_mean
+from plphp.plots import new_figure
+from plphp.profile_plots import LINES, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

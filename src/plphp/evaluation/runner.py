@@ -10,12 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cache import PrunedCache
-from ..errors import ConfigError, LoadError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
-from ..loading import load_model
-from ..query_bank import bank_file
-from ..registry import get_method
-from ..suitability import method_for, refuse_unanswered
+from plphp.cache import PrunedCache
+from plphp.errors import ConfigError, LoadError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
+from plphp.loading import load_model
+from plphp.query_bank import bank_file
+from plphp.registry import get_method
+from plphp.suitability import method_for, refuse_unanswered
+
 from .answering import decode_sample, generate_samples
 from .controls import smaller_inputs
 from .conversation import prompt_inputs

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError, did_you_mean
+from plphp.errors import ConfigError, did_you_mean
+
 from .choices import MODES, SPLITS, Mode, Split, check_choice
 from .datasets import DataTask, read_data
 from .metrics import get_metric

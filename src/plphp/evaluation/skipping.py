@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import (
+from plphp.errors import (
     BackendUnavailableError,
     CacheMemoryError,
     CacheStateError,
     LoadError,
     PLPHPError,
     UnsupportedModelError,
-    one_line,
 )
+from plphp.io.quoting import one_line
+
 from .answering import accepted_answers
 from .conversation import prompt_inputs
 from .scoring import Outcome

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, LoadError, one_line
-from ..json_files import describe
+from plphp.errors import ConfigError, LoadError
+from plphp.io.json_files import describe
+from plphp.io.quoting import one_line
 
 FORMAT = 1
 COMPARED = ("format", "settings", "variants", "query_banks", "contents", "model", "versions")

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, LoadError, did_you_mean
+from plphp.errors import ConfigError, LoadError, did_you_mean
+
 from .intervals import LEVEL, RESAMPLES, Resampled, averaged, resample
 from .settings import EvalSettings
 from .store import FORMAT, read_config, read_json, read_records, read_skipped, write_json

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from ..errors import ConfigError, did_you_mean
+from plphp.errors import ConfigError, did_you_mean
+from plphp.evaluation.synthetic.questions import Question
+from plphp.evaluation.synthetic.scenes import Kind, Scene
+
 from .choices import SPLITS, Split, check_choice
 from .synthetic import questions, scenes
-from .synthetic.questions import Question
-from .synthetic.scenes import Kind, Scene
 
 GROUPS = ("one_image", "several_images", "several_regions", "dialogue")
 SCALE = 4

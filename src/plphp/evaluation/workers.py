@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..errors import PLPHPError, one_line
+from plphp.errors import PLPHPError
+from plphp.io.quoting import one_line
 
 Work = Callable[..., Iterator[tuple[str, dict[str, Any]]]]
 POLL_SECONDS = 1.0

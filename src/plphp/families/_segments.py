@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from plphp.families.base import Features, Inputs, VisionSegment
+from .base import Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from plphp.errors import UnsupportedModelError
-from plphp.families._segments import in_prompt_order, token_ids
-from plphp.families.base import Family, Features, Inputs, VisionSegment
-from plphp.families.unsupported import reason_against
+
+from ._segments import in_prompt_order, token_ids
+from .base import Family, Features, Inputs, VisionSegment
+from .unsupported import reason_against
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

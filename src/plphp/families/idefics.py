@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from plphp.families._segments import in_prompt_order, real_images, square, token_ids
-from plphp.families.base import Family, Features, Inputs, VisionSegment
+from ._segments import in_prompt_order, real_images, square, token_ids
+from .base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

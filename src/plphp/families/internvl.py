@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.families._segments import in_prompt_order, square, token_ids
-from plphp.families.base import Family, Features, Inputs, VisionSegment
+from ._segments import in_prompt_order, square, token_ids
+from .base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -9,9 +9,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from plphp.errors import UnsupportedFeatureError
-from plphp.families._segments import in_prompt_order, rows_of, token_ids
-from plphp.families.base import Family, Features, Inputs, VisionSegment
-from plphp.families.llava_next import base_tokens, unpadded_grid
+
+from ._segments import in_prompt_order, rows_of, token_ids
+from .base import Family, Features, Inputs, VisionSegment
+from .llava_next import base_tokens, unpadded_grid
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.families._segments import grid_features, grid_segments, in_prompt_order, token_ids
-from plphp.families.base import Family, Inputs, VisionSegment
+from ._segments import grid_features, grid_segments, in_prompt_order, token_ids
+from .base import Family, Inputs, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

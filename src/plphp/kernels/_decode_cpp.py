@@ -8,8 +8,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..errors import CacheMemoryError
-from ..packed import PackedKV
+from plphp.errors import CacheMemoryError
+from plphp.packed import PackedKV
+
 from .cpp_library import library
 
 MOST_ROWS = 64

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailableError, one_line
-from ..precision import as_written
+from plphp.errors import BackendUnavailableError
+from plphp.io.quoting import one_line
+from plphp.precision import as_written
 
 log = logging.getLogger("plphp")
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packed import PackedKV
+from plphp.packed import PackedKV
+
 from . import choice
 
 

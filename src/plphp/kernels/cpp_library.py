@@ -21,7 +21,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from ..errors import BackendUnavailableError, one_line
+from plphp.errors import BackendUnavailableError
+from plphp.io.quoting import one_line
 
 SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("g++", *(f"g++-{version}" for version in range(16, 11, -1)), "clang++", "c++")

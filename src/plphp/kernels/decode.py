@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packed import PackedKV
-from ..precision import as_written
+from plphp.packed import PackedKV
+from plphp.precision import as_written
+
 from . import _decode_cpp, choice
 
 TRITON_ROWS = 128

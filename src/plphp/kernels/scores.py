@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packed import PackedKV
-from ..precision import as_written
-from ..types import PLAIN, Evidence
+from plphp.packed import PackedKV
+from plphp.precision import as_written
+from plphp.types import PLAIN, Evidence
+
 from . import choice
 
 KEYS_AT_ONCE = 2048

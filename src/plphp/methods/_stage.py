@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from ..config import PLPHPConfig
-from ..errors import ConfigError
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
 
 
 def refuse_exempt_layers(config: PLPHPConfig) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import PLPHPConfig
-from ..options import Option, settings
-from ..selection import per_head
-from ..types import Evidence, LayerScores
+from plphp.config import PLPHPConfig
+from plphp.options import Option, settings
+from plphp.selection import per_head
+from plphp.types import Evidence, LayerScores
 
 if TYPE_CHECKING:
     from torch import Tensor

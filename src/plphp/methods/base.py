@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..allocation import Allocator
-from ..config import PLPHPConfig
-from ..options import Option, settings
-from ..selection import Mix, Ranker
-from ..types import Evidence, LayerScores
+from plphp.allocation import Allocator
+from plphp.config import PLPHPConfig
+from plphp.options import Option, settings
+from plphp.selection import Mix, Ranker
+from plphp.types import Evidence, LayerScores
 
 if TYPE_CHECKING:
     from torch import Tensor

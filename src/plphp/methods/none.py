@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep everything: the same cache and attention function with nothing evicted."""
 
-from ..allocation import keep_all
-from ..selection import per_head
+from plphp.allocation import keep_all
+from plphp.selection import per_head
+
 from .base import Method
 
 METHOD = Method(

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..allocation import uniform
-from ..config import PLPHPConfig
-from ..options import Option, settings
-from ..selection import by_best_rank, by_peak, per_head
-from ..types import Evidence, LayerScores
+from plphp.allocation import uniform
+from plphp.config import PLPHPConfig
+from plphp.options import Option, settings
+from plphp.selection import by_best_rank, by_peak, per_head
+from plphp.types import Evidence, LayerScores
+
 from .base import Method
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ Default: beta 20, the paper's. Changed: the rates are those of the vision tokens
 ranked as in ``snapkv_vision``.
 """
 
-from ..allocation import Allocation, Layers, with_rates
-from ..config import PLPHPConfig
-from ..options import Option, settings
+from plphp.allocation import Allocation, Layers, with_rates
+from plphp.config import PLPHPConfig
+from plphp.options import Option, settings
+
 from ._window import OPTIONS as WINDOW_OPTIONS
 from ._window import by_window, window_evidence
 from .base import Method

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..allocation import uniform
-from ..config import PLPHPConfig
-from ..errors import ConfigError
-from ..options import Option, settings
-from ..selection import Mix, by_best_rank, by_peak, by_value_norm, per_head
-from ..types import Evidence, LayerScores
+from plphp.allocation import uniform
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.options import Option, settings
+from plphp.selection import Mix, by_best_rank, by_peak, by_value_norm, per_head
+from plphp.types import Evidence, LayerScores
+
 from .base import Method
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def check(config: PLPHPConfig, layers: int) -> None:
             f"The method 'query_bank' asks with the queries of its bank, got query_rows={config.query_rows!r}: leave "
             "it out."
         )
-    from ..query_bank import bank_at
+    from plphp.query_bank import bank_at
 
     found = bank_at(name).decoder_layers
     if found != layers:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random vision tokens per layer and head: what any method has to beat."""
 
-from ..allocation import uniform
-from ..selection import at_random
+from plphp.allocation import uniform
+from plphp.selection import at_random
+
 from .base import Method
 
 METHOD = Method(

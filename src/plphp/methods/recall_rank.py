@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..allocation import Allocation, Layers, by_vision_attention, uniform
-from ..config import PLPHPConfig
-from ..errors import ConfigError
-from ..options import Option, settings
-from ..selection import Mix, by_best_rank, by_value_norm
-from ..types import Evidence, LayerScores
+from plphp.allocation import Allocation, Layers, by_vision_attention, uniform
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.options import Option, settings
+from plphp.selection import Mix, by_best_rank, by_value_norm
+from plphp.types import Evidence, LayerScores
+
 from .base import Method
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ Changed for comparison: each layer and head keeps as many entries as a method th
 
 import dataclasses
 
-from ..allocation import uniform
-from ..config import PLPHPConfig
-from ..errors import ConfigError
-from ..types import Evidence
+from plphp.allocation import uniform
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.types import Evidence
+
 from ._window import OPTIONS, by_window, window_evidence
 from .base import Method
 

@@ -5,7 +5,8 @@ The formula is that of `plphp.methods.snapkv`; text still takes part in the pool
 evicted. Vision tokens inside the window come first.
 """
 
-from ..allocation import uniform
+from plphp.allocation import uniform
+
 from ._window import OPTIONS, by_window, window_evidence
 from .base import Method
 

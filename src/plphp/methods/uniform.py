@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PLPHP without its layer level: the same retention rate in every layer, per-head choice."""
 
-from ..allocation import uniform
-from ..selection import per_head
+from plphp.allocation import uniform
+from plphp.selection import per_head
+
 from .base import Method
 
 METHOD = Method(

@@ -4,9 +4,10 @@
 Models that normalise their values (Gemma 4) give all tokens the same norm, so that the ranking means nothing there.
 """
 
-from ..allocation import uniform
-from ..selection import by_value_norm
-from ..types import Evidence
+from plphp.allocation import uniform
+from plphp.selection import by_value_norm
+from plphp.types import Evidence
+
 from .base import Method
 
 METHOD = Method(

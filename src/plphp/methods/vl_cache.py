@@ -10,11 +10,12 @@ Default: p 0.01, the paper's. Changed: only vision tokens are evicted, the floor
 place of 1 %, and what is cut at 1 goes to the other layers.
 """
 
-from ..allocation import Allocation, Layers, proportional, with_rates
-from ..config import PLPHPConfig
-from ..options import Option, settings
-from ..selection import per_head
-from ..types import Evidence
+from plphp.allocation import Allocation, Layers, proportional, with_rates
+from plphp.config import PLPHPConfig
+from plphp.options import Option, settings
+from plphp.selection import per_head
+from plphp.types import Evidence
+
 from .base import Method
 
 OPTIONS = {"p": Option(0.01, low=0, high=1)}

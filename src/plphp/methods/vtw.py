@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..allocation import Allocation, Layers, with_rates
-from ..config import PLPHPConfig
-from ..selection import shared_by_heads
-from ..types import LayerScores
+from plphp.allocation import Allocation, Layers, with_rates
+from plphp.config import PLPHPConfig
+from plphp.selection import shared_by_heads
+from plphp.types import LayerScores
+
 from ._stage import refuse_exempt_layers
 from .base import Method, PromptStage
 

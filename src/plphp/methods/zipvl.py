@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..allocation import Allocation, Layers, with_rates
-from ..config import PLPHPConfig
-from ..errors import ConfigError
-from ..options import Option, settings
-from ..selection import per_head
-from ..types import Evidence, LayerScores
+from plphp.allocation import Allocation, Layers, with_rates
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.options import Option, settings
+from plphp.selection import per_head
+from plphp.types import Evidence, LayerScores
+
 from .base import Method
 
 if TYPE_CHECKING:

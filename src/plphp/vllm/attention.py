@@ -12,7 +12,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ..errors import UnsupportedModelError
+from plphp.errors import UnsupportedModelError
+
 from .refusals import refuse_unsupported
 from .settings import settings_of
 from .specs import PrunedLayerSpec

@@ -16,7 +16,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
-from ..errors import CacheStateError, UnsupportedModelError
+from plphp.errors import CacheStateError, UnsupportedModelError
+
 from .metrics import PruneMetrics, PruneStats
 from .news import PrunedPrompt
 from .ranks import ranks_of

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UnsupportedFeatureError
-from ..types import EVIDENCE, LayerScores
+from plphp.errors import UnsupportedFeatureError
+from plphp.types import EVIDENCE, LayerScores
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PLPHPConfig
-from ..kernels import compact_kv
-from ..layer import PrunedLayer
-from ..methods.base import Method
-from ..packed import PackedKV
-from ..plan import PromptPlan
-from ..types import RowAllocation, VisionSpans
+from plphp.config import PLPHPConfig
+from plphp.kernels import compact_kv
+from plphp.layer import PrunedLayer
+from plphp.methods.base import Method
+from plphp.packed import PackedKV
+from plphp.plan import PromptPlan
+from plphp.types import RowAllocation, VisionSpans
+
 from .ranks import Ranks
 from .rounding import evict_whole_blocks
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..config import PLPHPConfig
-from ..errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
-from ..methods.base import Method
-from ..query_bank import bank_at
-from ..registry import resolve
-from ..suitability import method_for, refuse_unanswered
+from plphp.config import PLPHPConfig
+from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.methods.base import Method
+from plphp.query_bank import bank_at
+from plphp.registry import resolve
+from plphp.suitability import method_for, refuse_unanswered
+
 from . import CONNECTOR
 from .ranks import refuse_ranks
 from .settings import ENVIRONMENT, KEY, settings_of

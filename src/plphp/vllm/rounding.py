@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedFeatureError
-from ..kernels.scores import places
-from ..types import LayerScores
+from plphp.errors import UnsupportedFeatureError
+from plphp.kernels.scores import places
+from plphp.types import LayerScores
 
 
 def evict_whole_blocks(keep: Tensor, rank: Tensor, scores: LayerScores, block_size: int) -> tuple[Tensor, int]:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import PLPHPConfig
-from ..errors import BackendUnavailableError, ConfigError, LoadError, one_line
-from ..sources import bundled_model_path, is_bundled
+from plphp.config import PLPHPConfig
+from plphp.errors import BackendUnavailableError, ConfigError, LoadError
+from plphp.io.quoting import one_line
+from plphp.sources import bundled_model_path, is_bundled
+
 from . import CONNECTOR
 from .refusals import refuse_unsupported
 from .settings import ENVIRONMENT, KEY

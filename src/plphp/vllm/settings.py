@@ -7,8 +7,9 @@ import json
 import os
 from typing import Any
 
-from ..config import PLPHPConfig
-from ..errors import ConfigError, one_line
+from plphp.config import PLPHPConfig
+from plphp.errors import ConfigError
+from plphp.io.quoting import one_line
 
 KEY = "plphp"
 ENVIRONMENT = "PLPHP_VLLM_CONFIG"

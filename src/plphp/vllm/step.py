@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import PLPHPError, UnsupportedFeatureError
-from ..kernels import decode_attention
+from plphp.errors import PLPHPError, UnsupportedFeatureError
+from plphp.kernels import decode_attention
+
 from .reading import PromptReading, PrunedPart
 from .worker import Pruning
 

@@ -8,8 +8,9 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import PLPHPConfig
-from ..methods.base import Method
+from plphp.config import PLPHPConfig
+from plphp.methods.base import Method
+
 from .news import PrunedPrompt
 from .ranks import Ranks
 from .reading import PromptReading, PrunedPart

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from ...errors import BackendUnavailableError
+from plphp.errors import BackendUnavailableError
 
 Key = tuple[Any, ...]
 Mask = NDArray[np.float32]

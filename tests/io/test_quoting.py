@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plphp.errors import one_line
-from plphp.quoting import LONGEST, SHOWN, cut, quoted, shortened
+from plphp.io.quoting import LONGEST, SHOWN, cut, one_line, quoted, shortened
 
 ENCODED = base64.b64encode(bytes(range(256)) * 2).decode()
 URI = f"data:image/png;base64,{ENCODED}"

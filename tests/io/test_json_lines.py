@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from plphp.chat import read_chat
 from plphp.errors import LoadError
-from plphp.json_lines import read_entries, read_json
+from plphp.io.json_lines import read_entries, read_json
 
 VALUES = st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text()), max_size=4)
 BOM = b"\xef\xbb\xbf"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import LoadError
+from plphp.errors import LoadError
 
 
 def read_json(path: str | Path, what: str) -> Any:

@@ -48,6 +48,12 @@ def quoted(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the message of any exception as one line of at most ``limit`` characters, without whole data URIs."""
+    text = " ".join(shortened(str(error)).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 class _Quotes(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from plphp.errors import ConfigError
 
 WITHOUT_POSITIONS = "which leaves out the positions that were kept"
 KINDS: tuple[tuple[set[str], str], ...] = (
