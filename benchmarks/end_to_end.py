@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration
 
 import plphp
 from plphp.compare import Run, compare
-from plphp.config import DECODE_MODES
+from plphp.settings.config import DECODE_MODES
 from plphp.tables import human_bytes
 
 

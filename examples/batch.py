@@ -7,7 +7,7 @@ from pathlib import Path
 import plphp
 from plphp.loading import load_model
 from plphp.media import load_image
-from plphp.presets import default_settings
+from plphp.settings.presets import default_settings
 
 IMAGES = Path(__file__).parent / "images"
 QUESTIONS = [

@@ -9,7 +9,7 @@ from transformers import pipeline
 import plphp
 from plphp.loading import load_model
 from plphp.media import load_image
-from plphp.presets import default_settings
+from plphp.settings.presets import default_settings
 
 name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model
 model, processor = load_model(name)

@@ -10,8 +10,8 @@ from transformers import TextIteratorStreamer
 import plphp
 from plphp.loading import load_model
 from plphp.media import load_image
-from plphp.presets import default_settings
 from plphp.prompt import build_inputs
+from plphp.settings.presets import default_settings
 
 name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model
 model, processor = load_model(name)

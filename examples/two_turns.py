@@ -8,8 +8,8 @@ import plphp
 from plphp.cache_argument import cache_in, passed
 from plphp.loading import load_model
 from plphp.media import load_image
-from plphp.presets import default_settings
 from plphp.prompt import build_inputs
+from plphp.settings.presets import default_settings
 
 IMAGES = Path(__file__).parent / "images"
 name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model

@@ -12,7 +12,7 @@ import pytest
 import plphp
 from invariants import pruned
 from plphp import PLPHPConfig
-from plphp.presets import write_preset
+from plphp.settings.presets import write_preset
 from tiny_models import TINY, tiny_model
 
 

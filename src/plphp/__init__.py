@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from plphp.cache import PrunedCache
     from plphp.calibration import RetentionMeasurement, calibrate, measure_retention
     from plphp.collecting import collect_query_bank
-    from plphp.config import PLPHPConfig
     from plphp.errors import (
         BackendUnavailableError,
         CacheMemoryError,
@@ -37,13 +36,14 @@ if TYPE_CHECKING:
     from plphp.registry import available_families, available_methods, register_family, register_method
     from plphp.report import PruneReport
     from plphp.session import Session, apply, prune, remove
+    from plphp.settings.config import PLPHPConfig
 
 _MODULES = {
     "branching": ("Branches", "branch"),
     "cache": ("PrunedCache",),
     "calibration": ("RetentionMeasurement", "calibrate", "measure_retention"),
     "collecting": ("collect_query_bank",),
-    "config": ("PLPHPConfig",),
+    "settings.config": ("PLPHPConfig",),
     "errors": (
         "BackendUnavailableError",
         "CacheMemoryError",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from plphp.config import PLPHPConfig
+from plphp.settings.config import PLPHPConfig
 from plphp.types import LayerClass, RowAllocation, ScoredLayer
 
 Layers = Sequence[ScoredLayer]

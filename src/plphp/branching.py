@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from plphp.attachment import Attachment, Lease
 from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
-from plphp.config import PLPHPConfig, checked
 from plphp.errors import ConfigError, SpanError
 from plphp.kernels import compact_kv
 from plphp.layer import PrunedLayer
@@ -26,6 +25,7 @@ from plphp.packed import PackedKV
 from plphp.plan import LAYER_LEVEL, Gathered, PromptPlan, gather
 from plphp.precision import as_written
 from plphp.report import LayerRecord
+from plphp.settings.config import PLPHPConfig, checked
 from plphp.suitability import method_for, refuse_prompt_stage
 from plphp.types import VisionSpans
 

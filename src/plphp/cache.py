@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from plphp.attachment import Attachment, Lease
-from plphp.config import PLPHPConfig, checked, checked_mode
 from plphp.conversation import ConversationCache
 from plphp.errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.finite import features_of
@@ -23,6 +22,7 @@ from plphp.passes import PassGuard
 from plphp.plan import PromptPlan
 from plphp.precision import as_written
 from plphp.report import LayerRecord, PruneReport, build_report
+from plphp.settings.config import PLPHPConfig, checked, checked_mode
 from plphp.suitability import method_for, refuse_prompt_stage, refuse_unanswered
 
 

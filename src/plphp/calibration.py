@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
 from plphp.registry import resolve
 from plphp.report import PruneReport, RowReport
+from plphp.settings.config import PLPHPConfig
 
 Rows = list[tuple[int, RowReport]]
 """Layer numbers with what each layer did to one row."""

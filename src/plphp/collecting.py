@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from plphp.attachment import Lease
 from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
 from plphp.provenance import provenance
 from plphp.query_bank import LayerBank, QueryBank
 from plphp.rotary import Rotation
 from plphp.rotary_probe import find_rotations
+from plphp.settings.config import PLPHPConfig
 
 
 class _Reservoir:

@@ -18,7 +18,6 @@ from plphp._version import __version__
 from plphp.attachment import Lease
 from plphp.attention import PREFIX, SUPPORTED_BASES
 from plphp.cache import PrunedCache
-from plphp.config import PLPHPConfig
 from plphp.errors import PLPHPError
 from plphp.families.unsupported import UNSUPPORTED
 from plphp.io.quoting import one_line
@@ -26,6 +25,7 @@ from plphp.kernels import TRIALS, choice
 from plphp.layer import PrunedLayer
 from plphp.loading import empty_model, load_model
 from plphp.registry import available_families, family_of
+from plphp.settings.config import PLPHPConfig
 from plphp.sources import bundled_model_path
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")

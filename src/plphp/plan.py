@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError, SpanError
 from plphp.finite import refuse, warn
 from plphp.kernels import window_scores
@@ -17,6 +16,7 @@ from plphp.layer import PrunedLayer
 from plphp.methods.base import Method
 from plphp.query_bank import bank_at
 from plphp.selection import keep_masks, pooled
+from plphp.settings.config import PLPHPConfig
 from plphp.spans import query_mask
 from plphp.types import PLAIN, Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from plphp.cache import PrunedCache
 from plphp.calibration import read_prompt
-from plphp.config import PLPHPConfig, QueryRows
 from plphp.errors import ConfigError
 from plphp.plan import PromptPlan
 from plphp.profile_report import AttentionProfile, ProfiledPrompt
 from plphp.provenance import provenance
+from plphp.settings.config import PLPHPConfig, QueryRows
 
 
 class _WatchedCache(PrunedCache):

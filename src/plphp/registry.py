@@ -13,13 +13,13 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError, UnsupportedModelError, did_you_mean
 from plphp.families.base import Family
 from plphp.families.unsupported import reason_against
 from plphp.io.quoting import one_line
 from plphp.methods.base import Method
-from plphp.options import check_options
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import check_options
 
 from . import families as families_package
 from . import methods as methods_package

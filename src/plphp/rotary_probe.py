@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from plphp.attachment import Lease
 from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
-from plphp.config import PLPHPConfig
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.rotary import Rotation
+from plphp.settings.config import PLPHPConfig
 
 POSITIONS = (1, 1000)
 """Where a query is looked at, beside 0: the first tells the layout, the second tells small frequencies apart."""

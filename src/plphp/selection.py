@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from plphp.allocation import kept_count
-from plphp.config import PLPHPConfig
+from plphp.settings.config import PLPHPConfig
 from plphp.types import LayerScores
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from plphp.config import QueryRows
 from plphp.errors import SpanError
 from plphp.families.base import Family, Inputs, VisionSegment
+from plphp.settings.config import QueryRows
 from plphp.types import VisionSpans
 
 Grid = tuple[int, int, int] | None

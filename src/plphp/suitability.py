@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from plphp.config import PLPHPConfig, warn_if_calibrated_elsewhere
 from plphp.errors import ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.methods.base import Method
 from plphp.registry import resolve
+from plphp.settings.config import PLPHPConfig, warn_if_calibrated_elsewhere
 
 
 def method_for(config: PLPHPConfig, layers: int) -> Method:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from plphp.config import QueryRows
 from plphp.errors import ConfigError
+from plphp.settings.config import QueryRows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from plphp.cli import app
-from plphp.config import DECODE_MODES
 from plphp.registry import available_methods, builtin_method_names, method_names
+from plphp.settings.config import DECODE_MODES
 from plphp.sources import DTYPES
 
 FRAMES = re.compile(r"[\s│╭╮╰╯─]+")

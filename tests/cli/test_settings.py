@@ -18,8 +18,8 @@ from plphp.cli._app import BUNDLED_NOTE
 from plphp.cli._settings import read_settings
 from plphp.loading import load_model
 from plphp.media import load_image
-from plphp.presets import default_settings
 from plphp.prompt import build_inputs
+from plphp.settings.presets import default_settings
 from plphp.sources import BUNDLED
 
 IMAGES = Path(__file__).resolve().parents[2] / "examples" / "images"

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from plphp.config import DECODE_MODES
 from plphp.registry import builtin_method_names, method_names
+from plphp.settings.config import DECODE_MODES
 from plphp.sources import DEVICES, DTYPES
 
 PRUNING = "Pruning"

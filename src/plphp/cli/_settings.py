@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
-from plphp.presets import with_defaults
 from plphp.registry import resolve
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.presets import with_defaults
 
 
 def read_settings(

@@ -64,9 +64,9 @@ def calibrate(
         from plphp.calibration import check_calibratable, measure_retention
         from plphp.loading import load_weights
         from plphp.measurement_tables import class_table, retention_line
-        from plphp.presets import write_preset
         from plphp.prompts_file import prompt_inputs, read_prompts
         from plphp.provenance import provenance
+        from plphp.settings.presets import write_preset
 
         check_calibratable(settings)
         used, held = split(read_prompts(prompts, allow_urls=allow_urls), holdout, seed)

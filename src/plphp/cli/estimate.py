@@ -7,8 +7,8 @@ import dataclasses
 from typing import Annotated, Any
 
 from plphp.accelerators import ACCELERATORS, accelerator
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
+from plphp.settings.config import PLPHPConfig
 
 from ._app import app, console, print_json, progress
 from ._checks import check_model

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plphp.chat import read_chat
-from plphp.config import PLPHPConfig, checked_mode
 from plphp.errors import ConfigError
 from plphp.media import load_image, load_video
+from plphp.settings.config import PLPHPConfig, checked_mode
 from plphp.sources import is_bundled
 
 from ._app import app, console, loading_bars, note_on_bundled, print_json, progress

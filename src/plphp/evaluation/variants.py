@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError, did_you_mean
 from plphp.registry import available_methods, get_method
 from plphp.selection import at_random
+from plphp.settings.config import PLPHPConfig
 
 if TYPE_CHECKING:
     from .tasks import Sample

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
+from plphp.settings.config import PLPHPConfig
 
 
 def refuse_exempt_layers(config: PLPHPConfig) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.config import PLPHPConfig
-from plphp.options import Option, settings
 from plphp.selection import per_head
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 from plphp.types import Evidence, LayerScores
 
 if TYPE_CHECKING:

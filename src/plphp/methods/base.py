@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from plphp.allocation import Allocator
-from plphp.config import PLPHPConfig
-from plphp.options import Option, settings
 from plphp.selection import Mix, Ranker
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 from plphp.types import Evidence, LayerScores
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ import math
 from typing import TYPE_CHECKING
 
 from plphp.allocation import Allocation, Layers, with_rates
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
-from plphp.options import Option, settings
 from plphp.selection import keep_mask, pooled, shared_by_heads
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 from plphp.types import LayerScores
 
 from ._stage import refuse_exempt_layers

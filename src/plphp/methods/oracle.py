@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.allocation import uniform
-from plphp.config import PLPHPConfig
-from plphp.options import Option, settings
 from plphp.selection import by_best_rank, by_peak, per_head
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 from plphp.types import Evidence, LayerScores
 
 from .base import Method

@@ -9,8 +9,8 @@ ranked as in ``snapkv_vision``.
 """
 
 from plphp.allocation import Allocation, Layers, with_rates
-from plphp.config import PLPHPConfig
-from plphp.options import Option, settings
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 
 from ._window import OPTIONS as WINDOW_OPTIONS
 from ._window import by_window, window_evidence

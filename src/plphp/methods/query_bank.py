@@ -21,10 +21,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.allocation import uniform
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
-from plphp.options import Option, settings
 from plphp.selection import Mix, by_best_rank, by_peak, by_value_norm, per_head
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 from plphp.types import Evidence, LayerScores
 
 from .base import Method

@@ -20,10 +20,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.allocation import Allocation, Layers, by_vision_attention, uniform
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
-from plphp.options import Option, settings
 from plphp.selection import Mix, by_best_rank, by_value_norm
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 from plphp.types import Evidence, LayerScores
 
 from .base import Method

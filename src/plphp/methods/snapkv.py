@@ -15,8 +15,8 @@ Changed for comparison: each layer and head keeps as many entries as a method th
 import dataclasses
 
 from plphp.allocation import uniform
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
+from plphp.settings.config import PLPHPConfig
 from plphp.types import Evidence
 
 from ._window import OPTIONS, by_window, window_evidence

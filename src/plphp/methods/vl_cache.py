@@ -11,9 +11,9 @@ place of 1 %, and what is cut at 1 goes to the other layers.
 """
 
 from plphp.allocation import Allocation, Layers, proportional, with_rates
-from plphp.config import PLPHPConfig
-from plphp.options import Option, settings
 from plphp.selection import per_head
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 from plphp.types import Evidence
 
 from .base import Method

@@ -16,8 +16,8 @@ import math
 from typing import TYPE_CHECKING
 
 from plphp.allocation import Allocation, Layers, with_rates
-from plphp.config import PLPHPConfig
 from plphp.selection import shared_by_heads
+from plphp.settings.config import PLPHPConfig
 from plphp.types import LayerScores
 
 from ._stage import refuse_exempt_layers

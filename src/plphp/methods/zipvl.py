@@ -17,10 +17,10 @@ import math
 from typing import TYPE_CHECKING
 
 from plphp.allocation import Allocation, Layers, with_rates
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
-from plphp.options import Option, settings
 from plphp.selection import per_head
+from plphp.settings.config import PLPHPConfig
+from plphp.settings.options import Option, settings
 from plphp.types import Evidence, LayerScores
 
 from .base import Method

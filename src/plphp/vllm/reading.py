@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.config import PLPHPConfig
 from plphp.kernels import compact_kv
 from plphp.layer import PrunedLayer
 from plphp.methods.base import Method
 from plphp.packed import PackedKV
 from plphp.plan import PromptPlan
+from plphp.settings.config import PLPHPConfig
 from plphp.types import RowAllocation, VisionSpans
 
 from .ranks import Ranks

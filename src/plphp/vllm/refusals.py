@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from plphp.config import PLPHPConfig
 from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.methods.base import Method
 from plphp.query_bank import bank_at
 from plphp.registry import resolve
+from plphp.settings.config import PLPHPConfig
 from plphp.suitability import method_for, refuse_unanswered
 
 from . import CONNECTOR

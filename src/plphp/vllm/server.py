@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plphp.config import PLPHPConfig
 from plphp.errors import BackendUnavailableError, ConfigError, LoadError
 from plphp.io.quoting import one_line
+from plphp.settings.config import PLPHPConfig
 from plphp.sources import bundled_model_path, is_bundled
 
 from . import CONNECTOR

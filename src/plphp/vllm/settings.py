@@ -7,9 +7,9 @@ import json
 import os
 from typing import Any
 
-from plphp.config import PLPHPConfig
 from plphp.errors import ConfigError
 from plphp.io.quoting import one_line
+from plphp.settings.config import PLPHPConfig
 
 KEY = "plphp"
 ENVIRONMENT = "PLPHP_VLLM_CONFIG"

@@ -8,8 +8,8 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from plphp.config import PLPHPConfig
 from plphp.methods.base import Method
+from plphp.settings.config import PLPHPConfig
 
 from .news import PrunedPrompt
 from .ranks import Ranks

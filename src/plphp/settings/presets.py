@@ -9,8 +9,9 @@ from typing import Any
 
 import tomli_w
 
-from plphp.config import PLPHPConfig
 from plphp.sources import is_bundled
+
+from .config import PLPHPConfig
 
 DEFAULT_TARGET = 0.4
 """Target retention where no rate is given: thresholds that fit any model and prompt are not to be had."""

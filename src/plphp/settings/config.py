@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plphp.errors import ConfigError, did_you_mean
-from plphp.options import Options, Value
+
+from .options import Options, Value
 
 DECODE_MODES = ("eager", "auto", "graph")
 DEFAULT_DELTA = 0.3
