@@ -18,7 +18,7 @@ from plphp.families.base import Family
 from plphp.families.unsupported import reason_against
 from plphp.io.quoting import one_line
 from plphp.methods.base import Method
-from plphp.settings.config import PLPHPConfig
+from plphp.settings.config import SETTINGS, PLPHPConfig
 from plphp.settings.options import check_options
 
 from . import families as families_package
@@ -105,7 +105,7 @@ def resolve(config: PLPHPConfig) -> Method:
         If there is none of that name, or the config's options are not those of the method.
     """
     method = get_method(config.method)
-    check_options(method.name, method.options, config.options)
+    check_options(method.name, method.options, config.options, SETTINGS)
     return method
 
 

@@ -42,8 +42,8 @@ def test_the_bundled_model_has_its_query_bank_unless_a_method_is_given() -> None
         return read_settings(None, None, method, rate, target, bundled=True)
 
     assert settings() == PLPHPConfig(method="query_bank", options=BANK, target_retention=0.4)
-    assert settings() == default_settings() == default_settings(BUNDLED)
-    assert default_settings("org/model") == PLPHPConfig(target_retention=0.4)
+    assert settings() == default_settings(bundled=True)
+    assert default_settings(bundled=False) == PLPHPConfig(target_retention=0.4)
     assert settings(target=0.2) == PLPHPConfig(method="query_bank", options=BANK, target_retention=0.2)
     assert settings(rate=0.2) == PLPHPConfig(method="query_bank", options=BANK, retention_rate=0.2)
     assert settings("query_bank") == settings()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError, did_you_mean
-from plphp.registry import available_methods, get_method
+from plphp.registry import available_methods, get_method, resolve
 from plphp.selection import at_random
 from plphp.settings.config import PLPHPConfig
 
@@ -173,6 +173,7 @@ def _spelled_out(text: str, retention: list[float]) -> list[Variant]:
     if name not in available_methods():
         raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, [*available_methods(), *CONTROLS])}")
     config = PLPHPConfig.parse(spec)
+    resolve(config)
     keys = {part.partition("=")[0].strip() for part in spec.partition(":")[2].split(",")}
     if keys & set(FIXED_BY):
         return [Variant(label, None, config)]

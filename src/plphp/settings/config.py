@@ -169,16 +169,14 @@ class PLPHPConfig:
         Raises
         ------
         ConfigError
-            If a key is unknown or a value is not valid, options of the method included.
+            If a key is unknown or a value is not valid. The options of a method are checked where it is looked up
+            (`plphp.methods.registry.resolve`).
         """
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
                 raise ConfigError(f"Unknown setting {key!r}.{did_you_mean(str(key), known)}")
-        config = cls(**values)
-        if config.options:
-            _method_of(config)
-        return config
+        return cls(**values)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> PLPHPConfig:
@@ -205,8 +203,8 @@ class PLPHPConfig:
     def parse(cls, text: str) -> PLPHPConfig:
         """Read a config from one line, ``"method"`` or ``"method:key=value,key=value"``.
 
-        Several values of one key are joined by ``+``, as in ``exempt_layers=0+1``. A key that is no setting is an
-        option of the method.
+        Several values of one key are joined by ``+``, as in ``exempt_layers=0+1``. A key that is no setting is taken
+        for an option of the method, and refused where the method is looked up if it is none.
 
         Examples
         --------
@@ -215,7 +213,6 @@ class PLPHPConfig:
         >>> PLPHPConfig.parse("snapkv:kernel=7,retention_rate=0.3").options
         {'kernel': 7}
         """
-        settings = {field.name for field in dataclasses.fields(cls)} - {"options"}
         method, _, rest = text.strip().partition(":")
         values: dict[str, Any] = {"method": method.strip()}
         for part in filter(None, (part.strip() for part in rest.split(","))):
@@ -225,13 +222,12 @@ class PLPHPConfig:
             if key.strip() in values:
                 raise ConfigError(f"{key.strip()!r} is given twice in {text!r}.")
             values[key.strip()] = _read_value(key.strip(), value.strip())
-        options = {key: values.pop(key) for key in list(values) if key not in settings}
-        config = cls(**values)
-        known = settings.union(_method_of(config).options) if options else settings
-        for key in options:
-            if key not in known:
-                raise ConfigError(f"Unknown setting {key!r}.{did_you_mean(key, known)}")
-        return cls.from_dict({**values, "options": options})
+        options = {key: values.pop(key) for key in list(values) if key not in SETTINGS}
+        return cls(**values, options=options)
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(PLPHPConfig) if field.name != "options")
+"""Names of the settings that every method has."""
 
 
 def checked_mode(decode: str) -> str:
@@ -283,13 +279,6 @@ def warn_if_calibrated_elsewhere(config: PLPHPConfig, layers: int) -> None:
             config.calibrated_layers,
             layers,
         )
-
-
-def _method_of(config: PLPHPConfig) -> Any:
-    # Against the one-way flow, and only for configs with options: a wrong one is to be told where it is written.
-    from plphp.registry import resolve
-
-    return resolve(config)
 
 
 def _read_value(key: str, value: str) -> Any:

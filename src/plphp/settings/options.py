@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,18 +84,31 @@ class Options(Mapping[str, Value]):
         return repr(self._values)
 
 
-def check_options(method: str, declared: Mapping[str, Option], given: Mapping[str, Value]) -> None:
+def check_options(
+    method: str, declared: Mapping[str, Option], given: Mapping[str, Value], settings: Iterable[str] = ()
+) -> None:
     """Compare the options of a config with those that its method declares.
+
+    Parameters
+    ----------
+    method : str
+        Name of the method.
+    declared : mapping of str to Option
+        The options of the method.
+    given : mapping of str to int, float, str or None
+        The options of the config.
+    settings : iterable of str
+        Names of the settings that every method has: what a misspelled name may have meant, too.
 
     Raises
     ------
     ConfigError
-        If one is unknown or has a value that it cannot have.
+        If an option is unknown or has a value that it cannot have.
     """
     for name, value in given.items():
         if name not in declared:
-            hint = did_you_mean(name, declared) if declared else " It has none."
-            raise ConfigError(f"The method {method!r} has no option {name!r}.{hint}")
+            hint = did_you_mean(name, {*declared, *settings})
+            raise ConfigError(f"Unknown setting {name!r}, which is no option of the method {method!r} either.{hint}")
         if not declared[name].accepts(value):
             raise ConfigError(f"The option {name!r} of the method {method!r} must be {declared[name]}, got {value!r}.")
 

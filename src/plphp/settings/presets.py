@@ -9,7 +9,6 @@ from typing import Any
 
 import tomli_w
 
-from plphp.sources import is_bundled
 
 from .config import PLPHPConfig
 
@@ -22,16 +21,16 @@ BUNDLED_OPTIONS = {"query_bank": {"bank": "bundled"}}
 HEADER = "# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml.\n\n"
 
 
-def default_settings(model: str | Path | None = None) -> PLPHPConfig:
+def default_settings(bundled: bool) -> PLPHPConfig:
     """Settings of ``plphp generate`` where none are given: 40 % of the vision tokens kept.
 
     Parameters
     ----------
-    model : str or Path, optional
-        Hub id or folder. The bundled model, which is the default, is pruned by its query bank, and all others by the
+    bundled : bool
+        Whether they are for the bundled model, which is pruned by its query bank; all other models are pruned by the
         paper's method.
     """
-    return PLPHPConfig.from_dict(with_defaults({}, is_bundled(model)))
+    return PLPHPConfig.from_dict(with_defaults({}, bundled))
 
 
 def with_defaults(given: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
