@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 import plphp
-from plphp import registry
+from plphp.families.registry import FAMILIES_BY_NAME
 from plphp.families.unsupported import UNSUPPORTED
 from plphp.loading import load_model
+from plphp.methods.registry import METHODS_BY_NAME
 from plphp.sources import bundled_model_path
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +34,8 @@ def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     """A folder with photo.png, and what a document's code may take for granted."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(next((ROOT / "examples" / "images").glob("grid*.png")), tmp_path / "photo.png")
-    monkeypatch.setattr(registry, "_methods", {})
-    monkeypatch.setattr(registry, "_families", {})
+    monkeypatch.setattr(METHODS_BY_NAME, "registered", {})
+    monkeypatch.setattr(FAMILIES_BY_NAME, "registered", {})
     model, processor = load_model()
     content = [{"type": "image", "image": Image.open("photo.png")}, {"type": "text", "text": "What is in row 1?"}]
     inputs = processor.apply_chat_template(

@@ -17,7 +17,7 @@ from invariants import generate
 from plphp import HistoryError, PrunedCache, SpanError, generation, graph
 from plphp.cache_argument import cache_in, passed
 from plphp.families.base import Family, Features, VisionSegment
-from plphp.registry import family_of
+from plphp.families.registry import FAMILIES_BY_NAME, family_of
 from plphp.turns import new_features
 from test_graph import Recorder
 from test_whole_chat import (
@@ -144,7 +144,7 @@ def test_a_family_that_does_not_take_its_features_apart_takes_the_new_ones() -> 
             generate(model, whole(rows), **passed(cache))
         generate(model, only_new(tiny, model, before, output, True, 1), **passed(cache))
     finally:
-        del plphp.registry._families["whole-chat-test"]
+        del FAMILIES_BY_NAME.registered["whole-chat-test"]
 
 
 def test_a_past_that_ends_inside_an_image_is_refused() -> None:

@@ -13,9 +13,9 @@ import torch
 
 import plphp
 from invariants import generate, pruned
-from plphp import registry
 from plphp.cache_argument import passed
 from plphp.families.unsupported import reason_against
+from plphp.methods.registry import METHODS_BY_NAME
 from plphp.report import PruneReport
 from test_invariants import config
 from tiny_models import TINY, tiny_model
@@ -46,7 +46,7 @@ def test_a_method_with_impossible_rates(rate: float, monkeypatch: pytest.MonkeyP
     def allocate(scores: Any, settings: Any) -> Any:
         return [[plphp.types.RowAllocation(one, "uniform", rate) for one in layer.vision_score] for layer in scores]
 
-    monkeypatch.setattr(registry, "_methods", {})
+    monkeypatch.setattr(METHODS_BY_NAME, "registered", {})
     broken = dataclasses.replace(plphp.available_methods()["uniform"], name="broken", allocate=allocate)
     plphp.register_method(broken)
     model = tiny_model("llava")

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
         UnsupportedFeatureError,
         UnsupportedModelError,
     )
+    from plphp.families.registry import available_families, register_family
+    from plphp.methods.registry import available_methods, register_method
     from plphp.profile_report import AttentionProfile
     from plphp.profiling import profile
     from plphp.query_bank import QueryBank
-    from plphp.registry import available_families, available_methods, register_family, register_method
     from plphp.report import PruneReport
     from plphp.session import Session, apply, prune, remove
     from plphp.settings.config import PLPHPConfig
@@ -61,7 +62,8 @@ _MODULES = {
     "profile_report": ("AttentionProfile",),
     "profiling": ("profile",),
     "query_bank": ("QueryBank",),
-    "registry": ("available_families", "available_methods", "register_family", "register_method"),
+    "families.registry": ("available_families", "register_family"),
+    "methods.registry": ("available_methods", "register_method"),
     "report": ("PruneReport",),
     "session": ("Session", "apply", "prune", "remove"),
 }

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from plphp.attention import PREFIX, register, unwatch, watch
 from plphp.contexts import OpenSessions, is_generating
 from plphp.errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
-from plphp.registry import family_of
+from plphp.families.registry import family_of
 from plphp.unwrapping import unwrapped
 
 ATTRIBUTE = "_plphp_attachment"

@@ -18,16 +18,17 @@ from plphp.attachment import Attachment, Lease
 from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
 from plphp.errors import ConfigError, SpanError
+from plphp.families.spans import VisionSpans
 from plphp.kernels import compact_kv
+from plphp.kernels.packed import PackedKV
+from plphp.kernels.precision import as_written
 from plphp.layer import PrunedLayer
 from plphp.methods.base import Method
-from plphp.packed import PackedKV
+from plphp.methods.registry import method_for
 from plphp.plan import LAYER_LEVEL, Gathered, PromptPlan, gather
-from plphp.precision import as_written
 from plphp.report import LayerRecord
 from plphp.settings.config import PLPHPConfig, checked
-from plphp.suitability import method_for, refuse_prompt_stage
-from plphp.types import VisionSpans
+from plphp.suitability import refuse_prompt_stage
 
 NOTHING_EVICTED = PLPHPConfig(method="none")
 

@@ -17,13 +17,14 @@ from plphp.attachment import Attachment, Lease
 from plphp.conversation import ConversationCache
 from plphp.errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.finite import features_of
+from plphp.kernels.precision import as_written
 from plphp.layer import PrunedLayer, layer_nbytes
+from plphp.methods.registry import method_for
 from plphp.passes import PassGuard
 from plphp.plan import PromptPlan
-from plphp.precision import as_written
 from plphp.report import LayerRecord, PruneReport, build_report
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
-from plphp.suitability import method_for, refuse_prompt_stage, refuse_unanswered
+from plphp.suitability import refuse_prompt_stage, refuse_unanswered
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
 from plphp.errors import ConfigError
-from plphp.registry import resolve
+from plphp.methods.registry import resolve
 from plphp.report import PruneReport, RowReport
 from plphp.settings.config import PLPHPConfig
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from plphp.attachment import Attachment
+from plphp.families.registry import family_of
+from plphp.families.spans import VisionSpans, find_spans, padding_mask, real_tokens
 from plphp.finite import features_of, refuse_damaged
 from plphp.history import History
 from plphp.layer import PrunedLayer
 from plphp.mrope import TurnPositions, turn_positions
-from plphp.registry import family_of
-from plphp.spans import find_spans, padding_mask, real_tokens
 from plphp.turns import SentImage, new_features
-from plphp.types import VisionSpans
 
 
 class ConversationCache(Cache):

@@ -19,12 +19,12 @@ from plphp.attachment import Lease
 from plphp.attention import PREFIX, SUPPORTED_BASES
 from plphp.cache import PrunedCache
 from plphp.errors import PLPHPError
+from plphp.families.registry import available_families, family_of
 from plphp.families.unsupported import UNSUPPORTED
 from plphp.io.quoting import one_line
 from plphp.kernels import TRIALS, choice
 from plphp.layer import PrunedLayer
 from plphp.loading import empty_model, load_model
-from plphp.registry import available_families, family_of
 from plphp.settings.config import PLPHPConfig
 from plphp.sources import bundled_model_path
 

@@ -19,9 +19,9 @@ from plphp.cache import PrunedCache
 from plphp.cache_argument import NAME, NAMES, passed, take_cache
 from plphp.contexts import generating
 from plphp.errors import CacheStateError, UnsupportedFeatureError
+from plphp.families.registry import family_of
 from plphp.graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
 from plphp.mrope import position_holder
-from plphp.registry import family_of
 from plphp.turns import with_features
 from plphp.unwrapping import refuse_adapters
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from plphp.errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError
 from plphp.io.quoting import one_line
 from plphp.kernels import compact_kv
-from plphp.packed import PackedKV
+from plphp.kernels.packed import PackedKV
 
 MIN_GROWTH = 16
 """Tokens for which the tail reserves room at least when it grows."""

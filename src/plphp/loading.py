@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel
 
 from plphp.errors import BackendUnavailableError, LoadError
+from plphp.families.registry import family_of
 from plphp.io.quoting import one_line
-from plphp.registry import family_of
 from plphp.sources import check_device_name, check_dtype, explained, model_source, reachable_source
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plphp.errors import ConfigError, SpanError
+from plphp.families.spans import VisionSpans, query_mask
 from plphp.finite import refuse, warn
 from plphp.kernels import window_scores
 from plphp.layer import PrunedLayer
@@ -17,8 +18,7 @@ from plphp.methods.base import Method
 from plphp.query_bank import bank_at
 from plphp.selection import keep_masks, pooled
 from plphp.settings.config import PLPHPConfig
-from plphp.spans import query_mask
-from plphp.types import PLAIN, Evidence, LayerScores, RowAllocation, ScoredLayer, VisionSpans
+from plphp.types import PLAIN, Evidence, LayerScores, RowAllocation, ScoredLayer
 
 Gathered = tuple[Tensor, Tensor]
 """Queries [batch, q_heads, columns, dim] and their logical positions, int64 [columns]."""

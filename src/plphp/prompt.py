@@ -13,10 +13,10 @@ from transformers import PretrainedConfig
 
 from plphp.chat import Messages, normalized, parts_of
 from plphp.errors import ConfigError, PLPHPError, SpanError, UnsupportedFeatureError
+from plphp.families.registry import family_of
+from plphp.families.spans import find_spans
 from plphp.io.quoting import one_line, quoted
 from plphp.media import load_image, load_video
-from plphp.registry import family_of
-from plphp.spans import find_spans
 
 
 def build_inputs(

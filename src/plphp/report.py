@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plphp.errors import ConfigError
+from plphp.families.spans import VisionSpans
 from plphp.io.json_files import Kind, read_values
-from plphp.types import LayerScores, RowAllocation, VisionSpans
+from plphp.types import LayerScores, RowAllocation
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,8 @@ from typing import Any
 from plphp.attachment import Lease
 from plphp.cache_argument import NAME
 from plphp.errors import CacheStateError, UnprunedWarning, UnsupportedModelError
-from plphp.registry import family_of, resolve
+from plphp.families.registry import family_of
+from plphp.methods.registry import resolve
 from plphp.report import PruneReport
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 from plphp.unwrapping import unwrapped

@@ -5,27 +5,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from plphp.errors import ConfigError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 from plphp.methods.base import Method
-from plphp.registry import resolve
-from plphp.settings.config import PLPHPConfig, warn_if_calibrated_elsewhere
-
-
-def method_for(config: PLPHPConfig, layers: int) -> Method:
-    """The method of a config, for a model with ``layers`` decoder layers.
-
-    Raises
-    ------
-    ConfigError
-        If the config names a layer, an option or a rate that cannot be.
-    """
-    for layer in config.exempt_layers:
-        if not -layers <= layer < layers:
-            raise ConfigError(f"exempt_layers names layer {layer}, but the model has the layers 0 to {layers - 1}.")
-    warn_if_calibrated_elsewhere(config, layers)
-    method = resolve(config)
-    method.check(config, layers)
-    return method
 
 
 def refuse_unanswered(method: Method) -> None:

@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 import plphp
 import tiny_hub
 from plphp.cli import app
-from plphp.registry import available_families, available_methods
+from plphp.families.registry import available_families
+from plphp.methods.registry import available_methods
 
 SOURCES = Path(plphp.__file__).parent
 

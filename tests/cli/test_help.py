@@ -17,7 +17,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from plphp.cli import app
-from plphp.registry import available_methods, builtin_method_names, method_names
+from plphp.methods.registry import METHODS_BY_NAME, available_methods
 from plphp.settings.config import DECODE_MODES
 from plphp.sources import DTYPES
 
@@ -55,7 +55,7 @@ def test_brackets_are_among_them() -> None:
 
 
 def choices() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    methods = tuple(builtin_method_names())
+    methods = tuple(METHODS_BY_NAME.file_names())
     for name, command in commands().items():
         for parameter in command.params:
             known = {"method": methods, "dtype": DTYPES, "decode": DECODE_MODES}.get(parameter.name)
@@ -83,8 +83,8 @@ def test_there_are_choices() -> None:
 
 
 def test_names_of_methods_are_known_without_importing_them() -> None:
-    assert sorted(builtin_method_names()) == sorted(available_methods())
-    assert set(method_names()) >= set(builtin_method_names())
+    assert sorted(METHODS_BY_NAME.file_names()) == sorted(available_methods())
+    assert set(METHODS_BY_NAME.names()) >= set(METHODS_BY_NAME.file_names())
 
 
 def complete(words: str, path: Path | None = None) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from plphp.families.registry import available_families, family_of
 
 import plphp
 from plphp import PLPHPConfig
@@ -15,7 +16,6 @@ from plphp.errors import PLPHPError
 from plphp.families._segments import in_prompt_order
 from plphp.families.base import Family, VisionSegment
 from plphp.families.unsupported import UNSUPPORTED, reason_against
-from plphp.registry import available_families, family_of
 from tiny_models import IMAGE, REFUSED, SPECIAL, TEXT_IDS, TINY, VIDEO
 
 ROWS = ([1], [3], [2, 1], [0, 2, 1], [0])

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import plphp
-from plphp import ConfigError, PLPHPConfig, PLPHPError, registry
+from plphp import ConfigError, PLPHPConfig, PLPHPError
+from plphp.methods.registry import resolve
 from tiny_models import TINY, tiny_model
 
 fractions = st.floats(0, 1)
@@ -304,18 +305,20 @@ def test_options_come_from_their_own_line() -> None:
 )
 def test_option_that_the_method_does_not_have(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
-        registry.resolve(PLPHPConfig.parse(text))
+        resolve(PLPHPConfig.parse(text))
 
 
 def test_options_of_a_mapping_are_those_of_the_method() -> None:
-    with pytest.raises(ConfigError, match=r"'windw', which is no option of the method 'snapkv' either\. Did you mean 'window'\?"):
-        registry.resolve(PLPHPConfig.from_dict({"method": "snapkv", "options": {"windw": 3}}))
+    with pytest.raises(
+        ConfigError, match=r"'windw', which is no option of the method 'snapkv' either\. Did you mean 'window'\?"
+    ):
+        resolve(PLPHPConfig.from_dict({"method": "snapkv", "options": {"windw": 3}}))
     with pytest.raises(ConfigError, match=r"'window', which is no option of the method 'plphp' either\. Known: "):
-        registry.resolve(PLPHPConfig.from_dict({"options": {"window": 3}}))
+        resolve(PLPHPConfig.from_dict({"options": {"window": 3}}))
     # A config does not look its method up: a wrong option is refused where the method is first asked for.
     config = PLPHPConfig(method="snapkv", options={"window": "wide"})
     with pytest.raises(ConfigError, match="must be an integer of at least 1, got 'wide'"):
-        registry.resolve(config)
+        resolve(config)
 
 
 @pytest.mark.parametrize("options", [3, ["a"], {1: 2}, {"a": [1]}, {"a": {}}, None], ids=repr)

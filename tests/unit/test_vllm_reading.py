@@ -17,7 +17,7 @@ from torch import Tensor
 from plphp import PLPHPConfig
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.methods.base import Method
-from plphp.registry import resolve
+from plphp.methods.registry import resolve
 from plphp.types import LayerScores
 from plphp.vllm.ranks import Ranks
 from plphp.vllm.reading import PromptReading, vision_spans

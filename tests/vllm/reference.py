@@ -18,7 +18,7 @@ from engine import Request, video_metadata
 from pictures import frames, load
 from plphp import PLPHPConfig
 from plphp.allocation import kept_count
-from plphp.registry import get_method, register_method
+from plphp.methods.registry import get_method, register_method
 from tiny_checkpoint import IMAGE, VIDEO
 
 

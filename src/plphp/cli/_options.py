@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from plphp.registry import builtin_method_names, method_names
+from plphp.methods.registry import METHODS_BY_NAME
 from plphp.settings.config import DECODE_MODES
 from plphp.sources import DEVICES, DTYPES
 
@@ -111,8 +111,8 @@ MethodOption = Annotated[
     option(
         PRUNING,
         "Default: plphp, and query_bank with the bundled model. See `plphp methods`:",
-        choices=builtin_method_names(),
-        complete=method_names,
+        choices=METHODS_BY_NAME.file_names(),
+        complete=METHODS_BY_NAME.names,
     ),
 ]
 RetentionRateOption = Annotated[float | None, option(PRUNING, "Fraction of vision tokens that a balanced layer keeps.")]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError
-from plphp.registry import resolve
+from plphp.methods.registry import resolve
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.presets import with_defaults
 

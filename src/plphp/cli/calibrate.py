@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from plphp.errors import ConfigError
-from plphp.registry import method_names
+from plphp.methods.registry import METHODS_BY_NAME
 
 from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
 from ._checks import check_in_file, check_model, check_out_file
@@ -39,7 +39,7 @@ def calibrate(
         float | None, option(None, "Mean fraction of vision tokens to keep; default 0.4.")
     ] = None,
     method: Annotated[
-        str | None, option(None, "Method with layer classes; default plphp.", complete=method_names)
+        str | None, option(None, "Method with layer classes; default plphp.", complete=METHODS_BY_NAME.names)
     ] = None,
     config: Annotated[
         str | None, option(None, "More settings, such as 'plphp:target_retention=0.4,query_rows=text'.")

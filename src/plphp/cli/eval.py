@@ -12,7 +12,7 @@ from rich.console import Console
 from plphp.errors import ConfigError
 from plphp.evaluation.choices import MODES, SPLITS, check_choice
 from plphp.evaluation.metrics import METRICS, get_metric
-from plphp.registry import method_names
+from plphp.methods.registry import METHODS_BY_NAME
 
 from ._app import app, console, note_on_bundled, print_json
 from ._checks import check_model, check_out_file, check_out_folder
@@ -32,7 +32,7 @@ def evaluate_command(
         option(
             WHAT,
             "Methods by commas, with settings and labels: 'plphp,mine=random:seed=1'; may be repeated.",
-            complete=method_names,
+            complete=METHODS_BY_NAME.names,
         ),
     ] = None,
     target_retention: Annotated[

@@ -85,8 +85,8 @@ def generate(
     check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.loading import decoder_layers, load_processor, load_weights
+        from plphp.methods.registry import method_for
         from plphp.prompt import build_inputs
-        from plphp.suitability import method_for
 
         # Everything that can be wrong with prompt and settings comes before the weights, which may take minutes.
         tell("loading the processor")

@@ -20,7 +20,7 @@ UNUSABLE = 1
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
     """List the pruning methods."""
-    from plphp.registry import available_methods as known
+    from plphp.methods.registry import available_methods as known
 
     rows = [{"name": one.name, "summary": one.summary, "paper": one.paper} for one in known().values()]
     _print(rows, as_json)
@@ -29,7 +29,7 @@ def methods(as_json: JsonOption = False) -> None:
 @app.command()
 def families(as_json: JsonOption = False) -> None:
     """List the model families that can be pruned."""
-    from plphp.registry import available_families as known
+    from plphp.families.registry import available_families as known
 
     rows = [{"name": one.name, "model types": list(one.model_types), "notes": one.notes} for one in known().values()]
     _print(rows, as_json)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from plphp.cache import PrunedCache
 from plphp.errors import ConfigError, LoadError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
 from plphp.loading import load_model
+from plphp.methods.registry import get_method, method_for
 from plphp.query_bank import bank_file
-from plphp.registry import get_method
-from plphp.suitability import method_for, refuse_unanswered
+from plphp.suitability import refuse_unanswered
 
 from .answering import decode_sample, generate_samples
 from .controls import smaller_inputs

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError, did_you_mean
-from plphp.registry import available_methods, get_method, resolve
+from plphp.methods.registry import available_methods, get_method, resolve
 from plphp.selection import at_random
 from plphp.settings.config import PLPHPConfig
 

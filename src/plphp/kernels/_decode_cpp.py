@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from plphp.errors import CacheMemoryError
-from plphp.packed import PackedKV
 
 from .cpp_library import library
+from .packed import PackedKV
 
 MOST_ROWS = 64
 """Query rows of a KV head, [group x query], that cpp/by_vectors.h has room for."""

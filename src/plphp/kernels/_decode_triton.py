@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plphp.packed import PackedKV
-
 from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
+from .packed import PackedKV
 
 
 @on_its_device

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from plphp.errors import BackendUnavailableError
 from plphp.io.quoting import one_line
-from plphp.precision import as_written
+
+from .precision import as_written
 
 log = logging.getLogger("plphp")
 

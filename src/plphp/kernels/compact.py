@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.packed import PackedKV
-
 from . import choice
+from .packed import PackedKV
 
 
 def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:

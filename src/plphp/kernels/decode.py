@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.packed import PackedKV
-from plphp.precision import as_written
-
 from . import _decode_cpp, choice
+from .packed import PackedKV
+from .precision import as_written
 
 TRITON_ROWS = 128
 """Most query rows [group x query] of a KV head in the Triton kernel."""

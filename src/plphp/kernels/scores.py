@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.packed import PackedKV
-from plphp.precision import as_written
 from plphp.types import PLAIN, Evidence
 
 from . import choice
+from .packed import PackedKV
+from .precision import as_written
 
 KEYS_AT_ONCE = 2048
 """Keys that are held in float32 at once."""

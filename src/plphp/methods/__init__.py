@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per method; `plphp.registry` finds them by name.
+"""One file per method; `plphp.methods.registry` finds them by name.
 
 They are imported to be listed and to check options, before torch is: torch is imported in the functions that compute.
 """

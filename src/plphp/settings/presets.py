@@ -9,7 +9,6 @@ from typing import Any
 
 import tomli_w
 
-
 from .config import PLPHPConfig
 
 DEFAULT_TARGET = 0.4

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp.families.spans import VisionSpans
 from plphp.kernels import compact_kv
+from plphp.kernels.packed import PackedKV
 from plphp.layer import PrunedLayer
 from plphp.methods.base import Method
-from plphp.packed import PackedKV
 from plphp.plan import PromptPlan
 from plphp.settings.config import PLPHPConfig
-from plphp.types import RowAllocation, VisionSpans
+from plphp.types import RowAllocation
 
 from .ranks import Ranks
 from .rounding import evict_whole_blocks

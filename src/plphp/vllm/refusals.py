@@ -8,10 +8,10 @@ from typing import Any
 
 from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.methods.base import Method
+from plphp.methods.registry import method_for, resolve
 from plphp.query_bank import bank_at
-from plphp.registry import resolve
 from plphp.settings.config import PLPHPConfig
-from plphp.suitability import method_for, refuse_unanswered
+from plphp.suitability import refuse_unanswered
 
 from . import CONNECTOR
 from .ranks import refuse_ranks

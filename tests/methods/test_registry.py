@@ -12,10 +12,12 @@ import pytest
 from transformers import LlavaConfig, PretrainedConfig
 
 import plphp
-from plphp import ConfigError, UnsupportedModelError, registry
+from plphp import ConfigError, UnsupportedModelError, plugins
 from plphp.families.base import Family
+from plphp.families.registry import FAMILIES_BY_NAME, family_of
 from plphp.families.unsupported import UNSUPPORTED
 from plphp.methods.base import Method
+from plphp.methods.registry import METHODS_BY_NAME, get_method
 
 PLPHP = plphp.available_methods()["plphp"]
 
@@ -36,11 +38,11 @@ def family(name: str, *model_types: str) -> Family:
 
 @pytest.fixture(autouse=True)
 def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "_methods", {})
-    monkeypatch.setattr(registry, "_families", {})
+    monkeypatch.setattr(METHODS_BY_NAME, "registered", {})
+    monkeypatch.setattr(FAMILIES_BY_NAME, "registered", {})
     yield
-    registry._builtin_methods.cache_clear()
-    registry._builtin_families.cache_clear()
+    METHODS_BY_NAME.forget_discovered()
+    FAMILIES_BY_NAME.forget_discovered()
 
 
 def test_builtin_methods_carry_their_name_and_their_source() -> None:
@@ -55,14 +57,14 @@ def test_builtin_methods_carry_their_name_and_their_source() -> None:
 def test_a_registered_method_is_found_and_replaces_only_when_asked() -> None:
     mine = dataclasses.replace(PLPHP, name="mine")
     plphp.register_method(mine)
-    assert registry.get_method("mine") is mine
+    assert get_method("mine") is mine
     for taken in ("mine", "plphp"):
         other = dataclasses.replace(PLPHP, name=taken, summary="other")
         with pytest.raises(ConfigError, match=f"The name '{taken}' is taken; pass replace=True"):
             plphp.register_method(other)
-        assert registry.get_method(taken).summary != "other"
+        assert get_method(taken).summary != "other"
         plphp.register_method(other, replace=True)
-        assert registry.get_method(taken) is other
+        assert get_method(taken) is other
 
 
 @pytest.mark.parametrize("item", [None, "plphp", Method, family("x", "y")], ids=["none", "text", "class", "family"])
@@ -73,17 +75,17 @@ def test_what_is_no_method_is_refused(item: Any) -> None:
 
 def test_unknown_method() -> None:
     with pytest.raises(ConfigError, match=r"Unknown method 'plphq'\. Did you mean 'plphp'\?"):
-        registry.get_method("plphq")
+        get_method("plphq")
     with pytest.raises(ConfigError, match=r"Unknown method 'xyz'\. Known: fastv, none, oracle, plphp"):
-        registry.get_method("xyz")
+        get_method("xyz")
 
 
 def test_a_registered_family_wins_over_a_builtin_one() -> None:
-    assert registry.family_of(LlavaConfig()).name == "llava"
+    assert family_of(LlavaConfig()).name == "llava"
     mine = family("mine", "llava", "unheard-of")
     plphp.register_family(mine)
-    assert registry.family_of(LlavaConfig()) is mine
-    assert registry.family_of(config("unheard-of")) is mine
+    assert family_of(LlavaConfig()) is mine
+    assert family_of(config("unheard-of")) is mine
     with pytest.raises(ConfigError, match="The name 'llava' is taken"):
         plphp.register_family(family("llava", "other"))
     with pytest.raises(ConfigError, match="Expected a Family, got"):
@@ -93,13 +95,13 @@ def test_a_registered_family_wins_over_a_builtin_one() -> None:
 @pytest.mark.parametrize("model_type", sorted(UNSUPPORTED))
 def test_unsupported_model_gives_its_reason(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError) as error:
-        registry.family_of(config(model_type))
+        family_of(config(model_type))
     assert f"does not prune this {model_type!r} model: {UNSUPPORTED[model_type]}" in str(error.value)
 
 
 def test_unknown_model() -> None:
     with pytest.raises(UnsupportedModelError, match=r"does not know 'lava' models\. Did you mean 'llava'\?"):
-        registry.family_of(config("lava"))
+        family_of(config("lava"))
 
 
 @dataclass
@@ -122,9 +124,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def entry_points(group: str) -> list[FakeEntry]:
             return [FakeEntry(items[group[6:]])] if group[6:] in items else []
 
-        monkeypatch.setattr(registry, "entry_points", entry_points)
-        registry._builtin_methods.cache_clear()
-        registry._builtin_families.cache_clear()
+        monkeypatch.setattr(plugins, "entry_points", entry_points)
+        METHODS_BY_NAME.forget_discovered()
+        FAMILIES_BY_NAME.forget_discovered()
 
     return entries
 
@@ -133,7 +135,7 @@ def test_entry_points_of_installed_packages(install: Callable[..., None]) -> Non
     theirs, toy = dataclasses.replace(PLPHP, name="theirs"), family("toy", "unheard-of")
     install(methods=theirs, families=toy)
     assert plphp.available_methods()["theirs"] is theirs
-    assert registry.family_of(config("unheard-of")) is toy
+    assert family_of(config("unheard-of")) is toy
     with pytest.raises(ConfigError, match="The name 'theirs' is taken"):
         plphp.register_method(theirs)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plphp.packed import PackedKV
+from plphp.kernels.packed import PackedKV
 
 KEY_DIM, VALUE_DIM = 3, 2
 

@@ -14,8 +14,7 @@ from transformers import PretrainedConfig
 
 from plphp import SpanError
 from plphp.families.base import Family, VisionSegment
-from plphp.spans import find_spans, query_mask
-from plphp.types import VisionSpans
+from plphp.families.spans import VisionSpans, find_spans, query_mask
 
 TEXT, IMAGE, PAD = 5, 9, 0
 CONFIG = PretrainedConfig()

@@ -16,7 +16,7 @@ from test_kernels import SCALING, TOLERANCE, assert_attention, assert_scores, ma
 
 from plphp.kernels import TRIALS, choice, decode
 from plphp.kernels.decode import TRITON_ROWS, triton_trial, unsupported_by_triton
-from plphp.packed import PackedKV
+from plphp.kernels.packed import PackedKV
 
 pytest.importorskip("triton")
 from plphp.kernels import _compact_triton, _decode_triton, _scores_triton, _triton_shapes

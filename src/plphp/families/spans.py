@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +11,55 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from plphp.errors import SpanError
-from plphp.families.base import Family, Inputs, VisionSegment
 from plphp.settings.config import QueryRows
-from plphp.types import VisionSpans
+
+from .base import Family, Inputs, VisionSegment
 
 Grid = tuple[int, int, int] | None
 
 FEATURE_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_embeds", "video_embeds")
 """Inputs that carry images or videos, under any family."""
+
+
+@dataclass(frozen=True)
+class VisionSpans:
+    """Where the vision tokens of a batch of prompts stand, in logical positions (0 is the first token seen).
+
+    Parameters
+    ----------
+    segment : Tensor
+        int64 [batch, seq]; number of the image within its row, -1 where there is no vision token to prune.
+    real : Tensor
+        bool [batch, seq]; False on padding.
+    start : int
+        First position of the new prompt: what the cache held before it was planned.
+    grids : tuple
+        Per row, per image: ``(frames, height, width)`` in tokens or None.
+    """
+
+    segment: Tensor
+    real: Tensor
+    start: int
+    grids: tuple[tuple[tuple[int, int, int] | None, ...], ...]
+
+    @property
+    def vision(self) -> Tensor:
+        """bool [batch, seq]; True on the vision tokens of the new prompt."""
+        return self.segment >= 0
+
+    @property
+    def end(self) -> int:
+        """Position after the last prompt token."""
+        return self.segment.shape[1]
+
+    def repeated(self, times: int) -> VisionSpans:
+        """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
+        return VisionSpans(
+            segment=self.segment.repeat_interleave(times, dim=0),
+            real=self.real.repeat_interleave(times, dim=0),
+            start=self.start,
+            grids=tuple(grid for grid in self.grids for _ in range(times)),
+        )
 
 
 def find_spans(

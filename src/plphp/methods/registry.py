@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods by name, and the method of a config.
+
+A package adds its own with the entry point group ``plphp.methods``, each entry naming a `Method`.
+"""
+
+from __future__ import annotations
+
+from plphp import methods
+from plphp.errors import ConfigError, did_you_mean
+from plphp.plugins import Plugins
+from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_elsewhere
+from plphp.settings.options import check_options
+
+from .base import Method
+
+METHODS_BY_NAME = Plugins(Method, methods, "METHOD", "plphp.methods", helpers=("base", "registry"))
+
+
+def register_method(method: Method, *, replace: bool = False) -> None:
+    """Make a method known by its name.
+
+    Parameters
+    ----------
+    method : Method
+        The method.
+    replace : bool
+        Allow to take the place of a method of the same name.
+
+    Raises
+    ------
+    ConfigError
+        If it is not a `Method`, or its name is taken.
+    """
+    METHODS_BY_NAME.register(method, replace)
+
+
+def available_methods() -> dict[str, Method]:
+    """All methods by name."""
+    return METHODS_BY_NAME.available()
+
+
+def get_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    known = available_methods()
+    if name not in known:
+        raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, known)}")
+    return known[name]
+
+
+def resolve(config: PLPHPConfig) -> Method:
+    """The method of a config.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name, or the config's options are not those of the method.
+    """
+    method = get_method(config.method)
+    check_options(method.name, method.options, config.options, SETTINGS)
+    return method
+
+
+def method_for(config: PLPHPConfig, layers: int) -> Method:
+    """The method of a config, for a model with ``layers`` decoder layers.
+
+    Raises
+    ------
+    ConfigError
+        If the config names a layer, an option or a rate that cannot be.
+    """
+    for layer in config.exempt_layers:
+        if not -layers <= layer < layers:
+            raise ConfigError(f"exempt_layers names layer {layer}, but the model has the layers 0 to {layers - 1}.")
+    warn_if_calibrated_elsewhere(config, layers)
+    method = resolve(config)
+    method.check(config, layers)
+    return method
