@@ -30,7 +30,7 @@ import plphp
 from plphp.cache_argument import passed
 from plphp.compare import kv_bytes
 from plphp.layer import PrunedLayer
-from plphp.plan import PromptPlan
+from plphp.pruning.plan import PromptPlan
 from plphp.tables import human_bytes
 
 PARTS = {

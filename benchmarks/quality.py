@@ -106,7 +106,7 @@ def main() -> None:
 
 def _with_bank(arguments: argparse.Namespace, methods: tuple[str, ...]) -> tuple[str, ...]:
     """The methods, without those that need the bundled bank where the model is another; stop if it is outdated."""
-    from plphp.query_bank import bank_at
+    from plphp.policy.bank import bank_at
 
     if arguments.model is not None:
         return tuple(method for method in methods if "bank=bundled" not in method)
@@ -221,7 +221,7 @@ def bank(arguments: argparse.Namespace) -> None:
     """Queries of answers to prompts that no other part uses."""
     import plphp
     from plphp.loading import load_model
-    from plphp.query_bank import BUNDLED
+    from plphp.policy.bank import BUNDLED
 
     if arguments.model is not None:
         raise SystemExit("This part is for the bundled model: use plphp collect for another one.")

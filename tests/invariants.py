@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import plphp
-from plphp.report import PruneReport
+from plphp.pruning.report import PruneReport
 from precision import EXACT, assert_exact, max_difference
 
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

@@ -22,9 +22,9 @@ import plphp
 from invariants import assert_same_generation, generate, pruned
 from plphp import NonFiniteAttentionError, PLPHPConfig, PrunedCache
 from plphp.cache_argument import passed
-from plphp.finite import damage, features_of
 from plphp.graph import _difference
-from plphp.report import PruneReport
+from plphp.pruning.finite import damage, features_of
+from plphp.pruning.report import PruneReport
 from plphp.tables import layer_table
 from test_query_bank import bank
 from tiny_models import TINY, collate, drop_empty, tiny_model

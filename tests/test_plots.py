@@ -16,7 +16,7 @@ from rich.console import Console
 from plphp import BackendUnavailableError, ConfigError, PLPHPConfig, PruneReport
 from plphp.compare import Comparison, Run
 from plphp.plots import plot_kept, plot_vision_attention
-from plphp.report import ImageReport, LayerReport, PromptReport, RowReport
+from plphp.pruning.report import ImageReport, LayerReport, PromptReport, RowReport
 from plphp.tables import comparison_table, layer_table, report_values, summary
 
 KEPT = [[[1, 2, 5], [1, 5]], [[2], [2, 9, 10, 11]]]

@@ -22,8 +22,8 @@ from invariants import assert_same_generation, evicted_entries_masked, generate,
 from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank, UnsupportedModelError
 from plphp.cache_argument import cache_in
 from plphp.collecting import _Reservoir
-from plphp.query_bank import FORMAT, LayerBank
-from plphp.rotary import Rotation
+from plphp.policy.bank import FORMAT, LayerBank
+from plphp.policy.rotation import Rotation
 from plphp.rotary_probe import find_rotations
 from precision import EXACT, working_dtype
 from test_branch import assert_rows_are_ordinary_runs

@@ -16,7 +16,8 @@ from invariants import generate, pruned
 from plphp.cache_argument import passed
 from plphp.families.unsupported import reason_against
 from plphp.methods.registry import METHODS_BY_NAME
-from plphp.report import PruneReport
+from plphp.policy.allocation import RowAllocation
+from plphp.pruning.report import PruneReport
 from test_invariants import config
 from tiny_models import TINY, tiny_model
 
@@ -44,7 +45,7 @@ def test_soft_capped_text_model() -> None:
 @pytest.mark.parametrize("rate", [float("nan"), -0.5, 1.5])
 def test_a_method_with_impossible_rates(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(scores: Any, settings: Any) -> Any:
-        return [[plphp.types.RowAllocation(one, "uniform", rate) for one in layer.vision_score] for layer in scores]
+        return [[RowAllocation(one, "uniform", rate) for one in layer.vision_score] for layer in scores]
 
     monkeypatch.setattr(METHODS_BY_NAME, "registered", {})
     broken = dataclasses.replace(plphp.available_methods()["uniform"], name="broken", allocate=allocate)

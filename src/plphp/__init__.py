@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     )
     from plphp.families.registry import available_families, register_family
     from plphp.methods.registry import available_methods, register_method
+    from plphp.policy.bank import QueryBank
     from plphp.profile_report import AttentionProfile
     from plphp.profiling import profile
-    from plphp.query_bank import QueryBank
-    from plphp.report import PruneReport
+    from plphp.pruning.report import PruneReport
     from plphp.session import Session, apply, prune, remove
     from plphp.settings.config import PLPHPConfig
 
@@ -61,10 +61,10 @@ _MODULES = {
     ),
     "profile_report": ("AttentionProfile",),
     "profiling": ("profile",),
-    "query_bank": ("QueryBank",),
+    "policy.bank": ("QueryBank",),
     "families.registry": ("available_families", "register_family"),
     "methods.registry": ("available_methods", "register_method"),
-    "report": ("PruneReport",),
+    "pruning.report": ("PruneReport",),
     "session": ("Session", "apply", "prune", "remove"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -23,10 +23,10 @@ from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
 from plphp.kernels.precision import as_written
 from plphp.layer import PrunedLayer
-from plphp.methods.base import Method
 from plphp.methods.registry import method_for
-from plphp.plan import LAYER_LEVEL, Gathered, PromptPlan, gather
-from plphp.report import LayerRecord
+from plphp.policy.method import Method
+from plphp.pruning.plan import LAYER_LEVEL, Gathered, PromptPlan, gather
+from plphp.pruning.record import LayerRecord
 from plphp.settings.config import PLPHPConfig, checked
 from plphp.suitability import refuse_prompt_stage
 

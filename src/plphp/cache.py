@@ -16,13 +16,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from plphp.attachment import Attachment, Lease
 from plphp.conversation import ConversationCache
 from plphp.errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
-from plphp.finite import features_of
 from plphp.kernels.precision import as_written
 from plphp.layer import PrunedLayer, layer_nbytes
 from plphp.methods.registry import method_for
 from plphp.passes import PassGuard
-from plphp.plan import PromptPlan
-from plphp.report import LayerRecord, PruneReport, build_report
+from plphp.pruning.finite import features_of
+from plphp.pruning.plan import PromptPlan
+from plphp.pruning.record import LayerRecord, prompt_reports
+from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 from plphp.suitability import refuse_prompt_stage, refuse_unanswered
 
@@ -277,7 +278,19 @@ class PrunedCache(ConversationCache):
         -------
         PruneReport
         """
-        return build_report(self, self.attachment.model)
+        model = self.attachment.model
+        return PruneReport(
+            model_type=model.config.model_type,
+            model_class=type(model).__name__,
+            config=self.config.to_dict(),
+            batch=max(self.batch_size, 0),
+            tokens=self.get_seq_length(),
+            kv_bytes_full=self.full_nbytes,
+            kv_bytes=self.nbytes,
+            reserved_bytes=self.reserved_nbytes,
+            pruning_seconds=self.pruning_seconds,
+            prompts=prompt_reports(self.records),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -17,7 +17,7 @@ from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
 from plphp.errors import ConfigError
 from plphp.methods.registry import resolve
-from plphp.report import PruneReport, RowReport
+from plphp.pruning.report import PruneReport, RowReport
 from plphp.settings.config import PLPHPConfig
 
 Rows = list[tuple[int, RowReport]]

@@ -15,9 +15,9 @@ from plphp.attachment import Lease
 from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
 from plphp.errors import ConfigError
+from plphp.policy.bank import LayerBank, QueryBank
+from plphp.policy.rotation import Rotation
 from plphp.provenance import provenance
-from plphp.query_bank import LayerBank, QueryBank
-from plphp.rotary import Rotation
 from plphp.rotary_probe import find_rotations
 from plphp.settings.config import PLPHPConfig
 

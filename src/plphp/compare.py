@@ -17,7 +17,7 @@ from plphp.cache import PrunedCache
 from plphp.cache_argument import NAMES, passed
 from plphp.errors import ConfigError
 from plphp.layer import layer_nbytes
-from plphp.report import PruneReport
+from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig
 
 OWN_ARGUMENTS = (*NAMES, "logits_processor", "streamer", "return_dict_in_generate")

@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from plphp.attachment import Attachment
 from plphp.families.registry import family_of
 from plphp.families.spans import VisionSpans, find_spans, padding_mask, real_tokens
-from plphp.finite import features_of, refuse_damaged
 from plphp.history import History
 from plphp.layer import PrunedLayer
 from plphp.mrope import TurnPositions, turn_positions
+from plphp.pruning.finite import features_of, refuse_damaged
 from plphp.turns import SentImage, new_features
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from rich.table import Table
 
-from plphp.types import LayerClass
+from plphp.policy.allocation import LayerClass
 
 if TYPE_CHECKING:
     from plphp.calibration import RetentionMeasurement

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from plphp.allocation import kept_count
 from plphp.cache_argument import passed
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.layer import layer_nbytes
+from plphp.policy.allocation import kept_count
 
 
 @dataclass(frozen=True)

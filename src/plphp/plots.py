@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from plphp.errors import BackendUnavailableError, ConfigError
-from plphp.report import ImageReport, PruneReport, RowReport
+from plphp.pruning.report import ImageReport, PruneReport, RowReport
 from plphp.tables import layer_rows, select_prompt
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from plphp.cache import PrunedCache
 from plphp.calibration import read_prompt
 from plphp.errors import ConfigError
-from plphp.plan import PromptPlan
 from plphp.profile_report import AttentionProfile, ProfiledPrompt
 from plphp.provenance import provenance
+from plphp.pruning.plan import PromptPlan
 from plphp.settings.config import PLPHPConfig, QueryRows
 
 

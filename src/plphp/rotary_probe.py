@@ -15,7 +15,7 @@ from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
-from plphp.rotary import Rotation
+from plphp.policy.rotation import Rotation
 from plphp.settings.config import PLPHPConfig
 
 POSITIONS = (1, 1000)

@@ -13,7 +13,7 @@ from plphp.cache_argument import NAME
 from plphp.errors import CacheStateError, UnprunedWarning, UnsupportedModelError
 from plphp.families.registry import family_of
 from plphp.methods.registry import resolve
-from plphp.report import PruneReport
+from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 from plphp.unwrapping import unwrapped
 

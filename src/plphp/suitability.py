@@ -6,7 +6,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
-from plphp.methods.base import Method
+from plphp.policy.method import Method
 
 
 def refuse_unanswered(method: Method) -> None:

@@ -15,7 +15,7 @@ from plphp.errors import ConfigError
 if TYPE_CHECKING:
     from plphp.compare import Comparison, Run
     from plphp.estimate import Estimate
-    from plphp.report import PromptReport, PruneReport, RowReport
+    from plphp.pruning.report import PromptReport, PruneReport, RowReport
 
 MAX_HEADS = 8
 """Heads whose counts are spelled out; beyond it a range is shown."""

@@ -27,7 +27,7 @@ from plphp.evaluation.answering import _kept
 from plphp.evaluation.conversation import batch_inputs, prompt_inputs
 from plphp.evaluation.skipping import records_of
 from plphp.evaluation.store import read_records, read_skipped
-from plphp.report import LayerReport, PromptReport, RowReport
+from plphp.pruning.report import LayerReport, PromptReport, RowReport
 
 
 @pytest.fixture(autouse=True)

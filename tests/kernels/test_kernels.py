@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plphp.kernels import _decode_cpp, choice, compact_kv, decode, decode_attention, scores, window_scores
 from plphp.kernels.packed import PackedKV
-from plphp.types import Evidence
+from plphp.policy.evidence import Evidence
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Of one attention over some twenty entries, not of a model: in float32 twenty times what 4,500 random cases show. Half

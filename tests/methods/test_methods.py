@@ -20,7 +20,7 @@ import plphp
 from invariants import assert_same_generation, attention_set, eager_attention, evicted_entries_masked, generate, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
 from plphp.cache_argument import passed
-from plphp.report import LayerReport, PruneReport
+from plphp.pruning.report import LayerReport, PruneReport
 from precision import EXACT, assert_exact
 from test_invariants import config as method_config
 from test_turns import two_turns

@@ -16,8 +16,8 @@ from plphp import ConfigError, UnsupportedModelError, plugins
 from plphp.families.base import Family
 from plphp.families.registry import FAMILIES_BY_NAME, family_of
 from plphp.families.unsupported import UNSUPPORTED
-from plphp.methods.base import Method
 from plphp.methods.registry import METHODS_BY_NAME, get_method
+from plphp.policy.method import Method
 
 PLPHP = plphp.available_methods()["plphp"]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from plphp import PLPHPConfig
 from plphp.errors import ConfigError, UnsupportedFeatureError
-from plphp.methods.base import Method
 from plphp.methods.registry import resolve
-from plphp.types import LayerScores
+from plphp.policy.evidence import LayerScores
+from plphp.policy.method import Method
 from plphp.vllm.ranks import Ranks
 from plphp.vllm.reading import PromptReading, vision_spans
 from plphp.vllm.rounding import evict_whole_blocks

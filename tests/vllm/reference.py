@@ -17,8 +17,8 @@ import plphp
 from engine import Request, video_metadata
 from pictures import frames, load
 from plphp import PLPHPConfig
-from plphp.allocation import kept_count
 from plphp.methods.registry import get_method, register_method
+from plphp.policy.allocation import kept_count
 from tiny_checkpoint import IMAGE, VIDEO
 
 

@@ -35,7 +35,7 @@ from ._settings import read_settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from plphp.report import PruneReport
+    from plphp.pruning.report import PruneReport
 
 PROMPT, GENERATION, OUTPUT = "Prompt", "Generation", "Output"
 

@@ -20,7 +20,7 @@ RowOption = Annotated[int, option(None, "Row of the batch; default 0.", min=0)]
 def inspect(report: ReportArgument, row: RowOption = 0, as_json: JsonOption = False) -> None:
     """Show what a run kept, layer by layer."""
     check_in_file(report, "report")
-    from plphp.report import PruneReport
+    from plphp.pruning.report import PruneReport
     from plphp.tables import layer_tables, report_values, summary
 
     found = PruneReport.from_json(report)
@@ -49,7 +49,7 @@ def plot(
     images = [load_image(source, allow_urls=allow_urls) for source in image or ()] or None
     check_out_folder(out)
     from plphp.plots import plot_kept, plot_vision_attention
-    from plphp.report import PruneReport
+    from plphp.pruning.report import PruneReport
     from plphp.tables import layer_rows
 
     found = PruneReport.from_json(report)

@@ -15,7 +15,7 @@ from torch import Tensor
 from plphp.cache import PrunedCache
 from plphp.cache_argument import passed
 from plphp.errors import NonFiniteAttentionError
-from plphp.report import PruneReport
+from plphp.pruning.report import PruneReport
 from plphp.session import prune
 
 from .controls import blank, interpolated_positions

@@ -14,7 +14,7 @@ from plphp.cache import PrunedCache
 from plphp.errors import ConfigError, LoadError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
 from plphp.loading import load_model
 from plphp.methods.registry import get_method, method_for
-from plphp.query_bank import bank_file
+from plphp.policy.bank import bank_file
 from plphp.suitability import refuse_unanswered
 
 from .answering import decode_sample, generate_samples

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError, did_you_mean
 from plphp.methods.registry import available_methods, get_method, resolve
-from plphp.selection import at_random
+from plphp.policy.rankers import at_random
 from plphp.settings.config import PLPHPConfig
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.types import PLAIN, Evidence
+from plphp.policy.evidence import PLAIN, Evidence
 
 from . import choice
 from .packed import PackedKV
@@ -23,7 +23,7 @@ MASS_AT_ONCE = 2**18
 
 @dataclass
 class WindowScores:
-    """What some query rows say about every entry; see `plphp.types.LayerScores` for what each tensor is.
+    """What some query rows say about every entry; see `plphp.policy.evidence.LayerScores` for what each tensor is.
 
     Parameters
     ----------

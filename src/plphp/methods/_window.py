@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.selection import per_head
+from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.rankers import per_head
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
-from plphp.types import Evidence, LayerScores
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,15 +20,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from plphp.allocation import Allocation, Layers, with_rates
 from plphp.errors import ConfigError
-from plphp.selection import keep_mask, pooled, shared_by_heads
+from plphp.policy.allocation import Allocation, Layers, with_rates
+from plphp.policy.evidence import LayerScores
+from plphp.policy.method import Method
+from plphp.policy.rankers import pooled, shared_by_heads
+from plphp.policy.selection import keep_mask
+from plphp.policy.stages import PromptStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
-from plphp.types import LayerScores
 
 from ._stage import refuse_exempt_layers
-from .base import Method, PromptStage
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep everything: the same cache and attention function with nothing evicted."""
 
-from plphp.allocation import keep_all
-from plphp.selection import per_head
-
-from .base import Method
+from plphp.policy.allocation import keep_all
+from plphp.policy.method import Method
+from plphp.policy.rankers import per_head
 
 METHOD = Method(
     name="none",

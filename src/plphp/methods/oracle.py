@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.allocation import uniform
-from plphp.selection import by_best_rank, by_peak, per_head
+from plphp.policy.allocation import uniform
+from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.method import Method
+from plphp.policy.rankers import by_best_rank, by_peak, per_head
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
-from plphp.types import Evidence, LayerScores
-
-from .base import Method
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PLPHP (arXiv:2502.14504): layer-level retention rate allocation and head-level vision token pruning."""
 
-from plphp.allocation import by_vision_attention
-from plphp.selection import per_head
-
-from .base import Method
+from plphp.policy.allocation import by_vision_attention
+from plphp.policy.method import Method
+from plphp.policy.rankers import per_head
 
 METHOD = Method(
     name="plphp",

@@ -8,13 +8,13 @@ Default: beta 20, the paper's. Changed: the rates are those of the vision tokens
 ranked as in ``snapkv_vision``.
 """
 
-from plphp.allocation import Allocation, Layers, with_rates
+from plphp.policy.allocation import Allocation, Layers, with_rates
+from plphp.policy.method import Method
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
 from ._window import OPTIONS as WINDOW_OPTIONS
 from ._window import by_window, window_evidence
-from .base import Method
 
 OPTIONS = {**WINDOW_OPTIONS, "beta": Option(20.0, low=1)}
 

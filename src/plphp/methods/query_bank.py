@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.allocation import uniform
 from plphp.errors import ConfigError
-from plphp.selection import Mix, by_best_rank, by_peak, by_value_norm, per_head
+from plphp.policy.allocation import uniform
+from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.method import Method
+from plphp.policy.rankers import by_best_rank, by_peak, by_value_norm, per_head
+from plphp.policy.selection import Mix
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
-from plphp.types import Evidence, LayerScores
-
-from .base import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ def check(config: PLPHPConfig, layers: int) -> None:
             f"The method 'query_bank' asks with the queries of its bank, got query_rows={config.query_rows!r}: leave "
             "it out."
         )
-    from plphp.query_bank import bank_at
+    from plphp.policy.bank import bank_at
 
     found = bank_at(name).decoder_layers
     if found != layers:

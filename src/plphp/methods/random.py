@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random vision tokens per layer and head: what any method has to beat."""
 
-from plphp.allocation import uniform
-from plphp.selection import at_random
-
-from .base import Method
+from plphp.policy.allocation import uniform
+from plphp.policy.method import Method
+from plphp.policy.rankers import at_random
 
 METHOD = Method(
     name="random",

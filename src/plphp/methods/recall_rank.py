@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.allocation import Allocation, Layers, by_vision_attention, uniform
 from plphp.errors import ConfigError
-from plphp.selection import Mix, by_best_rank, by_value_norm
+from plphp.policy.allocation import Allocation, Layers, by_vision_attention, uniform
+from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.method import Method
+from plphp.policy.rankers import by_best_rank, by_value_norm
+from plphp.policy.selection import Mix
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
-from plphp.types import Evidence, LayerScores
-
-from .base import Method
 
 if TYPE_CHECKING:
     from torch import Tensor

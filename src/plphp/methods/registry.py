@@ -9,12 +9,11 @@ from __future__ import annotations
 from plphp import methods
 from plphp.errors import ConfigError, did_you_mean
 from plphp.plugins import Plugins
+from plphp.policy.method import Method
 from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_elsewhere
 from plphp.settings.options import check_options
 
-from .base import Method
-
-METHODS_BY_NAME = Plugins(Method, methods, "METHOD", "plphp.methods", helpers=("base", "registry"))
+METHODS_BY_NAME = Plugins(Method, methods, "METHOD", "plphp.methods", helpers=("registry",))
 
 
 def register_method(method: Method, *, replace: bool = False) -> None:

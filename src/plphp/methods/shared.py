@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PLPHP without its head level: layer rates, and one choice for all heads of a layer."""
 
-from plphp.allocation import by_vision_attention
-from plphp.selection import shared_by_heads
-
-from .base import Method
+from plphp.policy.allocation import by_vision_attention
+from plphp.policy.method import Method
+from plphp.policy.rankers import shared_by_heads
 
 METHOD = Method(
     name="shared",

@@ -14,13 +14,13 @@ Changed for comparison: each layer and head keeps as many entries as a method th
 
 import dataclasses
 
-from plphp.allocation import uniform
 from plphp.errors import ConfigError
+from plphp.policy.allocation import uniform
+from plphp.policy.evidence import Evidence
+from plphp.policy.method import Method
 from plphp.settings.config import PLPHPConfig
-from plphp.types import Evidence
 
 from ._window import OPTIONS, by_window, window_evidence
-from .base import Method
 
 
 def evidence(config: PLPHPConfig) -> Evidence:

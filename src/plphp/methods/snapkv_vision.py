@@ -5,10 +5,10 @@ The formula is that of `plphp.methods.snapkv`; text still takes part in the pool
 evicted. Vision tokens inside the window come first.
 """
 
-from plphp.allocation import uniform
+from plphp.policy.allocation import uniform
+from plphp.policy.method import Method
 
 from ._window import OPTIONS, by_window, window_evidence
-from .base import Method
 
 METHOD = Method(
     name="snapkv_vision",

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PLPHP without its layer level: the same retention rate in every layer, per-head choice."""
 
-from plphp.allocation import uniform
-from plphp.selection import per_head
-
-from .base import Method
+from plphp.policy.allocation import uniform
+from plphp.policy.method import Method
+from plphp.policy.rankers import per_head
 
 METHOD = Method(
     name="uniform",

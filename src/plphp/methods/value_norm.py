@@ -4,11 +4,10 @@
 Models that normalise their values (Gemma 4) give all tokens the same norm, so that the ranking means nothing there.
 """
 
-from plphp.allocation import uniform
-from plphp.selection import by_value_norm
-from plphp.types import Evidence
-
-from .base import Method
+from plphp.policy.allocation import uniform
+from plphp.policy.evidence import Evidence
+from plphp.policy.method import Method
+from plphp.policy.rankers import by_value_norm
 
 METHOD = Method(
     name="value_norm",

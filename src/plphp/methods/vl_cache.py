@@ -10,13 +10,12 @@ Default: p 0.01, the paper's. Changed: only vision tokens are evicted, the floor
 place of 1 %, and what is cut at 1 goes to the other layers.
 """
 
-from plphp.allocation import Allocation, Layers, proportional, with_rates
-from plphp.selection import per_head
+from plphp.policy.allocation import Allocation, Layers, proportional, with_rates
+from plphp.policy.evidence import Evidence
+from plphp.policy.method import Method
+from plphp.policy.rankers import per_head
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
-from plphp.types import Evidence
-
-from .base import Method
 
 OPTIONS = {"p": Option(0.01, low=0, high=1)}
 

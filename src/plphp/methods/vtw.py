@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from plphp.allocation import Allocation, Layers, with_rates
-from plphp.selection import shared_by_heads
+from plphp.policy.allocation import Allocation, Layers, with_rates
+from plphp.policy.evidence import LayerScores
+from plphp.policy.method import Method
+from plphp.policy.rankers import shared_by_heads
+from plphp.policy.stages import PromptStage
 from plphp.settings.config import PLPHPConfig
-from plphp.types import LayerScores
 
 from ._stage import refuse_exempt_layers
-from .base import Method, PromptStage
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,14 +16,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from plphp.allocation import Allocation, Layers, with_rates
 from plphp.errors import ConfigError
-from plphp.selection import per_head
+from plphp.policy.allocation import Allocation, Layers, with_rates
+from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.method import Method
+from plphp.policy.rankers import per_head
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
-from plphp.types import Evidence, LayerScores
-
-from .base import Method
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from plphp.types import RowAllocation
+from plphp.policy.allocation import RowAllocation
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from plphp.errors import UnsupportedFeatureError
-from plphp.types import EVIDENCE, LayerScores
+from plphp.policy.evidence import EVIDENCE, LayerScores
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from plphp.families.spans import VisionSpans
 from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
 from plphp.layer import PrunedLayer
-from plphp.methods.base import Method
-from plphp.plan import PromptPlan
+from plphp.policy.allocation import RowAllocation
+from plphp.policy.method import Method
+from plphp.pruning.plan import PromptPlan
 from plphp.settings.config import PLPHPConfig
-from plphp.types import RowAllocation
 
 from .ranks import Ranks
 from .rounding import evict_whole_blocks

@@ -7,9 +7,9 @@ import os
 from typing import Any
 
 from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
-from plphp.methods.base import Method
 from plphp.methods.registry import method_for, resolve
-from plphp.query_bank import bank_at
+from plphp.policy.bank import bank_at
+from plphp.policy.method import Method
 from plphp.settings.config import PLPHPConfig
 from plphp.suitability import refuse_unanswered
 

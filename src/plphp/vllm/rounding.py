@@ -8,7 +8,7 @@ from torch import Tensor
 
 from plphp.errors import UnsupportedFeatureError
 from plphp.kernels.scores import places
-from plphp.types import LayerScores
+from plphp.policy.evidence import LayerScores
 
 
 def evict_whole_blocks(keep: Tensor, rank: Tensor, scores: LayerScores, block_size: int) -> tuple[Tensor, int]:

@@ -8,7 +8,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from plphp.methods.base import Method
+from plphp.policy.method import Method
 from plphp.settings.config import PLPHPConfig
 
 from .news import PrunedPrompt

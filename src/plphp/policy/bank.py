@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plphp.errors import ConfigError
-from plphp.rotary import Rotation
+
+from .rotation import Rotation
 
 FORMAT = "plphp query bank 1"
-BUNDLED = Path(__file__).parent / "reference_model" / "query_bank" / "bank.safetensors"
+BUNDLED = Path(__file__).parents[1] / "reference_model" / "query_bank" / "bank.safetensors"
 """Bank of the bundled model, which the name ``bundled`` stands for."""
 _ADVICE = "Make it with plphp collect or plphp.collect_query_bank."
 

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from plphp.errors import ConfigError, SpanError
 from plphp.families.spans import VisionSpans, query_mask
-from plphp.finite import refuse, warn
 from plphp.kernels import window_scores
 from plphp.layer import PrunedLayer
-from plphp.methods.base import Method
-from plphp.query_bank import bank_at
-from plphp.selection import keep_masks, pooled
+from plphp.policy.allocation import RowAllocation, ScoredLayer
+from plphp.policy.bank import bank_at
+from plphp.policy.evidence import PLAIN, Evidence, LayerScores
+from plphp.policy.method import Method
+from plphp.policy.rankers import pooled
+from plphp.policy.selection import keep_masks
 from plphp.settings.config import PLPHPConfig
-from plphp.types import PLAIN, Evidence, LayerScores, RowAllocation, ScoredLayer
+
+from .finite import refuse, warn
 
 Gathered = tuple[Tensor, Tensor]
 """Queries [batch, q_heads, columns, dim] and their logical positions, int64 [columns]."""

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head level: from scores and retention rates to the entries each KV head keeps. Pure functions.
 
-A *ranker* gives every entry of every KV head a score, however many are to be kept; `keep_mask` keeps the best of
-them, or with a `Mix` the best of them beside others that do not go by rank.
+A *ranker* (`plphp.policy.rankers`) gives every entry of every KV head a score; `keep_mask` keeps the best of them, or
+with a `Mix` the best of them beside others that do not go by score.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from plphp.allocation import kept_count
 from plphp.settings.config import PLPHPConfig
-from plphp.types import LayerScores
+
+from .allocation import kept_count
+from .evidence import LayerScores
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Ranker: TypeAlias = "Callable[[LayerScores, PLPHPConfig], Tensor]"
+from .rankers import at_random
 
 
 @dataclass(frozen=True)
@@ -39,90 +39,6 @@ class Mix:
 
 
 RANKED = Mix()
-
-
-def combined(values: Tensor, kv_heads: int, config: PLPHPConfig) -> Tensor:
-    """Combine the query heads of each KV head: [batch, q_heads, seq] to [batch, kv_heads, seq]."""
-    grouped = values.unflatten(1, (kv_heads, -1))
-    return grouped.amax(2) if config.gqa_reduction == "max" else grouped.mean(2)
-
-
-def per_head(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Each KV head ranks by the attention of its own query heads (head-level pruning of arXiv:2502.14504).
-
-    Returns
-    -------
-    Tensor
-        float32 [batch, kv_heads, seq].
-    """
-    return combined(scores.attention, scores.kv_heads, config)
-
-
-def shared_by_heads(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """One ranking for all KV heads, the mean over all query heads: the ablation without the head level."""
-    return scores.attention.mean(1, keepdim=True).expand(-1, scores.kv_heads, -1)
-
-
-def by_peak(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Each KV head ranks by the most attention that any query row gives."""
-    return combined(scores.need("peak"), scores.kv_heads, config)
-
-
-def by_best_rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Each KV head ranks by the best place that any query row gives, in (0, 1].
-
-    Entries with the same best place, one for each query row, are told apart by their mean attention.
-    """
-    import torch
-
-    mean = per_head(scores, config).masked_fill(~scores.vision[:, None], 0)
-    share = mean / mean.amax(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
-    return 1 / (2 + scores.need("best_rank") - share)
-
-
-def by_value_norm(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Each KV head ranks by the norm of its values."""
-    return scores.need("value_norm")
-
-
-def at_random(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """A random ranking per layer and KV head.
-
-    It depends on the seed, the layer and the number of vision tokens of a row, not on the other rows of the
-    batch or on padding.
-    """
-    import torch
-
-    shape = scores.attention.shape[0], scores.kv_heads, scores.attention.shape[2]
-    rank = torch.zeros(shape, dtype=torch.float32)
-    for row, vision in enumerate(scores.vision.cpu()):
-        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + scores.layer) % 2**63)
-        rank[row, :, vision] = torch.rand(scores.kv_heads, int(vision.sum()), generator=generator, dtype=torch.float32)
-    return rank.to(scores.attention.device)
-
-
-def pooled(rank: Tensor, scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Average a ranking [batch, kv_heads, seq] over ``score_pool`` neighbouring vision tokens of the same image.
-
-    At the ends of an image the neighbours that exist count.
-    """
-    if config.score_pool == 1:
-        return rank
-    from torch.nn.functional import avg_pool1d
-
-    rank = rank.clone()
-    for row, segment in enumerate(scores.segment):
-        for image in range(int(segment.max()) + 1):
-            positions = (segment == image).nonzero()[:, 0]
-            if len(positions):
-                rank[row][:, positions] = avg_pool1d(
-                    rank[row][:, positions],
-                    config.score_pool,
-                    stride=1,
-                    padding=config.score_pool // 2,
-                    count_include_pad=False,
-                )
-    return rank
 
 
 def keep_mask(

@@ -7,31 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from plphp.allocation import Allocator
-from plphp.selection import Mix, Ranker
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
-from plphp.types import Evidence, LayerScores
+
+from .allocation import Allocator
+from .evidence import Evidence
+from .rankers import Ranker
+from .selection import Mix
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class PromptStage:
-    """Vision tokens leave inside prefill: from a layer on no other token sees them, and their KV is not stored.
-
-    Parameters
-    ----------
-    first : callable
-        ``(config, layers) -> int``: the first decoder layer without them, from 1 to ``layers``.
-    stays : callable
-        ``(scores, config, layers) -> bool [batch, seq]``: the vision tokens that stay, from the scores of the layer
-        before.
-    """
-
-    first: Callable[[PLPHPConfig, int], int]
-    stays: Callable[[LayerScores, PLPHPConfig, int], Tensor]
+    pass
+from .stages import PromptStage
 
 
 @dataclass(frozen=True)
@@ -47,9 +33,9 @@ class Method:
     paper : str
         arXiv id with the section or equation, or "control".
     allocate : Allocator
-        Layer level: scored layers to retention rates, see `plphp.allocation`.
+        Layer level: scored layers to retention rates, see `plphp.policy.allocation`.
     rank : Ranker
-        Head level: a score for every entry of every KV head, see `plphp.selection`.
+        Head level: a score for every entry of every KV head, see `plphp.policy.selection`.
     uses_class_rule : callable
         ``config -> bool``: whether the allocator sorts layers into classes by their vision attention scores. Then
         ``target_retention`` says how much is kept, and none may be compacted before all have been scored.

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plphp import ConfigError, PLPHPConfig
-from plphp.selection import Mix, at_random, keep_mask, keep_masks, per_head, shared_by_heads
-from plphp.types import LayerScores
+from plphp.policy.evidence import LayerScores
+from plphp.policy.rankers import at_random, per_head, shared_by_heads
+from plphp.policy.selection import Mix, keep_mask, keep_masks
 
 
 def make_scores(

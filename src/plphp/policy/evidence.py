@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen types that flow from one step to the next.
+"""What is known of a layer's attention before anything is decided: `Evidence` asks for it, `LayerScores` holds it.
 
 Axis names: batch, layer, q_heads, kv_heads, seq, dim, kept. A *row* is one prompt of the batch.
 """
@@ -15,8 +15,6 @@ from plphp.settings.config import QueryRows
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LayerClass = Literal["attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision", "non-finite"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Evidence:
     value_norm : bool
         Ask for `LayerScores.value_norm`.
     bank : str, optional
-        Name of a query bank (`plphp.query_bank.bank_file`), whose queries take the place of the prompt's own rows.
+        Name of a query bank (`plphp.policy.bank.bank_file`), whose queries take the place of the prompt's own rows.
     """
 
     rows: QueryRows = 1
@@ -154,42 +152,3 @@ class LayerScores:
         """float32 [batch]; the layer's vision attention score gamma, in [0, 1]."""
         masked = self.attention.masked_fill(~self.vision[:, None], 0)
         return masked.sum(-1).mean(-1)
-
-
-@dataclass(frozen=True)
-class ScoredLayer:
-    """A layer whose retention rate is to be decided.
-
-    Parameters
-    ----------
-    index, count : int
-        Its place among the layers that share the budget (those that are pruned and not exempt), and their number.
-    vision_score : sequence of float
-        Vision attention score gamma of each row, in [0, 1].
-    scores : LayerScores
-        Everything that is known of the layer.
-    """
-
-    index: int
-    count: int
-    vision_score: Sequence[float]
-    scores: LayerScores
-
-
-@dataclass(frozen=True)
-class RowAllocation:
-    """What the layer level decided for one layer and one row.
-
-    Parameters
-    ----------
-    vision_score : float
-        Vision attention score gamma, in [0, 1]; 0 where it is not finite.
-    layer_class : str
-        Class of the layer for this prompt.
-    rate : float
-        Retention rate, in [0, 1].
-    """
-
-    vision_score: float
-    layer_class: LayerClass
-    rate: float

@@ -9,9 +9,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from plphp.settings.config import PLPHPConfig
-from plphp.types import LayerClass, RowAllocation, ScoredLayer
+
+from .evidence import LayerScores
+
+LayerClass = Literal["attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision", "non-finite"]
+
+
+@dataclass(frozen=True)
+class ScoredLayer:
+    """A layer whose retention rate is to be decided.
+
+    Parameters
+    ----------
+    index, count : int
+        Its place among the layers that share the budget (those that are pruned and not exempt), and their number.
+    vision_score : sequence of float
+        Vision attention score gamma of each row, in [0, 1].
+    scores : LayerScores
+        Everything that is known of the layer.
+    """
+
+    index: int
+    count: int
+    vision_score: Sequence[float]
+    scores: LayerScores
+
+
+@dataclass(frozen=True)
+class RowAllocation:
+    """What the layer level decided for one layer and one row.
+
+    Parameters
+    ----------
+    vision_score : float
+        Vision attention score gamma, in [0, 1]; 0 where it is not finite.
+    layer_class : str
+        Class of the layer for this prompt.
+    rate : float
+        Retention rate, in [0, 1].
+    """
+
+    vision_score: float
+    layer_class: LayerClass
+    rate: float
+
 
 Layers = Sequence[ScoredLayer]
 Allocation = list[list[RowAllocation]]

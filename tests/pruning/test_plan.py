@@ -9,7 +9,7 @@ import torch
 from plphp import PLPHPConfig
 from plphp.families.spans import VisionSpans
 from plphp.layer import PrunedLayer
-from plphp.plan import PromptPlan
+from plphp.pruning.plan import PromptPlan
 from precision import assert_exact
 
 PAST, END = 4, 11

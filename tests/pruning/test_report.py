@@ -14,7 +14,7 @@ from invariants import generate, pruned
 from plphp import AttentionProfile, ConfigError, PLPHPConfig, PrunedCache, PruneReport
 from plphp.cache_argument import passed
 from plphp.layer import PrunedLayer, layer_nbytes
-from plphp.report import ImageReport, LayerReport, PromptReport, RowReport
+from plphp.pruning.report import ImageReport, LayerReport, PromptReport, RowReport
 from plphp.tables import layer_tables, report_values, summary
 from tiny_models import TINY, tiny_model
 

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plphp import PLPHPConfig, allocation
-from plphp.allocation import kept_count
-from plphp.types import LayerScores, RowAllocation, ScoredLayer
+from plphp import PLPHPConfig
+from plphp.policy import allocation
+from plphp.policy.allocation import RowAllocation, ScoredLayer, kept_count
+from plphp.policy.evidence import LayerScores
 
 gammas = st.floats(0, 1)
 
