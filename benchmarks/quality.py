@@ -176,7 +176,7 @@ def transfer(arguments: argparse.Namespace) -> None:
     """Each group of tasks with a bank that was collected on the other groups alone, on the development split."""
     import plphp
     from plphp.evaluation import GROUPS, summarize
-    from plphp.loading import load_model
+    from plphp.inputs.loading import load_model
     from plphp.provenance import provenance
 
     model, processor = load_model(arguments.model, "float32", None)
@@ -220,7 +220,7 @@ def _prompts(processor: Any, each: int, seed: int, without: str = "") -> Iterato
 def bank(arguments: argparse.Namespace) -> None:
     """Queries of answers to prompts that no other part uses."""
     import plphp
-    from plphp.loading import load_model
+    from plphp.inputs.loading import load_model
     from plphp.policy.bank import BUNDLED
 
     if arguments.model is not None:
@@ -235,7 +235,7 @@ def bank(arguments: argparse.Namespace) -> None:
 def attention(arguments: argparse.Namespace) -> None:
     """Vision attention per layer and head, for three choices of query rows."""
     import plphp
-    from plphp.loading import load_model
+    from plphp.inputs.loading import load_model
     from plphp.profile_plots import plot_heads, plot_profile
 
     model, processor = load_model(arguments.model, "auto", None)
@@ -251,7 +251,7 @@ def attention(arguments: argparse.Namespace) -> None:
 def calibration(arguments: argparse.Namespace) -> None:
     """Thresholds from some prompts, and what they keep of others."""
     import plphp
-    from plphp.loading import load_model
+    from plphp.inputs.loading import load_model
     from plphp.provenance import provenance
 
     model, processor = load_model(arguments.model, "auto", None)
@@ -272,7 +272,7 @@ def calibration(arguments: argparse.Namespace) -> None:
 @functools.cache
 def _weights(model: str | None) -> str:
     from plphp.evaluation.identity import weights_hash
-    from plphp.loading import load_model
+    from plphp.inputs.loading import load_model
 
     return weights_hash(load_model(model)[0])
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import plphp
-from plphp.loading import load_model
-from plphp.media import load_image
+from plphp.inputs.loading import load_model
+from plphp.inputs.media import load_image
 from plphp.settings.presets import default_settings
 
 IMAGES = Path(__file__).parent / "images"

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from plphp import PLPHPConfig
 from plphp.compare import Comparison, Run, compare
-from plphp.loading import load_model
-from plphp.media import load_image
-from plphp.prompt import build_inputs
+from plphp.inputs.loading import load_model
+from plphp.inputs.media import load_image
+from plphp.inputs.prompt import build_inputs
 from plphp.tables import human_bytes, layer_table
 
 IMAGES = Path(__file__).parent / "images"

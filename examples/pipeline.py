@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import pipeline
 
 import plphp
-from plphp.loading import load_model
-from plphp.media import load_image
+from plphp.inputs.loading import load_model
+from plphp.inputs.media import load_image
 from plphp.settings.presets import default_settings
 
 name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model

@@ -8,9 +8,9 @@ from threading import Thread
 from transformers import TextIteratorStreamer
 
 import plphp
-from plphp.loading import load_model
-from plphp.media import load_image
-from plphp.prompt import build_inputs
+from plphp.inputs.loading import load_model
+from plphp.inputs.media import load_image
+from plphp.inputs.prompt import build_inputs
 from plphp.settings.presets import default_settings
 
 name = sys.argv[1] if len(sys.argv) > 1 else None  # the bundled model

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import plphp
 from plphp.cache_argument import cache_in, passed
-from plphp.loading import load_model
-from plphp.media import load_image
-from plphp.prompt import build_inputs
+from plphp.inputs.loading import load_model
+from plphp.inputs.media import load_image
+from plphp.inputs.prompt import build_inputs
 from plphp.settings.presets import default_settings
 
 IMAGES = Path(__file__).parent / "images"

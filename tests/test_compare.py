@@ -18,7 +18,7 @@ import tiny_hub
 from plphp import ConfigError, PLPHPConfig
 from plphp.cache_argument import passed
 from plphp.compare import compare
-from plphp.prompt import build_inputs
+from plphp.inputs.prompt import build_inputs
 from plphp.tables import comparison_table, comparison_values, human_bytes, report_values, summary
 
 NEW = 8

@@ -16,9 +16,9 @@ from PIL import Image
 import plphp
 from plphp.families.registry import FAMILIES_BY_NAME
 from plphp.families.unsupported import UNSUPPORTED
-from plphp.loading import load_model
+from plphp.inputs.loading import load_model
+from plphp.inputs.sources import bundled_model_path
 from plphp.methods.registry import METHODS_BY_NAME
-from plphp.sources import bundled_model_path
 
 ROOT = Path(__file__).parents[1]
 HUB_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"

@@ -14,7 +14,7 @@ import tiny_hub
 from plphp import PLPHPConfig
 from plphp.cli._settings import read_settings
 from plphp.errors import LoadError
-from plphp.sources import bundled_model_path
+from plphp.inputs.sources import bundled_model_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "demo.py")

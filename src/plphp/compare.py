@@ -104,7 +104,7 @@ def compare(
     processor : ProcessorMixin
         Decodes the answers.
     inputs : mapping
-        For ``generate``, see `plphp.prompt.build_inputs`.
+        For ``generate``, see `plphp.inputs.prompt.build_inputs`.
     config : PLPHPConfig, optional
         Default: ``PLPHPConfig()``.
     rounds : int

@@ -21,12 +21,12 @@ from plphp.cache import PrunedCache
 from plphp.errors import PLPHPError
 from plphp.families.registry import available_families, family_of
 from plphp.families.unsupported import UNSUPPORTED
+from plphp.inputs.loading import empty_model, load_model
+from plphp.inputs.sources import bundled_model_path
 from plphp.io.quoting import one_line
 from plphp.kernels import TRIALS, choice
 from plphp.layer import PrunedLayer
-from plphp.loading import empty_model, load_model
 from plphp.settings.config import PLPHPConfig
-from plphp.sources import bundled_model_path
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
 EXTRAS = {

@@ -87,7 +87,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     Parameters
     ----------
     model : PreTrainedModel
-        As `plphp.loading.empty_model` makes it, and of no other use afterwards.
+        As `plphp.inputs.loading.empty_model` makes it, and of no other use afterwards.
 
     Raises
     ------

@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from plphp._version import __version__
-from plphp.sources import BUNDLED
+from plphp.inputs.sources import BUNDLED
 
 
 def provenance(model: PreTrainedModel) -> dict[str, Any]:

@@ -240,7 +240,7 @@ class TestMistakes:
         def interrupted(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("plphp.loading.load_weights", interrupted)
+        monkeypatch.setattr("plphp.inputs.loading.load_weights", interrupted)
         result = run(*ask(folder, picture, "--prompt", "a"))
         assert result.exit_code == 130
         assert "Traceback" not in result.output
@@ -249,7 +249,7 @@ class TestMistakes:
         def broken(*_: Any, **__: Any) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr("plphp.loading.load_weights", broken)
+        monkeypatch.setattr("plphp.inputs.loading.load_weights", broken)
         assert isinstance(run(*ask(folder, picture, "--prompt", "a")).exception, ZeroDivisionError)
 
 

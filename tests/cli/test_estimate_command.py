@@ -13,7 +13,7 @@ from test_cli import error, ok
 import tiny_hub
 from plphp.accelerators import accelerator
 from plphp.estimate import Workload, estimate
-from plphp.loading import empty_model
+from plphp.inputs.loading import empty_model
 from plphp.model_cost import model_cost
 
 

@@ -23,7 +23,7 @@ from plphp.cli import app
 from plphp.cli._eval_progress import shown_progress
 from plphp.evaluation import METRICS, available_tasks
 from plphp.evaluation.choices import MODES, SPLITS
-from plphp.sources import DTYPES
+from plphp.inputs.sources import DTYPES
 
 SOURCES = Path(__file__).parents[2] / "src"
 

@@ -17,9 +17,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from plphp.cli import app
+from plphp.inputs.sources import DTYPES
 from plphp.methods.registry import METHODS_BY_NAME, available_methods
 from plphp.settings.config import DECODE_MODES
-from plphp.sources import DTYPES
 
 FRAMES = re.compile(r"[\s│╭╮╰╯─]+")
 

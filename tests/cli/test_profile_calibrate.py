@@ -16,7 +16,7 @@ import tiny_hub
 from plphp import AttentionProfile, PLPHPConfig, QueryBank
 from plphp.cli import app
 from plphp.cli.calibrate import split
-from plphp.prompts_file import read_prompts
+from plphp.inputs.prompts_file import read_prompts
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "images"
 

@@ -16,11 +16,11 @@ from plphp import ConfigError, PLPHPConfig
 from plphp.cli import app
 from plphp.cli._app import BUNDLED_NOTE
 from plphp.cli._settings import read_settings
-from plphp.loading import load_model
-from plphp.media import load_image
-from plphp.prompt import build_inputs
+from plphp.inputs.loading import load_model
+from plphp.inputs.media import load_image
+from plphp.inputs.prompt import build_inputs
+from plphp.inputs.sources import BUNDLED
 from plphp.settings.presets import default_settings
-from plphp.sources import BUNDLED
 
 IMAGES = Path(__file__).resolve().parents[2] / "examples" / "images"
 BANK = {"bank": "bundled"}
@@ -111,7 +111,7 @@ def test_another_model_has_the_papers_method_and_no_note(tmp_path: Path) -> None
 
 
 def test_settings_that_do_not_fit_the_model_are_refused_before_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plphp.loading.load_weights", None)
+    monkeypatch.setattr("plphp.inputs.loading.load_weights", None)
     ask = ["generate", "--image", str(IMAGES / "grid-1.png"), "--prompt", "What?", "--config"]
     for config, part in (
         ("plphp:exempt_layers=8", "exempt_layers names layer 8, but the model has the layers 0 to 7"),

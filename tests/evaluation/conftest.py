@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from plphp.loading import load_model
+from plphp.inputs.loading import load_model
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from plphp.evaluation import Sample, Turn, make_variants
 from plphp.evaluation.controls import blank, smaller_inputs
 from plphp.evaluation.conversation import _tokenized, batch_inputs, encode, end_tokens, prompt_inputs
 from plphp.evaluation.forcing import force, groups_of
-from plphp.prompt import count_vision_tokens
+from plphp.inputs.prompt import count_vision_tokens
 from plphp.session import prune
 from tiny_models import EOS, TINY
 

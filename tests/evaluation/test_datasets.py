@@ -295,7 +295,7 @@ def test_addresses_in_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(LoadError, match=r"line 1: https://images\.test/a\.png is an address"):
         read_data(path)
     asked = []
-    monkeypatch.setattr("plphp.media.fetch", lambda at: asked.append(at.url) or (folder / "a.png").read_bytes())
+    monkeypatch.setattr("plphp.inputs.media.fetch", lambda at: asked.append(at.url) or (folder / "a.png").read_bytes())
     [task] = read_data(path, allow_urls=True)
     assert asked == []
     task.makers[0]()

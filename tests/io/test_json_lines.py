@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plphp.chat import read_chat
 from plphp.errors import LoadError
+from plphp.inputs.chat import read_chat
 from plphp.io.json_lines import read_entries, read_json
 
 VALUES = st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text()), max_size=4)

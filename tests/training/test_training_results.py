@@ -13,7 +13,7 @@ import pytest
 from plphp.evaluation import compact_results
 from plphp.evaluation.identity import weights_hash
 from plphp.evaluation.store import read_records, records_path
-from plphp.loading import load_weights
+from plphp.inputs.loading import load_weights
 from training import checkpoints, export, results
 
 TASKS = "cell", "colour_of", "second_grid"

@@ -11,7 +11,7 @@ import torch
 
 from engine import run
 from plphp import PLPHPConfig
-from plphp.sources import bundled_model_path
+from plphp.inputs.sources import bundled_model_path
 from plphp.vllm.server import server_arguments
 from reference import Reference, example_requests, in_blocks
 

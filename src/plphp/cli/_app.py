@@ -15,8 +15,8 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from plphp.errors import PLPHPError
+from plphp.inputs.sources import is_bundled
 from plphp.io.quoting import one_line
-from plphp.sources import is_bundled
 
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError, LoadError
-from plphp.sources import check_device_name, check_dtype, reachable_source
+from plphp.inputs.sources import check_device_name, check_dtype, reachable_source
 
 
 def check_in_file(path: Path | None, what: str) -> None:

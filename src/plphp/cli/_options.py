@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from plphp.inputs.sources import DEVICES, DTYPES
 from plphp.methods.registry import METHODS_BY_NAME
 from plphp.settings.config import DECODE_MODES
-from plphp.sources import DEVICES, DTYPES
 
 PRUNING = "Pruning"
 MODEL_HELP = "Hub id or folder; default: the bundled model, which knows drawn shapes, digits and printed codes alone."

@@ -27,7 +27,7 @@ from ._prompts import fitting_processor
 from ._settings import read_settings
 
 if TYPE_CHECKING:
-    from plphp.prompts_file import Prompt
+    from plphp.inputs.prompts_file import Prompt
 
 
 @app.command()
@@ -62,9 +62,9 @@ def calibrate(
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.calibration import calibrate as find_thresholds
         from plphp.calibration import check_calibratable, measure_retention
-        from plphp.loading import load_weights
+        from plphp.inputs.loading import load_weights
+        from plphp.inputs.prompts_file import prompt_inputs, read_prompts
         from plphp.measurement_tables import class_table, retention_line
-        from plphp.prompts_file import prompt_inputs, read_prompts
         from plphp.provenance import provenance
         from plphp.settings.presets import write_preset
 

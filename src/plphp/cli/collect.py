@@ -40,8 +40,8 @@ def collect(
     check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.collecting import collect_query_bank
-        from plphp.loading import load_weights
-        from plphp.prompts_file import prompt_inputs, read_prompts
+        from plphp.inputs.loading import load_weights
+        from plphp.inputs.prompts_file import prompt_inputs, read_prompts
 
         given = read_prompts(prompts, allow_urls=allow_urls)
         processor = fitting_processor(model, given, tell)

@@ -49,7 +49,7 @@ def estimate(
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.estimate import Workload
         from plphp.estimate import estimate as work_out
-        from plphp.loading import empty_model
+        from plphp.inputs.loading import empty_model
         from plphp.model_cost import model_cost
         from plphp.tables import estimate_table
 
@@ -103,8 +103,8 @@ def _vision_tokens(model: str | None, config: Any, images: int, size: tuple[int,
     from PIL import Image
 
     from plphp.errors import LoadError
-    from plphp.loading import load_processor
-    from plphp.prompt import build_inputs, count_vision_tokens
+    from plphp.inputs.loading import load_processor
+    from plphp.inputs.prompt import build_inputs, count_vision_tokens
 
     try:
         processor = load_processor(model)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plphp.chat import read_chat
 from plphp.errors import ConfigError
-from plphp.media import load_image, load_video
+from plphp.inputs.chat import read_chat
+from plphp.inputs.media import load_image, load_video
+from plphp.inputs.sources import is_bundled
 from plphp.settings.config import PLPHPConfig, checked_mode
-from plphp.sources import is_bundled
 
 from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
 from ._checks import check_in_file, check_model, check_out_file, check_text, sampling_options
@@ -84,9 +84,9 @@ def generate(
     videos = [load_video(video, frames=frames)] if video is not None else []
     check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.loading import decoder_layers, load_processor, load_weights
+        from plphp.inputs.loading import decoder_layers, load_processor, load_weights
+        from plphp.inputs.prompt import build_inputs
         from plphp.methods.registry import method_for
-        from plphp.prompt import build_inputs
 
         # Everything that can be wrong with prompt and settings comes before the weights, which may take minutes.
         tell("loading the processor")

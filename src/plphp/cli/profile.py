@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from plphp.errors import ConfigError
-from plphp.image_source import located_image
+from plphp.inputs.image_source import located_image
 
 from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
 from ._checks import check_in_file, check_model, check_out_folder, check_text
@@ -41,12 +41,12 @@ def profile(
     check_out_folder(out)
     check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.loading import load_weights
+        from plphp.inputs.loading import load_weights
+        from plphp.inputs.prompts_file import Prompt, prompt_inputs, read_prompts
         from plphp.measurement_tables import profile_table
         from plphp.plots import new_figure
         from plphp.profile_plots import plot_heads, plot_profile
         from plphp.profiling import profile as measure
-        from plphp.prompts_file import Prompt, prompt_inputs, read_prompts
 
         if plots:
             new_figure()  # says now, not after the measurement, that matplotlib is missing

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from plphp.media import load_image
+from plphp.inputs.media import load_image
 
 from ._app import app, console, print_json
 from ._checks import check_in_file, check_out_folder

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from plphp.errors import UnsupportedFeatureError
-from plphp.prompt import count_vision_tokens
+from plphp.inputs.prompt import count_vision_tokens
 
 from .conversation import prompt_inputs
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from plphp.errors import ConfigError, PLPHPError, UnsupportedFeatureError
+from plphp.inputs.prompt import build_inputs
 from plphp.io.quoting import one_line
-from plphp.prompt import build_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ class Conversation:
     Parameters
     ----------
     inputs : dict
-        Inputs of the model for the prompt of the first turn, as `plphp.prompt.build_inputs` makes them.
+        Inputs of the model for the prompt of the first turn, as `plphp.inputs.prompt.build_inputs` makes them.
     draft : Tensor
         int64 [draft]; what follows the prompt where every answer is the reference: answer, the template's own
         tokens, next question, answer, and so on, up to the last token whose successor is scored.

@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 
 from plphp.errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError, did_you_mean
-from plphp.image_source import located_images
+from plphp.inputs.image_source import located_images
+from plphp.inputs.media import load_image
 from plphp.io.json_lines import read_entries
 from plphp.io.quoting import one_line, quoted
-from plphp.media import load_image
 
 from .metrics import get_metric
 from .tasks import Sample, Turn
@@ -76,10 +76,10 @@ def read_data(source: str, metric: str = "exact_match", *, allow_urls: bool = Fa
         ``.parquet`` file, a folder of images) with options, as in
         ``"lmms-lab/ChartQA:split=test,question=question,answer=answer,image=image"``.
 
-        A line of a file is an object with ``"images"`` (a list of what `plphp.media.load_image` takes, paths beside
-        the file; ``"image"`` or ``"file_name"`` for one), ``"question"``, and ``"answer"`` (text) or ``"answers"`` (a
-        list of accepted ones); or ``"turns"``, a list of ``{"question", "answer", "scored"}``, in the place of both.
-        ``"id"``, ``"group"`` and ``"system"`` may be added. Each group is a task of its own.
+        A line of a file is an object with ``"images"`` (a list of what `plphp.inputs.media.load_image` takes, paths
+        beside the file; ``"image"`` or ``"file_name"`` for one), ``"question"``, and ``"answer"`` (text) or
+        ``"answers"`` (a list of accepted ones); or ``"turns"``, a list of ``{"question", "answer", "scored"}``, in the
+        place of both. ``"id"``, ``"group"`` and ``"system"`` may be added. Each group is a task of its own.
     metric : str
         Name of the metric.
     allow_urls : bool

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plphp.branching import Branches, branch
 from plphp.cache_argument import passed
-from plphp.prompt import count_vision_tokens
+from plphp.inputs.prompt import count_vision_tokens
 
 from .controls import blank, interpolated_positions, smaller_inputs
 from .conversation import prompt_inputs

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from plphp.errors import UnsupportedFeatureError
-from plphp.prompts_file import Prompt, read_prompts
+from plphp.inputs.prompts_file import Prompt, read_prompts
 
 from .tasks import Sample, Turn
 
@@ -32,7 +32,7 @@ class PromptTask:
 
 
 def read_prompt_task(path: str | Path, *, allow_urls: bool = False) -> PromptTask:
-    """Read a file of prompts, see `plphp.prompts_file.read_prompts`.
+    """Read a file of prompts, see `plphp.inputs.prompts_file.read_prompts`.
 
     Raises
     ------

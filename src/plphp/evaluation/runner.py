@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.cache import PrunedCache
 from plphp.errors import ConfigError, LoadError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
-from plphp.loading import load_model
+from plphp.inputs.loading import load_model
 from plphp.methods.registry import get_method, method_for
 from plphp.policy.bank import bank_file
 from plphp.suitability import refuse_unanswered

@@ -42,7 +42,7 @@ class EvalSettings:
     metric : str
         Metric of ``data``.
     prompts : str, optional
-        File of prompts without answers, see `plphp.prompts_file.read_prompts`; for ``mode="label-free"``.
+        File of prompts without answers, see `plphp.inputs.prompts_file.read_prompts`; for ``mode="label-free"``.
     allow_urls : bool
         Whether images of ``data`` and ``prompts`` that http and https addresses name are fetched.
     split : {"dev", "test"}
@@ -57,7 +57,7 @@ class EvalSettings:
         "auto" verifies where it can and decodes elsewhere. "label-free" compares with the full cache, and reads no
         answers.
     dtype, device : str
-        See `plphp.loading.load_model`; a device of None is a GPU if there is one.
+        See `plphp.inputs.loading.load_model`; a device of None is a GPU if there is one.
     rows : int
         Variants whose caches are alive at a time.
     batch : int

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import BackendUnavailableError, ConfigError, LoadError
+from plphp.inputs.sources import bundled_model_path, is_bundled
 from plphp.io.quoting import one_line
 from plphp.settings.config import PLPHPConfig
-from plphp.sources import bundled_model_path, is_bundled
 
 from . import CONNECTOR
 from .refusals import refuse_unsupported

@@ -22,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from plphp import fetching
 from plphp.errors import LoadError
-from plphp.fetching import WebAddress, fetch, is_public
-from plphp.media import load_image
+from plphp.inputs import fetching
+from plphp.inputs.fetching import WebAddress, fetch, is_public
+from plphp.inputs.media import load_image
 
 CERTIFICATE = Path(__file__).with_name("images.test.pem")
 """Of the host images.test, signed by itself, with its key; for these tests alone."""

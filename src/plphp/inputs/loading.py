@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from plphp.errors import BackendUnavailableError, LoadError
 from plphp.families.registry import family_of
 from plphp.io.quoting import one_line
-from plphp.sources import check_device_name, check_dtype, explained, model_source, reachable_source
+
+from .sources import check_device_name, check_dtype, explained, model_source, reachable_source
 
 
 def read_model_config(name_or_folder: str | Path | None = None) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, device
 
-from plphp.chat import chat_in
 from plphp.errors import LoadError, PLPHPError
-from plphp.image_source import located_images
 from plphp.io.json_lines import read_entries
 from plphp.io.quoting import quoted
-from plphp.media import load_image
-from plphp.prompt import build_inputs
+
+from .chat import chat_in
+from .image_source import located_images
+from .media import load_image
+from .prompt import build_inputs
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Prompt:
     Parameters
     ----------
     images : tuple
-        What `plphp.media.load_image` takes, in prompt order.
+        What `plphp.inputs.media.load_image` takes, in prompt order.
     question : str, optional
         One user turn, after the images.
     turns : list of dict, optional
-        A chat in the place of the question; see `plphp.prompt.build_inputs`.
+        A chat in the place of the question; see `plphp.inputs.prompt.build_inputs`.
     origin : str
         Where it stands, for messages: file and line.
     """
@@ -62,9 +63,10 @@ def read_prompts(path: str | Path, *, allow_urls: bool = False) -> list[Prompt]:
     ----------
     path : str or Path
         JSON Lines: an object a line with ``"question"`` (text), or ``"turns"`` (a chat, a list of ``{"role": ...,
-        "content": ...}``, see `plphp.chat.normalized`), and ``"images"`` (a list of what `plphp.media.load_image`
-        takes, paths relative to the file; ``"image"`` or ``"file_name"`` for one). A JSON file that is one list of
-        such objects will do, too. Other keys, such as ``"answer"``, are ignored, and so are empty lines.
+        "content": ...}``, see `plphp.inputs.chat.normalized`), and ``"images"`` (a list of what
+        `plphp.inputs.media.load_image` takes, paths relative to the file; ``"image"`` or ``"file_name"`` for one). A
+        JSON file that is one list of such objects will do, too. Other keys, such as ``"answer"``, are ignored, and so
+        are empty lines.
     allow_urls : bool
         Whether http and https addresses of images may be fetched, when they are needed.
 
@@ -100,7 +102,7 @@ def prompt_inputs(processor: Any, prompts: Iterable[Prompt], on: device | str = 
     Yields
     ------
     dict
-        See `plphp.prompt.build_inputs`.
+        See `plphp.inputs.prompt.build_inputs`.
 
     Raises
     ------

@@ -26,9 +26,9 @@ from plphp import (
     UnsupportedModelError,
 )
 from plphp.errors import LoadError
-from plphp.loading import load_model, load_processor, load_weights
-from plphp.media import load_image, load_video
-from plphp.prompt import build_inputs
+from plphp.inputs.loading import load_model, load_processor, load_weights
+from plphp.inputs.media import load_image, load_video
+from plphp.inputs.prompt import build_inputs
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ class TestModels:
         assert type(processor).__name__ == "LlavaProcessor"
 
     def test_unsupported_before_any_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("plphp.loading.AutoModelForImageTextToText", None)
+        monkeypatch.setattr("plphp.inputs.loading.AutoModelForImageTextToText", None)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_6_vl"}))
         with pytest.raises(UnsupportedModelError, match="Did you mean 'qwen2_5_vl'"):
             load_weights(tmp_path)
@@ -84,7 +84,7 @@ class TestModels:
             raise OSError("several\nlines") from cause.__new__(cause)
 
         monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "config.json")
-        monkeypatch.setattr("plphp.loading.PretrainedConfig.get_config_dict", refuse)
+        monkeypatch.setattr("plphp.inputs.loading.PretrainedConfig.get_config_dict", refuse)
         with pytest.raises(LoadError, match=part):
             load_model("org/model")
 
@@ -92,7 +92,7 @@ class TestModels:
         def refuse(*_: Any) -> None:
             raise ImportError("XVideoProcessor requires the Torchvision library")
 
-        monkeypatch.setattr("plphp.loading.AutoProcessor.from_pretrained", refuse)
+        monkeypatch.setattr("plphp.inputs.loading.AutoProcessor.from_pretrained", refuse)
         with pytest.raises(BackendUnavailableError, match="requires the Torchvision library"):
             load_processor(folder)
 

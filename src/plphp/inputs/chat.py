@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError, LoadError, PLPHPError, did_you_mean
-from plphp.image_source import find_video, located_image, named_source
 from plphp.io.json_lines import read_json
 from plphp.io.quoting import quoted
+
+from .image_source import find_video, located_image, named_source
 
 Messages = Sequence[Mapping[str, Any]]
 KINDS = ("image", "video")
@@ -100,7 +101,7 @@ def normalized(messages: Messages) -> list[dict[str, Any]]:
     -------
     list of dict
         Entries are ``{"type": "text", "text": ...}``, ``{"type": "image"}`` or ``{"type": "image", "image": source}``,
-        where `plphp.media.load_image` takes the source, or the same with "video".
+        where `plphp.inputs.media.load_image` takes the source, or the same with "video".
 
     Raises
     ------

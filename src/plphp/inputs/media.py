@@ -13,10 +13,11 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from plphp.errors import BackendUnavailableError, ConfigError, LoadError
-from plphp.fetching import WebAddress, fetch
-from plphp.image_source import ImageSource, find_image, find_video
 from plphp.io.quoting import one_line
-from plphp.pixels import decoded, upright_rgb
+
+from .fetching import WebAddress, fetch
+from .image_source import ImageSource, find_image, find_video
+from .pixels import decoded, upright_rgb
 
 MAX_PIXELS = 80_000_000
 """Largest image that is decoded; below the size from which Pillow itself suspects a decompression bomb."""
@@ -31,7 +32,7 @@ def load_image(
     """Read an image as upright 8-bit RGB.
 
     The first frame of an animation is taken, transparency becomes white, and the EXIF orientation is applied. For 16
-    and 32 bits a pixel see `plphp.pixels.upright_rgb`.
+    and 32 bits a pixel see `plphp.inputs.pixels.upright_rgb`.
 
     Parameters
     ----------

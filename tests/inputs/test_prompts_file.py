@@ -14,9 +14,9 @@ import torch
 import tiny_hub
 from plphp import SpanError
 from plphp.errors import LoadError
-from plphp.prompts_file import Prompt, prompt_inputs, read_prompts
+from plphp.inputs.prompts_file import Prompt, prompt_inputs, read_prompts
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "images" / "questions.json"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "images" / "questions.json"
 TURNS = [
     {"role": "user", "content": [{"type": "image", "path": "b.png"}, {"type": "text", "text": "one"}]},
     {"role": "assistant", "content": "two"},
@@ -98,7 +98,7 @@ def test_addresses_are_fetched_when_they_are_allowed(folder: Path, monkeypatch: 
     with pytest.raises(LoadError, match=r"line 1: https://images\.test/a\.png is an address.* unless it is allowed"):
         read_prompts(path)
     asked = []
-    monkeypatch.setattr("plphp.media.fetch", lambda at: asked.append(at.url) or (folder / "b.png").read_bytes())
+    monkeypatch.setattr("plphp.inputs.media.fetch", lambda at: asked.append(at.url) or (folder / "b.png").read_bytes())
     inputs = prompt_inputs(tiny_hub.processor(), read_prompts(path, allow_urls=True))
     assert asked == []
     assert len(list(inputs)) == 2

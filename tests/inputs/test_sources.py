@@ -17,8 +17,8 @@ import pytest
 import plphp
 from plphp import BackendUnavailableError
 from plphp.errors import LoadError
-from plphp.loading import load_processor, load_weights
-from plphp.sources import BUNDLED, check_device_name, is_bundled, reachable_source
+from plphp.inputs.loading import load_processor, load_weights
+from plphp.inputs.sources import BUNDLED, check_device_name, is_bundled, reachable_source
 
 
 class _Hub:
@@ -78,7 +78,7 @@ def test_transformers_is_not_let_try_again(load: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
-    monkeypatch.setattr("plphp.loading.PretrainedConfig.get_config_dict", None)
+    monkeypatch.setattr("plphp.inputs.loading.PretrainedConfig.get_config_dict", None)
     with pytest.raises(LoadError, match="the hub cannot be reached"):
         load("nope/nope")
     assert len(asked) == 1
@@ -121,5 +121,7 @@ def test_what_may_be_a_device(device: str | None) -> None:
 
 
 def test_a_package_may_bring_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plphp.sources.entry_points", lambda group: ["theirs"] if group == "torch.backends" else [])
+    monkeypatch.setattr(
+        "plphp.inputs.sources.entry_points", lambda group: ["theirs"] if group == "torch.backends" else []
+    )
     check_device_name("theirs:0")

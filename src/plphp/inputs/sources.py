@@ -15,7 +15,7 @@ from plphp.io.quoting import one_line
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "npu", "xla")
 """Kinds of devices that torch knows; a package of its own may add others."""
-BUNDLED = Path(__file__).parent / "reference_model"
+BUNDLED = Path(__file__).parents[1] / "reference_model"
 
 
 def bundled_model_path() -> Path:

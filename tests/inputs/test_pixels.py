@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from test_images import PNG, WHITE, encoded, same
 
 from plphp.errors import LoadError
-from plphp.media import load_image
-from test_images import PNG, WHITE, encoded, same
+from plphp.inputs.media import load_image
 
 
 def png(size: tuple[int, int], bits: int, color_type: int, row: bytes, transparent: bytes = b"") -> bytes:

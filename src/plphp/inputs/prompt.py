@@ -11,12 +11,13 @@ from typing import Any
 from PIL import Image
 from transformers import PretrainedConfig
 
-from plphp.chat import Messages, normalized, parts_of
 from plphp.errors import ConfigError, PLPHPError, SpanError, UnsupportedFeatureError
 from plphp.families.registry import family_of
 from plphp.families.spans import find_spans
 from plphp.io.quoting import one_line, quoted
-from plphp.media import load_image, load_video
+
+from .chat import Messages, normalized, parts_of
+from .media import load_image, load_video
 
 
 def build_inputs(
@@ -40,12 +41,12 @@ def build_inputs(
         One user turn. The images come first, unless it says itself where they stand with the processor's
         image token, such as ``"<image>"``.
     messages : sequence of mapping, optional
-        A chat in the place of ``prompt``, see `plphp.chat.normalized`; its image and video entries that name none
-        take ``images`` and ``videos`` in order.
+        A chat in the place of ``prompt``, see `plphp.inputs.chat.normalized`; its image and video entries that name
+        none take ``images`` and ``videos`` in order.
     images : sequence
-        Images, or what `plphp.media.load_image` makes them of.
+        Images, or what `plphp.inputs.media.load_image` makes them of.
     videos : sequence
-        Frames of each video, or what `plphp.media.load_video` reads.
+        Frames of each video, or what `plphp.inputs.media.load_video` reads.
     system : str, optional
         System message.
     frames : int

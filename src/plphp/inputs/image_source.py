@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where an image is: what people and programs write to name one, without reading it yet.
 
-`plphp.media.load_image` lists what is understood. Everything that takes images, a chat, a data file or a data set,
-comes through here, so that all of them understand the same.
+`plphp.inputs.media.load_image` lists what is understood. Everything that takes images, a chat, a data file or a data
+set, comes through here, so that all of them understand the same.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from plphp.errors import ConfigError, LoadError, did_you_mean
-from plphp.fetching import WebAddress
 from plphp.io.quoting import cut, named, quoted
+
+from .fetching import WebAddress
 
 SHORTEST = 64
 """Characters of base64 that is no name of a file."""
@@ -54,7 +55,7 @@ def find_image(source: Any, *, folder: str | Path | None = None, allow_urls: boo
     Parameters
     ----------
     source : object
-        See `plphp.media.load_image`.
+        See `plphp.inputs.media.load_image`.
     folder : str or Path, optional
         Where relative paths start; default: the current folder.
     allow_urls : bool

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 import tiny_hub
-from plphp.chat import chat_in, normalized, read_chat
 from plphp.errors import ConfigError, LoadError, PLPHPError, SpanError, UnsupportedFeatureError
-from plphp.fetching import WebAddress
-from plphp.media import load_image
-from plphp.prompt import build_inputs
+from plphp.inputs.chat import chat_in, normalized, read_chat
+from plphp.inputs.fetching import WebAddress
+from plphp.inputs.media import load_image
+from plphp.inputs.prompt import build_inputs
 
 
 def png(image: Image.Image) -> bytes:
@@ -194,7 +194,7 @@ def test_files_are_looked_for_when_the_chat_is_read(folder: Path) -> None:
 
 def test_a_chat_with_leave_to_fetch_keeps_it(processor: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("plphp.media.fetch", lambda address: asked.append(address.url) or png(PICTURE))
+    monkeypatch.setattr("plphp.inputs.media.fetch", lambda address: asked.append(address.url) or png(PICTURE))
     messages = chat({"type": "image", "url": "https://images.test/a.png"}, ASK)
     expected = build_inputs(processor, "What?", images=[PICTURE])
     for inputs in (

@@ -19,7 +19,7 @@ from PIL import Image
 
 import tiny_hub
 from plphp.errors import ConfigError, LoadError, PLPHPError
-from plphp.media import IMAGE_FORMATS, load_image, load_video
+from plphp.inputs.media import IMAGE_FORMATS, load_image, load_video
 
 Image.init()  # which fills Image.SAVE
 WHITE = (255, 255, 255)
