@@ -25,9 +25,9 @@ from rich.console import Console
 from shapes import TEXT_TOKENS, build_model, twin
 from transformers.cache_utils import Cache
 
-from plphp.attachment import Lease
+from plphp.engines.hf.attachment import Lease
+from plphp.engines.hf.layer import lacks_memory
 from plphp.errors import CacheMemoryError
-from plphp.layer import lacks_memory
 from plphp.model_cost import model_cost
 
 ONEDNN = "could not create a primitive"

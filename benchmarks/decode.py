@@ -27,10 +27,10 @@ from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 import plphp
-from plphp.attachment import Lease
-from plphp.cache_argument import passed
 from plphp.compare import kv_bytes
-from plphp.graph import GraphedDecoding
+from plphp.engines.hf.attachment import Lease
+from plphp.engines.hf.cache_argument import passed
+from plphp.engines.hf.graph import GraphedDecoding
 from plphp.model_cost import model_cost
 from plphp.tables import human_bytes
 

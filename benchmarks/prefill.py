@@ -27,9 +27,9 @@ from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
-from plphp.cache_argument import passed
 from plphp.compare import kv_bytes
-from plphp.layer import PrunedLayer
+from plphp.engines.hf.cache_argument import passed
+from plphp.engines.hf.layer import PrunedLayer
 from plphp.pruning.plan import PromptPlan
 from plphp.tables import human_bytes
 

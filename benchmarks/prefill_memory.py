@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
-from plphp.cache_argument import passed
+from plphp.engines.hf.cache_argument import passed
 
 IMAGE = 1
 MARK = "layer-done"

@@ -21,7 +21,7 @@ from measuring import BASELINE
 from rich.console import Console
 from shapes import build_model, twin
 
-from plphp.attachment import Lease
+from plphp.engines.hf.attachment import Lease
 from plphp.tables import human_bytes
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from plphp import PrunedCache
-from plphp.cache_argument import passed
+from plphp.engines.hf.cache_argument import passed
 from plphp.inputs.loading import load_model
 from plphp.inputs.media import load_image
 from plphp.inputs.prompt import build_inputs

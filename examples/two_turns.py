@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import plphp
-from plphp.cache_argument import cache_in, passed
+from plphp.engines.hf.cache_argument import cache_in, passed
 from plphp.inputs.loading import load_model
 from plphp.inputs.media import load_image
 from plphp.inputs.prompt import build_inputs

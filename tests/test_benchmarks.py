@@ -21,13 +21,13 @@ import pytest
 import scaling
 import torch
 from shapes import build_model, twin
+from test_graph import Recorder
 
 import plphp
-from plphp.attachment import Lease
-from plphp.cache_argument import passed
-from plphp.graph import GraphedDecoding
+from plphp.engines.hf.attachment import Lease
+from plphp.engines.hf.cache_argument import passed
+from plphp.engines.hf.graph import GraphedDecoding
 from precision import assert_exact
-from test_graph import Recorder
 
 CPU = torch.device("cpu")
 ENTRY = 3 * 2 * 2 * 16 * 2

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 import plphp
 import tiny_hub
 from plphp import ConfigError, PLPHPConfig
-from plphp.cache_argument import passed
 from plphp.compare import compare
+from plphp.engines.hf.cache_argument import passed
 from plphp.inputs.prompt import build_inputs
 from plphp.tables import comparison_table, comparison_values, human_bytes, report_values, summary
 

@@ -20,7 +20,7 @@ from invariants import (
     pruned,
 )
 from plphp import PLPHPConfig, PrunedCache
-from plphp.cache_argument import passed
+from plphp.engines.hf.cache_argument import passed
 from precision import assert_exact
 from tiny_models import TINY, tiny_model
 

@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_branch import assert_rows_are_ordinary_runs
+from test_turns import two_turns
 from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank, UnsupportedModelError
-from plphp.cache_argument import cache_in
 from plphp.collecting import _Reservoir
+from plphp.engines.hf.cache_argument import cache_in
 from plphp.policy.bank import FORMAT, LayerBank
 from plphp.policy.rotation import Rotation
 from plphp.rotary_probe import find_rotations
 from precision import EXACT, working_dtype
-from test_branch import assert_rows_are_ordinary_runs
 from test_invariants import FAMILIES
-from test_turns import two_turns
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")

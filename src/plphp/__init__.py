@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from plphp._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from plphp.branching import Branches, branch
-    from plphp.cache import PrunedCache
     from plphp.calibration import RetentionMeasurement, calibrate, measure_retention
     from plphp.collecting import collect_query_bank
+    from plphp.engines.hf.branching import Branches, branch
+    from plphp.engines.hf.cache import PrunedCache
+    from plphp.engines.hf.session import Session, apply, prune, remove
     from plphp.errors import (
         BackendUnavailableError,
         CacheMemoryError,
@@ -36,12 +37,11 @@ if TYPE_CHECKING:
     from plphp.profile_report import AttentionProfile
     from plphp.profiling import profile
     from plphp.pruning.report import PruneReport
-    from plphp.session import Session, apply, prune, remove
     from plphp.settings.config import PLPHPConfig
 
 _MODULES = {
-    "branching": ("Branches", "branch"),
-    "cache": ("PrunedCache",),
+    "engines.hf.branching": ("Branches", "branch"),
+    "engines.hf.cache": ("PrunedCache",),
     "calibration": ("RetentionMeasurement", "calibrate", "measure_retention"),
     "collecting": ("collect_query_bank",),
     "settings.config": ("PLPHPConfig",),
@@ -65,7 +65,7 @@ _MODULES = {
     "families.registry": ("available_families", "register_family"),
     "methods.registry": ("available_methods", "register_method"),
     "pruning.report": ("PruneReport",),
-    "session": ("Session", "apply", "prune", "remove"),
+    "engines.hf.session": ("Session", "apply", "prune", "remove"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from plphp.cache import PrunedCache
-from plphp.cache_argument import passed
+from plphp.engines.hf.cache import PrunedCache
+from plphp.engines.hf.cache_argument import passed
 from plphp.errors import ConfigError
 from plphp.methods.registry import resolve
 from plphp.pruning.report import PruneReport, RowReport

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from plphp.cache import PrunedCache
-from plphp.cache_argument import NAMES, passed
+from plphp.engines.hf.cache import PrunedCache
+from plphp.engines.hf.cache_argument import NAMES, passed
+from plphp.engines.hf.layer import layer_nbytes
 from plphp.errors import ConfigError
-from plphp.layer import layer_nbytes
 from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig
 

@@ -15,9 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from plphp._version import __version__
-from plphp.attachment import Lease
-from plphp.attention import PREFIX, SUPPORTED_BASES
-from plphp.cache import PrunedCache
+from plphp.engines.hf.attachment import Lease
+from plphp.engines.hf.attention import PREFIX, SUPPORTED_BASES
+from plphp.engines.hf.cache import PrunedCache
+from plphp.engines.hf.layer import PrunedLayer
 from plphp.errors import PLPHPError
 from plphp.families.registry import available_families, family_of
 from plphp.families.unsupported import UNSUPPORTED
@@ -25,7 +26,6 @@ from plphp.inputs.loading import empty_model, load_model
 from plphp.inputs.sources import bundled_model_path
 from plphp.io.quoting import one_line
 from plphp.kernels import TRIALS, choice
-from plphp.layer import PrunedLayer
 from plphp.settings.config import PLPHPConfig
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")

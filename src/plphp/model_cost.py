@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from plphp.cache_argument import passed
+from plphp.engines.hf.cache_argument import passed
+from plphp.engines.hf.layer import layer_nbytes
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
-from plphp.layer import layer_nbytes
 from plphp.policy.allocation import kept_count
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plphp.cache import PrunedCache
 from plphp.calibration import read_prompt
+from plphp.engines.hf.cache import PrunedCache
 from plphp.errors import ConfigError
 from plphp.profile_report import AttentionProfile, ProfiledPrompt
 from plphp.provenance import provenance

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plphp.attachment import Lease
-from plphp.cache import PrunedCache
-from plphp.cache_argument import passed
+from plphp.engines.hf.attachment import Lease
+from plphp.engines.hf.cache import PrunedCache
+from plphp.engines.hf.cache_argument import passed
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.policy.rotation import Rotation

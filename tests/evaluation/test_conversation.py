@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 import tiny_hub
+from plphp.engines.hf.session import prune
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.evaluation import Sample, Turn, make_variants
 from plphp.evaluation.controls import blank, smaller_inputs
 from plphp.evaluation.conversation import _tokenized, batch_inputs, encode, end_tokens, prompt_inputs
 from plphp.evaluation.forcing import force, groups_of
 from plphp.inputs.prompt import count_vision_tokens
-from plphp.session import prune
 from tiny_models import EOS, TINY
 
 PICTURES = tuple(Image.effect_noise(size, 90).convert("RGB") for size in ((60, 40), (48, 64)))

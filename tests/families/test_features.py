@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from plphp.families.registry import family_of
 from test_processors import load, pictures, square
 
+from plphp.engines.hf.conversation.fingerprints import fingerprint, same_image
 from plphp.errors import UnsupportedFeatureError
 from plphp.families.base import Features
 from plphp.families.llava_onevision import _counts
-from plphp.fingerprints import fingerprint, same_image
+from plphp.families.registry import family_of
 from tiny_models import NEWEST, PER_TOKEN, PINPOINTS, TINY
 
 Cut = Callable[[list[Any]], Mapping[str, Any]]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from plphp.cache_argument import passed
+from plphp.engines.hf.cache_argument import passed
 from precision import EXACT, max_difference
 from tiny_models import ANY, NEWEST, TINY
 

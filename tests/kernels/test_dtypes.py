@@ -25,11 +25,11 @@ from test_kernels import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from plphp.engines.hf.layer import PrunedLayer
 from plphp.errors import CacheMemoryError
 from plphp.kernels import choice, compact_kv, decode, window_scores
 from plphp.kernels.decode import cpp_trial, decode_attention, triton_trial
 from plphp.kernels.precision import as_written
-from plphp.layer import PrunedLayer
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 MIXES = [

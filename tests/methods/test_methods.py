@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from test_turns import two_turns
 from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
 from invariants import assert_same_generation, attention_set, eager_attention, evicted_entries_masked, generate, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
-from plphp.cache_argument import passed
+from plphp.engines.hf.cache_argument import passed
 from plphp.pruning.report import LayerReport, PruneReport
 from precision import EXACT, assert_exact
 from test_invariants import config as method_config
-from test_turns import two_turns
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from plphp import PLPHPConfig
+from plphp.engines.hf.layer import PrunedLayer
 from plphp.families.spans import VisionSpans
-from plphp.layer import PrunedLayer
 from plphp.pruning.plan import PromptPlan
 from precision import assert_exact
 

@@ -118,7 +118,7 @@ def _answer(
     import torch
     from transformers import TextStreamer
 
-    from plphp.session import prune
+    from plphp.engines.hf.session import prune
     from plphp.tables import report_values, summary
 
     streams = not as_json and options["num_beams"] == 1

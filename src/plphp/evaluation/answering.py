@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from plphp.cache import PrunedCache
-from plphp.cache_argument import passed
+from plphp.engines.hf.cache import PrunedCache
+from plphp.engines.hf.cache_argument import passed
+from plphp.engines.hf.session import prune
 from plphp.errors import NonFiniteAttentionError
 from plphp.pruning.report import PruneReport
-from plphp.session import prune
 
 from .controls import blank, interpolated_positions
 from .conversation import Conversation, batch_inputs, encode, end_tokens

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from plphp.branching import Branches, branch
-from plphp.cache_argument import passed
+from plphp.engines.hf.branching import Branches, branch
+from plphp.engines.hf.cache_argument import passed
 from plphp.inputs.prompt import count_vision_tokens
 
 from .controls import blank, interpolated_positions, smaller_inputs

@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plphp.cache import PrunedCache
+from plphp.engines.hf.cache import PrunedCache
+from plphp.engines.hf.refusals import refuse_unanswered
 from plphp.errors import ConfigError, LoadError, UnsupportedFeatureError, UnsupportedModelError, did_you_mean
 from plphp.inputs.loading import load_model
 from plphp.methods.registry import get_method, method_for
 from plphp.policy.bank import bank_file
-from plphp.suitability import refuse_unanswered
 
 from .answering import decode_sample, generate_samples
 from .controls import smaller_inputs

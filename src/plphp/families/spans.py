@@ -82,7 +82,7 @@ def find_spans(
         What is passed to ``generate``: ``input_ids`` int64 [batch, seq], ``attention_mask`` [batch, seq], and
         the image features. After an earlier turn, ``input_ids`` hold the whole conversation, or the new part
         alone with an ``attention_mask`` over the whole; the features are those of the new part
-        (`plphp.turns.new_features`).
+        (`plphp.engines.hf.conversation.turns.new_features`).
     past_length : int
         Tokens that the cache holds already; vision tokens among them are left as they are.
     vision_mask : Tensor, optional

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from plphp.engines.hf.layer import PrunedLayer
 from plphp.errors import ConfigError, SpanError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.kernels import window_scores
-from plphp.layer import PrunedLayer
 from plphp.policy.allocation import RowAllocation, ScoredLayer
 from plphp.policy.bank import bank_at
 from plphp.policy.evidence import PLAIN, Evidence, LayerScores

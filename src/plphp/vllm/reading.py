@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plphp.engines.hf.layer import PrunedLayer
 from plphp.families.spans import VisionSpans
 from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
-from plphp.layer import PrunedLayer
 from plphp.policy.allocation import RowAllocation
 from plphp.policy.method import Method
 from plphp.pruning.plan import PromptPlan

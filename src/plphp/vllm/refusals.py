@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from plphp.engines.hf.refusals import refuse_unanswered
 from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.methods.registry import method_for, resolve
 from plphp.policy.bank import bank_at
 from plphp.policy.method import Method
 from plphp.settings.config import PLPHPConfig
-from plphp.suitability import refuse_unanswered
 
 from . import CONNECTOR
 from .ranks import refuse_ranks

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where pruning runs: Hugging Face transformers and vLLM."""

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding steps that are replayed from a CUDA graph, inside the ordinary ``generate``.
+
+A small model, or a large one at batch 1, decodes more slowly than the memory allows because every kernel is launched
+from Python. A graph launches all of a step at once. It holds for one cache: it reads the prefix where it lies, writes
+new keys and values to a slot of the tail that a tensor names, and masks the room behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plphp.errors import CacheMemoryError, UnsupportedFeatureError
+from plphp.io.quoting import one_line
+
+from .cache import PrunedCache
+from .cache_argument import cache_among
+from .captured import Capture, CapturedStep, capture_cuda, reserve
+from .layer import PrunedLayer
+
+log = logging.getLogger("plphp")
+
+FEWEST_STEPS = 48
+"""Tokens to generate from which on "auto" captures: a capture costs some steps."""
+MOST_ROOM = 512
+"""Tokens of room that are masked at most; a longer answer is captured anew."""
+COMPARED = 2
+"""Replays of a graph that are compared: what it holds fast, and should not, shows in the second one."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest difference between replayed and eager logits, as a share of the largest logit."""
+FIRST_LAYER = 0.01
+"""The same of the keys and values of the first layer, which depend on the token and its position alone."""
+
+_failed: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+"""Models of which a capture failed, and why: it would again."""
+_lock = threading.RLock()
+
+
+def graph_obstacle(model: PreTrainedModel, beams: int = 1) -> str | None:
+    """Say why a model cannot replay its steps from a graph; None where it can be tried."""
+    if model.device.type != "cuda":
+        return "it needs a model on a CUDA device"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "the model is spread over several devices"
+    if beams > 1:
+        return "beams are moved between steps"
+    return None
+
+
+def refusal(reason: str) -> UnsupportedFeatureError:
+    """Make the error for what was to be replayed from a graph and cannot be."""
+    return UnsupportedFeatureError(
+        f"decode='graph' cannot be done here: {reason}. Use decode='auto' or 'eager' instead."
+    )
+
+
+class GraphedDecoding:
+    """Stands in for the forward of a model for one cache.
+
+    The first decoding step is eager and the second is captured. The first two replays of every graph are also done
+    eagerly and compared. What cannot be captured, or differs, goes on eagerly.
+
+    Parameters
+    ----------
+    cache : PrunedCache
+        The cache.
+    forward : callable
+        The model's own forward.
+    steps : int
+        Tokens to be generated at most.
+    required : bool
+        Whether to raise where steps cannot be captured, rather than to log why.
+    capture : callable
+        See `Capture`.
+    """
+
+    def __init__(
+        self,
+        cache: PrunedCache,
+        forward: Callable[..., Any],
+        steps: int,
+        *,
+        required: bool = False,
+        capture: Capture = capture_cuda,
+    ) -> None:
+        self.cache = cache
+        self._forward, self._capture = forward, capture
+        self._left, self._required = steps, required
+        self._first: dict[str, Any] | None = None
+        self._template: Any = None
+        self._step: CapturedStep | None = None
+        self._off, self._compared = False, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the model."""
+        ids = kwargs.get("input_ids")
+        of_cache = not args and cache_among(kwargs) is self.cache
+        if self._off or not of_cache or ids is None or ids.shape[1] != 1 or not self.cache.is_read:
+            return self._forward(*args, **kwargs)
+        self._left -= 1
+        if self._first is None:
+            reason = self._obstacle(kwargs)
+            if reason is not None:
+                return self._give_up(reason, kwargs)
+            self._first, self._template = kwargs, self._forward(**kwargs)
+            return self._template
+        if self._step is None or not self._step.has_room:
+            reason = self._prepare(self._first, kwargs)
+            if reason is not None:
+                return self._give_up(reason, kwargs)
+        assert self._step is not None
+        if not self._step.takes(kwargs):
+            return self._give_up("the arguments of the model changed between steps", kwargs)
+        if self._compared < COMPARED:
+            return self._compare(self._step, kwargs)
+        return self._output(self._step(kwargs))
+
+    def _obstacle(self, kwargs: dict[str, Any]) -> str | None:
+        """Say why the steps of this cache cannot be captured."""
+        mask, model = kwargs.get("attention_mask"), self.cache.attachment.model
+        if model in _failed:
+            return _failed[model]
+        if not all(isinstance(layer, PrunedLayer) and layer.prefix is not None for layer in self.cache.layers):
+            return "not every layer of the cache was pruned"
+        if not isinstance(kwargs.get("position_ids"), Tensor):
+            return "the model works out the positions by itself"
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            return "hidden states or attentions are asked for"
+        start = self.cache.layers[0].prefix_length
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask[:, start:].all())):
+            return "there is padding behind the pruned prompt"
+        return None
+
+    def _prepare(self, first: dict[str, Any], kwargs: dict[str, Any]) -> str | None:
+        """Make room and capture; say why if it cannot be done."""
+        self._step, self._compared = None, 0  # frees the graph before
+        room = max(1, min(self._left, MOST_ROOM))
+        try:
+            self._step = CapturedStep(self.cache, self._forward, first, kwargs, room, self._capture)
+        except CacheMemoryError as error:
+            return one_line(error)
+        except Exception as error:  # models do what cannot be captured, and compilers raise what they like
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            _failed[self.cache.attachment.model] = reason
+            return reason
+        return None
+
+    def _compare(self, step: CapturedStep, kwargs: dict[str, Any]) -> Any:
+        """Replay a step that is also done eagerly."""
+        expected = self._forward(**kwargs)
+        written = step.written()
+        self.cache.crop(-1)
+        logits = step(kwargs)
+        try:
+            off = _difference(logits, expected.logits) > self._tolerance(logits.dtype)
+            off |= any(_difference(now, then) > FIRST_LAYER for now, then in zip(step.written(), written, strict=True))
+        except BaseException:
+            self.cache.crop(-1)
+            raise
+        self._compared += 1
+        if not off:
+            return self._output(logits)
+        self.cache.crop(-1)
+        _failed[self.cache.attachment.model] = reason = "a replayed step differs from an eager one"
+        return self._give_up(reason, kwargs)
+
+    def _tolerance(self, of_logits: torch.dtype) -> float:
+        """That of the coarsest dtype: under autocast values have fewer bits than logits may show."""
+        dtypes = {of_logits, *(dtype for layer in self.cache.layers for dtype in layer.dtypes)}
+        return max(TOLERANCE.get(dtype, 1e-3) for dtype in dtypes)
+
+    def _give_up(self, reason: str, kwargs: dict[str, Any]) -> Any:
+        self._off, self._step, self._first = True, None, None
+        if self._required:
+            raise refusal(reason)
+        log.warning("Decoding without a CUDA graph: %s.", reason)
+        if self._template is not None:
+            with suppress(CacheMemoryError):
+                reserve(self.cache, 0)  # gives the room back
+        return self._forward(**kwargs)
+
+    def _output(self, logits: Tensor) -> Any:
+        """What the model would return."""
+        output = copy.copy(self._template)
+        output["logits"] = logits.clone()  # the next replay writes to the same memory
+        return output
+
+
+class _Dispatcher:
+    """Stands in for a model's forward while some of its caches are decoded from graphs, each by its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.before = model.__dict__.get("forward")
+        self.forward = model.forward
+        self.__signature__ = inspect.signature(model.forward)  # generate checks arguments by it
+        self.decodings: dict[int, GraphedDecoding] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        decoding = self.decodings.get(id(cache_among(kwargs)))
+        return (decoding or self.forward)(*args, **kwargs)
+
+
+@contextmanager
+def replayed(
+    model: PreTrainedModel, cache: PrunedCache, steps: int, *, required: bool, capture: Capture = capture_cuda
+) -> Iterator[None]:
+    """Decode a cache from graphs while the context is open, see `GraphedDecoding`; threads may share the model."""
+    with _lock:
+        dispatcher = model.__dict__.get("forward")
+        if not isinstance(dispatcher, _Dispatcher):
+            model.__dict__["forward"] = dispatcher = _Dispatcher(model)
+        decoding = GraphedDecoding(cache, dispatcher.forward, steps, required=required, capture=capture)
+        dispatcher.decodings[id(cache)] = decoding
+    try:
+        yield
+    finally:
+        with _lock:
+            del dispatcher.decodings[id(cache)]
+            # Where somebody put something on top of it meanwhile, it stays and calls the model.
+            if not dispatcher.decodings and model.__dict__.get("forward") is dispatcher:
+                del model.__dict__["forward"]
+                if dispatcher.before is not None:
+                    model.__dict__["forward"] = dispatcher.before
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest number that is expected.
+
+    A row of NaN is compared, too, and hides nothing of the others.
+    """
+    found, expected = found.float(), expected.float()
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return math.inf
+    found, expected = (one.where(one.isfinite(), 0) for one in (found, expected))
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()

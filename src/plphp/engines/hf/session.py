@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions: prune whatever a model generates, within a block or until told otherwise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from plphp.errors import CacheStateError, UnprunedWarning, UnsupportedModelError
+from plphp.families.registry import family_of
+from plphp.methods.registry import resolve
+from plphp.pruning.report import PruneReport
+from plphp.settings.config import PLPHPConfig, checked, checked_mode
+
+from .attachment import Lease
+from .cache_argument import NAME
+from .unwrapping import unwrapped
+
+APPLIED = "_plphp_applied"
+"""Where a model holds the session of `apply`, which goes when the model goes."""
+WHY_UNPRUNED = (
+    "generate was taken from the model, or compiled, before the session, or called as type(model).generate(model, "
+    f"...), or the model was called directly. Call model.generate inside the session, or pass {NAME}="
+    "plphp.PrunedCache.for_inputs(model, inputs)."
+)
+
+
+class Session:
+    """An open session on a model; `prune` and `apply` return one.
+
+    Attributes
+    ----------
+    config : PLPHPConfig
+        Settings of the caches that ``generate`` makes.
+    decode : str
+        How decoding steps run with these caches, see `prune`.
+    closed : bool
+        Whether it is over.
+    """
+
+    def __init__(self, model: Any, config: PLPHPConfig | None, decode: str = "eager") -> None:
+        self.config, self.decode = checked(config), checked_mode(decode)
+        resolve(self.config)
+        self.closed = False
+        self._report: PruneReport | None = None
+        self._unpruned = 0
+        self._unpruned_since = 0
+        _refuse_without_generate(model)
+        self._lease = Lease.of(model)
+
+    @property
+    def report(self) -> PruneReport:
+        """What the newest ``generate`` kept.
+
+        Raises
+        ------
+        CacheStateError
+            If ``generate`` has not run, or the model ran without plphp since.
+        """
+        if self._report is not None and not self._unpruned_since:
+            return self._report
+        if self._unpruned_since:
+            raise CacheStateError(f"There is no report: {self._what_ran()} {WHY_UNPRUNED}")
+        raise CacheStateError(
+            "There is no report: no model.generate of this session has come to its end. If you called it, "
+            + WHY_UNPRUNED
+        )
+
+    def note(self, report: PruneReport | None) -> None:
+        """Keep the report of a finished ``generate``; None while one is running."""
+        self._report, self._unpruned_since = report, 0
+
+    def note_unpruned(self) -> None:
+        """Count a pass of the model that no `PrunedCache` took part in."""
+        self._unpruned += 1
+        self._unpruned_since += 1
+
+    def close(self) -> None:
+        """End the session; the model is restored when nothing else uses plphp on it."""
+        self.closed = True
+        self._lease.attachment.sessions.close(self)
+        self._lease.end()
+
+    def warn_unpruned(self, frames: int) -> None:
+        """Warn, at a place so many frames above, if the model ran inside the session without plphp."""
+        if self._unpruned:
+            text = f"In a plphp session {self._what_ran()} {WHY_UNPRUNED}"
+            warnings.warn(text, UnprunedWarning, stacklevel=frames + 1)
+
+    def _what_ran(self) -> str:
+        return f"the model ran without plphp ({self._unpruned} passes, with the whole cache)."
+
+
+def _refuse_without_generate(model: Any) -> None:
+    """Raise for a part of a model, whose owner's ``generate`` a session on the part would not see."""
+    inner = unwrapped(model)
+    family_of(inner.config)
+    if not inner.can_generate():
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no generate to prune: pass the model that holds it and whose generate you "
+            "call, a ...ForConditionalGeneration."
+        )
+
+
+@contextmanager
+def prune(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Iterator[Session]:
+    """Prune whatever the model generates inside the block.
+
+    Sessions may be nested, the innermost counts. A session belongs to the context (`contextvars`) that opens it:
+    coroutines and threads that share a model open one each. A thread that is started inside a session joins it, so that
+    ``generate`` may run in a thread beside a streamer, as long as it is the only one on the model; what cannot be told
+    apart is refused, see `plphp.engines.hf.contexts`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A supported vision-language model, in evaluation mode, or what `torch.compile`, ``DataParallel`` or PEFT (LoRA)
+        made of one.
+    config : PLPHPConfig, optional
+        Default: ``PLPHPConfig()``.
+    decode : {"eager", "auto", "graph"}
+        Replay decoding steps from a CUDA graph ("graph"), where that is possible and pays ("auto"), or never.
+
+    Yields
+    ------
+    Session
+        Its ``report`` tells what the newest ``generate`` kept.
+
+    Raises
+    ------
+    UnsupportedModelError, UnsupportedFeatureError, ConfigError
+
+    Warns
+    -----
+    UnprunedWarning
+        At the end, if the model ran in the block without plphp.
+
+    Examples
+    --------
+    >>> with plphp.prune(model, plphp.PLPHPConfig(retention_rate=0.4)) as run:  # doctest: +SKIP
+    ...     output = model.generate(**inputs, max_new_tokens=100)
+    >>> run.report.kv_reduction  # doctest: +SKIP
+    """
+    session = Session(model, config, decode)
+    session._lease.attachment.sessions.open(session)
+    try:
+        yield session
+    finally:
+        session.close()
+    session.warn_unpruned(3)  # this generator, and what contextlib does at its end
+
+
+def apply(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Session:
+    """Prune whatever the model generates from now on, for every caller, until `remove`; pipelines work unchanged.
+
+    A second ``apply`` takes the place of the first.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A supported vision-language model, or a wrapper as for `prune`.
+    config : PLPHPConfig, optional
+        Default: ``PLPHPConfig()``.
+    decode : {"eager", "auto", "graph"}
+        As for `prune`.
+
+    Returns
+    -------
+    Session
+        Its ``report`` tells what the newest ``generate`` kept.
+    """
+    session = Session(model, config, decode)
+    sessions = session._lease.attachment.sessions
+    previous, sessions.applied = sessions.applied, session
+    unwrapped(model).__dict__[APPLIED] = session
+    if previous is not None:
+        previous.close()
+        previous.warn_unpruned(2)
+    return session
+
+
+def remove(model: Any) -> None:
+    """Undo `apply`; does nothing on a model where nothing was applied.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model, or a wrapper as for `prune`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is no model in it.
+
+    Warns
+    -----
+    UnprunedWarning
+        If the model ran meanwhile without plphp.
+    """
+    _refuse_without_generate(model)
+    session = unwrapped(model).__dict__.pop(APPLIED, None)
+    if session is not None:
+        session._lease.attachment.sessions.applied = None
+        session.close()
+        session.warn_unpruned(2)
