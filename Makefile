@@ -45,10 +45,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Of the tests those that lean on transformers: no kernels, no bundled tasks, no commands, no training.
-LEANING = $(addprefix tests/, families test_autocast.py test_bad_input.py test_bad_rows.py test_contexts.py \
-	test_generate.py test_graph.py test_history.py test_inputs.py test_invariants.py test_query_bank.py test_refused.py \
-	test_turns.py test_unpruned.py test_users_dtype.py test_whole_chat.py unit/test_attachment.py unit/test_cache.py \
-	unit/test_spans.py)
+LEANING = $(addprefix tests/, families engines/hf studies/test_query_bank.py test_invariants.py)
 
 test-oldest: $(VENV)/.dev
 	$(call other_transformers,.venv-oldest,transformers==5.17.0)
@@ -72,7 +69,7 @@ PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # Each engine is a process of some 2 GB. Without those that take longest: make test-vllm SELECTED='-m "not thorough"'.
 SELECTED ?=
 test-vllm: .venv-vllm/.dev
-	.venv-vllm/bin/python -m pytest -n 2 --dist worksteal $(SELECTED) tests/vllm tests/unit/test_vllm_reading.py
+	.venv-vllm/bin/python -m pytest -n 2 --dist worksteal $(SELECTED) tests/engines/vllm tests/engines/test_vllm_reading.py
 
 # The wheel has to work, with its bundled model, where nothing of this folder is.
 wheel: $(VENV)/.dev
@@ -103,6 +100,6 @@ $(VENV)/.dev: $(VENV)/.plphp
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.venv-vllm/.dev: $(SOURCES) tests/vllm/environment.sh tests/vllm/declare_operators.py
-	PYTHON="$(PYTHON)" tests/vllm/environment.sh .venv-vllm
+.venv-vllm/.dev: $(SOURCES) tests/engines/vllm/environment.sh tests/engines/vllm/declare_operators.py
+	PYTHON="$(PYTHON)" tests/engines/vllm/environment.sh .venv-vllm
 	touch $@

@@ -27,8 +27,8 @@ from serving_load import OFF, load, server
 from shapes import SHAPES, build_model
 from transformers import AutoConfig, AutoProcessor, LlavaProcessor, SiglipImageProcessor
 
+from plphp.engines.vllm.weights import publish_names
 from plphp.inputs.sources import bundled_model_path
-from plphp.vllm.weights import publish_names
 
 HERE = Path(__file__).resolve().parent
 QUESTIONS = HERE.parent / "examples" / "images" / "questions.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
-from plphp.vllm.weights import publish_names
+from plphp.engines.vllm.weights import publish_names
 from training import model as models
 from training import rows, tokenizer
 from training.train import CHECKPOINT

@@ -40,8 +40,8 @@ def test_the_bundled_model_has_settings_of_its_own(model: tuple[str, ...], monke
         asked.append((config, options, for_bundled))
         return "arguments"
 
-    monkeypatch.setattr("plphp.vllm.server.server_arguments", server_arguments)
-    monkeypatch.setattr("plphp.vllm.server.serve", asked.append)
+    monkeypatch.setattr("plphp.engines.vllm.server.server_arguments", server_arguments)
+    monkeypatch.setattr("plphp.engines.vllm.server.serve", asked.append)
     done = CliRunner().invoke(app, ["serve", *model, "--target-retention", "0.3", "--enforce-eager"])
     assert done.exit_code == 0, done.output
     bank = PLPHPConfig(method="query_bank", options={"bank": "bundled"}, target_retention=0.3)

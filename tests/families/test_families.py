@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from plphp.families.registry import available_families, family_of
 
 import plphp
 from plphp import PLPHPConfig
 from plphp.errors import PLPHPError
 from plphp.families._segments import in_prompt_order
 from plphp.families.base import Family, VisionSegment
+from plphp.families.registry import available_families, family_of
 from plphp.families.unsupported import UNSUPPORTED, reason_against
 from tiny_models import IMAGE, REFUSED, SPECIAL, TEXT_IDS, TINY, VIDEO
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plphp.families.registry import family_of
 
+from plphp.families.registry import family_of
 from tiny_models import NEWEST, PINPOINTS, TINY
 
 SIZES = ((50, 40), (24, 70), (90, 30), (64, 64), (33, 95), (31, 200), (128, 17))

@@ -8,9 +8,9 @@ import torch
 from test_kernels import ALL, KEPT, SCALING, Case, attend, backend, make, window
 from test_vllm_reading import IMAGES, TOKENS, Paged, pruning_of, request, states
 
+from plphp.engines.vllm.reading import PromptReading
+from plphp.engines.vllm.step import Row, Step
 from plphp.kernels import compact_kv, window_scores
-from plphp.vllm.reading import PromptReading
-from plphp.vllm.step import Row, Step
 
 BAD = 1
 assert backend  # the fixture

@@ -36,8 +36,8 @@ def serve(
     """
     given = (config, config_file, method, retention_rate, target_retention)
     settings, for_bundled = (read_settings(*given, bundled=bundled) for bundled in (False, True))
-    from plphp.vllm.server import serve as run
-    from plphp.vllm.server import server_arguments
+    from plphp.engines.vllm.server import serve as run
+    from plphp.engines.vllm.server import server_arguments
 
     # Where an option comes first, it is what was taken for the model.
     options = [*([] if model is None else [model]), *context.args]

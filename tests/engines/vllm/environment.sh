@@ -7,7 +7,7 @@
 # made known (no model here calls them), and torchaudio, which vLLM does without, is taken away.
 set -euo pipefail
 folder=${1:?"usage: environment.sh FOLDER"}
-root=$(cd "$(dirname "$0")/../.." && pwd)
+root=$(cd "$(dirname "$0")/../../.." && pwd)
 python=$folder/bin/python
 
 [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$folder"
@@ -18,7 +18,7 @@ works() { "$python" -c "import $1" 2> /dev/null; }
 
 works torchaudio || "$folder/bin/pip" uninstall -q -y torchaudio torchcodec
 if ! works torchvision; then
-    "$python" "$root/tests/vllm/declare_operators.py"
+    "$python" "$root/tests/engines/vllm/declare_operators.py"
     works torchvision || { echo "torchvision cannot be imported in $folder" >&2; exit 1; }
 fi
 works vllm || { echo "vllm cannot be imported in $folder" >&2; exit 1; }

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from .state import Pruning
 from .step import running, step_of
-from .worker import Pruning
 
 
 def attach_to_runner() -> None:

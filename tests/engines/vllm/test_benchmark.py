@@ -14,7 +14,7 @@ import pytest
 
 from engine import ENVIRONMENT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "serving.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "serving.py"
 IMAGE, LAYERS, BLOCK = 196, 8, 32
 """Vision tokens of an image, and layers, of the bundled model; tokens of a block."""
 

@@ -11,8 +11,8 @@ import torch
 
 from engine import run
 from plphp import PLPHPConfig
+from plphp.engines.vllm.server import server_arguments
 from plphp.inputs.sources import bundled_model_path
-from plphp.vllm.server import server_arguments
 from reference import Reference, example_requests, in_blocks
 
 BLOCK = 32

@@ -105,7 +105,7 @@ def video_request(videos: Sequence[tuple[int, int, int, int]], images: Sequence[
     return {"text": text, "images": list(images), "videos": list(videos), "max_tokens": 24}
 
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "images"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "images"
 
 
 def example_requests(processor: Any) -> list[Request]:

@@ -24,7 +24,7 @@ from .ranks import ranks_of
 from .refusals import refuse_unsupported
 from .runner import attach_to_runner
 from .specs import PrunedLayerSpec
-from .worker import Pruning
+from .state import Pruning
 
 _logger = init_logger("vllm.plphp")
 

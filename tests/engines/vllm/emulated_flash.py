@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends import flash_attn
 
-import plphp.vllm
-from plphp.vllm.flash_backend import PrunedFlashBackend
+import plphp.engines.vllm
+from plphp.engines.vllm.flash_backend import PrunedFlashBackend
 
 
 class FlashOnCPU(PrunedFlashBackend):
@@ -29,7 +29,7 @@ def install() -> None:
     flash_attn.flash_attn_supports_quant_query_input = lambda: False
     flash_attn.flash_attn_varlen_func = attend
     flash_attn.reshape_and_cache_flash = write
-    plphp.vllm.BACKENDS["CPU_ATTN"] = "emulated_flash.FlashOnCPU"
+    plphp.engines.vllm.BACKENDS["CPU_ATTN"] = "emulated_flash.FlashOnCPU"
 
 
 def attend(

@@ -3,13 +3,15 @@
 
 How it works, for every decoder layer by itself:
 
-- The cache of each layer is a group of its own with its own block tables (`plphp.vllm.specs`), so that its blocks can
+- The cache of each layer is a group of its own with its own block tables (`plphp.engines.vllm.specs`), so that its
+blocks can
   be returned alone. All groups draw from one pool.
 - The attention backend reads a prompt as usual. In the chunk that ends it, the library's own scoring, allocation and
-  selection say what each KV head keeps (`plphp.vllm.reading`). What is kept moves to the *end* of the prompt's slots,
-  so that every later token stands where vLLM expects it, and whole blocks at the head of the prompt fall empty.
-- From then on the layer's block table begins behind the empty blocks (`plphp.vllm.step`). No other number changes.
-- The worker tells the scheduler which blocks are empty, and the scheduler frees them (`plphp.vllm.connector`).
+  selection say what each KV head keeps (`plphp.engines.vllm.reading`). What is kept moves to the *end* of the prompt's
+  slots, so that every later token stands where vLLM expects it, and whole blocks at the head of the prompt fall empty.
+- From then on the layer's block table begins behind the empty blocks (`plphp.engines.vllm.step`). No other number
+changes.
+- The worker tells the scheduler which blocks are empty, and the scheduler frees them (`plphp.engines.vllm.connector`).
 
 Nothing of it does anything unless vLLM is started with the connector and with settings, see docs/serving.md.
 """
@@ -21,10 +23,10 @@ import os
 
 CONNECTOR = "PLPHPConnector"
 """Name of the KV connector, for ``--kv-transfer-config``."""
-BACKENDS = {"CPU_ATTN": "plphp.vllm.cpu_backend.PrunedCPUBackend"}
+BACKENDS = {"CPU_ATTN": "plphp.engines.vllm.cpu_backend.PrunedCPUBackend"}
 """By the name of an attention backend of vLLM, what stands in for it."""
-UNTESTED_BACKENDS = {"FLASH_ATTN": "plphp.vllm.flash_backend.PrunedFlashBackend"}
-"""The same, for those who ask to try what has never been run, see `plphp.vllm.refusals.untested_allowed`."""
+UNTESTED_BACKENDS = {"FLASH_ATTN": "plphp.engines.vllm.flash_backend.PrunedFlashBackend"}
+"""The same, for those who ask to try what has never been run, see `plphp.engines.vllm.refusals.untested_allowed`."""
 
 
 def register() -> None:
@@ -39,7 +41,7 @@ def register() -> None:
     from .settings import ENVIRONMENT
 
     if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, "plphp.vllm.connector", CONNECTOR)
+        KVConnectorFactory.register_connector(CONNECTOR, "plphp.engines.vllm.connector", CONNECTOR)
     if tested_version():
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 

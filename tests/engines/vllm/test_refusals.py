@@ -11,8 +11,8 @@ import pytest
 import vllm
 
 from engine import EngineError, run
+from plphp.engines.vllm.refusals import refuse_unsupported
 from plphp.errors import BackendUnavailableError, ConfigError, PLPHPError, UnsupportedFeatureError
-from plphp.vllm.refusals import refuse_unsupported
 from reference import requests
 
 SOME = requests([[(280, 336, 1)]], max_tokens=1)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from plphp import PLPHPConfig
+from plphp.engines.vllm.ranks import Ranks
+from plphp.engines.vllm.reading import PromptReading, vision_spans
+from plphp.engines.vllm.rounding import evict_whole_blocks
+from plphp.engines.vllm.state import Pruning
+from plphp.engines.vllm.step import Row, Step
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.methods.registry import resolve
 from plphp.policy.evidence import LayerScores
 from plphp.policy.method import Method
-from plphp.vllm.ranks import Ranks
-from plphp.vllm.reading import PromptReading, vision_spans
-from plphp.vllm.rounding import evict_whole_blocks
-from plphp.vllm.step import Row, Step
-from plphp.vllm.worker import Pruning
 from precision import assert_exact
 
 pytestmark = pytest.mark.usefixtures("float64")

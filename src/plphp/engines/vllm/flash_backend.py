@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's FlashAttention with pruning; never run on a GPU, so that `plphp.vllm.refusals` lets no one use it unasked."""
+"""vLLM's FlashAttention with pruning.
+
+It has never run on a GPU, so that `plphp.engines.vllm.refusals` lets nobody use it unasked.
+"""
 
 from __future__ import annotations
 

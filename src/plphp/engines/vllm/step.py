@@ -16,7 +16,7 @@ from plphp.errors import PLPHPError, UnsupportedFeatureError
 from plphp.kernels import decode_attention
 
 from .reading import PromptReading, PrunedPart
-from .worker import Pruning
+from .state import Pruning
 
 _current: ContextVar[Step | None] = ContextVar("plphp_step", default=None)
 
