@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache
 from plphp.engines.hf.attachment import Lease
 from plphp.engines.hf.layer import lacks_memory
 from plphp.errors import CacheMemoryError
-from plphp.model_cost import model_cost
+from plphp.studies.model_cost import model_cost
 
 ONEDNN = "could not create a primitive"
 """What oneDNN says where there is no memory for its workspace."""

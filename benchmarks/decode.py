@@ -27,12 +27,12 @@ from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 import plphp
-from plphp.compare import kv_bytes
 from plphp.engines.hf.attachment import Lease
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.graph import GraphedDecoding
-from plphp.model_cost import model_cost
-from plphp.tables import human_bytes
+from plphp.show.tables import human_bytes
+from plphp.studies.compare import kv_bytes
+from plphp.studies.model_cost import model_cost
 
 WARM_UP = 4
 """Steps that are not timed: with a graph the first is eager, the second captured, and it and the third compared."""

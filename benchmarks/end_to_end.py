@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import plphp
-from plphp.compare import Run, compare
 from plphp.settings.config import DECODE_MODES
-from plphp.tables import human_bytes
+from plphp.show.tables import human_bytes
+from plphp.studies.compare import Run, compare
 
 
 class NoWords:

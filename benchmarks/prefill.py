@@ -27,11 +27,11 @@ from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
-from plphp.compare import kv_bytes
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer
 from plphp.pruning.plan import PromptPlan
-from plphp.tables import human_bytes
+from plphp.show.tables import human_bytes
+from plphp.studies.compare import kv_bytes
 
 PARTS = {
     "pruning": (plphp.PrunedCache, "after_attention"),

@@ -177,7 +177,7 @@ def transfer(arguments: argparse.Namespace) -> None:
     import plphp
     from plphp.evaluation import GROUPS, summarize
     from plphp.inputs.loading import load_model
-    from plphp.provenance import provenance
+    from plphp.studies.provenance import provenance
 
     model, processor = load_model(arguments.model, "float32", None)
     arguments.runs.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def attention(arguments: argparse.Namespace) -> None:
     """Vision attention per layer and head, for three choices of query rows."""
     import plphp
     from plphp.inputs.loading import load_model
-    from plphp.profile_plots import plot_heads, plot_profile
+    from plphp.show.profile_plots import plot_heads, plot_profile
 
     model, processor = load_model(arguments.model, "auto", None)
     found = plphp.profile(model, list(_prompts(processor, arguments.samples or 10, seed=4)), (1, 8, "text"))
@@ -252,7 +252,7 @@ def calibration(arguments: argparse.Namespace) -> None:
     """Thresholds from some prompts, and what they keep of others."""
     import plphp
     from plphp.inputs.loading import load_model
-    from plphp.provenance import provenance
+    from plphp.studies.provenance import provenance
 
     model, processor = load_model(arguments.model, "auto", None)
     each = arguments.samples or 5

@@ -22,7 +22,7 @@ from rich.console import Console
 from shapes import build_model, twin
 
 from plphp.engines.hf.attachment import Lease
-from plphp.tables import human_bytes
+from plphp.show.tables import human_bytes
 
 
 def line(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from plphp import PLPHPConfig
-from plphp.compare import Comparison, Run, compare
 from plphp.inputs.loading import load_model
 from plphp.inputs.media import load_image
 from plphp.inputs.prompt import build_inputs
-from plphp.tables import human_bytes, layer_table
+from plphp.show.tables import human_bytes, layer_table
+from plphp.studies.compare import Comparison, Run, compare
 
 IMAGES = Path(__file__).parent / "images"
 PAPER = "plphp:target_retention=0.4"

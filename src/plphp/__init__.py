@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from plphp._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from plphp.calibration import RetentionMeasurement, calibrate, measure_retention
-    from plphp.collecting import collect_query_bank
     from plphp.engines.hf.branching import Branches, branch
     from plphp.engines.hf.cache import PrunedCache
     from plphp.engines.hf.session import Session, apply, prune, remove
@@ -34,16 +32,18 @@ if TYPE_CHECKING:
     from plphp.families.registry import available_families, register_family
     from plphp.methods.registry import available_methods, register_method
     from plphp.policy.bank import QueryBank
-    from plphp.profile_report import AttentionProfile
-    from plphp.profiling import profile
     from plphp.pruning.report import PruneReport
     from plphp.settings.config import PLPHPConfig
+    from plphp.studies.bank_collecting import collect_query_bank
+    from plphp.studies.calibration import RetentionMeasurement, calibrate, measure_retention
+    from plphp.studies.profile_report import AttentionProfile
+    from plphp.studies.profiling import profile
 
 _MODULES = {
     "engines.hf.branching": ("Branches", "branch"),
     "engines.hf.cache": ("PrunedCache",),
-    "calibration": ("RetentionMeasurement", "calibrate", "measure_retention"),
-    "collecting": ("collect_query_bank",),
+    "studies.calibration": ("RetentionMeasurement", "calibrate", "measure_retention"),
+    "studies.bank_collecting": ("collect_query_bank",),
     "settings.config": ("PLPHPConfig",),
     "errors": (
         "BackendUnavailableError",
@@ -59,8 +59,8 @@ _MODULES = {
         "UnsupportedFeatureError",
         "UnsupportedModelError",
     ),
-    "profile_report": ("AttentionProfile",),
-    "profiling": ("profile",),
+    "studies.profile_report": ("AttentionProfile",),
+    "studies.profiling": ("profile",),
     "policy.bank": ("QueryBank",),
     "families.registry": ("available_families", "register_family"),
     "methods.registry": ("available_methods", "register_method"),

@@ -312,8 +312,10 @@ class TestSupport:
         assert found.pop("decode_attention, C++, cpu, float16") == unknown
         used = "used: it agrees with the reference here, at head dimension 128"
         assert found == {f"decode_attention, C++, cpu, {dtype}": used for dtype in ("float32", "bfloat16")}
-        monkeypatch.setattr("plphp.doctor.choice.UNSUPPORTED", dict.fromkeys(("Triton", "C++"), lambda *_: None))
-        monkeypatch.setattr("plphp.doctor.choice.trouble", lambda *_: trouble)
+        monkeypatch.setattr(
+            "plphp.studies.doctor.choice.UNSUPPORTED", dict.fromkeys(("Triton", "C++"), lambda *_: None)
+        )
+        monkeypatch.setattr("plphp.studies.doctor.choice.trouble", lambda *_: trouble)
         text = ok("doctor", "--model", folder)
         assert ("used: it agrees with the reference here" if trouble is None else f"not used: {trouble}") in text
 

@@ -11,10 +11,10 @@ import pytest
 from test_cli import error, ok
 
 import tiny_hub
-from plphp.accelerators import accelerator
-from plphp.estimate import Workload, estimate
 from plphp.inputs.loading import empty_model
-from plphp.model_cost import model_cost
+from plphp.studies.accelerators import accelerator
+from plphp.studies.estimate import Workload, estimate
+from plphp.studies.model_cost import model_cost
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 import tiny_hub
 from plphp import PLPHPConfig, PruneReport
 from plphp.cli import app
-from plphp.tables import human_bytes
+from plphp.show.tables import human_bytes
 
 
 def run(*arguments: object) -> Result:

@@ -15,7 +15,7 @@ from plphp import AttentionProfile, ConfigError, PLPHPConfig, PrunedCache, Prune
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer, layer_nbytes
 from plphp.pruning.report import ImageReport, LayerReport, PromptReport, RowReport
-from plphp.tables import layer_tables, report_values, summary
+from plphp.show.tables import layer_tables, report_values, summary
 from tiny_models import TINY, tiny_model
 
 numbers = st.integers(0, 100)

@@ -60,13 +60,13 @@ def calibrate(
     check_out_file(out, "preset")
     check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.calibration import calibrate as find_thresholds
-        from plphp.calibration import check_calibratable, measure_retention
         from plphp.inputs.loading import load_weights
         from plphp.inputs.prompts_file import prompt_inputs, read_prompts
-        from plphp.measurement_tables import class_table, retention_line
-        from plphp.provenance import provenance
         from plphp.settings.presets import write_preset
+        from plphp.show.measurement_tables import class_table, retention_line
+        from plphp.studies.calibration import calibrate as find_thresholds
+        from plphp.studies.calibration import check_calibratable, measure_retention
+        from plphp.studies.provenance import provenance
 
         check_calibratable(settings)
         used, held = split(read_prompts(prompts, allow_urls=allow_urls), holdout, seed)

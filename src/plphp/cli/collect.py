@@ -39,9 +39,9 @@ def collect(
     check_out_file(out, "query bank")
     check_model(model, dtype, device)
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.collecting import collect_query_bank
         from plphp.inputs.loading import load_weights
         from plphp.inputs.prompts_file import prompt_inputs, read_prompts
+        from plphp.studies.bank_collecting import collect_query_bank
 
         given = read_prompts(prompts, allow_urls=allow_urls)
         processor = fitting_processor(model, given, tell)

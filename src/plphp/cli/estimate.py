@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-from plphp.accelerators import ACCELERATORS, accelerator
 from plphp.errors import ConfigError
 from plphp.settings.config import PLPHPConfig
+from plphp.studies.accelerators import ACCELERATORS, accelerator
 
 from ._app import app, console, print_json, progress
 from ._checks import check_model
@@ -47,11 +47,11 @@ def estimate(
     PLPHPConfig(target_retention=target_retention)  # refuses what is no retention
     check_model(model, dtype)
     with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.estimate import Workload
-        from plphp.estimate import estimate as work_out
         from plphp.inputs.loading import empty_model
-        from plphp.model_cost import model_cost
-        from plphp.tables import estimate_table
+        from plphp.show.tables import estimate_table
+        from plphp.studies.estimate import Workload
+        from plphp.studies.estimate import estimate as work_out
+        from plphp.studies.model_cost import model_cost
 
         tell("reading the configuration")
         empty = empty_model(model, dtype)

@@ -89,7 +89,7 @@ def evaluate_command(
     from plphp.evaluation import EvalSettings, evaluate, save_score_plots, summarize, unfinished, write_results
 
     if plots:
-        from plphp.plots import new_figure
+        from plphp.show.plots import new_figure
 
         new_figure()  # says now, not after the run, that matplotlib is missing
     if report is not None:

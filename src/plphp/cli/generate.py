@@ -119,7 +119,7 @@ def _answer(
     from transformers import TextStreamer
 
     from plphp.engines.hf.session import prune
-    from plphp.tables import report_values, summary
+    from plphp.show.tables import report_values, summary
 
     streams = not as_json and options["num_beams"] == 1
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
@@ -148,8 +148,8 @@ def _compare(
     as_json: bool,
     rounds: int,
 ) -> PruneReport:
-    from plphp.compare import compare
-    from plphp.tables import comparison_table, comparison_values, layer_tables
+    from plphp.show.tables import comparison_table, comparison_values, layer_tables
+    from plphp.studies.compare import compare
 
     with progress("comparing", quiet=as_json) as tell:
         found = compare(

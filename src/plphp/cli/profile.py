@@ -43,10 +43,10 @@ def profile(
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.inputs.loading import load_weights
         from plphp.inputs.prompts_file import Prompt, prompt_inputs, read_prompts
-        from plphp.measurement_tables import profile_table
-        from plphp.plots import new_figure
-        from plphp.profile_plots import plot_heads, plot_profile
-        from plphp.profiling import profile as measure
+        from plphp.show.measurement_tables import profile_table
+        from plphp.show.plots import new_figure
+        from plphp.show.profile_plots import plot_heads, plot_profile
+        from plphp.studies.profiling import profile as measure
 
         if plots:
             new_figure()  # says now, not after the measurement, that matplotlib is missing

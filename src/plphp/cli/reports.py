@@ -21,7 +21,7 @@ def inspect(report: ReportArgument, row: RowOption = 0, as_json: JsonOption = Fa
     """Show what a run kept, layer by layer."""
     check_in_file(report, "report")
     from plphp.pruning.report import PruneReport
-    from plphp.tables import layer_tables, report_values, summary
+    from plphp.show.tables import layer_tables, report_values, summary
 
     found = PruneReport.from_json(report)
     if as_json:
@@ -48,9 +48,9 @@ def plot(
     check_in_file(report, "report")
     images = [load_image(source, allow_urls=allow_urls) for source in image or ()] or None
     check_out_folder(out)
-    from plphp.plots import plot_kept, plot_vision_attention
     from plphp.pruning.report import PruneReport
-    from plphp.tables import layer_rows
+    from plphp.show.plots import plot_kept, plot_vision_attention
+    from plphp.show.tables import layer_rows
 
     found = PruneReport.from_json(report)
     shown = layer_rows(found, prompt, row)[0][0] if layer is None else layer

@@ -45,7 +45,7 @@ def doctor(
     The last line is the verdict.
     """
     with progress("looking around", quiet=as_json):
-        from plphp.doctor import diagnose
+        from plphp.studies.doctor import diagnose
 
         found = diagnose(model)
     if as_json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from plphp.provenance import provenance
+from plphp.studies.provenance import provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

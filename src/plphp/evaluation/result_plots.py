@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plphp.errors import ConfigError, did_you_mean
-from plphp.plots import new_figure
-from plphp.profile_plots import LINES, MARKERS
+from plphp.show.plots import new_figure
+from plphp.show.profile_plots import LINES, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from test_query_bank import bank
 from torch import Tensor
 
 import plphp
@@ -25,8 +26,7 @@ from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.graph import _difference
 from plphp.pruning.finite import damage, features_of
 from plphp.pruning.report import PruneReport
-from plphp.tables import layer_table
-from test_query_bank import bank
+from plphp.show.tables import layer_table
 from tiny_models import TINY, collate, drop_empty, tiny_model
 
 NAN, INF = float("nan"), float("inf")
@@ -329,7 +329,7 @@ def test_a_prompt_in_chunks(method: str) -> None:
 
 def test_tables_and_plots_show_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from plphp.plots import plot_vision_attention
+    from plphp.show.plots import plot_vision_attention
 
     _, report = pruned(tiny_model("llava", torch.float64), inputs_of("llava", NAN), SETTINGS)
     console = Console(record=True, width=100)

@@ -10,8 +10,8 @@ from rich.table import Table
 from plphp.policy.allocation import LayerClass
 
 if TYPE_CHECKING:
-    from plphp.calibration import RetentionMeasurement
-    from plphp.profile_report import AttentionProfile
+    from plphp.studies.calibration import RetentionMeasurement
+    from plphp.studies.profile_report import AttentionProfile
 
 
 def profile_table(profile: AttentionProfile) -> Table:

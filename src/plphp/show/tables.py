@@ -13,9 +13,9 @@ from rich.text import Text
 from plphp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from plphp.compare import Comparison, Run
-    from plphp.estimate import Estimate
     from plphp.pruning.report import PromptReport, PruneReport, RowReport
+    from plphp.studies.compare import Comparison, Run
+    from plphp.studies.estimate import Estimate
 
 MAX_HEADS = 8
 """Heads whose counts are spelled out; beyond it a range is shown."""

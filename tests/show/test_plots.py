@@ -14,10 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from plphp import BackendUnavailableError, ConfigError, PLPHPConfig, PruneReport
-from plphp.compare import Comparison, Run
-from plphp.plots import plot_kept, plot_vision_attention
 from plphp.pruning.report import ImageReport, LayerReport, PromptReport, RowReport
-from plphp.tables import comparison_table, layer_table, report_values, summary
+from plphp.show.plots import plot_kept, plot_vision_attention
+from plphp.show.tables import comparison_table, layer_table, report_values, summary
+from plphp.studies.compare import Comparison, Run
 
 KEPT = [[[1, 2, 5], [1, 5]], [[2], [2, 9, 10, 11]]]
 """[layer][head]: image 1 stands at positions 1 to 6 as 2 x 3 tokens, image 2 at 9 to 11 without a grid."""

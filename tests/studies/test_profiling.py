@@ -13,8 +13,8 @@ import torch
 import plphp
 from invariants import eager_attention, pruned
 from plphp import AttentionProfile, ConfigError, PLPHPConfig
-from plphp.profile_plots import plot_heads, plot_profile
-from plphp.profile_report import ProfiledPrompt
+from plphp.show.profile_plots import plot_heads, plot_profile
+from plphp.studies.profile_report import ProfiledPrompt
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -15,7 +15,8 @@ from PIL import Image
 
 from plphp.errors import BackendUnavailableError, ConfigError
 from plphp.pruning.report import ImageReport, PruneReport, RowReport
-from plphp.tables import layer_rows, select_prompt
+
+from .tables import layer_rows, select_prompt
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

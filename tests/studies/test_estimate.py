@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import plphp
-from plphp.accelerators import ACCELERATORS, Accelerator, accelerator
 from plphp.engines.hf.cache import PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer, layer_nbytes
 from plphp.errors import ConfigError, UnsupportedModelError
-from plphp.estimate import Workload, estimate
-from plphp.model_cost import LayerCost, ModelCost, model_cost
+from plphp.studies.accelerators import ACCELERATORS, Accelerator, accelerator
+from plphp.studies.estimate import Workload, estimate
+from plphp.studies.model_cost import LayerCost, ModelCost, model_cost
 from tiny_models import TINY, tiny_model
 
 NEW = 3

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from plphp.accelerators import Accelerator
 from plphp.errors import ConfigError
-from plphp.model_cost import ModelCost
+
+from .accelerators import Accelerator
+from .model_cost import ModelCost
 
 RESERVE = 0.1
 """Part of the memory that is left to activations, the workspace of kernels and fragmentation."""
@@ -102,13 +103,13 @@ def estimate(
     Parameters
     ----------
     cost : ModelCost
-        See `plphp.model_cost.model_cost`.
+        See `plphp.studies.model_cost.model_cost`.
     workload : Workload
         What is decoded.
     retention : float
         Fraction of the vision tokens to keep, in [0, 1]. 1 is what transformers holds without plphp.
     accelerator : Accelerator, optional
-        See `plphp.accelerators.accelerator`.
+        See `plphp.studies.accelerators.accelerator`.
     reserve : float
         Part of the memory, in [0, 1), that neither weights nor keys and values take.
 

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plphp.calibration import read_prompt
 from plphp.engines.hf.cache import PrunedCache
 from plphp.errors import ConfigError
-from plphp.profile_report import AttentionProfile, ProfiledPrompt
-from plphp.provenance import provenance
 from plphp.pruning.plan import PromptPlan
 from plphp.settings.config import PLPHPConfig, QueryRows
+
+from .calibration import read_prompt
+from .profile_report import AttentionProfile, ProfiledPrompt
+from .provenance import provenance
 
 
 class _WatchedCache(PrunedCache):

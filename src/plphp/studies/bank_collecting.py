@@ -17,9 +17,10 @@ from plphp.engines.hf.cache_argument import passed
 from plphp.errors import ConfigError
 from plphp.policy.bank import LayerBank, QueryBank
 from plphp.policy.rotation import Rotation
-from plphp.provenance import provenance
-from plphp.rotary_probe import find_rotations
 from plphp.settings.config import PLPHPConfig
+
+from .provenance import provenance
+from .rotation_probe import find_rotations
 
 
 class _Reservoir:
@@ -108,7 +109,7 @@ def collect_query_bank(
     ConfigError
         If a prompt has several rows or no vision token, or no answer has a second token.
     UnsupportedModelError
-        If it is not known how the model turns its queries, see `plphp.rotary_probe.find_rotations`.
+        If it is not known how the model turns its queries, see `plphp.studies.rotation_probe.find_rotations`.
 
     Examples
     --------

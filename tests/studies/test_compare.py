@@ -16,10 +16,10 @@ from transformers import DynamicCache
 import plphp
 import tiny_hub
 from plphp import ConfigError, PLPHPConfig
-from plphp.compare import compare
 from plphp.engines.hf.cache_argument import passed
 from plphp.inputs.prompt import build_inputs
-from plphp.tables import comparison_table, comparison_values, human_bytes, report_values, summary
+from plphp.show.tables import comparison_table, comparison_values, human_bytes, report_values, summary
+from plphp.studies.compare import compare
 
 NEW = 8
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements around a model: calibration, profiles, comparisons, estimates, query banks."""
