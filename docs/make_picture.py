@@ -7,6 +7,7 @@ the model's default. Needs matplotlib (``pip install '.[plots]'``).
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,19 @@ from plphp.report import PruneReport
 from plphp.tables import layer_rows
 
 ROOT = Path(__file__).parents[1]
-IMAGE = ROOT / "examples" / "images" / "grid-1.png"
+IMAGES = ROOT / "examples" / "images"
 PICTURE = ROOT / "docs" / "images" / "kept.png"
 QUESTION = "Please list everything in row 4, from left to right."
+"""One of examples/images/questions.json, which has its image and its answer."""
 METHODS = ("plphp:target_retention=0.4", "query_bank:bank=bundled,retention_rate=0.4")
 ROOM = 0.08
 """Paper between two tokens, as a fraction of a token's side: it shows the grid where all tokens are kept."""
 PALEST = 0.06
 """Opacity of a token that no head of any layer keeps: so much that one sees what is gone."""
 PIXELS = 448
-COLOURS = 128
+COLOURS = 256
+MARKS = {True: ("✓", "#007a5e"), False: ("✗", "#b2182b")}
+"""Mark and colour of a right and of a wrong answer; the mark is for those who cannot tell the colours apart."""
 
 
 def kept_fraction(report: PruneReport) -> Any:
@@ -60,19 +64,20 @@ def _window(side: int) -> Any:
     return square
 
 
-def draw(image: Image.Image, comparisons: dict[str, Comparison]) -> Any:
-    """The unpruned image and its answer, then those of each method."""
-    first = next(iter(comparisons.values()))
-    panels = [("everything kept", np.asarray(image.resize((PIXELS, PIXELS))), first.unpruned.texts[0])]
-    for name, one in comparisons.items():
-        title = f"{name}: {one.report.retention:.0%} of the vision KV"
-        panels.append((title, faded(image, kept_fraction(one.report)), one.pruned.texts[0]))
+def draw(image: Image.Image, comparisons: dict[str, Comparison], expected: str) -> Any:
+    """The whole image and the unpruned answer, then those of each method; an expected answer is green."""
+    whole = next(iter(comparisons.values())).unpruned.texts[0]
+    panels = [("everything kept", np.asarray(image.resize((PIXELS, PIXELS))), whole)]
+    for name, comparison in comparisons.items():
+        title = f"{name}: {comparison.report.retention:.0%} of the vision KV"
+        panels.append((title, faded(image, kept_fraction(comparison.report)), comparison.pruned.texts[0]))
     figure = new_figure(figsize=(9.6, 4.0), layout="constrained")
     figure.suptitle(f"“{QUESTION}”", fontsize=12)
     for axes, (title, pixels, answer) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        mark, colour = MARKS[answer == expected]
         axes.imshow(pixels)
         axes.set_title(title, fontsize=11)
-        axes.set_xlabel(textwrap.fill(answer, 40), fontsize=10)
+        axes.set_xlabel(f"{mark} {textwrap.fill(answer, 38)}", fontsize=10, color=colour)
         axes.set(xticks=[], yticks=[])
     return figure
 
@@ -80,12 +85,14 @@ def draw(image: Image.Image, comparisons: dict[str, Comparison]) -> Any:
 def main() -> None:
     """Ask, draw, and save with few colours: the file is part of the repository."""
     model, processor = load_model()
-    image = load_image(IMAGE)
+    questions = json.loads((IMAGES / "questions.json").read_text(encoding="utf-8"))
+    asked = next(question for question in questions if question["question"] == QUESTION)
+    image = load_image(IMAGES / asked["images"][0])
     inputs = build_inputs(processor, QUESTION, images=[image])
     configs = {text.partition(":")[0]: PLPHPConfig.parse(text) for text in METHODS}
     comparisons = {name: compare(model, processor, inputs, config, rounds=1) for name, config in configs.items()}
     PICTURE.parent.mkdir(exist_ok=True)
-    draw(image, comparisons).savefig(PICTURE, dpi=150)
+    draw(image, comparisons, asked["answer"]).savefig(PICTURE, dpi=150)
     Image.open(PICTURE).convert("RGB").quantize(COLOURS).save(PICTURE, optimize=True)
 
 

@@ -48,14 +48,28 @@ def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     assert "generate" not in model.__dict__
 
 
-def test_readme_runs(scope: dict[str, Any]) -> None:
-    code = "\n".join(blocks("README.md"))
+def run_with_the_bundled_model(path: str) -> dict[str, Any]:
+    """The names after all Python blocks of a document.
+
+    The hub cannot be reached from the tests; the bundled model stands in for the model that the document names.
+    """
+    code = "\n".join(blocks(path))
     assert HUB_NAME in code
-    # The hub cannot be reached from the tests; the bundled model stands in for the one that the page names.
-    code = code.replace(HUB_NAME, str(bundled_model_path()))
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(code.replace(HUB_NAME, str(bundled_model_path())), names)
+    return names
+
+
+def test_readme_runs(scope: dict[str, Any]) -> None:
+    names = run_with_the_bundled_model("README.md")
     assert names["run"].report.retention == pytest.approx(0.4, abs=0.05)
+    assert names["answer"][0]["generated_text"]
+
+
+def test_api_runs(scope: dict[str, Any]) -> None:
+    names = run_with_the_bundled_model("docs/api.md")
+    assert names["run"].report.retention == pytest.approx(0.4, abs=0.05)
+    assert names["session"].report.retention == pytest.approx(0.4, abs=0.05)
     del names["cache"], names["model"]
 
 

@@ -94,9 +94,7 @@ def test_the_first_page_is_one_screen_with_the_answer(generator: Any) -> None:
     page = generator.page(compared(generator.GLANCE))
     text = " ".join(page.split())
     assert "The bundled model (8.0 M parameters, 8 layers) on 2 held-out tasks" in text
-    assert (
-        "last token of the prompt): loses 40.0 · 40.0 · 75.0; above random draws in 0 of 6, below in 6." in text
-    )
+    assert "last token of the prompt): loses 40.0 · 40.0 · 75.0; above random draws in 0 of 6, below in 6." in text
     assert "of the same tasks): loses 10.0 · 10.0 · 10.0; above random draws in 0 of 6, below in 0." in text
     assert "(the control: random draws): loses 10.0 · 10.0 · 10.0." in text
     assert "| everything kept | 90.0 | 90.0 |" in page
