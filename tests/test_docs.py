@@ -190,7 +190,7 @@ def test_readme_has_the_figures_of_the_results() -> None:
         scores = (group["variants"][name]["score"]["mean"] for group in quality["groups"].values())
         return " · ".join(f"{100 * score:.1f}" for score in scores)
 
-    assert f"| everything | {cell('full')} | | |" in page
+    assert f"| nothing evicted | {cell('full')} | | |" in page
     for label, name in (("query_bank", "query_bank"), ("random", "random1"), ("snapkv", "snapkv"), ("plphp", "plphp")):
         assert re.search(rf"\| `{label}`, .* \| \| {cell(f'{name}@0.4')} \| {cell(f'{name}@0.1')} \|", page)
         for group in quality["groups"].values():  # what is called the same memory is the same memory
