@@ -35,7 +35,6 @@ ROOM = 0.08
 PALEST = 0.06
 """Opacity of a token that no head of any layer keeps: so much that one sees what is gone."""
 PIXELS = 448
-COLOURS = 256
 MARKS = {True: ("✓", "#007a5e"), False: ("✗", "#b2182b")}
 """Mark and colour of a right and of a wrong answer; the mark is for those who cannot tell the colours apart."""
 
@@ -83,7 +82,7 @@ def draw(image: Image.Image, comparisons: dict[str, Comparison], expected: str) 
 
 
 def main() -> None:
-    """Ask, draw, and save with few colours: the file is part of the repository."""
+    """Ask, draw and save."""
     model, processor = load_model()
     questions = json.loads((IMAGES / "questions.json").read_text(encoding="utf-8"))
     asked = next(question for question in questions if question["question"] == QUESTION)
@@ -92,8 +91,8 @@ def main() -> None:
     configs = {text.partition(":")[0]: PLPHPConfig.parse(text) for text in METHODS}
     comparisons = {name: compare(model, processor, inputs, config, rounds=1) for name, config in configs.items()}
     PICTURE.parent.mkdir(exist_ok=True)
-    draw(image, comparisons, asked["answer"]).savefig(PICTURE, dpi=150)
-    Image.open(PICTURE).convert("RGB").quantize(COLOURS).save(PICTURE, optimize=True)
+    draw(image, comparisons, asked["answer"]).savefig(PICTURE, dpi=120)
+    Image.open(PICTURE).convert("RGB").save(PICTURE, optimize=True)  # not fewer colours: the shades are the figures
 
 
 if __name__ == "__main__":
