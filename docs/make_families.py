@@ -8,9 +8,9 @@ from plphp.families.unsupported import UNSUPPORTED
 
 HEAD = """# Model families
 
-Each is tested on small models with random weights, built from the real configs and classes of transformers 5.17,
-5.23 and 5.24. No published checkpoint has been run yet. Only full-attention layers are pruned; all others keep
-transformers' own cache.
+Each family is tested on small models with random weights, built from the real configs and classes of transformers
+5.17, 5.23 and 5.24. No published checkpoint has been run yet. Only full-attention layers are pruned; all other layers
+keep transformers' own cache.
 
 | family | `config.model_type` | notes |
 |---|---|---|

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documents' code runs, and their lists are those of the package."""
+"""The documents' code runs, their lists are those of the package, their figures those of the results files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import plphp
+from plphp import cli
 from plphp.families.registry import FAMILIES_BY_NAME
 from plphp.families.unsupported import UNSUPPORTED
 from plphp.inputs.loading import load_model
@@ -21,12 +22,46 @@ from plphp.inputs.sources import bundled_model_path
 from plphp.methods.registry import METHODS_BY_NAME
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+MOST_WORDS = 900
+LARGEST_PICTURE = 150_000
 HUB_NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
 
 
 def blocks(path: str) -> list[str]:
     """Python blocks of a document."""
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+
+
+def prose(path: str) -> str:
+    """A document without its code blocks."""
+    return re.sub(r"^```.*?^```", "", (ROOT / path).read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def links(path: str) -> list[str]:
+    """Targets of a document's links and pictures that lie in the repository."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(path)))
+    return [target for target in targets if not target.startswith(("https://", "http://"))]
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that GitHub gives to a document's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def figures(name: str) -> dict[str, Any]:
+    """A committed results file."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    return f"{1000 * row['seconds']:.0f} ms"
+
+
+def megabytes(count: int, digits: int = 0) -> str:
+    return f"{count / 1e6:.{digits}f} MB"
 
 
 @pytest.fixture
@@ -49,14 +84,28 @@ def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     assert "generate" not in model.__dict__
 
 
-def test_readme_runs(scope: dict[str, Any]) -> None:
-    code = "\n".join(blocks("README.md"))
+def run_with_the_bundled_model(path: str) -> dict[str, Any]:
+    """The names after all Python blocks of a document.
+
+    The hub cannot be reached from the tests; the bundled model stands in for the model that the document names.
+    """
+    code = "\n".join(blocks(path))
     assert HUB_NAME in code
-    # The hub cannot be reached from the tests; the bundled model stands in for the one that the page names.
-    code = code.replace(HUB_NAME, str(bundled_model_path()))
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(code.replace(HUB_NAME, str(bundled_model_path())), names)
+    return names
+
+
+def test_readme_runs(scope: dict[str, Any]) -> None:
+    names = run_with_the_bundled_model("README.md")
     assert names["run"].report.retention == pytest.approx(0.4, abs=0.05)
+    assert names["answer"][0]["generated_text"]
+
+
+def test_api_runs(scope: dict[str, Any]) -> None:
+    names = run_with_the_bundled_model("docs/api.md")
+    assert names["run"].report.retention == pytest.approx(0.4, abs=0.05)
+    assert names["session"].report.retention == pytest.approx(0.4, abs=0.05)
     del names["cache"], names["model"]
 
 
@@ -94,3 +143,102 @@ def test_concepts_page_names_every_method() -> None:
 def test_api_page_names_everything_public() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
     assert [name for name in plphp.__all__ if f"`{name}" not in page and name != "Session"] == []
+
+
+def test_command_line_page_names_every_command() -> None:
+    commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    named = set(re.findall(r"(?:^|; )plphp ([a-z]+)", (ROOT / "docs" / "command-line.md").read_text(), re.MULTILINE))
+    assert named == commands
+
+
+def test_readme_is_one_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= MOST_WORDS
+    assert text.index("make demo") < text.index("make test") < text.index("![")
+    assert len(re.findall(r"!\[", text)) == 1
+    assert len(re.findall(r"^\|[-:|]+\|$", text, flags=re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_links_lead_somewhere(path: str) -> None:
+    for target in links(path):
+        file, _, anchor = target.partition("#")
+        there = ROOT / path if not file else (ROOT / path).parent / file
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached = {link.partition("#")[0] for link in links("README.md")}
+    onwards = {f"docs/{link.partition('#')[0]}" for page in PAGES if page in reached for link in links(page)}
+    assert [page for page in PAGES[1:] if page not in reached | onwards] == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_scripts_that_a_page_names_are_there(path: str) -> None:
+    for script in re.findall(r"(?:benchmarks|docs|examples|tests)/[\w/]+\.(?:py|sh)", (ROOT / path).read_text()):
+        assert (ROOT / script).exists(), script
+
+
+def test_the_picture_is_small() -> None:
+    (picture,) = (link for link in links("README.md") if link.endswith(".png"))
+    assert (ROOT / picture).stat().st_size < LARGEST_PICTURE
+
+
+def test_readme_has_the_figures_of_the_results() -> None:
+    page, quality = (ROOT / "README.md").read_text(), figures("quality")
+
+    def cell(name: str) -> str:
+        scores = (group["variants"][name]["score"]["mean"] for group in quality["groups"].values())
+        return " · ".join(f"{100 * score:.1f}" for score in scores)
+
+    assert f"| nothing evicted | {cell('full')} | | |" in page
+    for label, name in (("query_bank", "query_bank"), ("random", "random1"), ("snapkv", "snapkv"), ("plphp", "plphp")):
+        assert re.search(rf"\| `{label}`, .* \| \| {cell(f'{name}@0.4')} \| {cell(f'{name}@0.1')} \|", page)
+        for group in quality["groups"].values():  # what is called the same memory is the same memory
+            assert group["variants"][f"{name}@0.4"]["kept"] == pytest.approx(0.4, abs=0.005)
+            assert group["variants"][f"{name}@0.1"]["kept"] == pytest.approx(0.1, abs=0.005)
+    rows = {row["variant"]: row for row in figures("scaling_cpu")["results"] if row["batch"] == 4}
+    full, *kept = (rows[name] for name in ("DynamicCache", "plphp 1", "plphp 0.4", "plphp 0.1"))
+    assert full["vision_tokens"] == 16_000
+    assert f"| KV cache | {' | '.join(megabytes(row['kv_bytes']) for row in kept)} |" in page
+    assert f"| decoding step | {' | '.join(map(milliseconds, kept))} |" in page
+    assert f"`DynamicCache` takes {milliseconds(full)}" in page
+    performance = (ROOT / "docs" / "performance.md").read_text()
+    for name, row in (("transformers' `DynamicCache`", full), ("plphp, 40 % kept", kept[1])):
+        assert f"| {name} | {megabytes(row['kv_bytes'])} | {milliseconds(row)} |" in performance
+
+
+def test_performance_page_has_the_figures_of_the_results() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    by_case: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in figures("decode_cpu")["results"]:
+        by_case.setdefault((row["batch"], row["vision_tokens"]), {})[row["variant"]] = row
+    for (batch, tokens), variants in by_case.items():
+        full, kept = variants["DynamicCache"], variants["plphp 0.4"]
+        times = " | ".join(map(milliseconds, (full, variants["plphp 1"], kept)))
+        floor = f"{1000 * kept['floor_seconds']:.0f} ms"
+        assert f"| {batch} | {tokens} | {times} | {full['seconds'] / kept['seconds']:.2f} | {floor} |" in page
+    memory = figures("prefill_memory_cpu")["results"]
+    bare = memory["no cache (activations alone)"]["peak"]
+    for line, name in (
+        ("transformers' `DynamicCache`", "DynamicCache"),
+        ("plphp, every layer at 0.4", "plphp uniform 0.4"),
+        ("plphp, every layer at 0.2", "plphp uniform 0.2"),
+    ):
+        sizes = (memory[name]["peak"], memory[name]["peak"] - bare, memory[name]["kv_bytes"])
+        assert f"| {line} | {' | '.join(megabytes(size, 1) for size in sizes)} |" in page
+    capacity = {row["variant"]: row["largest_batch"] for row in figures("capacity_cpu")["results"]}
+    assert f"| {capacity['DynamicCache']} | {capacity['plphp 0.4']} | [7,000 vision tokens" in page
+
+
+def test_guarantees_page_has_the_figures_of_the_results() -> None:
+    page, results = (ROOT / "docs" / "guarantees.md").read_text(), figures("exactness_cpu")["results"]
+    for line, name in (
+        ("everything kept against stock", "kept_all_against_stock"),
+        ("pruned against a masked full cache", "pruned_against_masked"),
+        ("padded against alone", "padded_against_alone"),
+        ("stock padded against stock alone", "stock_padded_against_alone"),
+    ):
+        worst = (max(model[name] for model in results[dtype].values()) for dtype in ("float64", "float32"))
+        assert f"| {line} | {' | '.join(f'{difference:.1e}' for difference in worst)} |" in page

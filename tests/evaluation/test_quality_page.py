@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/quality.md is what its generator makes of the committed results."""
+"""docs/quality.md and docs/quality-tables.md are what their generator makes of the committed results."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ ABOUT = {
 }
 
 
-@pytest.fixture(scope="module")
-def generator() -> Any:
-    spec = importlib.util.spec_from_file_location("make_quality", ROOT / "docs" / "make_quality.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def generator(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that writes both pages."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("make_quality")
 
 
-def test_the_page_has_the_figures(generator: Any) -> None:
-    page = generator.page({**ABOUT, **METRICS, "refused": {"fastv@0.05": "too little"}})
+@pytest.fixture
+def tables(generator: Any) -> Any:
+    """The module with the text of the tables' page."""
+    return importlib.import_module("quality_tables")
+
+
+def test_the_tables_have_the_figures(tables: Any) -> None:
+    page = tables.tables_page({**ABOUT, **METRICS, "refused": {"fastv@0.05": "too little"}})
     assert "| `plphp` | 80.0 (75.0, 85.0) | 40.0 (35.0, 45.0) [12.0] |" in page
     assert "| `plphp` | **-10.0** (-15.0, -5.0) | **-50.0** (-55.0, -45.0) [12.0] |" in page
     assert "| `full` | 100.0 | 90.0 (85.0, 95.0) | +0.0 (-5.0, +5.0) | 75.0; 0.1250 |" in page
@@ -44,15 +48,17 @@ def test_the_page_has_the_figures(generator: Any) -> None:
     assert "SHA-256 `abc`" in page
 
 
-def test_all_groups_are_seen_at_a_glance(generator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generator, "GLANCE", (0.5, 0.1))
-    page = generator.page({**ABOUT, **METRICS, "refused": {}})
+def test_all_groups_are_seen_at_a_glance(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "GLANCE", (0.5, 0.1))
+    page = tables.tables_page({**ABOUT, **METRICS, "refused": {}})
     assert "Score with 50 · 10 % of the vision KV" in page
     assert "| `full` | 90.0 |\n| `plphp` | 80.0 · 40.0 |" in page
     assert "| `[zero]` | 10.0 |" not in page
 
 
-def test_losses_stand_beside_what_was_aimed_at(generator: Any) -> None:
+def compared(rates: Iterable[float]) -> dict[str, Any]:
+    """Results of two groups, with what a method loses and how it stands beside random draws."""
+
     def figures(vs_full: float, vs_baseline: float) -> dict[str, Any]:
         score = {"mean": 0.9 + vs_full, "low": 0.0, "high": 1.0}
         differences = {"vs_full": vs_full, "vs_baseline": vs_baseline}
@@ -60,32 +66,52 @@ def test_losses_stand_beside_what_was_aimed_at(generator: Any) -> None:
         return {"score": score, "kept": 0.5, **spread}
 
     losses = {"plphp": (-0.4, -0.3), "query_bank": (-0.1, 0.005), "oracle": (0.0, 0.1), "random1": (-0.1, 0.0)}
-    variants = [
-        {"name": f"{label}@{rate}", "label": label, "retention": rate} for label in losses for rate in generator.AIMS
-    ]
-    full = {"name": "full", "label": "full", "retention": None}
-    found = {one["name"]: figures(*losses[one["label"]]) for one in variants}
-    group = {"tasks": ["cell"], "samples": 7, "variants": {"full": figures(0.0, 0.0), **found}}
-    results = {
+    variants = [{"name": f"{label}@{rate}", "label": label, "retention": rate} for label in losses for rate in rates]
+    by_name = {variant["name"]: figures(*losses[variant["label"]]) for variant in variants}
+    group = {"tasks": ["cell"], "samples": 7, "variants": {"full": figures(0.0, 0.0), **by_name}}
+    worse = {**group, "variants": {**group["variants"], "plphp@0.1": figures(-0.75, -0.6)}}
+    return {
         **ABOUT,
-        "variants": [full, *variants],
-        "groups": {"one_image": group, "dialogue": group},
+        "variants": [{"name": "full", "label": "full", "retention": None}, *variants],
+        "groups": {"one_image": group, "dialogue": worse},
         "baseline": "random1",
         "tasks": {},
         "refused": {},
     }
-    page = generator.page(results)
+
+
+def test_losses_stand_beside_what_was_aimed_at(tables: Any) -> None:
+    results = compared(tables.AIMS)
+    page = tables.tables_page(results)
     line = "| {} | 25 | **-40.0** (-41.0, -39.0) | {} | **-10.0** (-11.0, -9.0) | 25 % | +0.5 (-0.5, +1.5) |"
     assert line.format("one image", "-1.5") in page
     assert line.format("dialogue", "") in page
-    assert "aimed at" not in generator.page({**results, "baseline": "plphp"})
-    assert "aimed at" not in generator.page({**results, "variants": [full, *variants[:-5]]})
+    assert "aimed at" not in tables.tables_page({**results, "baseline": "plphp"})
+    assert "aimed at" not in tables.tables_page({**results, "variants": results["variants"][:-5]})
 
 
-def test_the_page_has_what_else_was_measured(generator: Any) -> None:
+def test_the_first_page_is_one_screen_with_the_answer(generator: Any) -> None:
+    page = generator.page(compared(generator.GLANCE))
+    text = " ".join(page.split())
+    assert "The bundled model (8.0 M parameters, 8 layers) on 2 held-out tasks" in text
+    assert "last token of the prompt): loses 40.0 · 40.0 · 75.0; above random draws in 0 of 6, below in 6." in text
+    assert "of the same tasks): loses 10.0 · 10.0 · 10.0; above random draws in 0 of 6, below in 0." in text
+    assert "(the control: random draws): loses 10.0 · 10.0 · 10.0." in text
+    assert "| everything kept | 90.0 | 90.0 |" in page
+    assert "| `plphp` | 50.0 · 50.0 · 50.0 | 50.0 · 50.0 · 15.0 |" in page
+    assert "snapkv" not in page
+    assert len(generator.page(*generator.committed()[:1]).splitlines()) <= 50
+
+
+def test_the_first_page_compares_with_random_draws_alone(generator: Any) -> None:
+    page = generator.page({**compared(generator.GLANCE), "baseline": "plphp"})
+    assert "above random draws" not in page
+
+
+def test_the_tables_have_what_else_was_measured(tables: Any) -> None:
     retention = {"prompts": 9, "vision_tokens_min": 196, "vision_tokens_max": 784, "retention_std": 0.05}
     row = {"target": 0.5, "config": {}, "others": {**retention, "retention_mean": 0.47}}
-    page = generator.page(
+    page = tables.tables_page(
         {**ABOUT, **METRICS},
         {
             "ablation": {**ABOUT, **METRICS, "baseline": "plphp"},
@@ -121,7 +147,7 @@ def test_results_of_other_weights_are_not_joined(
         generator.committed()
 
 
-def test_the_committed_page_is_up_to_date(generator: Any) -> None:
-    if not generator.RESULTS.exists():
-        pytest.skip("no results are committed yet")
-    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(*generator.committed())
+def test_the_committed_pages_are_up_to_date(generator: Any) -> None:
+    results, others = generator.committed()
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(results)
+    assert generator.TABLES.read_text(encoding="utf-8") == generator.tables_page(results, others)
