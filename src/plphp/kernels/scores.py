@@ -213,7 +213,7 @@ def _masses(window: Window) -> Iterator[_Mass]:
 
 
 def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
-    """Largest difference between the Triton kernel and the reference on a small case; it reads no values."""
+    """Largest difference between the Triton kernel and the reference on a small case; there are no values to read."""
     from . import _scores_triton
 
     def case(keys: choice.Draw, values: choice.Draw, where: torch.device) -> tuple[Any, ...]:
