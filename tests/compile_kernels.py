@@ -17,13 +17,13 @@ TARGET = GPUTarget("cuda", 80, 32)
 
 
 def shared_bytes(kernel: triton.JITFunction, constants: dict[str, int], pointers: dict[str, str]) -> int:
-    """Compile a kernel whose arguments are integers, but for the constants and the pointers among those given.
+    """Compile a kernel whose arguments are integers, but for the constants and those of the pointers that it has.
 
     Strides over a head's dimension are compiled as the constant 1 that they are, as at run time.
     """
     constants = {**{name: 1 for name in kernel.arg_names if name.endswith("_dim")}, **constants}
-    given = {name: pointer for name, pointer in pointers.items() if name in kernel.arg_names}
-    types = {**dict.fromkeys(kernel.arg_names, "i32"), **given, **dict.fromkeys(constants, "constexpr")}
+    own = {name: pointer for name, pointer in pointers.items() if name in kernel.arg_names}
+    types = {**dict.fromkeys(kernel.arg_names, "i32"), **own, **dict.fromkeys(constants, "constexpr")}
     return triton.compile(ASTSource(kernel, types, constexprs=constants), target=TARGET).metadata.shared
 
 
@@ -33,8 +33,8 @@ def main(dtype: str, of_values: str) -> None:
     states = dict.fromkeys(("query", "keys", "tail_keys"), f"*{dtype}")
     states |= dict.fromkeys(("values", "tail_values"), f"*{of_values}")
     float32 = dict.fromkeys(("partial", "lse"), "*fp32")
-    index = dict.fromkeys(("starts", "counts", "position", "places"), "*i64")
-    flags = dict.fromkeys(("real", "keep"), "*i1")
+    index = dict.fromkeys(("starts", "counts", "position", "counted"), "*i64")
+    flags = dict.fromkeys(("valid", "keep"), "*i1")
     for dim in (64, 80, 128, 256):
         wide = wide_of(dim)
         tile = dict(zip(("TILE", "ENTRIES"), tile_shape(100, wide, 4 if dtype == "fp32" else 2), strict=True))

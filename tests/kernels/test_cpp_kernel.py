@@ -319,7 +319,7 @@ class TestBuilding:
         monkeypatch.setenv("PATH", "")
         monkeypatch.setattr(_decode_cpp, "library", cpp_library.library.__wrapped__)
         monkeypatch.setattr(choice, "trouble", functools.cache(choice.trouble.__wrapped__))
-        monkeypatch.setattr(choice, "_tell_once", functools.cache(choice._tell_once.__wrapped__))
+        monkeypatch.setattr(choice, "_warn_once", functools.cache(choice._warn_once.__wrapped__))
         case = wide(make(42))
         for _ in range(2):
             found = decode.decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)

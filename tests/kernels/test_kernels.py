@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three kernels against naive float64 softmax attention. Random inputs, never zeros."""
+"""The three operations against naive float64 softmax attention. Random inputs, never zeros."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plphp.kernels import _decode_cpp, choice, compact_kv, decode, decode_attention, scores, window_scores
 from plphp.kernels.packed import PackedKV
-from plphp.policy.evidence import Evidence
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Of one attention over some twenty entries, not of a model: in float32 twenty times what 4,500 random cases show. Half
@@ -188,17 +187,17 @@ def test_attention_is_naive_attention(
 def test_attention_has_a_gradient(kept: str, which: str) -> None:
     case = make(3, 3, length=3, tail=4, kept=kept, value_dim=KEY_DIM)
     expected = attend(case)
-    given = getattr(case, which).requires_grad_()
+    states = getattr(case, which).requires_grad_()
     out = attend(case)
     torch.testing.assert_close(out, expected)
     generator = torch.Generator().manual_seed(4)
-    weight, step = noise(generator, *out.shape), 1e-2 * noise(generator, *given.shape)
+    weight, step = noise(generator, *out.shape), 1e-2 * noise(generator, *states.shape)
     (out * weight).sum().backward()
     with torch.no_grad():
-        moved = [attend(dataclasses.replace(case, **{which: given + sign * step})) for sign in (1, -1)]
-    assert given.grad is not None
+        moved = [attend(dataclasses.replace(case, **{which: states + sign * step})) for sign in (1, -1)]
+    assert states.grad is not None
     rise = ((moved[0] - moved[1]) * weight).sum().item() / 2
-    assert (given.grad * step).sum().item() == pytest.approx(rise, rel=0.02)
+    assert (states.grad * step).sum().item() == pytest.approx(rise, rel=0.02)
 
 
 @settings(deadline=None, max_examples=60)
@@ -504,8 +503,8 @@ def test_nan_that_is_seen_shows_in_the_scores(where: str) -> None:
 def naive_mass(case: Case, position: int, index: int, real: Tensor, with_prefix: bool) -> Tensor:
     """Float64 softmax mass of one query on the tail, [batch, q_heads, tail]."""
     weight = torch.ones(case.query.shape[0], 1)
-    one = dataclasses.replace(case, query=case.query[:, :, index : index + 1])
-    return naive_scores(one, weight, torch.tensor([position]), real, with_prefix)
+    alone = dataclasses.replace(case, query=case.query[:, :, index : index + 1])
+    return naive_scores(alone, weight, torch.tensor([position]), real, with_prefix)
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * 6 * 9 * 3, scores.MASS_AT_ONCE])
@@ -519,42 +518,42 @@ def test_evidence_is_that_of_naive_rows(
     weight, position, real = window(case)
     vision = torch.zeros_like(real)
     vision[:, 1:5] = real[:, 1:5]
-    asked = Evidence(peak=True, best_rank=True, density=0.4)
     prefix = case.prefix if kept else None
     arguments = (case.query, weight, position, case.tail_keys, real, prefix, SCALING)
-    found = window_scores(*arguments, evidence=asked, vision=vision, gqa_reduction=reduction)
+    evidence = window_scores(
+        *arguments, peak=True, best_position=True, density=0.4, vision=vision, gqa_reduction=reduction
+    )
     plain = window_scores(*arguments)
-    assert torch.equal(found.attention, plain.attention)
-    assert plain.peak is plain.best_rank is plain.density is None
-    assert found.peak is not None
-    assert found.best_rank is not None
-    assert found.density is not None
+    assert torch.equal(evidence.attention, plain.attention)
+    assert plain.peak is plain.best_position is plain.density is None
+    assert evidence.peak is not None
+    assert evidence.best_position is not None
+    assert evidence.density is not None
     for row in range(3):
         rows = [i for i in range(4) if weight[row, i] > 0]
         mass = [naive_mass(case, int(position[i]), i, real, kept is not None)[row] for i in rows]
-        assert_scores(found.peak[row], torch.stack(mass).amax(0), case)
+        assert_scores(evidence.peak[row], torch.stack(mass).amax(0), case)
         density = torch.zeros(6)
-        for i, one in zip(rows, mass, strict=True):
+        for i, of_row in zip(rows, mass, strict=True):
             seen = [p for p in range(9) if real[row, p] and p <= position[i]]
             for head in range(6):
-                dense = sum(float(one[head, p]) >= 0.4 * float(one[head].max()) for p in seen)
+                dense = sum(float(of_row[head, p]) >= 0.4 * float(of_row[head].max()) for p in seen)
                 density[head] += dense / len(seen) / len(rows)
-        torch.testing.assert_close(found.density[row], density)
+        torch.testing.assert_close(evidence.density[row], density)
         for head in range(2):
             expected = [9] * 9
-            for i, one in zip(rows, mass, strict=True):
-                group = one[3 * head : 3 * head + 3]
+            for i, of_row in zip(rows, mass, strict=True):
+                group = of_row[3 * head : 3 * head + 3]
                 score = (group.mean(0) if reduction == "mean" else group.amax(0)).tolist()
                 seen = [p for p in range(9) if vision[row, p] and p <= position[i]]
-                for place, p in enumerate(sorted(seen, key=lambda p: -score[p])):
-                    expected[p] = min(expected[p], place)
-            assert found.best_rank[row, head].tolist() == expected
+                for position_in_order, p in enumerate(sorted(seen, key=lambda p: -score[p])):
+                    expected[p] = min(expected[p], position_in_order)
+            assert evidence.best_position[row, head].tolist() == expected
 
 
 def test_a_nan_query_that_does_not_count_leaves_the_evidence_alone() -> None:
     case = make(15, length=2, tail=5)
     weight, real, position = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.ones(2, 5, dtype=torch.bool), [3, 4]
-    asked = Evidence(peak=True, best_rank=True, density=0.1)
     results = []
     for bad in (0.0, float("nan")):
         case.query[0, :, 0] = bad
@@ -567,8 +566,12 @@ def test_a_nan_query_that_does_not_count_leaves_the_evidence_alone() -> None:
                 real,
                 None,
                 SCALING,
-                evidence=asked,
+                peak=True,
+                best_position=True,
+                density=0.1,
                 vision=real,
             )
         )
-    assert all(torch.equal(getattr(results[0], n), getattr(results[1], n)) for n in ("peak", "best_rank", "density"))
+    assert all(
+        torch.equal(getattr(results[0], n), getattr(results[1], n)) for n in ("peak", "best_position", "density")
+    )

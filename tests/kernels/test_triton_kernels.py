@@ -155,7 +155,7 @@ def test_a_kernel_that_fails_is_told_once_and_not_taken(
     assert reason == "it fails on this device (ZeroDivisionError: division by zero)"
     monkeypatch.setattr(choice, "unsupported_by_triton", lambda *_: None)
     monkeypatch.setattr(choice, "trouble", lambda trial, *_: reason if trial is triton_trial else None)
-    monkeypatch.setattr(choice, "_tell_once", functools.cache(choice._tell_once.__wrapped__))
+    monkeypatch.setattr(choice, "_warn_once", functools.cache(choice._warn_once.__wrapped__))
     for _ in range(2):
         found = decode.decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
         assert_attention(found, case.naive(case.visible()))

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three operations on keys and values: score, compact, attend."""
+"""The operations on keys and values: score, compact, attend, and merge what was attended to in parts.
+
+Each has a reference in torch and one function that its callers know; kernels in Triton and C++ stand beside the
+reference and are tried against it before they are used, see `plphp.kernels.choice`. `plphp.kernels.ordering` puts
+scores in order.
+"""
 
 from . import compact, decode, scores
 from .compact import compact_kv
 from .decode import decode_attention
+from .merge import merge_states
 from .scores import WindowScores, window_scores
 
 TRIALS = {
@@ -14,4 +20,4 @@ TRIALS = {
 }
 """Trials of all kernels, by the operation and the language; see `plphp.kernels.choice`."""
 
-__all__ = ["compact_kv", "decode_attention", "WindowScores", "window_scores"]
+__all__ = ["compact_kv", "decode_attention", "merge_states", "WindowScores", "window_scores"]

@@ -14,7 +14,7 @@ from .cpp_library import library
 from .packed import PackedKV
 
 MOST_ROWS = 64
-"""Query rows of a KV head, [group x query], that cpp/by_vectors.h has room for."""
+"""Query rows of a KV head, [group x query], that cpp/by_vectors.h has room for on its stack."""
 KERNELS = {
     (torch.float32, torch.float32): "attend_float32",
     (torch.float32, torch.bfloat16): "attend_float32_bfloat16",
@@ -25,7 +25,7 @@ _STRIDES = ctypes.c_int64 * 3
 
 
 class _Call(ctypes.Structure):
-    """The struct of the same name in cpp/call.h."""
+    """The struct ``Call`` of cpp/call.h: the same fields in the same order."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "prefix_keys", "prefix_values", "tail_keys", "tail_values")),
@@ -47,17 +47,18 @@ def attend(
     query : Tensor
         float32 or bfloat16 [batch, q_heads, query, dim].
     prefix : PackedKV
-        Its keys have the dtype of the query, and its values that of the tail's, see `KERNELS`.
+        Its keys have the dtype of the query, and its values the dtype of the tail's; see `KERNELS`.
     tail_keys, tail_values : Tensor
         [batch, kv_heads, tail, dim].
     bias : Tensor, optional
         float32 [batch or 1, q_heads or 1, query, tail], added to the logits of the tail.
     scaling : float
+        Factor on the logits.
 
     Returns
     -------
     Tensor
-        [batch, query, q_heads, dim], contiguous.
+        [batch, query, q_heads, dim], contiguous, in the dtype of the query.
 
     Raises
     ------
@@ -74,14 +75,17 @@ def attend(
         )
     out = query.new_empty(batch, length, q_heads, value_dim)
     if bias is not None:
+        # Memory for the last axis alone, which the kernel reads side by side; rows and heads may share theirs.
         bias = bias.expand(-1, -1, -1, tail).contiguous().expand(batch, q_heads, length, tail)
     prefix_keys, prefix_values = prefix.keys.contiguous(), prefix.values.contiguous()
+    # Every tensor has a name that lives until the call is done: the struct holds addresses, and no references.
+    states = query, prefix_keys, prefix_values, tail_keys, tail_values, prefix.index
     call = _Call(
-        *(one.data_ptr() for one in (query, prefix_keys, prefix_values, tail_keys, tail_values, prefix.index)),
+        *(tensor.data_ptr() for tensor in states),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         *(batch, kv_heads, q_heads // kv_heads, length, dim, value_dim, tail),
-        *(_STRIDES(*one.stride()[:3]) for one in (query, tail_keys, tail_values)),
+        *(_STRIDES(*tensor.stride()[:3]) for tensor in (query, tail_keys, tail_values)),
         _STRIDES() if bias is None else _STRIDES(*bias.stride()[:3]),
         torch.get_num_threads(),
         scaling,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
+from ._triton_shapes import LOG2_E, chunk_of, load_tile, multiplies_bits, on_its_device, tile_shape, wide_of
 from .packed import PackedKV
 
 
@@ -69,7 +69,10 @@ def _attend_chunk(
     IN_FLOAT32: tl.constexpr,
     TILE: tl.constexpr, ENTRIES: tl.constexpr, WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attend with a tile of rows [group x length] of one KV head to one chunk of its entries."""
+    """Attend with a tile of rows [group x length] of one KV head to one chunk of its entries.
+
+    Program ids are the pair of a row of the batch and a KV head, the chunk, and the tile.
+    """
     pair, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
     row, head = (pair // KV_HEADS).to(tl.int64), (pair % KV_HEADS).to(tl.int64)
@@ -78,12 +81,10 @@ def _attend_chunk(
     q_head = head * (ROWS // length) + of_tile // length
     place = of_tile % length
     dims, value_dims = tl.arange(0, WIDE), tl.arange(0, VALUE_WIDE)
-    wide, value_wide = dims < DIM, value_dims < VALUE_DIM
     at = query + row * query_batch + q_head[:, None] * query_head + place[:, None] * query_place
-    q = tl.load(at + dims[None, :] * query_dim, mask=exists[:, None] & wide[None, :], other=0.0)
-    if IN_FLOAT32:
-        q = q.to(tl.float32)
+    q = load_tile(at + dims[None, :] * query_dim, exists[:, None] & (dims < DIM)[None, :], IN_FLOAT32)
 
+    # The first chunks are those of the prefix, and a chunk is never of both.
     in_tail = split >= early
     if in_tail:
         begin = (split - early) * chunk
@@ -98,7 +99,33 @@ def _attend_chunk(
         start = tl.load(starts + pair)
         keys_at, values_at = keys + start * key_entry, values + start * value_entry
         key_step, key_dim_step, value_step, value_dim_step = key_entry, key_dim, value_entry, value_dim
+    top, total, mixed = _over_entries(
+        q, keys_at + dims[:, None] * key_dim_step, key_step,
+        values_at + value_dims[None, :] * value_dim_step, value_step, begin, end, scale, exists, in_tail,
+        bias + row * bias_batch + q_head[:, None] * bias_head + place[:, None] * bias_place, bias_entry,
+        tail - length + place, DIM, VALUE_DIM, BIASED, IN_FLOAT32, TILE, ENTRIES, WIDE, VALUE_WIDE,
+    )  # fmt: skip
 
+    # A chunk of which a row sees nothing has no LSE; a total of NaN is no number above 0 either, and stays in `mixed`.
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    slot = (pair.to(tl.int64) * ROWS + of_tile) * splits + split
+    tl.store(lse + slot, tl.where(seen, (top + tl.log2(total)) / LOG2_E, float("-inf")), mask=exists)
+    at = partial + slot[:, None] * VALUE_DIM + value_dims[None, :]
+    tl.store(at, mixed / total[:, None], mask=exists[:, None] & (value_dims < VALUE_DIM)[None, :])
+
+
+@triton.jit
+def _over_entries(
+    q, keys_at, key_step, values_at, value_step, begin, end, scale, exists, in_tail, bias_at, bias_entry, upto,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BIASED: tl.constexpr, IN_FLOAT32: tl.constexpr,
+    TILE: tl.constexpr, ENTRIES: tl.constexpr, WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over entries ``begin`` to ``end``: maxima [TILE], sums [TILE] and mixed values [TILE, VALUE_WIDE].
+
+    A row sees the tail as far as its bias says, or without one up to the entry ``upto``.
+    """
+    wide, value_wide = tl.arange(0, WIDE) < DIM, tl.arange(0, VALUE_WIDE) < VALUE_DIM
     top = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     mixed = tl.zeros([TILE, VALUE_WIDE], tl.float32)
@@ -106,47 +133,27 @@ def _attend_chunk(
         entry = first + tl.arange(0, ENTRIES)
         inside = entry < end
         far = entry.to(tl.int64)
-        k = tl.load(
-            keys_at + far[None, :] * key_step + dims[:, None] * key_dim_step,
-            mask=inside[None, :] & wide[:, None], other=0.0,
-        )  # fmt: skip
-        if IN_FLOAT32:
-            k = k.to(tl.float32)
+        k = load_tile(keys_at + far[None, :] * key_step, inside[None, :] & wide[:, None], IN_FLOAT32)
         logits = tl.dot(q, k, input_precision="ieee") * scale
         seen = inside[None, :] & exists[:, None]
         if in_tail:
             if BIASED:
-                shown = tl.load(
-                    bias + row * bias_batch + q_head[:, None] * bias_head + place[:, None] * bias_place
-                    + far[None, :] * bias_entry,
-                    mask=seen, other=0.0,
-                )  # fmt: skip
+                shown = tl.load(bias_at + far[None, :] * bias_entry, mask=seen, other=0.0)
                 # A mask's lowest number would overflow; one row may be masked altogether, so no -inf.
                 logits += tl.maximum(shown, -1e30) * LOG2_E
             else:
-                seen = seen & (entry[None, :] <= tail - length + place[:, None])
+                seen = seen & (entry[None, :] <= upto[:, None])
         logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         # A row that has seen nothing yet: -inf less -inf would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(logits - base[:, None])
         fade = tl.exp2(top - base)
-        v = tl.load(
-            values_at + far[:, None] * value_step + value_dims[None, :] * value_dim_step,
-            mask=inside[:, None] & value_wide[None, :], other=0.0,
-        )  # fmt: skip
-        if IN_FLOAT32:
-            v = v.to(tl.float32)
+        v = load_tile(values_at + far[:, None] * value_step, inside[:, None] & value_wide[None, :], IN_FLOAT32)
         mixed = mixed * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(weight, 1)
         top = higher
-
-    found = total > 0
-    total = tl.where(found, total, 1.0)
-    slot = (pair.to(tl.int64) * ROWS + of_tile) * splits + split
-    tl.store(lse + slot, tl.where(found, (top + tl.log2(total)) / LOG2_E, float("-inf")), mask=exists)
-    at = partial + slot[:, None] * VALUE_DIM + value_dims[None, :]
-    tl.store(at, mixed / total[:, None], mask=exists[:, None] & value_wide[None, :])
+    return top, total, mixed
 
 
 @triton.jit
@@ -163,10 +170,10 @@ def _merge(
     top, total = float("-inf"), 0.0
     mixed = tl.zeros([VALUE_WIDE], tl.float32)
     for split in range(splits):
-        one = tl.load(lse + program * splits + split)
-        higher = tl.maximum(top, one)
+        own = tl.load(lse + program * splits + split)
+        higher = tl.maximum(top, own)
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        fade, share = tl.exp(top - base), tl.exp(one - base)
+        fade, share = tl.exp(top - base), tl.exp(own - base)
         part = tl.load(partial + (program * splits + split) * VALUE_DIM + dims, mask=wide, other=0.0)
         mixed = mixed * fade + part * share
         total = total * fade + share

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `plphp.kernels.scores`: the keys are read for the softmax's sums, then for its weights.
 
-No logits are stored. The query rows of a KV head are tiles as in `_decode_triton`, and every tile reads the keys for
-the sums; sums are in base 2 inside a program.
+No logits are stored: they would take more memory than the keys. The query rows of a KV head are tiles as in
+`_decode_triton`, and every tile reads the keys for the sums. A program works in base 2, and stores a natural-log LSE.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
+from ._triton_shapes import LOG2_E, chunk_of, load_tile, multiplies_bits, on_its_device, tile_shape, wide_of
 from .packed import PackedKV
 
 
@@ -22,7 +22,7 @@ def attention_mass(
     weight: Tensor,
     position: Tensor,
     keys: Tensor,
-    real: Tensor,
+    valid: Tensor,
     prefix: PackedKV | None,
     scaling: float,
 ) -> Tensor:
@@ -36,13 +36,14 @@ def attention_mass(
     chunk = chunk_of(batch * kv_heads, longest + seq, query.device)
     early = triton.cdiv(longest, chunk)
     splits = early + triton.cdiv(seq, chunk)
-    real, position, weight = real.contiguous(), position.contiguous(), weight.float().contiguous()
+    valid, position, weight = valid.contiguous(), position.contiguous(), weight.float().contiguous()
+    # Without a prefix no chunk is early, and these three are not read.
     starts, counts, old = (position, position, keys[0, 0]) if prefix is None else (*prefix.index, prefix.keys)
     shared = {"KV_HEADS": kv_heads, "DIM": dim, "WIDE": wide, "IN_FLOAT32": multiplies_bits(query)}
 
     parts = torch.empty(batch, kv_heads, rows, splits, dtype=torch.float32, device=query.device)
     _window_lse[(batch * kv_heads, splits, triton.cdiv(rows, tile))](
-        query, old, keys, starts, counts, real, position, parts,
+        query, old, keys, starts, counts, valid, position, parts,
         scaling * LOG2_E.value, seq, window, early, chunk,
         *query.stride(), *old.stride(), *keys.stride(),
         ROWS=rows, TILE=tile, ENTRIES=entries, **shared,
@@ -51,7 +52,7 @@ def attention_mass(
     mass = torch.empty(batch, q_heads, seq, dtype=torch.float32, device=query.device)
     tile, entries = tile_shape(window, wide, query.element_size())
     _window_mass[(batch * kv_heads, triton.cdiv(seq, entries))](
-        query, keys, weight, real, position, lse, mass, scaling * LOG2_E.value, seq, window,
+        query, keys, weight, valid, position, lse, mass, scaling * LOG2_E.value, seq, window,
         *query.stride(), *keys.stride(),
         GROUP=group, TILE=tile, ENTRIES=entries, **shared,
     )  # fmt: skip
@@ -60,7 +61,7 @@ def attention_mass(
 
 @triton.jit
 def _window_lse(
-    query, old, keys, starts, counts, real, position, parts,
+    query, old, keys, starts, counts, valid, position, parts,
     scale, seq, window, early, chunk,
     query_batch, query_head, query_place, query_dim, old_entry, old_dim, key_batch, key_head, key_entry, key_dim,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, IN_FLOAT32: tl.constexpr,
@@ -77,9 +78,7 @@ def _window_lse(
     dims = tl.arange(0, WIDE)
     wide = dims < DIM
     at = query + row * query_batch + q_head[:, None] * query_head + place[:, None] * query_place
-    q = tl.load(at + dims[None, :] * query_dim, mask=exists[:, None] & wide[None, :], other=0.0)
-    if IN_FLOAT32:
-        q = q.to(tl.float32)
+    q = load_tile(at + dims[None, :] * query_dim, exists[:, None] & wide[None, :], IN_FLOAT32)
     upto = tl.load(position + place)
 
     is_new = split >= early
@@ -100,16 +99,13 @@ def _window_lse(
         entry = first + tl.arange(0, ENTRIES)
         inside = entry < end
         far = entry.to(tl.int64)
-        k = tl.load(
-            keys_at + far[None, :] * step + dims[:, None] * dim_step, mask=inside[None, :] & wide[:, None], other=0.0
-        )
-        if IN_FLOAT32:
-            k = k.to(tl.float32)
+        tile_at = keys_at + far[None, :] * step + dims[:, None] * dim_step
+        k = load_tile(tile_at, inside[None, :] & wide[:, None], IN_FLOAT32)
         logits = tl.dot(q, k, input_precision="ieee") * scale
         seen = inside[None, :] & exists[:, None]
         if is_new:
-            is_real = tl.load(real + row * seq + far, mask=inside, other=0) != 0
-            seen = seen & is_real[None, :] & (far[None, :] <= upto[:, None])
+            is_valid = tl.load(valid + row * seq + far, mask=inside, other=0) != 0
+            seen = seen & is_valid[None, :] & (far[None, :] <= upto[:, None])
         logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         # A row that has seen nothing yet: -inf less -inf would be NaN.
@@ -119,13 +115,13 @@ def _window_lse(
     slot = (pair.to(tl.int64) * ROWS + of_tile) * splits + split
     # A sum of NaN is not 0, and stays what it is.
     nothing = total == 0
-    found = (top + tl.log2(tl.where(nothing, 1.0, total))) / LOG2_E
-    tl.store(parts + slot, tl.where(nothing, float("-inf"), found), mask=exists)
+    lse = (top + tl.log2(tl.where(nothing, 1.0, total))) / LOG2_E
+    tl.store(parts + slot, tl.where(nothing, float("-inf"), lse), mask=exists)
 
 
 @triton.jit
 def _window_mass(
-    query, keys, weight, real, position, lse, mass, scale, seq, window,
+    query, keys, weight, valid, position, lse, mass, scale, seq, window,
     query_batch, query_head, query_place, query_dim, key_batch, key_head, key_entry, key_dim,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, IN_FLOAT32: tl.constexpr,
     GROUP: tl.constexpr, TILE: tl.constexpr, ENTRIES: tl.constexpr,
@@ -139,25 +135,21 @@ def _window_mass(
     dims = tl.arange(0, WIDE)
     wide = dims < DIM
     at = keys + row * key_batch + head * key_head + far[None, :] * key_entry + dims[:, None] * key_dim
-    k = tl.load(at, mask=inside[None, :] & wide[:, None], other=0.0)
-    if IN_FLOAT32:
-        k = k.to(tl.float32)
-    is_real = tl.load(real + row * seq + far, mask=inside, other=0) != 0
+    k = load_tile(at, inside[None, :] & wide[:, None], IN_FLOAT32)
+    is_valid = tl.load(valid + row * seq + far, mask=inside, other=0) != 0
     for of_group in range(GROUP):
         q_head = head * GROUP + of_group
-        found = tl.zeros([ENTRIES], tl.float32)
+        summed = tl.zeros([ENTRIES], tl.float32)
         for first in range(0, window, TILE):
             place = first + tl.arange(0, TILE)
             exists = place < window
             share = tl.load(weight + row * window + place, mask=exists, other=0.0)
             rows_at = query + row * query_batch + q_head * query_head + place[:, None] * query_place
-            q = tl.load(rows_at + dims[None, :] * query_dim, mask=exists[:, None] & wide[None, :], other=0.0)
-            if IN_FLOAT32:
-                q = q.to(tl.float32)
+            q = load_tile(rows_at + dims[None, :] * query_dim, exists[:, None] & wide[None, :], IN_FLOAT32)
             logits = tl.dot(q, k, input_precision="ieee") * scale
             upto = tl.load(position + place, mask=exists, other=-1)
             of_row = tl.load(lse + (row * KV_HEADS * GROUP + q_head) * window + place, mask=exists, other=0.0)
             # A query that does not count may be NaN.
-            seen = is_real[None, :] & (far[None, :] <= upto[:, None]) & (share > 0)[:, None]
-            found += tl.sum(tl.where(seen, tl.exp2(logits - of_row[:, None] * LOG2_E) * share[:, None], 0.0), 0)
-        tl.store(mass + (row * KV_HEADS * GROUP + q_head) * seq + far, found, mask=inside)
+            seen = is_valid[None, :] & (far[None, :] <= upto[:, None]) & (share > 0)[:, None]
+            summed += tl.sum(tl.where(seen, tl.exp2(logits - of_row[:, None] * LOG2_E) * share[:, None], 0.0), 0)
+        tl.store(mass + (row * KV_HEADS * GROUP + q_head) * seq + far, summed, mask=inside)

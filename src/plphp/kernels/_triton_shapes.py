@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton kernels share: how they cut their work, and where it is launched."""
+"""What the Triton kernels share: how they cut their work, where it is launched, and how a tile is read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+"""Kernels work in base 2, for which GPUs have an instruction: exp(x) is exp2(x * LOG2_E)."""
 WAVES = 4
 """Programs per multiprocessor to aim for."""
 ENTRIES = 64
@@ -19,7 +20,7 @@ ENTRIES = 64
 TILE_BYTES = 2**14
 """Most bytes of a tile of keys or queries: several have to fit into 99 KiB of shared memory."""
 LARGEST_CHUNK = 4096
-
+"""Most entries of one program."""
 
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
@@ -50,12 +51,24 @@ def tile_shape(rows: int, wide: int, itemsize: int) -> tuple[int, int]:
 
 
 def chunk_of(pairs: int, entries: int, device: torch.device) -> int:
-    """Entries of one program: as many as leave every multiprocessor a few programs."""
+    """Entries of one program, for so many pairs of a row and a KV head with so many entries each.
+
+    As many as leave every multiprocessor `WAVES` programs: fewer would add to the parts that have to be merged.
+    """
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = triton.cdiv(pairs * entries, WAVES * cores)
-    return min(LARGEST_CHUNK, max(2 * ENTRIES, triton.cdiv(wanted, ENTRIES) * ENTRIES))
+    share = triton.cdiv(pairs * entries, WAVES * cores)
+    return min(LARGEST_CHUNK, max(2 * ENTRIES, triton.cdiv(share, ENTRIES) * ENTRIES))
 
 
 def multiplies_bits(*states: torch.Tensor) -> bool:
     """Whether products have to be taken in float32: interpreted, a kernel would multiply the bits of bfloat16."""
-    return any(one.device.type == "cpu" and one.dtype is torch.bfloat16 for one in states)
+    return any(state.device.type == "cpu" and state.dtype is torch.bfloat16 for state in states)
+
+
+@triton.jit
+def load_tile(at: tl.tensor, mask: tl.tensor, in_float32: tl.constexpr) -> tl.tensor:
+    """Load the numbers of a tile, 0 where it is masked, and in float32 where `multiplies_bits` asks for it."""
+    numbers = tl.load(at, mask=mask, other=0.0)
+    if in_float32:
+        numbers = numbers.to(tl.float32)
+    return numbers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gather the kept entries of every row and KV head."""
+"""Copying the kept entries of every row and KV head into a packed block."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:
     PackedKV
         It shares no memory with the inputs.
     """
+    # The numbers of kept entries decide the shape of the result, so they have to be known on the CPU.
     counts = tuple(tuple(row) for row in keep.sum(-1).tolist())
     keep = keep.to(keys.device)
     reason = choice.unsupported_by_triton(keys) or choice.unsupported_by_triton(values)
@@ -43,8 +44,8 @@ def compact_kv(keys: Tensor, values: Tensor, keep: Tensor) -> PackedKV:
 
 def _by_torch(keys: Tensor, values: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The reference: what is kept of the keys and the values, [kept, dim] each."""
-    where = keep.nonzero(as_tuple=True)
-    return keys[where], values[where]
+    entries = keep.nonzero(as_tuple=True)
+    return keys[entries], values[entries]
 
 
 def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
@@ -54,10 +55,10 @@ def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_di
     def case(keys: choice.Draw, values: choice.Draw, _: torch.device) -> tuple[Any, ...]:
         return keys(2, 150, 3, dim).transpose(1, 2), values(2, 3, 150, value_dim), keys(2, 3, 150) > 0
 
-    def gather(keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
+    def kernel(keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
         return torch.cat(_compact_triton.gather(keys, values, keep, int(keep.sum())), dim=1)
 
     def reference(keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
         return torch.cat(_by_torch(keys, values, keep), dim=1)
 
-    return choice.difference(gather, reference, case, device, dtypes)
+    return choice.difference(kernel, reference, case, device, dtypes)

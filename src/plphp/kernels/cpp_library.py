@@ -2,8 +2,16 @@
 """C++ kernels, built for this processor when they are first used, as torch.compile builds its own.
 
 They are compiled for the very instructions of the machine, which a wheel could not assume. What was built stays in
-``$XDG_CACHE_HOME/plphp`` (``~/.cache/plphp``), under a name that changes with the source, the compiler and the
-processor, and with a digest at its end: a library that was cut off may end the process that loads it.
+``$XDG_CACHE_HOME/plphp`` (``~/.cache/plphp``) for the next process. Loading a library is running it, so three things
+have to hold first:
+
+- It is what this process would build: its name changes with the source, the compiler, its flags and the processor.
+- It is complete: a digest stands at its end, as a library that was cut off by a crash or a full disk may end the
+  process that loads it, without an exception. It gets its name only when it is whole, so that processes that build at
+  the same time do not see each other's halves.
+- Nobody else could have written it: file and folder belong to the user, and to the user alone.
+
+Where they do not, it is built anew; where it cannot be kept, every process builds its own.
 """
 
 from __future__ import annotations
@@ -26,14 +34,16 @@ from plphp.io.quoting import one_line
 
 SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("g++", *(f"g++-{version}" for version in range(16, 11, -1)), "clang++", "c++")
-"""They are tried in turn, unless ``$CXX`` names one."""
+"""Compilers that are tried in turn, unless ``$CXX`` names one."""
 COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi", "-c")
+"""Flags of the compiler."""
 LINK = ("-shared",)
-"""Without OpenMP: the library that torch has loaded is taken, so that both use the same threads."""
+"""Flags of the linker, without OpenMP: the symbols of the OpenMP that torch has loaded are taken, so that both use the
+same threads. A second one would have threads of its own, which get in the way of torch's."""
 DIGEST = hashlib.sha256
-"""Of a library that is kept; it stands behind it, where loaders do not look."""
+"""Digest of a library that is kept; it stands behind the library, where loaders do not look."""
 TIMEOUT = 300
-"""Seconds that the compiler may take."""
+"""Seconds that a compiler may take."""
 
 log = logging.getLogger("plphp")
 
@@ -45,7 +55,12 @@ def library(name: str) -> ctypes.CDLL:
     Parameters
     ----------
     name : str
-        Of the file, without ``.cpp``.
+        Name of the file, without ``.cpp``.
+
+    Returns
+    -------
+    ctypes.CDLL
+        The same at every call in a process.
 
     Raises
     ------
@@ -65,14 +80,15 @@ def _compilers() -> list[list[str]]:
     """The commands that can be tried, with their paths."""
     asked = shlex.split(os.environ.get("CXX", ""))
     commands = [asked] if asked else [[name] for name in COMPILERS]
-    found = [[path, *more] for name, *more in commands if (path := shutil.which(name)) is not None]
-    if not found:
+    installed = [[path, *more] for name, *more in commands if (path := shutil.which(name)) is not None]
+    if not installed:
         what = f"$CXX names {asked[0]!r}, which is not found" if asked else f"none of {', '.join(COMPILERS)} is found"
         raise BackendUnavailableError(f"there is no C++ compiler ({what}): install one, for example g++")
-    return found
+    return installed
 
 
 def _made_with(compiler: list[str], name: str) -> ctypes.CDLL:
+    """Load what this compiler has built before, or build and keep it."""
     folder = _folder()
     kept = folder and folder / f"{name}-{_key(compiler)}.so"
     if kept and os.path.lexists(kept):
@@ -95,9 +111,9 @@ def _made_with(compiler: list[str], name: str) -> ctypes.CDLL:
 
 def _folder() -> Path | None:
     """Where libraries are kept; None where there is no folder that the user alone can write to."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
+    caches = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "plphp"
+        folder = (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "plphp"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder
@@ -121,7 +137,10 @@ def _damage(kept: Path) -> str | None:
 
 
 def _keep(linked: Path, kept: Path) -> str | None:
-    """Put a library into the cache, complete at once; say why where that cannot be done."""
+    """Put a library into the cache, complete at once; say why where that cannot be done.
+
+    It is written beside its place, and a rename within a file system puts it there as a whole.
+    """
     try:
         content = linked.read_bytes()
         with tempfile.TemporaryDirectory(dir=kept.parent) as place:
@@ -145,18 +164,19 @@ def _key(compiler: list[str]) -> str:
 
 
 def _features() -> str:
-    """What the processor can do, as Linux tells it."""
+    """The instructions of the processor, as Linux lists them."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _call(command: list[str]) -> None:
+    """Run a compiler; raise `BackendUnavailableError` with its first error where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired as error:
         raise BackendUnavailableError(f"it took more than {TIMEOUT} seconds") from error
     if done.returncode:
-        said = done.stderr.decode(errors="replace").splitlines()
+        messages = done.stderr.decode(errors="replace").splitlines()
         raise BackendUnavailableError(
-            next((line for line in said if "error" in line), f"it ended with {done.returncode}")
+            next((line for line in messages if "error" in line), f"it ended with {done.returncode}")
         )

@@ -18,7 +18,7 @@ TRITON_ROWS = 128
 CPP_ROWS = 16
 """As many rows are faster in the C++ kernel than in torch's, which is made for long queries."""
 MAX_LOGITS = 2**24
-"""Logits that are held at once; long query chunks are cut so that they stay below."""
+"""Logits that torch's ways hold at once; long query chunks are cut so that they stay below."""
 
 
 def tail_bias(mask: Tensor | None, query_length: int, tail_length: int, dtype: torch.dtype) -> Tensor | None:
@@ -103,8 +103,9 @@ def decode_attention(
         return _decode_triton.attend(query, prefix, tail_keys, tail_values, shown, scaling).to(dtype)
     bias = tail_bias(mask, length, tail, torch.float32)
     bias = None if bias is None else bias.to(query.device)
-    meant = unsupported_by_cpp(query, prefix, tail_keys, tail_values) is None  # if not, torch's is: no need to log it
-    if meant and choice.usable("decode_attention", "C++", None, cpp_trial, tail_keys, tail_values):
+    # What the C++ kernel is not made for torch does well: that is no loss, and not logged.
+    suits_cpp = unsupported_by_cpp(query, prefix, tail_keys, tail_values) is None
+    if suits_cpp and choice.usable("decode_attention", "C++", None, cpp_trial, tail_keys, tail_values):
         return _decode_cpp.attend(query, prefix, tail_keys, tail_values, bias, scaling).to(dtype)
     with as_written(query.device):
         return _by_torch(query, prefix, tail_keys, tail_values, bias, scaling).to(dtype)
@@ -115,17 +116,18 @@ def _evened(
 ) -> tuple[Tensor, PackedKV, Tensor, Tensor]:
     """Bring values to the widest of their dtypes, and queries and keys to the widest of all.
 
-    So values have no more bits than keys, which is what the kernels have to know.
+    So values have no more bits than keys: of all pairs of dtypes, kernels have to know only these.
     """
     if query.dtype == prefix.keys.dtype == tail_keys.dtype == prefix.values.dtype == tail_values.dtype:
-        return query, prefix, tail_keys, tail_values  # at once, as this is done for each layer of each step
+        return query, prefix, tail_keys, tail_values  # without a look at each, for every layer of every step
     of_values = _widest(prefix.values, tail_values)
     of_keys = _widest(query, prefix.keys, tail_keys, prefix.values, tail_values)
     return query.to(of_keys), prefix.to(of_keys, of_values), tail_keys.to(of_keys), tail_values.to(of_values)
 
 
 def _widest(*states: Tensor) -> torch.dtype:
-    return reduce(torch.promote_types, (one.dtype for one in states))
+    """The dtype that holds the numbers of all states."""
+    return reduce(torch.promote_types, (state.dtype for state in states))
 
 
 def _by_torch(
@@ -186,6 +188,8 @@ def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: 
 
 
 def _trial_case(dim: int, value_dim: int) -> choice.Case:
+    """A prefix whose rows are swapped, with an empty head and one of several chunks, and a tail behind it."""
+
     def case(keys: choice.Draw, values: choice.Draw, _: torch.device) -> tuple[Any, ...]:
         prefix = PackedKV(keys(450, dim), values(450, value_dim), ((300, 0), (20, 130)), (1, 0))
         return keys(2, 6, 1, dim), prefix, keys(2, 2, 70, dim), values(2, 2, 70, value_dim), None, dim**-0.5
@@ -201,20 +205,20 @@ def _query_rows(query: Tensor, tail_keys: Tensor) -> int:
 def _attend_rows(
     query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The same as `_attend` where rows or heads hold different numbers of entries."""
+    """Attend as `_attend` does, row by row, where rows or heads hold different numbers of entries."""
     batch, _, group = query.shape[:3]
     if bias is not None:
         bias = bias.expand(batch, -1, -1, -1)
     rows = []
     for row in range(batch):
-        one = slice(row, row + 1)
+        own = slice(row, row + 1)
         parts = [
             _attend(
-                query[one, heads],
+                query[own, heads],
                 keys[None],
                 values[None],
-                tail_keys[one, heads],
-                tail_values[one, heads],
+                tail_keys[own, heads],
+                tail_values[own, heads],
                 _heads_of(bias, row, heads, group),
             )
             for heads, (keys, values) in prefix.row(row)
@@ -224,6 +228,7 @@ def _attend_rows(
 
 
 def _heads_of(bias: Tensor | None, row: int, heads: slice, group: int) -> Tensor | None:
+    """The bias of a row and some KV heads, [1, 1 or group x heads, query, tail]."""
     if bias is None:
         return None
     if bias.shape[1] == 1:
@@ -243,6 +248,7 @@ def _attend(
         part = query if step >= length else query[:, :, :, start : start + step]
         rows = part.flatten(2, 3)
         logits = torch.cat([rows @ keys.mT, rows @ tail_keys.mT], dim=-1)
+        # In half precision the lowest number of a bias would be -inf, and a row of these has no softmax.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if bias is not None:
             shown = logits.view(batch, kv_heads, group, -1, kept + tail)[..., kept:]
@@ -261,7 +267,7 @@ def _can_be_fused(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> bool
         and query.dtype in choice.TOLERANCE
         and tail_values.shape[-1] == query.shape[-1]
         # The kernel does not look at the last stride. Log-sum-exps have no gradient.
-        and all(one.stride(-1) == 1 and not one.requires_grad for one in states)
+        and all(state.stride(-1) == 1 and not state.requires_grad for state in states)
     )
 
 
@@ -270,8 +276,8 @@ def _attend_fused(
 ) -> Tensor:
     """Attend with query [batch, kv_heads, group, query, dim] on a CPU.
 
-    Prefix and tail go through torch's fused kernel, and are merged by their log-sum-exps: no public function returns
-    these on a CPU.
+    Prefix and tail go through torch's fused kernel, and are merged by their log-sum-exps: no public function of torch
+    returns these on a CPU.
     """
     batch, kv_heads, group, length, _ = query.shape
     # The bias is spread over the query heads of a KV head.
@@ -284,15 +290,17 @@ def _attend_fused(
     if bias is not None:
         heads_of_bias = bias.unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
         bias = heads_of_bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
-    late, late_lse = fused(rows, tail_keys, tail_values, attn_mask=bias, scale=1.0)
+    of_tail, tail_lse = fused(rows, tail_keys, tail_values, attn_mask=bias, scale=1.0)
     if prefix.dense is not None and prefix.counts[0][0]:
-        early, early_lse = fused(rows, *prefix.dense, scale=1.0)
+        of_prefix, prefix_lse = fused(rows, *prefix.dense, scale=1.0)
     else:
-        early, early_lse = torch.zeros_like(late), torch.full_like(late_lse, -torch.inf)
+        of_prefix, prefix_lse = torch.zeros_like(of_tail), torch.full_like(tail_lse, -torch.inf)
         for row in range(batch):
             for heads, (keys, values) in prefix.row(row):
                 if keys.shape[1]:
-                    found = fused(rows[row : row + 1, heads], keys[None], values[None], scale=1.0)
-                    early[row, heads], early_lse[row, heads] = found[0][0], found[1][0]
-    share = torch.sigmoid(early_lse - late_lse)[..., None]
-    return torch.lerp(late.float(), early.float(), share).to(query.dtype).unflatten(2, (group, -1))
+                    output, lse = fused(rows[row : row + 1, heads], keys[None], values[None], scale=1.0)
+                    of_prefix[row, heads], prefix_lse[row, heads] = output[0], lse[0]
+    # As `merge_states` does, to the bit, but without its guards for parts that may be empty: they take longer than the
+    # merge itself, here for every layer of every step, and the tail never is.
+    share = torch.sigmoid(prefix_lse - tail_lse)[..., None]
+    return torch.lerp(of_tail.float(), of_prefix.float(), share).to(query.dtype).unflatten(2, (group, -1))

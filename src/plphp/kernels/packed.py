@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Segment = tuple[Tensor, Tensor]
-"""Keys and values of one row: [kv_heads, kept, dim] if all heads hold as many, else of one head [1, kept, dim]."""
+"""Keys and values of all KV heads of a row [kv_heads, kept, dim], or of a single head [1, kept, dim]."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,22 @@ class PackedKV:
 
     @cached_property
     def dense(self) -> Segment | None:
-        """All rows at once as [batch, kv_heads, kept, dim], where every head of every row holds as many."""
+        """Views on all rows at once, [batch, kv_heads, kept, dim]; None unless every head of every row holds as many
+        entries and the rows are read in the order in which they are stored."""
         if self.rows != tuple(range(len(self.counts))) or len({n for row in self.counts for n in row}) != 1:
             return None
         return self._shaped(slice(None), self.batch, self.kv_heads, self.counts[0][0])
 
     @cached_property
     def index(self) -> Tensor:
-        """int64 [2, batch, kv_heads] on the device of the entries: where each head of each row begins, and how many."""
+        """int64 [2, batch, kv_heads] on the device of the entries: the first entry and the number of entries of each
+        head of each row."""
         counts = [self.counts[stored] for stored in self.rows]
         starts = [list(accumulate(self.counts[stored][:-1], initial=self._starts[stored])) for stored in self.rows]
         return torch.tensor([starts, counts], dtype=torch.int64).to(self.keys.device, non_blocking=True)
 
     def row(self, row: int) -> Iterator[tuple[slice, Segment]]:
-        """Views on the entries of one row: one for all heads if they hold as many, else one per head.
+        """Views on the entries of a row: of all heads together if they hold as many, else of each head.
 
         Yields
         ------
@@ -97,21 +99,22 @@ class PackedKV:
 
     def select(self, rows: Sequence[int]) -> PackedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""
-        wanted = [self.rows[row] for row in rows]
-        live = sorted(set(wanted))
+        stored = [self.rows[row] for row in rows]
+        live = sorted(set(stored))
         if len(live) == len(self.counts):
-            return PackedKV(self.keys, self.values, self.counts, tuple(wanted))
+            return PackedKV(self.keys, self.values, self.counts, tuple(stored))
         pieces = [slice(self._starts[row], self._starts[row] + sum(self.counts[row])) for row in live]
         return PackedKV(
             torch.cat([self.keys[piece] for piece in pieces]),
             torch.cat([self.values[piece] for piece in pieces]),
             tuple(self.counts[row] for row in live),
-            tuple(live.index(row) for row in wanted),
+            tuple(live.index(row) for row in stored),
         )
 
     @classmethod
     def stacked(cls, blocks: Sequence[PackedKV]) -> PackedKV:
         """Put the rows of several blocks below each other."""
+        # The number of stored rows before each block; the last sum is before none.
         starts = [0, *accumulate(len(block.counts) for block in blocks)]
         return cls(
             torch.cat([block.keys for block in blocks]),
@@ -120,16 +123,22 @@ class PackedKV:
             tuple(start + row for start, block in zip(starts, blocks, strict=False) for row in block.rows),
         )
 
-    def picked(self, keep: Tensor, others: Sequence[PackedKV] = ()) -> PackedKV:
-        """Make rows that each take some entries of one and the same row, and put the rows of other blocks below them.
+    def picked(self, keep: Tensor, below: Sequence[PackedKV] = ()) -> PackedKV:
+        """Make rows that each take some entries of this block's only row, and put the rows of more blocks below them.
 
         Parameters
         ----------
         keep : Tensor
             bool [rows, kv_heads, seq]; entries of this block, which holds ``seq`` for each head of its only row.
-        others : sequence of PackedKV
+        below : sequence of PackedKV
+            Their rows follow, whole.
+
+        Returns
+        -------
+        PackedKV
+            It shares no memory with this block.
         """
-        sources = PackedKV.stacked([self, *others])
+        sources = PackedKV.stacked([self, *below])
         own = keep.to(self.keys.device).flatten().nonzero()[:, 0] % len(self.keys)
         rest = torch.arange(len(self.keys), len(sources.keys), device=own.device)
         # One gather for everything: the result is much larger than what it is taken from.
@@ -141,22 +150,22 @@ class PackedKV:
             (*range(len(keep)), *(len(keep) + row - 1 for row in sources.rows[1:])),
         )
 
-    def appended(self, other: PackedKV) -> PackedKV:
-        """Put the entries of another block behind those of this one, row by row and head by head."""
+    def appended(self, newer: PackedKV) -> PackedKV:
+        """Put the entries of a newer block behind those of this block, row by row and head by head."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for row in range(self.batch):
-            for (k1, v1), (k2, v2) in zip(self._heads(row), other._heads(row), strict=True):
+            for (k1, v1), (k2, v2) in zip(self._heads(row), newer._heads(row), strict=True):
                 keys += [k1, k2]
                 values += [v1, v2]
         counts = tuple(
-            tuple(a + b for a, b in zip(self.counts[mine], other.counts[theirs], strict=True))
-            for mine, theirs in zip(self.rows, other.rows, strict=True)
+            tuple(a + b for a, b in zip(self.counts[own], newer.counts[added], strict=True))
+            for own, added in zip(self.rows, newer.rows, strict=True)
         )
         return PackedKV(torch.cat(keys), torch.cat(values), counts, tuple(range(self.batch)))
 
     def to(self, keys: torch.dtype, values: torch.dtype) -> PackedKV:
-        """The same with keys and values of these dtypes: the block itself, if it has them."""
+        """Cast keys and values to these dtypes; the result is the block itself if it has them."""
         if (self.keys.dtype, self.values.dtype) == (keys, values):
             return self
         return replace(self, keys=self.keys.to(keys), values=self.values.to(values))

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from plphp.policy.evidence import PLAIN, Evidence
-
 from . import choice
+from .ordering import positions_in_order
 from .packed import PackedKV
 from .precision import as_written
 
@@ -23,24 +23,38 @@ MASS_AT_ONCE = 2**18
 
 @dataclass
 class WindowScores:
-    """What some query rows say about every entry; see `plphp.policy.evidence.LayerScores` for what each tensor is.
+    """What some query rows say about every entry; each tensor but ``attention`` only where it was asked for.
 
     Parameters
     ----------
     attention : Tensor
-        float32 [batch, q_heads, seq].
+        float32 [batch, q_heads, seq]; weighted mean of the query rows' softmax mass on each entry.
     peak : Tensor, optional
-        float32 [batch, q_heads, seq].
-    best_rank : Tensor, optional
-        int64 [batch, kv_heads, seq].
+        float32 [batch, q_heads, seq]; largest softmax mass that any query row gives to an entry.
+    best_position : Tensor, optional
+        int64 [batch, kv_heads, seq]; the first position (0 is the highest mass) that an entry has in the order of any
+        query row. ``seq`` where no query row sees it.
     density : Tensor, optional
-        float32 [batch, q_heads].
+        float32 [batch, q_heads]; share of the entries seen by a query row that get at least a given fraction of the
+        row's maximum, as a weighted mean over the query rows.
     """
 
     attention: Tensor
     peak: Tensor | None = None
-    best_rank: Tensor | None = None
+    best_position: Tensor | None = None
     density: Tensor | None = None
+
+
+class Window(NamedTuple):
+    """Query rows and the keys that they see; `window_scores` says what each is."""
+
+    query: Tensor
+    weight: Tensor
+    position: Tensor
+    keys: Tensor
+    valid: Tensor
+    prefix: PackedKV | None
+    scaling: float
 
 
 def window_scores(
@@ -48,11 +62,13 @@ def window_scores(
     weight: Tensor,
     position: Tensor,
     keys: Tensor,
-    real: Tensor,
+    valid: Tensor,
     prefix: PackedKV | None,
     scaling: float,
     *,
-    evidence: Evidence = PLAIN,
+    peak: bool = False,
+    best_position: bool = False,
+    density: float | None = None,
     vision: Tensor | None = None,
     gqa_reduction: str = "mean",
 ) -> WindowScores:
@@ -70,127 +86,146 @@ def window_scores(
         int64 [window]; index of each query in the tail. It sees the tail up to there.
     keys : Tensor
         [batch, kv_heads, seq, dim]; post-RoPE keys of the tail.
-    real : Tensor
+    valid : Tensor
         bool [batch, seq]; False on padding, which nobody sees.
     prefix : PackedKV, optional
         Kept entries of earlier turns, seen by every query.
     scaling : float
         Factor on the logits.
-    evidence : Evidence
-        What to work out beside the mean.
+    peak, best_position : bool
+        Work out the tensors of these names, too.
+    density : float, optional
+        Work out the density at this fraction of a row's maximum, in [0, 1].
     vision : Tensor, optional
-        bool [batch, seq]; the entries that are ranked for ``best_rank``.
+        bool [batch, seq]; the entries that are put in order for ``best_position``. Default: all.
     gqa_reduction : {"mean", "max"}
-        How the query heads of a KV head are combined for ``best_rank``.
+        How the query heads of a KV head are combined for ``best_position``.
 
     Returns
     -------
     WindowScores
         Computed in float32, under autocast too. NaN where a query or a visible key is NaN.
     """
-    if not (evidence.peak or evidence.best_rank or evidence.density is not None):
+    window = Window(query, weight, position, keys, valid, prefix, scaling)
+    if not (peak or best_position or density is not None):
         reason = choice.unsupported_by_triton(query, keys, *([] if prefix is None else [prefix.keys]))
         if choice.usable("window_scores", "Triton", reason, triton_trial, keys, keys):
             from . import _scores_triton
 
-            return WindowScores(_scores_triton.attention_mass(query, weight, position, keys, real, prefix, scaling))
+            return WindowScores(_scores_triton.attention_mass(*window))
     with as_written(keys.device):
-        return _by_torch(query, weight, position, keys, real, prefix, scaling, evidence, vision, gqa_reduction)
+        return _by_torch(window, peak, best_position, density, vision, gqa_reduction)
+
+
+@dataclass(frozen=True)
+class _Mass:
+    """Softmax mass of some query rows, and what it says of the entries.
+
+    The mass of a query row that sees nothing but padding is NaN, and that of a row that does not count may be; both
+    have a share of 0, and are left out by it rather than by a product, in which NaN would stay.
+
+    Parameters
+    ----------
+    mass : Tensor
+        float32 [batch, q_heads, rows, seq].
+    visible : Tensor
+        bool [batch, rows, seq]; the entries of the tail that each query row sees.
+    share : Tensor
+        float [batch, 1, rows, 1]; the weight of each query row in a mean, 0 where it does not count.
+    """
+
+    mass: Tensor
+    visible: Tensor
+    share: Tensor
+
+    def mean_mass(self) -> Tensor:
+        """What the query rows add to the mean mass, float32 [batch, q_heads, seq]."""
+        return torch.where(self.share > 0, self.mass * self.share, 0).sum(2)
+
+    def peak(self) -> Tensor:
+        """Largest mass of any query row that counts, float32 [batch, q_heads, seq]."""
+        return torch.where(self.share > 0, self.mass, 0).amax(2)
+
+    def best_position(self, kv_heads: int, vision: Tensor | None, gqa_reduction: str) -> Tensor:
+        """First position of each entry in the order of any query row that counts, int64 [batch, kv_heads, seq]."""
+        candidates = self.visible if vision is None else self.visible & vision[:, None]
+        group = self.mass.unflatten(1, (kv_heads, -1))
+        combined = group.amax(2) if gqa_reduction == "max" else group.mean(2)
+        positions = positions_in_order(combined, candidates)
+        return torch.where(self.share > 0, positions, self.mass.shape[-1]).amin(2)
+
+    def density(self, fraction: float) -> Tensor:
+        """What the query rows add to the mean density at a fraction of their maxima, float32 [batch, q_heads]."""
+        dense = (self.mass >= fraction * self.mass.amax(-1, keepdim=True)) & self.visible[:, None]
+        density = dense.sum(-1).float() / self.visible.sum(-1)[:, None]
+        share = self.share[..., 0]
+        return torch.where(share > 0, density * share, 0).sum(2)
 
 
 def _by_torch(
-    query: Tensor,
-    weight: Tensor,
-    position: Tensor,
-    keys: Tensor,
-    real: Tensor,
-    prefix: PackedKV | None,
-    scaling: float,
-    evidence: Evidence,
-    vision: Tensor | None,
-    gqa_reduction: str,
+    window: Window,
+    peak: bool = False,
+    best_position: bool = False,
+    density: float | None = None,
+    vision: Tensor | None = None,
+    gqa_reduction: str = "mean",
 ) -> WindowScores:
-    """The reference."""
+    """The reference; all as in `window_scores`."""
+    batch, q_heads, _, _ = window.query.shape
+    _, kv_heads, seq, _ = window.keys.shape
+    scores = WindowScores(torch.zeros(batch, q_heads, seq, dtype=torch.float32, device=window.keys.device))
+    if peak:
+        scores.peak = torch.zeros_like(scores.attention)
+    if best_position:
+        scores.best_position = torch.full((batch, kv_heads, seq), seq, device=window.keys.device)
+    if density is not None:
+        scores.density = torch.zeros_like(scores.attention[..., 0])
+    for rows in _masses(window):
+        scores.attention += rows.mean_mass()
+        if scores.peak is not None:
+            scores.peak = torch.maximum(scores.peak, rows.peak())
+        if scores.best_position is not None:
+            positions = rows.best_position(kv_heads, vision, gqa_reduction)
+            scores.best_position = torch.minimum(scores.best_position, positions)
+        if scores.density is not None and density is not None:
+            scores.density += rows.density(density)
+    return scores
+
+
+def _masses(window: Window) -> Iterator[_Mass]:
+    """Softmax mass of the query rows that count in any row of the batch, a few of them at a time."""
+    query, weight, position, keys, valid, prefix, scaling = window
     batch, q_heads = query.shape[:2]
     kv_heads, seq = keys.shape[1:3]
     grouped = (query.float() * scaling).unflatten(1, (kv_heads, -1))
-    seen = real[:, None] & (torch.arange(seq, device=keys.device) <= position[:, None])
-    total = torch.zeros(batch, q_heads, seq, dtype=torch.float32, device=keys.device)
-    result = WindowScores(total)
-    if evidence.peak:
-        result.peak = torch.zeros_like(total)
-    if evidence.best_rank:
-        result.best_rank = torch.full((batch, kv_heads, seq), seq, device=keys.device)
-    if evidence.density is not None:
-        result.density = torch.zeros_like(total[..., 0])
-    step = max(1, MASS_AT_ONCE // total.numel())
+    visible = valid[:, None] & (torch.arange(seq, device=keys.device) <= position[:, None])
+    step = max(1, MASS_AT_ONCE // (batch * q_heads * seq))
     for rows in weight.any(0).nonzero()[:, 0].split(step):
         part = grouped[:, :, :, rows].flatten(2, 3)
-        visible = seen[:, rows]
+        seen = visible[:, rows]
+        # Keys of a long prompt are never all in float32, which would double what the cache takes.
         logits = torch.cat([part @ some.float().mT for some in keys.split(KEYS_AT_ONCE, dim=2)], dim=-1)
-        logits = logits.unflatten(2, (-1, len(rows))).masked_fill_(~visible[:, None, None], -torch.inf)
+        logits = logits.unflatten(2, (-1, len(rows))).masked_fill_(~seen[:, None, None], -torch.inf)
         lse = logits.logsumexp(-1)
         if prefix is not None:
             lse = torch.logaddexp(lse, _prefix_lse(part, prefix).view_as(lse))
-        mass = (logits - lse[..., None]).exp().flatten(1, 2)
-        # A row that is all padding up to here has no mass to give; its weight is 0.
-        share = weight[:, None, rows, None]
-        total += torch.where(share > 0, mass * share, 0).sum(2)
-        if result.peak is not None:
-            result.peak = torch.maximum(result.peak, torch.where(share > 0, mass, 0).amax(2))
-        if result.best_rank is not None:
-            candidates = visible if vision is None else visible & vision[:, None]
-            of_group = mass.unflatten(1, (kv_heads, -1))
-            rank = places(of_group.amax(2) if gqa_reduction == "max" else of_group.mean(2), candidates)
-            result.best_rank = torch.minimum(result.best_rank, torch.where(share > 0, rank, seq).amin(2))
-        if result.density is not None and evidence.density is not None:
-            reached = (mass >= evidence.density * mass.amax(-1, keepdim=True)) & visible[:, None]
-            dense = reached.sum(-1).float() / visible.sum(-1)[:, None]
-            result.density += torch.where(share[..., 0] > 0, dense * share[..., 0], 0).sum(2)
-    return result
+        yield _Mass((logits - lse[..., None]).exp().flatten(1, 2), seen, weight[:, None, rows, None])
 
 
 def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
-    """Largest difference between the Triton kernel and the reference on a small case; it reads no values."""
+    """Largest difference between the Triton kernel and the reference on a small case; there are no values to read."""
     from . import _scores_triton
 
     def case(keys: choice.Draw, values: choice.Draw, where: torch.device) -> tuple[Any, ...]:
         prefix = PackedKV(keys(450, dim), values(450, value_dim), ((300, 0), (20, 130)), (1, 0))
         weight = torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.3, 0.5]], device=where)
-        position, real = torch.tensor([40, 60, 69], device=where), torch.arange(70, device=where).expand(2, -1) > 5
-        return keys(2, 6, 3, dim), weight, position, keys(2, 2, 70, dim), real, prefix, dim**-0.5
+        position, valid = torch.tensor([40, 60, 69], device=where), torch.arange(70, device=where).expand(2, -1) > 5
+        return keys(2, 6, 3, dim), weight, position, keys(2, 2, 70, dim), valid, prefix, dim**-0.5
 
     def reference(*arguments: Any) -> Tensor:
-        more: tuple[Any, ...] = (PLAIN, None, "mean")
-        return _by_torch(*arguments, *more).attention
+        return _by_torch(Window(*arguments)).attention
 
     return choice.difference(_scores_triton.attention_mass, reference, case, device, dtypes)
-
-
-def places(rank: Tensor, candidates: Tensor | None = None) -> Tensor:
-    """The place of each candidate by its score, from 0; the number of entries for what is no candidate.
-
-    Of two with the same score the earlier one is first.
-
-    Parameters
-    ----------
-    rank : Tensor
-        float [batch, kv_heads, ..., seq], higher is better.
-    candidates : Tensor, optional
-        bool [batch, ..., seq]. Default: all.
-
-    Returns
-    -------
-    Tensor
-        int64 [batch, kv_heads, ..., seq].
-    """
-    hidden = None if candidates is None else ~candidates[:, None]
-    seq = rank.shape[-1]
-    shown = rank if hidden is None else rank.masked_fill(hidden, -torch.inf)
-    order = shown.sort(dim=-1, descending=True, stable=True).indices
-    place = torch.arange(seq, device=rank.device).expand_as(order)
-    found = torch.empty_like(order).scatter_(-1, order, place)
-    return found if hidden is None else found.masked_fill_(hidden, seq)
 
 
 def _prefix_lse(query: Tensor, prefix: PackedKV) -> Tensor:

@@ -96,7 +96,7 @@ def _choose(rank: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Ten
     at random, then evenly spread."""
     import torch
 
-    from plphp.kernels.scores import places
+    from plphp.kernels.ordering import positions_in_order
 
     def column(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=rank.device)[:, None, None]
@@ -104,9 +104,9 @@ def _choose(rank: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Ten
     at_random, spread = ([math.floor(part * count + 0.5) for count in counts] for part in (mix.random, mix.spread))
     ranked = [max(0, count - a - b) for count, a, b in zip(counts, at_random, spread, strict=True)]
     at_random = [min(a, count - best) for count, a, best in zip(counts, at_random, ranked, strict=True)]
-    keep = places(rank) < column(ranked)
+    keep = positions_in_order(rank) < column(ranked)
     if any(at_random):
-        keep |= places(torch.where(keep, -torch.inf, drawn)) < column(at_random)
+        keep |= positions_in_order(torch.where(keep, -torch.inf, drawn)) < column(at_random)
     done = [a + b for a, b in zip(ranked, at_random, strict=True)]
     if done != list(counts):
         left, wanted = column([max(1, rank.shape[1] - n) for n in done]), column(counts) - column(done)

@@ -168,7 +168,9 @@ class PromptPlan:
             real,
             layer.prefix,
             scaling,
-            evidence=self.evidence,
+            peak=self.evidence.peak,
+            best_position=self.evidence.best_rank,
+            density=self.evidence.density,
             vision=segment >= 0,
             gqa_reduction=self.gqa_reduction,
         )
@@ -185,7 +187,7 @@ class PromptPlan:
             queries=asked,
             evictable=evictable,
             peak=found.peak,
-            best_rank=found.best_rank,
+            best_rank=found.best_position,
             density=found.density,
             value_norm=_norms(values) if self.evidence.value_norm else None,
         )

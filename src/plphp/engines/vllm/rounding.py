@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from plphp.errors import UnsupportedFeatureError
-from plphp.kernels.scores import places
+from plphp.kernels.ordering import positions_in_order
 from plphp.policy.evidence import LayerScores
 
 
@@ -50,5 +50,5 @@ def evict_whole_blocks(keep: Tensor, rank: Tensor, scores: LayerScores, block_si
     if extra:
         left = scores.candidates[:, None] & ~keep
         rank = rank.clamp(min=torch.finfo(rank.dtype).min)  # above all that is no candidate
-        keep = keep | (left & (places(rank.masked_fill(~left, -torch.inf)) < extra))
+        keep = keep | (left & (positions_in_order(rank.masked_fill(~left, -torch.inf)) < extra))
     return keep, blocks

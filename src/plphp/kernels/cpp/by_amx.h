@@ -37,7 +37,11 @@ inline Words pairs_of(Floats first, Floats second) {
   return (rounded(first) >> 16 & 0xffff) | (rounded(second) & UPPER);
 }
 
-// Before tiles are read: gcc does not know that these instructions read memory, and could store to it later.
+// A barrier for the compiler, not for the processor, which keeps the order of a thread's own loads and stores. To gcc
+// _tile_loadd and _tile_loadconfig are assembly that reads no memory (or eight bytes of it), so that it may move a
+// store to logits, weights or values behind the load that needs it, or leave it out as never read. Hence `stored()`
+// between the last plain store and the first tile load of what was stored, each time. _tile_stored is known to write
+// memory, and what is read after it needs no barrier.
 inline void stored() { asm volatile("" ::: "memory"); }
 
 class ByAmx {
@@ -154,8 +158,8 @@ class ByAmx {
       }
       for (int at = 0; at < block.entries; at += GROUP) {
         for (int i = at; i < std::min(at + GROUP, block.entries); ++i)
-          for (int one = group; one < std::min(group + 2, key_groups); ++one)
-            __builtin_prefetch(block.keys + (BLOCK + i) * block.key_stride + one * GROUP);
+          for (int next = group; next < std::min(group + 2, key_groups); ++next)
+            __builtin_prefetch(block.keys + (BLOCK + i) * block.key_stride + next * GROUP);
         fetch_values(block, at, begin(group, call.value_dim));
         stored();
         _tile_loadd(7, weights[at / GROUP], BYTES);
@@ -184,8 +188,10 @@ class ByAmx {
   explicit ByAmx(const Call& call)
       : call(call), rows(call.rows()), key_groups(groups(call.dim)), value_groups(groups(call.value_dim)) {}
 
+  // Whether Linux lets this process use tiles, which it has to ask for (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), and
+  // the call fits into them.
   static bool can(const Call& call) {
-    constexpr int REQUEST = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux gives who asks
+    constexpr int REQUEST = 0x1023, TILES = 18;
     static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
     return allowed && call.rows() <= ROWS && std::max(call.dim, call.value_dim) <= WIDEST;
   }
@@ -228,9 +234,10 @@ class ByAmx {
       tops[row] = top[row];
       totals[row] = total[row];
       for (int group = 0; group < value_groups; ++group) {
-        Floats found[2];
-        unmix(sums[2 * group][row], sums[2 * group + 1][row], found);
-        for (int half = 0; half < 2; ++half) store(out + (row * value_groups + group) * GROUP + half * LANES, found[half]);
+        Floats dims[2];
+        unmix(sums[2 * group][row], sums[2 * group + 1][row], dims);
+        for (int half = 0; half < 2; ++half)
+          store(out + (row * value_groups + group) * GROUP + half * LANES, dims[half]);
       }
     }
   }

@@ -57,7 +57,8 @@ inline void by_tiles(int begin, int end, Work work) {
     if (begin < end) by_tiles<ROWS - 1>(begin, end, work);
 }
 
-// Logits of a block become weights; what was summed before shrinks to the new maximum.
+// Logits of a block become weights; what was summed before shrinks to the new maximum (online softmax). Behind the
+// entries a logit of -inf is a weight of 0, so that whole vectors can be taken.
 inline void reweigh(float* logits, int entries, float* out, int64_t width, float& top, float& total) {
   const int padded = (entries + LANES - 1) / LANES * LANES;
   std::fill(logits + entries, logits + padded, -INFINITY);
@@ -83,9 +84,9 @@ inline void reweigh(float* logits, int entries, float* out, int64_t width, float
   for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
 }
 
-// ---- the work of one thread
+// ---- the work of a thread
 
-constexpr int MOST_ROWS = 64;  // MOST_ROWS of _decode_cpp.py
+constexpr int MOST_ROWS = 64;  // as in _decode_cpp.py, which refuses more: the logits are on the stack
 
 template <class K, class V = K>
 class ByVectors {
@@ -101,9 +102,12 @@ class ByVectors {
       const int here = std::min(GROUP, block.entries - i), later = here > LANES ? LANES : 0;
       for (int group = 0; group < key_groups; ++group) {
         const K* from = block.keys + i * block.key_stride + begin(group, call.dim);
+        // Keys are turned so that a lane is an entry: the logits of a vector of entries are added up without a sum
+        // across lanes, and are written side by side.
         columns(from, block.key_stride, here, keys);
         columns(from + later * block.key_stride, block.key_stride, here - later, keys + 1);
-        const V* ahead = block.values + i * block.value_stride + begin(std::min(group, value_groups - 1), call.value_dim);
+        const int64_t dim = begin(std::min(group, value_groups - 1), call.value_dim);
+        const V* ahead = block.values + i * block.value_stride + dim;
         for (int j = 0; j < here; ++j) __builtin_prefetch(ahead + j * block.value_stride);
         by_tiles(0, rows, [&](int row, auto tile) {
           add_logits<tile>(query + row * query_width + group * GROUP, query_width, keys, logits + row * BLOCK + i);

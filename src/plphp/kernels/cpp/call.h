@@ -7,7 +7,8 @@
 
 namespace {
 
-// As _decode_cpp.py fills it. Strides are those of batch, head and position; dims are contiguous.
+// As _decode_cpp.py fills it, which has the same fields in the same order. Strides are those of batch, head and
+// position, in numbers; dims are contiguous.
 struct Call {
   const void *query, *prefix_keys, *prefix_values, *tail_keys, *tail_values;
   const int64_t* index;  // [2, batch, kv_heads]: first entry and number of entries in the prefix
@@ -40,7 +41,7 @@ struct Call {
   }
 };
 
-// Some entries of a head, of its prefix or its tail: keys are stored as K, values as V.
+// Some entries of a head, of its prefix or its tail, never of both: keys are stored as K, values as V.
 template <class K, class V = K>
 struct Piece {
   const K* keys;
@@ -50,17 +51,19 @@ struct Piece {
   int64_t biased;  // place of the first entry in the tail; -1 in the prefix
   int entries;
 
+  // Up to `size` entries from `at` on.
   Piece part(int64_t at, int64_t size) const {
-    Piece one = *this;
-    one.keys += at * key_stride;
-    one.values += at * value_stride;
-    one.biased += biased < 0 ? 0 : at;
-    one.entries = int(std::min(size, entries - at));
-    return one;
+    Piece result = *this;
+    result.keys += at * key_stride;
+    result.values += at * value_stride;
+    result.biased += biased < 0 ? 0 : at;
+    result.entries = int(std::min(size, entries - at));
+    return result;
   }
 };
 
-// Pieces of all heads, several for each thread, but large ones, as each has to be merged; and the first of each head.
+// Pieces of all heads, and the first of each head. Several for each thread, so that none waits long for the last; but
+// large pieces, as each has to be merged.
 template <class K, class V>
 std::vector<Piece<K, V>> pieces_of(const Call& call, int64_t block, std::vector<size_t>& first) {
   const int heads = call.heads();

@@ -13,7 +13,8 @@
 
 namespace {
 
-// The sums of TILE query rows, two vectors each, stay in registers.
+// LANES floats fill a vector, and the sums of TILE query rows, two vectors each, stay in registers: AVX-512 has 32 of
+// them, AVX 16.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, TILE = 8;
 #elif defined(__AVX__)
@@ -33,7 +34,8 @@ inline Floats load(const float* from) { return *reinterpret_cast<const AnyFloats
 inline void store(float* to, Floats x) { *reinterpret_cast<AnyFloats*>(to) = x; }
 inline Words words(const void* from) { return *reinterpret_cast<const AnyWords*>(from); }
 
-// e to the x <= 0; 0 below -87, where normal floats end
+// e to the x <= 0; 0 below -87, where normal floats end. Cody and Waite's reduction x = whole * ln 2 + rest, then a
+// polynomial in rest, and `whole` as the exponent of a float. NaN is not below, and stays NaN.
 inline Floats exp_of(Floats x) {
   const Floats lowest = all(-87.0f), rounder = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
   const Words tiny = x < lowest;
@@ -50,7 +52,7 @@ inline Floats exp_of(Floats x) {
   return tiny ? all(0.0f) : sum * (Floats)power;
 }
 
-// Squares of STEP x STEP words change places across the diagonal, in pairs of rows.
+// Squares of STEP x STEP words change places across the diagonal, in pairs of rows. Halving STEP down to 1 transposes.
 template <int STEP, int... LANE>
 inline void exchange(Words (&rows)[LANES], std::integer_sequence<int, LANE...> lanes) {
   for (int i = 0; i < LANES; ++i) {
