@@ -29,14 +29,14 @@ from transformers.cache_utils import Cache, DynamicCache
 import plphp
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer
-from plphp.pruning.plan import PromptPlan
+from plphp.pruning.reading import PromptReading
 from plphp.show.tables import human_bytes
 from plphp.studies.compare import kv_bytes
 
 PARTS = {
     "pruning": (plphp.PrunedCache, "after_attention"),
-    "scoring": (PromptPlan, "score"),
-    "compaction": (PrunedLayer, "compact"),
+    "scoring": (PromptReading, "observe"),
+    "compaction": (PrunedLayer, "place"),
 }
 """Pruning and steps of it, with the method that does each once a layer."""
 

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from plphp import PLPHPConfig
 from plphp.engines.vllm.ranks import Ranks
-from plphp.engines.vllm.reading import PromptReading, vision_spans
+from plphp.engines.vllm.reading import RequestReading, vision_spans
 from plphp.engines.vllm.rounding import evict_whole_blocks
 from plphp.engines.vllm.state import Pruning
 from plphp.engines.vllm.step import Row, Step
 from plphp.errors import ConfigError, UnsupportedFeatureError
-from plphp.methods.registry import resolve
+from plphp.methods.registry import chain_of
 from plphp.policy.evidence import LayerScores
-from plphp.policy.method import Method
 from precision import assert_exact
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -66,8 +65,8 @@ def test_what_leaves_fills_whole_blocks(kept: int, stays: int, blocks: int) -> N
     best = rank[:, :, 2:22].sort(descending=True).indices + 2
     for head in range(KV_HEADS):
         keep[0, head, best[0, head, kept:]] = False
-    found, empty = evict_whole_blocks(keep, rank, known, BLOCK)
-    assert empty == blocks
+    found = evict_whole_blocks(keep, rank, known, BLOCK)
+    assert (~found).sum(-1).tolist() == [[blocks * BLOCK] * KV_HEADS]
     for head in range(KV_HEADS):
         assert sorted(best[0, head, :stays].tolist()) == found[0, head, 2:22].nonzero()[:, 0].add(2).tolist()
     assert found[0, :, :2].all()
@@ -77,8 +76,8 @@ def test_what_leaves_fills_whole_blocks(kept: int, stays: int, blocks: int) -> N
 def test_candidates_of_no_rank_fill_blocks_too() -> None:
     keep = torch.ones(1, KV_HEADS, 24, dtype=torch.bool)
     keep[:, :, 4:22] = False
-    found, empty = evict_whole_blocks(keep, torch.full((1, KV_HEADS, 24), -torch.inf), scores(), BLOCK)
-    assert (empty, (~found).sum(-1).tolist()) == (4, [[16] * KV_HEADS])
+    found = evict_whole_blocks(keep, torch.full((1, KV_HEADS, 24), -torch.inf), scores(), BLOCK)
+    assert (~found).sum(-1).tolist() == [[16] * KV_HEADS]
 
 
 def test_heads_with_different_numbers_are_refused() -> None:
@@ -108,8 +107,11 @@ def states(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def pruning_of(**settings: Any) -> Pruning:
     config = PLPHPConfig.from_dict({"method": "uniform", "retention_rate": 0.3, **settings})
-    method: Method = resolve(config)
-    return Pruning(config, method, LAYERS, BLOCK)
+    return Pruning(chain_of(config, LAYERS), LAYERS, BLOCK)
+
+
+def reading_of(pruning: Pruning) -> RequestReading:
+    return RequestReading.of(request(), pruning.chain, LAYERS, BLOCK, pruning.ranks)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -215,11 +217,11 @@ def test_text_is_left_alone() -> None:
 
 def test_attention_that_is_not_finite_keeps_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
     pruning = pruning_of()
-    reading = PromptReading.of(request(), pruning.config, pruning.method)
+    reading = reading_of(pruning)
     query, keys, values = states(TOKENS, 0)
     step = Step(pruning, [Row("one", reading, 0, TOKENS, 0)])
     step.after_attention(0, (query * torch.nan, keys, values), query.flatten(1), 1.0, Paged(32).write)
-    assert reading.plan is None
+    assert reading.prompt is None
     assert reading.dropped == {}
     assert "request one whole" in caplog.text
 
@@ -229,7 +231,9 @@ def test_a_request_that_cannot_be_pruned_is_kept(caplog: pytest.LogCaptureFixtur
         raise ConfigError("no rank for this")
 
     pruning = pruning_of()
-    pruning.method = dataclasses.replace(pruning.method, rank=fail)
+    kv = pruning.chain.kv
+    broken = dataclasses.replace(kv, stage=dataclasses.replace(kv.stage, score=fail))
+    pruning.chain = dataclasses.replace(pruning.chain, kv=broken)
     run(pruning, request(), [16, 24], TABLE)
     assert pruning.take_news() == {}
     assert pruning.reading("one", request(), TOKENS).dropped == {}
@@ -238,7 +242,7 @@ def test_a_request_that_cannot_be_pruned_is_kept(caplog: pytest.LogCaptureFixtur
 
 def test_block_tables_begin_behind_the_empty_blocks() -> None:
     pruning = pruning_of()
-    rows = [Row(str(n), PromptReading(40, None, {0: n}), n, 1, 40) for n in (2, 0)]
+    rows = [Row(str(n), RequestReading(40, BLOCK, Ranks(), None, {0: n}), n, 1, 40) for n in (2, 0)]
     step = Step(pruning, rows)
     made: dict[str, Tensor] = {}
     table = torch.tensor([[4, 5, 6, 7], [8, 9, 1, 2]], dtype=torch.int32)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 from test_kernels import ALL, KEPT, SCALING, Case, attend, backend, make, window
-from test_vllm_reading import IMAGES, TOKENS, Paged, pruning_of, request, states
+from test_vllm_reading import IMAGES, TOKENS, Paged, pruning_of, reading_of, states
 
-from plphp.engines.vllm.reading import PromptReading
 from plphp.engines.vllm.step import Row, Step
 from plphp.kernels import compact_kv, window_scores
 
@@ -67,9 +66,9 @@ def test_what_is_kept_of_other_rows_is_as_it_was(backend: str) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_request_is_kept_beside_one_that_is_pruned(bad: float, caplog: pytest.LogCaptureFixture) -> None:
     pruning = pruning_of()
-    readings = [PromptReading.of(request(), pruning.config, pruning.method) for _ in range(2)]
+    readings = [reading_of(pruning) for _ in range(2)]
     step = Step(pruning, [Row(str(n), one, n * TOKENS, TOKENS, 0) for n, one in enumerate(readings)])
-    layers = max(pruning.judged) + 1
+    layers = pruning.layers
     for layer in range(layers):
         table = torch.arange(32)[None].repeat(2, 1).int()
         table[1] += 32

@@ -244,7 +244,7 @@ def test_candidates_of_text_compete_and_as_many_leave() -> None:
     assert keep[0, 0].nonzero()[:, 0].tolist() == [2, 3, 5, 6, 7]
 
 
-@pytest.mark.parametrize("name", ["peak", "best_rank", "density", "value_norm", "queries"])
+@pytest.mark.parametrize("name", ["peak", "best_position", "density", "value_norm", "queries"])
 def test_evidence_that_was_not_asked_for(name: str) -> None:
     with pytest.raises(ConfigError, match=f"ranks by '{name}', which its evidence does not ask for"):
         make_scores([[0]]).need(name)

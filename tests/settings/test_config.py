@@ -23,8 +23,8 @@ fractions = st.floats(0, 1)
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> PLPHPConfig:
-    """Any valid config."""
+def configs(draw: st.DrawFn, longest: int = 2) -> PLPHPConfig:
+    """Any valid config, with up to ``longest`` methods before its own."""
     target = draw(st.none() | st.floats(0, 1, exclude_min=True))
     rate = draw(fractions)
     base = rate if target is None else target
@@ -44,21 +44,26 @@ def configs(draw: st.DrawFn) -> PLPHPConfig:
         score_pool=2 * draw(st.integers(0, 50)) + 1,
         min_kept=draw(st.integers(0, 1000)),
         seed=draw(st.integers(0, 2**40)),
+        earlier=tuple(draw(st.lists(configs(0), max_size=longest))) if longest else (),
     )
 
 
 def one_line(config: PLPHPConfig) -> str:
     """A config as the text that ``PLPHPConfig.parse`` reads."""
     values = config.to_dict()
+    del values["earlier"]
     method = values.pop("method")
     values["exempt_layers"] = "+".join(map(str, values["exempt_layers"]))
     values.update(values.pop("options"))
-    return f"{method}:" + ",".join(f"{key}={value}" for key, value in values.items())
+    own = f"{method}:" + ",".join(f"{key}={value}" for key, value in values.items())
+    return "+".join([*map(one_line, config.earlier), own])
 
 
 def toml(config: PLPHPConfig) -> str:
     """A config as TOML; TOML has no null, so what is None is left out."""
-    return "\n".join(f"{k} = {json.dumps(v)}" for k, v in config.to_dict().items() if v is not None)
+    values = {key: value for key, value in config.to_dict().items() if value is not None and key != "earlier"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join([*lines, *(f"[[earlier]]\n{toml(part)}" for part in config.earlier)])
 
 
 @given(configs())
@@ -184,7 +189,7 @@ def test_error_names_the_setting_the_value_and_what_was_expected(values: dict[st
         ("plphp:retention_rate=nan", "retention_rate must be between 0 and 1, got nan"),
         ("plphp:retention_rate=true", "retention_rate must be a number between 0 and 1, got 'true'"),
         ("plphp:retention_rate=none", "retention_rate must be a number between 0 and 1, got None"),
-        ("plphp:exempt_layers=0+x", "exempt_layers must be a list of layer numbers"),
+        ("plphp:exempt_layers=0+1.5", "exempt_layers must be a list of layer numbers"),
     ],
 )
 def test_line_that_is_no_config(text: str, message: str) -> None:
@@ -264,7 +269,7 @@ def test_options_read_back_the_same(method: str, tmp_path: Path) -> None:
     assert PLPHPConfig.parse(one_line(config)) == config
     assert type(config.to_dict()["options"]) is dict
     path = tmp_path / "config.toml"
-    values = {key: value for key, value in config.to_dict().items() if value is not None}
+    values = {key: value for key, value in config.to_dict().items() if value is not None and key != "earlier"}
     table = values.pop("options")
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     lines += ["[options]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]

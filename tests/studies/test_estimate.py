@@ -47,7 +47,7 @@ def test_kv_bytes_are_those_of_the_live_tensors(name: str, rate: float) -> None:
     model = tiny_model(name)
     inputs = TINY[name].inputs(model)
     cache = PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig(method="uniform", retention_rate=rate))
-    vision = int(cache._plan.spans.vision.sum())
+    vision = int(cache.reading.spans.vision.sum())
     output = model(**inputs, **passed(cache))
     for _ in range(NEW):
         output = model(input_ids=output.logits[:, -1:].argmax(-1), **passed(cache))

@@ -23,6 +23,7 @@ import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank, UnsupportedModelError
 from plphp.engines.hf.cache_argument import cache_in
+from plphp.methods.registry import resolve
 from plphp.policy.bank import FORMAT, LayerBank
 from plphp.policy.rotation import Rotation
 from plphp.studies.bank_collecting import _Reservoir
@@ -293,7 +294,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
     refused("4 decoder layers, and this one has 3", settings(folder, "qwen3-vl").options["bank"])
     refused("got query_rows='text': leave it out", settings(folder, "llava").options["bank"], query_rows="text")
     with pytest.raises(ConfigError, match=r"'bank'.*must be text, got 3"):
-        PLPHPConfig.from_dict({"method": "query_bank", "options": {"bank": 3}})
+        resolve(PLPHPConfig.from_dict({"method": "query_bank", "options": {"bank": 3}}))
     found = bank("llava")
     layers = {n: LayerBank(one.queries[:3], one.rotation) for n, one in found.layers.items()}
     dataclasses.replace(found, layers=layers).save(tmp_path / "heads")

@@ -86,7 +86,7 @@ def generate(
     with progress("loading plphp", quiet=as_json) as tell:
         from plphp.inputs.loading import decoder_layers, load_processor, load_weights
         from plphp.inputs.prompt import build_inputs
-        from plphp.methods.registry import method_for
+        from plphp.methods.registry import chain_of
 
         # Everything that can be wrong with prompt and settings comes before the weights, which may take minutes.
         tell("loading the processor")
@@ -94,7 +94,7 @@ def generate(
         inputs = build_inputs(
             processor, prompt, messages=messages, images=images, videos=videos, system=system, frames=frames
         )
-        method_for(settings, decoder_layers(model))
+        chain_of(settings, decoder_layers(model))
     note_on_bundled(model, quiet=as_json)
     with loading_bars(quiet=as_json):
         weights = load_weights(model, dtype, device)

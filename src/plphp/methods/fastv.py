@@ -21,12 +21,11 @@ import math
 from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError
-from plphp.policy.allocation import Allocation, Layers, with_rates
 from plphp.policy.evidence import LayerScores
 from plphp.policy.method import Method
 from plphp.policy.rankers import pooled, shared_by_heads
 from plphp.policy.selection import keep_mask
-from plphp.policy.stages import PromptStage
+from plphp.policy.stages import PrefillStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -64,28 +63,18 @@ def check(config: PLPHPConfig, layers: int) -> None:
         )
 
 
-def stays(scores: LayerScores, config: PLPHPConfig, layers: int) -> Tensor:
+def kept_tokens(scores: LayerScores, config: PLPHPConfig, layers: int) -> Tensor:
     """The best vision tokens of each row by the mean over all heads, bool [batch, seq]."""
-    rank = pooled(shared_by_heads(scores, config)[:, :1], scores, config)
+    score = pooled(shared_by_heads(scores, config)[:, :1], scores, config)
     rates = [later_rate(config, layers)] * len(scores.segment)
-    return keep_mask(rank, scores, rates, config)[:, 0]
-
-
-def allocate(layers: Layers, config: PLPHPConfig) -> Allocation:
-    """Rate 1 before ``layer``, and the same one from there on."""
-    rates = [
-        1.0 if layer.index < first_layer(config, layer.count) else later_rate(config, layer.count) for layer in layers
-    ]
-    return with_rates(layers, [[rate] * len(layer.vision_score) for rate, layer in zip(rates, layers, strict=True)])
+    return keep_mask(score, scores, rates, config)[:, 0]
 
 
 METHOD = Method(
     name="fastv",
     summary="inside prefill: the vision tokens that an early layer attends to least leave all later layers",
     paper="arXiv:2403.06764",
-    allocate=allocate,
-    rank=shared_by_heads,
+    prefill=PrefillStage(first_layer, later_rate, kept_tokens),
     options=OPTIONS,
-    stage=PromptStage(first_layer, stays),
     check=check,
 )

@@ -4,11 +4,11 @@
 from plphp.policy.allocation import keep_all
 from plphp.policy.method import Method
 from plphp.policy.rankers import per_head
+from plphp.policy.stages import KVStage
 
 METHOD = Method(
     name="none",
     summary="keep every vision token",
     paper="control",
-    allocate=keep_all,
-    rank=per_head,
+    kv=KVStage(allocate=keep_all, score=per_head),
 )

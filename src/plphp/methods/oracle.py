@@ -2,7 +2,7 @@
 """The ceiling: vision tokens ranked by the queries of the answer itself, which no method can have beforehand.
 
 The query rows are those of the answer tokens that read the pruned cache, all but the last one. ``reduce`` combines
-them for each KV head: the largest attention (``peak``), the mean, or the best place (``best_rank``, see
+them for each KV head: the largest attention (``peak``), the mean, or the best position (``best_rank``, see
 `plphp.methods.recall_rank`). Only `plphp.branch` with ``answer_ids`` has an answer.
 """
 
@@ -13,24 +13,25 @@ from typing import TYPE_CHECKING
 from plphp.policy.allocation import uniform
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.method import Method
-from plphp.policy.rankers import by_best_rank, by_peak, per_head
+from plphp.policy.rankers import by_best_position, by_peak, per_head
+from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RANKERS = {"best_rank": by_best_rank, "peak": by_peak, "mean": per_head}
+RANKERS = {"best_rank": by_best_position, "peak": by_peak, "mean": per_head}
 OPTIONS = {"reduce": Option("best_rank", choices=tuple(RANKERS))}
 
 
 def evidence(config: PLPHPConfig) -> Evidence:
     """What the option ``reduce`` looks at."""
     reduce = settings(OPTIONS, config.options)["reduce"]
-    return Evidence(peak=reduce == "peak", best_rank=reduce == "best_rank")
+    return Evidence(peak=reduce == "peak", best_position=reduce == "best_rank")
 
 
-def rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """By the option ``reduce``."""
     return RANKERS[settings(OPTIONS, config.options)["reduce"]](scores, config)
 
@@ -39,9 +40,11 @@ METHOD = Method(
     name="oracle",
     summary="ranked by the answer's own queries: the ceiling, for plphp.branch only",
     paper="control",
-    allocate=uniform,
-    rank=rank,
+    kv=KVStage(
+        allocate=uniform,
+        score=score,
+        evidence=evidence,
+        needs_answer=True,
+    ),
     options=OPTIONS,
-    evidence=evidence,
-    needs_answer=True,
 )

@@ -4,12 +4,15 @@
 from plphp.policy.allocation import by_vision_attention
 from plphp.policy.method import Method
 from plphp.policy.rankers import per_head
+from plphp.policy.stages import KVStage
 
 METHOD = Method(
     name="plphp",
     summary="layers that attend more to the image keep more of it, every KV head keeps its own tokens",
     paper="arXiv:2502.14504",
-    allocate=by_vision_attention,
-    rank=per_head,
-    uses_class_rule=lambda config: True,
+    kv=KVStage(
+        allocate=by_vision_attention,
+        score=per_head,
+        uses_class_rule=lambda config: True,
+    ),
 )

@@ -10,6 +10,7 @@ ranked as in ``snapkv_vision``.
 
 from plphp.policy.allocation import Allocation, Layers, with_rates
 from plphp.policy.method import Method
+from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -35,8 +36,10 @@ METHOD = Method(
     name="pyramidkv",
     summary="early layers keep more than late ones, ranked as in snapkv_vision",
     paper="arXiv:2406.02069",
-    allocate=pyramid,
-    rank=by_window,
+    kv=KVStage(
+        allocate=pyramid,
+        score=by_window,
+        evidence=window_evidence,
+    ),
     options=OPTIONS,
-    evidence=window_evidence,
 )

@@ -24,15 +24,16 @@ from plphp.errors import ConfigError
 from plphp.policy.allocation import uniform
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.method import Method
-from plphp.policy.rankers import by_best_rank, by_peak, by_value_norm, per_head
+from plphp.policy.rankers import by_best_position, by_peak, per_head, times_value_norm
 from plphp.policy.selection import Mix
+from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_rank}
+RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_position}
 OPTIONS = {
     "bank": Option(""),
     "reduce": Option("best_rank", choices=tuple(RANKERS)),
@@ -47,15 +48,14 @@ def evidence(config: PLPHPConfig) -> Evidence:
     return Evidence(
         bank=chosen["bank"],
         peak=chosen["reduce"] == "peak",
-        best_rank=chosen["reduce"] == "best_rank",
+        best_position=chosen["reduce"] == "best_rank",
         value_norm=chosen["value_norm"] == 1,
     )
 
 
-def rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """The score s of the module's docstring."""
-    score = RANKERS[settings(OPTIONS, config.options)["reduce"]](scores, config)
-    return score * by_value_norm(scores, config) if scores.value_norm is not None else score
+    return times_value_norm(RANKERS[settings(OPTIONS, config.options)["reduce"]](scores, config), scores)
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
@@ -85,10 +85,12 @@ METHOD = Method(
     name="query_bank",
     summary="every KV head keeps what the queries of other answers would look at",
     paper="control: own, queries of other answers in the place of the last row of arXiv:2502.14504",
-    allocate=uniform,
-    rank=rank,
+    kv=KVStage(
+        allocate=uniform,
+        score=score,
+        evidence=evidence,
+        mix=lambda config: Mix(random=settings(OPTIONS, config.options)["random_share"]),
+    ),
     options=OPTIONS,
-    evidence=evidence,
-    mix=lambda config: Mix(random=settings(OPTIONS, config.options)["random_share"]),
     check=check,
 )

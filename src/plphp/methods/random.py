@@ -4,11 +4,11 @@
 from plphp.policy.allocation import uniform
 from plphp.policy.method import Method
 from plphp.policy.rankers import at_random
+from plphp.policy.stages import KVStage
 
 METHOD = Method(
     name="random",
     summary="random vision tokens per layer and KV head, the same rate in every layer",
     paper="control",
-    allocate=uniform,
-    rank=at_random,
+    kv=KVStage(allocate=uniform, score=at_random),
 )

@@ -23,8 +23,9 @@ from plphp.errors import ConfigError
 from plphp.policy.allocation import Allocation, Layers, by_vision_attention, uniform
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.method import Method
-from plphp.policy.rankers import by_best_rank, by_value_norm
+from plphp.policy.rankers import by_best_position, times_value_norm
 from plphp.policy.selection import Mix
+from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -42,13 +43,12 @@ OPTIONS = {
 def evidence(config: PLPHPConfig) -> Evidence:
     """Best ranks over the question, and norms if they are to count."""
     weighted = settings(OPTIONS, config.options)["value_norm"] == 1
-    return Evidence(rows="text", best_rank=True, value_norm=weighted)
+    return Evidence(rows="text", best_position=True, value_norm=weighted)
 
 
-def rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """The score s of the module's docstring."""
-    score = by_best_rank(scores, config)
-    return score * by_value_norm(scores, config) if scores.value_norm is not None else score
+    return times_value_norm(by_best_position(scores, config), scores)
 
 
 def by_classes(config: PLPHPConfig) -> bool:
@@ -80,11 +80,13 @@ METHOD = Method(
     name="recall_rank",
     summary="every KV head keeps what any word of the question ranks high",
     paper="control: own, evidence of arXiv:2502.14504 widened to all rows of the question",
-    allocate=allocate,
-    rank=rank,
+    kv=KVStage(
+        allocate=allocate,
+        score=score,
+        evidence=evidence,
+        uses_class_rule=by_classes,
+        mix=mix,
+    ),
     options=OPTIONS,
-    evidence=evidence,
-    uses_class_rule=by_classes,
-    mix=mix,
     check=check,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from plphp import methods
 from plphp.errors import ConfigError, did_you_mean
 from plphp.plugins import Plugins
+from plphp.policy.chain import Chain
 from plphp.policy.method import Method
 from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_elsewhere
 from plphp.settings.options import check_options
@@ -66,14 +67,20 @@ def resolve(config: PLPHPConfig) -> Method:
     return method
 
 
-def method_for(config: PLPHPConfig, layers: int) -> Method:
-    """The method of a config, for a model with ``layers`` decoder layers.
+def chain_of(config: PLPHPConfig, layers: int) -> Chain:
+    """What a run with a config does at each stage, on a model with ``layers`` decoder layers.
 
     Raises
     ------
     ConfigError
-        If the config names a layer, an option or a rate that cannot be.
+        If the config, or one of those before it in a chain, names a method, a layer, an option or a rate that cannot
+        be, or two methods act at the same stage.
     """
+    methods = [(_method_for(part, layers), part) for part in (*config.earlier, config)]
+    return Chain.of(methods)
+
+
+def _method_for(config: PLPHPConfig, layers: int) -> Method:
     for layer in config.exempt_layers:
         if not -layers <= layer < layers:
             raise ConfigError(f"exempt_layers names layer {layer}, but the model has the layers 0 to {layers - 1}.")

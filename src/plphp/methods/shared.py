@@ -4,12 +4,15 @@
 from plphp.policy.allocation import by_vision_attention
 from plphp.policy.method import Method
 from plphp.policy.rankers import shared_by_heads
+from plphp.policy.stages import KVStage
 
 METHOD = Method(
     name="shared",
     summary="layers that attend more to the image keep more of it, all heads keep the same tokens",
     paper="control: arXiv:2502.14504 without the head level",
-    allocate=by_vision_attention,
-    rank=shared_by_heads,
-    uses_class_rule=lambda config: True,
+    kv=KVStage(
+        allocate=by_vision_attention,
+        score=shared_by_heads,
+        uses_class_rule=lambda config: True,
+    ),
 )

@@ -18,6 +18,7 @@ from plphp.errors import ConfigError
 from plphp.policy.allocation import uniform
 from plphp.policy.evidence import Evidence
 from plphp.policy.method import Method
+from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 
 from ._window import OPTIONS, by_window, window_evidence
@@ -40,9 +41,11 @@ METHOD = Method(
     name="snapkv",
     summary="text and vision tokens before an observation window compete, by its pooled attention",
     paper="arXiv:2404.14469",
-    allocate=uniform,
-    rank=by_window,
+    kv=KVStage(
+        allocate=uniform,
+        score=by_window,
+        evidence=evidence,
+    ),
     options=OPTIONS,
-    evidence=evidence,
     check=check,
 )

@@ -7,6 +7,7 @@ evicted. Vision tokens inside the window come first.
 
 from plphp.policy.allocation import uniform
 from plphp.policy.method import Method
+from plphp.policy.stages import KVStage
 
 from ._window import OPTIONS, by_window, window_evidence
 
@@ -14,8 +15,10 @@ METHOD = Method(
     name="snapkv_vision",
     summary="vision tokens by the pooled attention of an observation window, all text kept",
     paper="arXiv:2404.14469, restricted to vision tokens",
-    allocate=uniform,
-    rank=by_window,
+    kv=KVStage(
+        allocate=uniform,
+        score=by_window,
+        evidence=window_evidence,
+    ),
     options=OPTIONS,
-    evidence=window_evidence,
 )

@@ -8,12 +8,15 @@ from plphp.policy.allocation import uniform
 from plphp.policy.evidence import Evidence
 from plphp.policy.method import Method
 from plphp.policy.rankers import by_value_norm
+from plphp.policy.stages import KVStage
 
 METHOD = Method(
     name="value_norm",
     summary="the vision tokens with the largest values, without a look at attention",
     paper="control",
-    allocate=uniform,
-    rank=by_value_norm,
-    evidence=lambda config: Evidence(value_norm=True),
+    kv=KVStage(
+        allocate=uniform,
+        score=by_value_norm,
+        evidence=lambda config: Evidence(value_norm=True),
+    ),
 )

@@ -14,6 +14,7 @@ from plphp.policy.allocation import Allocation, Layers, proportional, with_rates
 from plphp.policy.evidence import Evidence
 from plphp.policy.method import Method
 from plphp.policy.rankers import per_head
+from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -36,9 +37,11 @@ METHOD = Method(
     name="vl_cache",
     summary="layers with denser attention keep more, tokens by the attention of the text after the images",
     paper="arXiv:2410.23317",
-    allocate=by_density,
-    rank=per_head,
+    kv=KVStage(
+        allocate=by_density,
+        score=per_head,
+        evidence=evidence,
+        all_layers=lambda config: True,
+    ),
     options=OPTIONS,
-    evidence=evidence,
-    all_layers=lambda config: True,
 )

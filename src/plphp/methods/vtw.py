@@ -15,11 +15,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from plphp.policy.allocation import Allocation, Layers, with_rates
 from plphp.policy.evidence import LayerScores
 from plphp.policy.method import Method
-from plphp.policy.rankers import shared_by_heads
-from plphp.policy.stages import PromptStage
+from plphp.policy.stages import PrefillStage
 from plphp.settings.config import PLPHPConfig
 
 from ._stage import refuse_exempt_layers
@@ -40,18 +38,10 @@ def nothing_stays(scores: LayerScores, config: PLPHPConfig, layers: int) -> Tens
     return torch.zeros_like(scores.vision)
 
 
-def allocate(layers: Layers, config: PLPHPConfig) -> Allocation:
-    """Rate 1 before layer K, and 0 from there on."""
-    rates = [float(layer.index < first_layer(config, layer.count)) for layer in layers]
-    return with_rates(layers, [[rate] * len(layer.vision_score) for rate, layer in zip(rates, layers, strict=True)])
-
-
 METHOD = Method(
     name="vtw",
     summary="inside prefill: all vision tokens leave the later layers",
     paper="arXiv:2405.05803",
-    allocate=allocate,
-    rank=shared_by_heads,
-    stage=PromptStage(first_layer, nothing_stays),
+    prefill=PrefillStage(first_layer, lambda config, layers: 0.0, nothing_stays),
     check=lambda config, layers: refuse_exempt_layers(config),
 )

@@ -21,6 +21,7 @@ from plphp.policy.allocation import Allocation, Layers, with_rates
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.method import Method
 from plphp.policy.rankers import per_head
+from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -70,10 +71,12 @@ METHOD = Method(
     name="zipvl",
     summary="each layer keeps as many tokens as carry a share of its attention mass, per KV head",
     paper="arXiv:2410.08584 (the allocation)",
-    allocate=by_mass,
-    rank=per_head,
+    kv=KVStage(
+        allocate=by_mass,
+        score=per_head,
+        evidence=lambda config: Evidence(rows="text"),
+        all_layers=lambda config: settings(OPTIONS, config.options)["tau"] is None,
+    ),
     options=OPTIONS,
-    evidence=lambda config: Evidence(rows="text"),
     check=check,
-    all_layers=lambda config: settings(OPTIONS, config.options)["tau"] is None,
 )

@@ -29,8 +29,8 @@ class Evidence:
         Entries that may be evicted: the vision tokens, or all tokens of the prompt before the first query row.
     peak : bool
         Ask for `LayerScores.peak`.
-    best_rank : bool
-        Ask for `LayerScores.best_rank`.
+    best_position : bool
+        Ask for `LayerScores.best_position`.
     density : float, optional
         Ask for `LayerScores.density` at this fraction of a row's maximum.
     value_norm : bool
@@ -42,7 +42,7 @@ class Evidence:
     rows: QueryRows = 1
     candidates: Literal["vision", "prompt"] = "vision"
     peak: bool = False
-    best_rank: bool = False
+    best_position: bool = False
     density: float | None = None
     value_norm: bool = False
     bank: str | None = None
@@ -52,7 +52,7 @@ PLAIN = Evidence()
 """The mean attention of the last row, and nothing beside it."""
 
 
-EVIDENCE = ("attention", "peak", "best_rank", "density", "value_norm")
+EVIDENCE = ("attention", "peak", "best_position", "density", "value_norm")
 """The tensors of `LayerScores` that say something of heads, which are their second dimension."""
 
 
@@ -80,7 +80,7 @@ class LayerScores:
         bool [batch, seq]; the candidates, where they are others than the vision tokens.
     peak : Tensor, optional
         float32 [batch, q_heads, seq]; largest softmax mass that any query row gives to an entry.
-    best_rank : Tensor, optional
+    best_position : Tensor, optional
         int64 [batch, kv_heads, seq]; the best place (0 is the first) that any query row gives to an entry among
         the vision tokens, after the query heads of a KV head were combined. ``seq`` where no query row sees it.
     density : Tensor, optional
@@ -98,7 +98,7 @@ class LayerScores:
     queries: Tensor | None = None
     evictable: Tensor | None = None
     peak: Tensor | None = None
-    best_rank: Tensor | None = None
+    best_position: Tensor | None = None
     density: Tensor | None = None
     value_norm: Tensor | None = None
 

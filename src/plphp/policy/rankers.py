@@ -44,7 +44,7 @@ def by_peak(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     return combined(scores.need("peak"), scores.kv_heads, config)
 
 
-def by_best_rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+def by_best_position(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """Each KV head ranks by the best place that any query row gives, in (0, 1].
 
     Entries with the same best place, one for each query row, are told apart by their mean attention.
@@ -53,12 +53,17 @@ def by_best_rank(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
     mean = per_head(scores, config).masked_fill(~scores.vision[:, None], 0)
     share = mean / mean.amax(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
-    return 1 / (2 + scores.need("best_rank") - share)
+    return 1 / (2 + scores.need("best_position") - share)
 
 
 def by_value_norm(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """Each KV head ranks by the norm of its values."""
     return scores.need("value_norm")
+
+
+def times_value_norm(score: Tensor, scores: LayerScores) -> Tensor:
+    """Weigh a score [batch, kv_heads, seq] by the norm of the values, where the method asks for it."""
+    return score if scores.value_norm is None else score * scores.value_norm
 
 
 def at_random(scores: LayerScores, config: PLPHPConfig) -> Tensor:

@@ -1,32 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages at which vision tokens leave."""
+"""The three stages at which vision tokens leave, in the order in which a prompt passes them.
+
+- *encoder*: before the text model. No layer of it ever sees the token.
+- *prefill*: inside the text model, from a decoder layer on. The layers before hold the token, the later ones do not.
+- *kv*: from the KV cache, once a layer has read the whole prompt, per layer and per KV head.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from plphp.settings.config import PLPHPConfig
 
-from .evidence import LayerScores
+from .allocation import Allocator
+from .evidence import Evidence, LayerScores
+from .rankers import Ranker
+from .selection import Mix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+STAGES = ("encoder", "prefill", "kv")
+"""Names of the stages, in the order in which a prompt passes them."""
+
 
 @dataclass(frozen=True)
-class PromptStage:
+class EncoderStage:
+    """Vision tokens leave before the text model. No engine runs this stage yet: each refuses it by name.
+
+    Parameters
+    ----------
+    kept_tokens : callable
+        ``(features [tokens, dim], config) -> bool [tokens]``: the vision tokens of an image that stay, from the
+        features that the text model would be given.
+    """
+
+    kept_tokens: Callable[[Tensor, PLPHPConfig], Tensor]
+
+
+@dataclass(frozen=True)
+class PrefillStage:
     """Vision tokens leave inside prefill: from a layer on no other token sees them, and their KV is not stored.
 
     Parameters
     ----------
     first : callable
         ``(config, layers) -> int``: the first decoder layer without them, from 1 to ``layers``.
-    stays : callable
+    rate : callable
+        ``(config, layers) -> float``: retention rate of the layers from ``first`` on, in [0, 1].
+    kept_tokens : callable
         ``(scores, config, layers) -> bool [batch, seq]``: the vision tokens that stay, from the scores of the layer
-        before.
+        before ``first``.
+    evidence : callable
+        ``config -> Evidence``: what it wants to know of that layer beside the mean attention.
     """
 
     first: Callable[[PLPHPConfig, int], int]
-    stays: Callable[[LayerScores, PLPHPConfig, int], Tensor]
+    rate: Callable[[PLPHPConfig, int], float]
+    kept_tokens: Callable[[LayerScores, PLPHPConfig, int], Tensor]
+    evidence: Callable[[PLPHPConfig], Evidence] = lambda config: Evidence()
+
+
+@dataclass(frozen=True)
+class KVStage:
+    """Entries leave the KV cache, once a layer has read the prompt: an allocator and a ranker decide which.
+
+    ``score``, ``evidence`` and ``mix`` must not look at how much is to be kept (rates and thresholds): that is the
+    allocator's part, so that several rates can be chosen by the same scores (`plphp.branch`).
+
+    Parameters
+    ----------
+    allocate : Allocator
+        Layer level: scored layers to retention rates, see `plphp.policy.allocation`.
+    score : Ranker
+        Head level: a score for every entry of every KV head, higher is better, see `plphp.policy.rankers`.
+    evidence : callable
+        ``config -> Evidence``: what it wants to know of a layer beside the mean attention.
+    mix : callable
+        ``config -> Mix``: which part of the entries that a head keeps does not go by score.
+    uses_class_rule : callable
+        ``config -> bool``: whether the allocator sorts layers into classes by their vision attention scores. Then
+        ``target_retention`` says how much is kept, and none may be compacted before all have been scored.
+    all_layers : callable
+        ``config -> bool``: whether the rates of any layer depend on the scores of all, for another reason than
+        ``uses_class_rule``.
+    needs_answer : bool
+        Whether it scores by the queries of the answer, which only `plphp.branch` has.
+    """
+
+    allocate: Allocator
+    score: Ranker
+    evidence: Callable[[PLPHPConfig], Evidence] = lambda config: Evidence()
+    mix: Callable[[PLPHPConfig], Mix] = lambda config: Mix()
+    uses_class_rule: Callable[[PLPHPConfig], bool] = lambda config: False
+    all_layers: Callable[[PLPHPConfig], bool] = lambda config: False
+    needs_answer: bool = False
+
+    def needs_all_layers(self, config: PLPHPConfig) -> bool:
+        """Whether the rates of any layer depend on the scores of all."""
+        return (config.target_retention is not None and self.uses_class_rule(config)) or self.all_layers(config)
+
+
+Stage: TypeAlias = EncoderStage | PrefillStage | KVStage

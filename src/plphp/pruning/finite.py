@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from plphp.errors import NonFiniteAttentionError
+from plphp.families.spans import VisionSpans
+
+from .scoring import Scoring
 
 log = logging.getLogger("plphp")
 
@@ -92,3 +95,57 @@ def refuse(rows: Sequence[int], layer: int, features: Mapping[str, Sequence[Tens
         f"the attention of layer {layer} is NaN or inf in {rows_in_words(rows)}, and no other row is left to answer: "
         f"{cause_of(features)}"
     )
+
+
+class UnrankedRows:
+    """The rows of a prompt whose scores are not finite, layer by layer: they are kept whole.
+
+    A row is named in a warning the first time only. Where no row is left to rank, the prompt is refused.
+
+    Parameters
+    ----------
+    spans : VisionSpans
+        Which rows have vision tokens; the others have nothing to rank.
+    features : mapping of str to sequence of Tensor, optional
+        Image features of the prompt, to say why attention is not finite; None if unknown.
+    """
+
+    def __init__(self, spans: VisionSpans, features: Mapping[str, Sequence[Tensor]] | None) -> None:
+        self.features = features
+        self._has_vision = spans.vision.any(1).tolist()
+        self._copies = 1
+        self._named: set[int] = set()
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row, as ``generate`` does for beams; messages go on naming the prompts as they were given."""
+        self._has_vision = [vision for vision in self._has_vision for _ in range(times)]
+        self._copies *= times
+
+    def set_aside(self, scoring: Scoring, layer: int) -> list[int]:
+        """Find the rows of a layer that cannot be ranked, and put 0 in the place of their scores.
+
+        Returns
+        -------
+        list of int
+
+        Raises
+        ------
+        NonFiniteAttentionError
+            If no row is left.
+        """
+        if layer in scoring.unranked:
+            return scoring.unranked[layer]
+        finite = scoring.scores[layer].finite().tolist()
+        rows = scoring.unranked[layer] = [
+            row for row, vision in enumerate(self._has_vision) if vision and not finite[row]
+        ]
+        if rows:
+            prompts = sorted({row // self._copies for row in rows})
+            if len(rows) == len(finite):
+                refuse(prompts, layer, self.features)
+            new = [prompt for prompt in prompts if prompt not in self._named]
+            if new:
+                warn(new, layer, self.features)
+            self._named.update(new)
+            scoring.scores[layer] = scoring.scores[layer].blanked(rows)
+        return rows

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from plphp.families.spans import VisionSpans
 from plphp.policy.allocation import RowAllocation
-from plphp.policy.evidence import LayerScores
 
+from .placement import Placement
+from .reading import PlacedLayer
 from .report import ImageReport, LayerReport, PromptReport, RowReport
 
 
@@ -28,14 +29,13 @@ class LayerRecord:
     evicted_text: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, spans: VisionSpans, start: int, scores: LayerScores, allocation: list[RowAllocation], keep: Tensor
-    ) -> LayerRecord:
-        """Note down the mask ``keep``, bool [batch, kv_heads, seq], of a tail that begins at ``start``."""
+    def of(cls, spans: VisionSpans, start: int, part: PlacedLayer) -> LayerRecord:
+        """Note down what became of a layer's tail, which begins at the logical position ``start``."""
+        scores, dropped = part.scores, part.placement == Placement.DROPPED
         evicted = None
         if scores.evictable is not None:
-            evicted = (~keep & (scores.evictable & ~scores.vision)[:, None]).cpu()
-        return cls(scores.layer, start, spans, allocation, (keep & scores.vision[:, None]).cpu(), evicted)
+            evicted = (dropped & (scores.evictable & ~scores.vision)[:, None]).cpu()
+        return cls(scores.layer, start, spans, part.allocation, (~dropped & scores.vision[:, None]).cpu(), evicted)
 
     @classmethod
     def stacked(cls, records: Sequence[LayerRecord], order: Sequence[int]) -> LayerRecord:

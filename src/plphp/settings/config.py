@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from plphp.errors import ConfigError, did_you_mean
 
+from .grammar import read_chain
 from .options import Options, Value
 
 DECODE_MODES = ("eager", "auto", "graph")
@@ -71,6 +72,9 @@ class PLPHPConfig:
         Seed of what is drawn at random.
     options : mapping
         Options of the method itself, see ``plphp methods``; immutable.
+    earlier : tuple of PLPHPConfig
+        Methods that act before this one at earlier stages, each with settings of its own and none before it: what
+        leaves there is not there for this one. ``"fastv:retention_rate=0.5+plphp"`` on a line.
     calibrated_layers : int, optional
         Decoder layers of the model that the thresholds were calibrated on, see `plphp.calibrate`. Used on a model
         with another number, a warning is logged once.
@@ -102,6 +106,7 @@ class PLPHPConfig:
     seed: int = 0
     options: Mapping[str, Value] = field(default_factory=lambda: Options({}))
     calibrated_layers: int | None = None
+    earlier: tuple[PLPHPConfig, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not self.method:
@@ -144,6 +149,7 @@ class PLPHPConfig:
         object.__setattr__(self, "options", Options(self.options))
         if self.calibrated_layers is not None:
             _check_int("calibrated_layers", self.calibrated_layers, minimum=1, other="None")
+        object.__setattr__(self, "earlier", _chained(self.earlier))
 
     @property
     def base_rate(self) -> float:
@@ -160,7 +166,8 @@ class PLPHPConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as JSON-ready values; ``from_dict`` reads them back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "exempt_layers": list(self.exempt_layers), "options": dict(self.options)}
+        earlier = [config.to_dict() for config in self.earlier]
+        return {**values, "exempt_layers": list(self.exempt_layers), "options": dict(self.options), "earlier": earlier}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PLPHPConfig:
@@ -176,7 +183,11 @@ class PLPHPConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(f"Unknown setting {key!r}.{did_you_mean(str(key), known)}")
-        return cls(**values)
+        earlier = values.get("earlier", ())
+        if not isinstance(earlier, (list, tuple)):
+            raise ConfigError(f"earlier must be a list of tables of settings, got {earlier!r}.")
+        chained = tuple(part if isinstance(part, cls) else cls.from_dict(part) for part in earlier)
+        return cls(**{**values, "earlier": chained})
 
     @classmethod
     def from_toml(cls, path: str | Path) -> PLPHPConfig:
@@ -201,10 +212,10 @@ class PLPHPConfig:
 
     @classmethod
     def parse(cls, text: str) -> PLPHPConfig:
-        """Read a config from one line, ``"method"`` or ``"method:key=value,key=value"``.
+        """Read a config from one line, ``"method"``, ``"method:key=value,key=value"`` or a chain of these by ``+``.
 
-        Several values of one key are joined by ``+``, as in ``exempt_layers=0+1``. A key that is no setting is taken
-        for an option of the method, and refused where the method is looked up if it is none.
+        A key that is no setting is taken for an option of the method, and refused where the method is looked up if it
+        is none. `plphp.settings.grammar` has the whole grammar.
 
         Examples
         --------
@@ -212,22 +223,21 @@ class PLPHPConfig:
         0.5
         >>> PLPHPConfig.parse("snapkv:kernel=7,retention_rate=0.3").options
         {'kernel': 7}
+        >>> PLPHPConfig.parse("fastv:retention_rate=0.5+plphp").earlier[0].method
+        'fastv'
         """
-        method, _, rest = text.strip().partition(":")
-        values: dict[str, Any] = {"method": method.strip()}
-        for part in filter(None, (part.strip() for part in rest.split(","))):
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise ConfigError(f"Expected key=value after {method!r}:, got {part!r} in {text!r}.")
-            if key.strip() in values:
-                raise ConfigError(f"{key.strip()!r} is given twice in {text!r}.")
-            values[key.strip()] = _read_value(key.strip(), value.strip())
-        options = {key: values.pop(key) for key in list(values) if key not in SETTINGS}
-        return cls(**values, options=options)
+        *earlier, last = (cls._of_part(method, values) for method, values in read_chain(text))
+        return dataclasses.replace(last, earlier=tuple(earlier))
+
+    @classmethod
+    def _of_part(cls, method: str, values: dict[str, Any]) -> PLPHPConfig:
+        settings = {key: value for key, value in values.items() if key in SETTINGS}
+        options = {key: value for key, value in values.items() if key not in SETTINGS}
+        return cls(method=method, **settings, options=options)
 
 
-SETTINGS = tuple(field.name for field in dataclasses.fields(PLPHPConfig) if field.name != "options")
-"""Names of the settings that every method has."""
+SETTINGS = tuple(field.name for field in dataclasses.fields(PLPHPConfig) if field.name not in ("options", "earlier"))
+"""Names of the settings that every method has, and that a line can give."""
 
 
 def checked_mode(decode: str) -> str:
@@ -281,22 +291,6 @@ def warn_if_calibrated_elsewhere(config: PLPHPConfig, layers: int) -> None:
         )
 
 
-def _read_value(key: str, value: str) -> Any:
-    """Turn the text of a setting into a number, a tuple or None; words stay text."""
-    if key == "exempt_layers":
-        return tuple(_number(part) for part in value.split("+") if part)
-    return None if value.lower() == "none" else _number(value)
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def _check_fraction(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name} must be a number between 0 and 1, got {value!r}.")
@@ -319,3 +313,14 @@ def _int_tuple(values: object) -> tuple[int, ...]:
     if isinstance(values, (list, tuple)) and all(type(v) is int for v in values):
         return tuple(values)
     raise ConfigError(f"exempt_layers must be a list of layer numbers, got {values!r}.")
+
+
+def _chained(values: object) -> tuple[PLPHPConfig, ...]:
+    if not isinstance(values, (list, tuple)) or not all(isinstance(config, PLPHPConfig) for config in values):
+        raise ConfigError(f"earlier must be a tuple of PLPHPConfig, got {values!r}.")
+    for config in values:
+        if config.earlier:
+            raise ConfigError(
+                f"A method of a chain names no chain of its own: list all of them in one, got {config!r}."
+            )
+    return tuple(values)

@@ -17,6 +17,7 @@ from plphp.engines.hf.cache_argument import passed
 from plphp.errors import ConfigError
 from plphp.policy.bank import LayerBank, QueryBank
 from plphp.policy.rotation import Rotation
+from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig
 
 from .provenance import provenance
@@ -51,24 +52,23 @@ class _Reservoir:
             self.queries.setdefault(place, {})[layer] = query.cpu()
 
 
-class _Listener(PrunedCache):
-    """Evicts nothing, and hears the queries of what is generated."""
+class _Listener:
+    """Hears the queries that the answer to one prompt is written with, and turns them back to position 0."""
 
-    reservoir: _Reservoir
-    rotations: Mapping[int, Rotation]
-    prompt = 0
+    def __init__(self, cache: PrunedCache, reservoir: _Reservoir, rotations: Mapping[int, Rotation]) -> None:
+        self.cache, self.reservoir, self.rotations = cache, reservoir, rotations
+        self.prompt_length = 0
 
-    def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
-        end = self._pruned[layer_idx].get_seq_length()
-        in_prompt = self._plan is not None
-        super().after_attention(layer_idx, query, scaling)
-        if in_prompt:
-            self.prompt = end
+    def __call__(self, attended: Attended) -> None:
+        if self.cache.reading is not None:
+            self.prompt_length = attended.entries.length
             return
-        delta = 0 if self.turn is None else int(self.turn.after[0])
-        for column, place in enumerate(range(end - query.shape[2], end)):
-            turned = self.rotations[layer_idx].turned(query[0, :, column], -(place + delta))
-            self.reservoir.add(layer_idx, place - self.prompt, turned)
+        turn = self.cache.turn
+        delta = 0 if turn is None else int(turn.after[0])
+        for column, position in enumerate(range(attended.begin, attended.entries.length)):
+            query = attended.query[0, :, column]
+            unrotated = self.rotations[attended.layer].turned(query, -(position + delta))
+            self.reservoir.add(attended.layer, position - self.prompt_length, unrotated)
 
 
 def collect_query_bank(
@@ -124,19 +124,7 @@ def collect_query_bank(
     try:
         for count, inputs in enumerate(prompts, 1):
             progress(f"prompt {count}")
-            cache = _Listener(lease.attachment, PLPHPConfig(method="none"))
-            cache.reservoir, cache.rotations = reservoir, rotations
-            cache.plan(inputs)
-            _check_prompt(cache, count)
-            generate: Any = model.generate
-            generate(
-                **inputs,
-                **passed(cache),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                num_return_sequences=1,
-            )
+            _answer(model, lease, inputs, count, max_new_tokens, reservoir, rotations)
     finally:
         # Not left to the cache: an error that is kept would keep it, and the model attached.
         lease.end()
@@ -153,17 +141,46 @@ def collect_query_bank(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
+    return _bank_of(reservoir, rotations, record)
+
+
+def _answer(
+    model: PreTrainedModel,
+    lease: Lease,
+    inputs: Mapping[str, Any],
+    number: int,
+    max_new_tokens: int,
+    reservoir: _Reservoir,
+    rotations: Mapping[int, Rotation],
+) -> None:
+    """Let the model answer one prompt, and sample the queries of the answer."""
+    cache = PrunedCache(lease.attachment, PLPHPConfig(method="none"))
+    cache.plan(inputs)
+    _check_prompt(cache, number)
+    generate: Any = model.generate
+    with cache.listening(_Listener(cache, reservoir, rotations)):
+        generate(
+            **inputs,
+            **passed(cache),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+        )
+
+
+def _bank_of(reservoir: _Reservoir, rotations: Mapping[int, Rotation], record: Mapping[str, Any]) -> QueryBank:
     kept = sorted(reservoir.queries)
     layers = {
-        layer: LayerBank(torch.stack([reservoir.queries[place][layer] for place in kept], dim=1), rotation)
+        layer: LayerBank(torch.stack([reservoir.queries[number][layer] for number in kept], dim=1), rotation)
         for layer, rotation in rotations.items()
     }
-    return QueryBank(layers, torch.tensor([reservoir.ahead[place] for place in kept]), record)
+    return QueryBank(layers, torch.tensor([reservoir.ahead[number] for number in kept]), record)
 
 
-def _check_prompt(cache: _Listener, number: int) -> None:
-    plan = cache._plan
-    if plan is None:
+def _check_prompt(cache: PrunedCache, number: int) -> None:
+    reading = cache.reading
+    if reading is None:
         raise ConfigError(f"Prompt {number} has no vision token: collect from prompts like those that will be pruned.")
-    if plan.batch != 1 or not plan.spans.real.all():
-        raise ConfigError(f"Prompt {number} has {plan.batch} rows or padding: give one prompt at a time, unpadded.")
+    if reading.batch != 1 or not reading.spans.real.all():
+        raise ConfigError(f"Prompt {number} has {reading.batch} rows or padding: give one prompt at a time, unpadded.")

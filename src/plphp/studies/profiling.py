@@ -6,43 +6,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from plphp.engines.hf.cache import PrunedCache
 from plphp.errors import ConfigError
-from plphp.pruning.plan import PromptPlan
+from plphp.families.spans import VisionSpans
+from plphp.methods.registry import chain_of
+from plphp.pruning.reading import PromptReading
+from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig, QueryRows
 
 from .calibration import read_prompt
 from .profile_report import AttentionProfile, ProfiledPrompt
 from .provenance import provenance
-
-
-class _WatchedCache(PrunedCache):
-    """A cache that evicts nothing and scores every layer once for each choice of query rows."""
-
-    choices: Sequence[PLPHPConfig] = ()
-    watched: tuple[PromptPlan, ...] = ()
-
-    def plan(self, inputs: Mapping[str, Any], *, vision_mask: Tensor | None = None) -> dict[str, Any]:
-        own, plans = self.config, []
-        for choice in self.choices:
-            self.config = choice
-            super().plan(inputs, vision_mask=vision_mask)
-            plans.append(self._plan)
-        self.watched = tuple(plan for plan in plans if plan is not None)
-        self.config = own
-        return super().plan(inputs, vision_mask=vision_mask)
-
-    def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
-        # Before the layer is packed: its tail holds the keys of the whole prompt.
-        layer = self._pruned[layer_idx]
-        for plan in self.watched:
-            plan.gather(layer_idx, query, layer.get_seq_length() - query.shape[2])
-            if layer.get_seq_length() == plan.spans.end:
-                plan.score(layer_idx, layer, scaling)
-        super().after_attention(layer_idx, query, scaling)
 
 
 def profile(
@@ -93,28 +69,46 @@ def profile(
     layers: tuple[int, ...] = ()
     for number, inputs in enumerate(prompts, 1):
         progress(f"prompt {number}")
-        cache = _WatchedCache.for_inputs(model, inputs, keep_all)
-        cache.choices = choices  # counts from the next plan on, which generate makes
-        read_prompt(model, inputs, cache)
-        if cache.watched:
-            layers = tuple(sorted(cache.watched[0].scores))
-            found += _measured(cache.watched)
+        cache = PrunedCache.for_inputs(model, inputs, keep_all)
+        readings = (
+            [] if cache.reading is None else [_observer(cache, cache.reading.spans, choice) for choice in choices]
+        )
+        with cache.listening(_all_of(readings)):
+            read_prompt(model, inputs, cache)
+        if readings:
+            layers = tuple(sorted(readings[0].kv.scores))
+            found += _measured(readings)
         del cache  # the model is as it was when no cache is left
     if not found:
         raise ConfigError("No prompt with a vision token was given: a profile needs at least one.")
     return AttentionProfile(rows, layers, tuple(found), provenance(model))
 
 
-def _measured(plans: Sequence[PromptPlan]) -> list[ProfiledPrompt]:
+def _observer(cache: PrunedCache, spans: VisionSpans, choice: PLPHPConfig) -> PromptReading:
+    """A reading that scores every layer by a choice of query rows, and places nothing."""
+    layers = len(cache.layers)
+    return PromptReading(spans, chain_of(choice, layers), range(layers), layers)
+
+
+def _all_of(readings: Sequence[PromptReading]) -> Callable[[Attended], None]:
+    def listener(attended: Attended) -> None:
+        for reading in readings:
+            reading.observe(attended)
+
+    return listener
+
+
+def _measured(readings: Sequence[PromptReading]) -> list[ProfiledPrompt]:
     """The vision attention scores of each row of a batch that has vision tokens."""
-    vision, real = plans[0].spans.vision.sum(1).tolist(), plans[0].spans.real.sum(1).tolist()
+    spans = readings[0].spans
+    vision, real = spans.vision.sum(1).tolist(), spans.real.sum(1).tolist()
     # [choice][layer], each [row][head]
     heads = [
         [
-            plan.scores[layer].attention.masked_fill(~plan.scores[layer].vision[:, None], 0).sum(-1).tolist()
-            for layer in sorted(plan.scores)
+            scores.attention.masked_fill(~scores.vision[:, None], 0).sum(-1).tolist()
+            for _, scores in sorted(reading.kv.scores.items())
         ]
-        for plan in plans
+        for reading in readings
     ]
     return [
         ProfiledPrompt(

@@ -16,6 +16,7 @@ from plphp.engines.hf.cache_argument import passed
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.policy.rotation import Rotation
+from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig
 
 POSITIONS = (1, 1000)
@@ -24,18 +25,6 @@ TOLERANCE = 0.02
 """Largest difference between what is expected and what is seen, as a share of the norm: the rounding of bfloat16."""
 GROWING = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the prompt."""
-
-
-class _Probe(PrunedCache):
-    """Notes the newest query of every pruned layer."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.queries: dict[int, Tensor] = {}
-
-    def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
-        super().after_attention(layer_idx, query, scaling)
-        self.queries[layer_idx] = query[0, :, -1].float()  # [q_heads, dim]
 
 
 def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
@@ -96,12 +85,18 @@ def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, T
     """By layer, the queries [q_heads, dim] of a prompt of one token at a position."""
     lease = Lease.of(model)
     try:
-        cache = _Probe(lease.attachment, PLPHPConfig(method="none"))
+        cache = PrunedCache(lease.attachment, PLPHPConfig(method="none"))
+        queries: dict[int, Tensor] = {}
+
+        def note_newest(attended: Attended) -> None:
+            queries[attended.layer] = attended.query[0, :, -1].float().cpu()
+
         # Padding tokens have empty embeddings in some models.
         token = model.get_input_embeddings().weight.norm(dim=-1).argmax()
-        places = torch.tensor([[position]], device=model.device)
-        decoder(input_ids=token.view(1, 1), position_ids=places, **passed(cache), use_cache=True)
-        return {layer: query.cpu() for layer, query in cache.queries.items()}
+        position_ids = torch.tensor([[position]], device=model.device)
+        with cache.listening(note_newest):
+            decoder(input_ids=token.view(1, 1), position_ids=position_ids, **passed(cache), use_cache=True)
+        return queries
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:

@@ -212,8 +212,9 @@ def test_methods_allocate_and_rank_outside_of_autocast(llava: Any, monkeypatch: 
 
         return call
 
-    method = cache.method
-    cache.method = dataclasses.replace(method, allocate=noted(method.allocate), rank=noted(method.rank))
+    kv = cache.chain.kv
+    stage = dataclasses.replace(kv.stage, allocate=noted(kv.stage.allocate), score=noted(kv.stage.score))
+    cache.chain = dataclasses.replace(cache.chain, kv=dataclasses.replace(kv, stage=stage))
     with autocast():
         generate(llava, inputs, **passed(cache))
     assert products == [torch.float32] * 6

@@ -12,7 +12,7 @@ from torch import Tensor
 import plphp
 from invariants import attention_set
 from plphp import ConfigError, PLPHPConfig, PrunedCache, SpanError, UnsupportedFeatureError, UnsupportedModelError
-from plphp.engines.hf.branching import _Reader
+from plphp.engines.hf import branching
 from plphp.engines.hf.cache_argument import cache_in, passed
 from precision import EXACT, assert_exact
 from test_invariants import FAMILIES, KINDS, MECHANISMS
@@ -194,7 +194,7 @@ def test_under_inference_mode(llava: Any) -> None:
 
 def test_rows_are_merged_on_the_device_of_the_model(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another device as default: the CPU stands for a GPU, so that what is made without a device is elsewhere."""
-    merged = _Reader.merged
+    merged = branching._merged
 
     def elsewhere(*args: Any) -> PrunedCache:
         with torch.device("meta"):
@@ -202,5 +202,5 @@ def test_rows_are_merged_on_the_device_of_the_model(llava: Any, monkeypatch: pyt
 
     inputs, configs = TINY["llava"].inputs(llava), [*CONFIGS[:4], PLPHPConfig.parse(STAGE[0])]
     expected = draft_logits(llava, plphp.branch(llava, inputs, configs).cache, len(configs))
-    monkeypatch.setattr(_Reader, "merged", elsewhere)
+    monkeypatch.setattr(branching, "_merged", elsewhere)
     assert torch.equal(draft_logits(llava, plphp.branch(llava, inputs, configs).cache, len(configs)), expected)

@@ -25,9 +25,10 @@ from tiny_checkpoint import IMAGE, VIDEO
 def in_blocks(name: str, block_size: int) -> str:
     """Register a method that keeps so much more than another that what it evicts fills whole blocks."""
     method = get_method(name)
+    assert method.kv is not None
 
     def allocate(layers: Any, config: PLPHPConfig) -> Any:
-        allocation = method.allocate(layers, config)
+        allocation = method.kv.allocate(layers, config)
         for layer, rows in zip(layers, allocation, strict=True):
             for row, vision in enumerate(layer.scores.vision.sum(1).tolist()):
                 evicted = vision - kept_count(rows[row].rate, vision, config.min_kept)
@@ -35,7 +36,8 @@ def in_blocks(name: str, block_size: int) -> str:
                 rows[row] = dataclasses.replace(rows[row], rate=kept / vision)
         return allocation
 
-    made = dataclasses.replace(method, name=f"{name}_in_blocks_of_{block_size}", allocate=allocate)
+    stage = dataclasses.replace(method.kv, allocate=allocate)
+    made = dataclasses.replace(method, name=f"{name}_in_blocks_of_{block_size}", kv=stage)
     register_method(made, replace=True)
     return made.name
 

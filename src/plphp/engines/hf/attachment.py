@@ -226,10 +226,17 @@ class _Wrapper:
 
 
 def _generate(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # The only import against the one-way flow: the wrapper is put on here and does its work in the last module.
-    from .generation import generate
+    """Hand a call of ``generate`` to the `PrunedCache` among its arguments, else to the session, else to the model.
 
-    return generate(attachment, original, *args, **kwargs)
+    Both are known by their method ``run_generate``: this module stands below them.
+    """
+    cache = next((value for value in kwargs.values() if hasattr(value, "run_generate")), None)
+    session = attachment.sessions.here() if cache is None else attachment.sessions.here_or_none()
+    if cache is not None:
+        return cache.run_generate(attachment, session, original, args, kwargs)
+    if session is not None:
+        return session.run_generate(original, args, kwargs)
+    return original(*args, **kwargs)
 
 
 def _refuse_batch(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

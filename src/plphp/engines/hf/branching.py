@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,21 +20,31 @@ from plphp.families.spans import VisionSpans
 from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
 from plphp.kernels.precision import as_written
-from plphp.methods.registry import method_for
-from plphp.policy.method import Method
-from plphp.pruning.plan import LAYER_LEVEL, Gathered, PromptPlan, gather
+from plphp.methods.registry import chain_of
+from plphp.policy.chain import Chain
+from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord
+from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig, checked
 
 from .attachment import Attachment, Lease
 from .cache import PrunedCache
 from .cache_argument import passed
 from .layer import PrunedLayer
-from .refusals import refuse_prompt_stage
+from .refusals import refuse_stages
 
 NOTHING_EVICTED = PLPHPConfig(method="none")
 
-Chosen = dict[int, tuple[Tensor, LayerRecord]]
+LAYER_LEVEL = (
+    "retention_rate",
+    "retention_delta",
+    "attentive_threshold",
+    "indifferent_threshold",
+    "target_retention",
+    "class_quantile",
+)
+"""Settings that say how much is kept, and nothing of what: configs that differ in them alone share their scores."""
+Decided = dict[int, tuple[Tensor, LayerRecord]]
 """What some configs keep of each pruned layer, bool [config, kv_heads, seq]."""
 Prefilled = dict[int, tuple[PackedKV, LayerRecord]]
 """What each pruned layer holds for a config that acts inside prefill."""
@@ -132,23 +143,26 @@ def _branch(
     configs: tuple[PLPHPConfig, ...],
     answer_ids: Tensor | None,
 ) -> Branches:
-    reader = _Reader(lease.attachment, inputs)
-    methods = [method_for(config, len(reader.layers)) for config in configs]
-    for method in methods:
-        refuse_prompt_stage(method, model, len(reader.pruned) == len(reader.layers))
-    plans = _plans(reader, methods, configs, answer_ids)
-    logits = reader.read(plans, inputs, answer_ids)
+    reader = PrunedCache(lease.attachment, NOTHING_EVICTED)
+    spans = _planned(reader, inputs)
+    chains = [chain_of(config, len(reader.layers)) for config in configs]
+    for chain in chains:
+        refuse_stages(chain, model, len(_pruned(reader)) == len(reader.layers))
+    readings = _readings(reader, spans, chains, answer_ids)
+    logits = _observe(reader, spans, readings, inputs, answer_ids)
 
-    groups = _groups(plans, configs)
-    chosen = [reader.chosen(plan, methods[numbers[0]], [configs[i] for i in numbers]) for plan, numbers in groups]
-    inside = [number for number, plan in enumerate(plans) if plan is None]
+    groups = _groups(readings, configs)
+    device = model.device
+    decided = [_decided(reading, [chains[i] for i in numbers], spans, device) for reading, numbers in groups]
+    inside = [number for number, reading in enumerate(readings) if reading is None]
     prefilled = [_prefilled(lease.attachment, inputs, configs[number]) for number in inside]
     order = [*(number for _, numbers in groups for number in numbers), *inside]
 
-    cache = reader.merged(chosen, [row for row, _ in prefilled], [order.index(number) for number in range(len(order))])
+    rows = [order.index(number) for number in range(len(order))]
+    cache = _merged(reader, decided, [layers for layers, _ in prefilled], rows)
     cache._lease = lease
-    own = dict(zip(inside, [found for _, found in prefilled], strict=True))
-    layer_kept, kept = _shares(cache, int(reader.spans.vision.sum()), reader.spans.end)
+    own = dict(zip(inside, [own_logits for _, own_logits in prefilled], strict=True))
+    layer_kept, kept = _shares(cache, int(spans.vision.sum()), spans.end)
     return Branches(
         configs,
         cache,
@@ -159,50 +173,43 @@ def _branch(
     )
 
 
-def _shares(cache: PrunedCache, vision: int, tokens: int) -> tuple[list[dict[int, float]], list[float]]:
-    """For each row the vision entries kept by layer, and all entries kept, as fractions of all."""
-    by_layer: dict[int, list[float]] = {}
-    entries = []
-    for record in cache.records:
-        kv: PackedKV = cache.layers[record.layer].prefix
-        by_layer[record.layer] = [n / (vision * kv.kv_heads) for n in record.kept_vision.sum((1, 2)).tolist()]
-        entries.append([sum(kv.counts[stored]) / (tokens * kv.kv_heads) for stored in kv.rows])
-    rows = [dict(zip(by_layer, row, strict=True)) for row in zip(*by_layer.values(), strict=True)]
-    return rows, [sum(row) / len(row) for row in zip(*entries, strict=True)]
+def _planned(reader: PrunedCache, inputs: Mapping[str, Any]) -> VisionSpans:
+    """Plan the prompt to be read as it is; where its vision tokens are."""
+    reader.plan(inputs)
+    if reader.reading is None:
+        raise SpanError("branch needs a prompt with at least one vision token: there is nothing to prune in this one.")
+    spans = reader.reading.spans
+    if len(spans.real) != 1 or not spans.real.all():
+        raise SpanError(
+            f"branch reads one prompt without padding, got {len(spans.real)} rows of which "
+            f"{int((~spans.real).sum())} tokens are padding: call it for each row by itself."
+        )
+    reader.leave_whole()
+    return spans
 
 
-def _groups(plans: Sequence[PromptPlan | None], configs: Sequence[PLPHPConfig]) -> list[tuple[PromptPlan, list[int]]]:
-    """Numbers of the configs that rank alike, those that act inside prefill left out."""
-    same = {name: getattr(NOTHING_EVICTED, name) for name in LAYER_LEVEL}
-    groups: dict[Any, tuple[PromptPlan, list[int]]] = {}
-    for number, (plan, config) in enumerate(zip(plans, configs, strict=True)):
-        if plan is not None:
-            groups.setdefault((id(plan), replace(config, **same)), (plan, []))[1].append(number)
-    return list(groups.values())
-
-
-def _plans(
-    reader: _Reader, methods: Sequence[Method], configs: Sequence[PLPHPConfig], answer_ids: Tensor | None
-) -> list[PromptPlan | None]:
-    """A plan for each config, shared by those that look at the same; None for those that act inside prefill."""
+def _readings(
+    reader: PrunedCache, spans: VisionSpans, chains: Sequence[Chain], answer_ids: Tensor | None
+) -> list[PromptReading | None]:
+    """A reading for each config, shared by those that ask the same; None for those that act inside prefill."""
     answer = 0 if answer_ids is None else _answer_rows(answer_ids)
-    spans, delta = reader.spans, None if reader.turn is None else reader.turn.after
-    known: dict[Any, PromptPlan] = {}
-    plans: list[PromptPlan | None] = []
-    for method, config in zip(methods, configs, strict=True):
-        if method.stage is not None:
-            plans.append(None)
+    delta = None if reader.turn is None else reader.turn.after
+    known: dict[Any, PromptReading] = {}
+    readings: list[PromptReading | None] = []
+    for chain in chains:
+        if chain.prefill is not None:
+            readings.append(None)
             continue
-        if method.needs_answer and not answer:
-            raise ConfigError(f"The method {method.name!r} ranks by the answer: pass answer_ids.")
-        plan = PromptPlan.of(spans, config, method.evidence(config), custom=False, rope_delta=delta)
-        if method.needs_answer:
-            queries = torch.zeros(1, spans.end + answer, dtype=torch.bool)
-            queries[:, spans.end :] = True
-            plan.queries, plan.spans = queries, _extended(spans, answer)
-        combined = config.gqa_reduction if plan.evidence.best_rank else ""
-        plans.append(known.setdefault((method.needs_answer, plan.evidence, combined), plan))
-    return plans
+        of_answer = chain.kv.stage.needs_answer
+        if of_answer and not answer:
+            raise ConfigError(f"The method {chain.kv.method!r} ranks by the answer: pass answer_ids.")
+        own = _extended(spans, answer) if of_answer else spans
+        reading = PromptReading(own, chain, list(_pruned(reader)), len(reader.layers), rope_delta=delta)
+        if of_answer:
+            reading.kv.queries = torch.arange(own.end)[None] >= spans.end
+        combined = chain.kv.config.gqa_reduction if reading.kv.evidence.best_position else ""
+        readings.append(known.setdefault((of_answer, reading.kv.evidence, combined), reading))
+    return readings
 
 
 def _answer_rows(answer_ids: Tensor) -> int:
@@ -218,6 +225,49 @@ def _extended(spans: VisionSpans, tokens: int) -> VisionSpans:
     return VisionSpans(segment, real, spans.start, spans.grids)
 
 
+def _observe(
+    reader: PrunedCache,
+    spans: VisionSpans,
+    readings: Sequence[PromptReading | None],
+    inputs: Mapping[str, Any],
+    answer_ids: Tensor | None,
+) -> Tensor:
+    """Read the prompt, and the answer for the readings that ask with it; score every layer for every reading.
+
+    Returns
+    -------
+    Tensor
+        [1, vocab]; logits of the token after the prompt.
+    """
+    distinct = list({id(reading): reading for reading in readings if reading is not None}.values())
+    model = reader.attachment.model
+    with _observed_by(reader, [reading for reading in distinct if reading.spans is spans]):
+        logits = _forward(model, reader, inputs)
+    of_answer = [reading for reading in distinct if reading.spans is not spans]
+    if of_answer and answer_ids is not None:
+        rows = _answer_rows(answer_ids)
+        pruned = _pruned(reader)
+        before = {i: copy.deepcopy(layer) for i, layer in enumerate(reader.layers) if i not in pruned}
+        with _observed_by(reader, of_answer):
+            _forward(model, reader, {"input_ids": answer_ids[None, :rows].to(model.device)})
+        for layer in pruned.values():
+            layer.remove_last(rows)
+        for number, unpruned in before.items():
+            reader.layers[number] = unpruned
+        for reading in of_answer:
+            reading.spans = spans
+            reading.kv.scores = {number: scores.first(spans.end) for number, scores in reading.kv.scores.items()}
+    return logits
+
+
+def _observed_by(reader: PrunedCache, readings: Sequence[PromptReading]) -> AbstractContextManager[None]:
+    def listener(attended: Attended) -> None:
+        for reading in readings:
+            reading.observe(attended)
+
+    return reader.listening(listener)
+
+
 def _forward(model: PreTrainedModel, cache: PrunedCache, inputs: Mapping[str, Any]) -> Tensor:
     """Read into a cache; logits of the last token, [1, vocab]."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -225,6 +275,30 @@ def _forward(model: PreTrainedModel, cache: PrunedCache, inputs: Mapping[str, An
     cache.check_read()
     logits: Tensor = output.logits[:, -1]
     return logits
+
+
+def _groups(
+    readings: Sequence[PromptReading | None], configs: Sequence[PLPHPConfig]
+) -> list[tuple[PromptReading, list[int]]]:
+    """Numbers of the configs that score alike, those that act inside prefill left out."""
+    same = {name: getattr(NOTHING_EVICTED, name) for name in LAYER_LEVEL}
+    groups: dict[Any, tuple[PromptReading, list[int]]] = {}
+    for number, (reading, config) in enumerate(zip(readings, configs, strict=True)):
+        if reading is not None:
+            groups.setdefault((id(reading), replace(config, **same)), (reading, []))[1].append(number)
+    return list(groups.values())
+
+
+def _decided(reading: PromptReading, chains: Sequence[Chain], spans: VisionSpans, device: torch.device) -> Decided:
+    """What each layer keeps by some configs that score alike: a row for each."""
+    step, configs = chains[0].kv, [chain.kv.config for chain in chains]
+    decided: Decided = {}
+    with as_written(device):
+        for scores, rows in reading.allocate(step, configs):
+            keep = reading.select(step, scores, rows)[:, 0]
+            part = reading.place(scores, [row for [row] in rows], keep)
+            decided[scores.layer] = keep, LayerRecord.of(spans, 0, part)
+    return decided
 
 
 def _prefilled(attachment: Attachment, inputs: dict[str, Any], config: PLPHPConfig) -> tuple[Prefilled, Tensor]:
@@ -235,108 +309,40 @@ def _prefilled(attachment: Attachment, inputs: dict[str, Any], config: PLPHPConf
     return {record.layer: (cache.layers[record.layer].prefix, record) for record in cache.records}, logits
 
 
-class _Reader(PrunedCache):
-    """Reads a prompt as it is, and holds on to the queries that will rank it."""
-
-    def __init__(self, attachment: Attachment, inputs: Mapping[str, Any]) -> None:
-        super().__init__(attachment, NOTHING_EVICTED)
-        self.plan(inputs)
-        if self._plan is None:
-            raise SpanError(
-                "branch needs a prompt with at least one vision token: there is nothing to prune in this one."
-            )
-        self.spans = self._plan.spans
-        if len(self.spans.real) != 1 or not self.spans.real.all():
-            raise SpanError(
-                f"branch reads one prompt without padding, got {len(self.spans.real)} rows of which "
-                f"{int((~self.spans.real).sum())} tokens are padding: call it for each row by itself."
-            )
-        self._plan = None
-        self._wanted = torch.zeros(1, 0, dtype=torch.bool)
-        self._queries: dict[int, tuple[Gathered, float]] = {}
-
-    @property
-    def pruned(self) -> dict[int, PrunedLayer]:
-        """The full-attention layers by number."""
-        return self._pruned
-
-    def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
-        """Note the queries that were asked for."""
-        self._guard.pending = None
-        found = gather(self._wanted, query, self._pruned[layer_idx].get_seq_length() - query.shape[2])
-        if found is not None:
-            self._queries[layer_idx] = found, scaling
-
-    def read(self, plans: Sequence[PromptPlan | None], inputs: Mapping[str, Any], answer_ids: Tensor | None) -> Tensor:
-        """Read the prompt, and the answer for the plans that look at it; score every layer for every plan.
-
-        Returns
-        -------
-        Tensor
-            [1, vocab]; logits of the token after the prompt.
-        """
-        distinct = {id(plan): plan for plan in plans if plan is not None}.values()
-        of_prompt = [plan for plan in distinct if plan.spans is self.spans]
-        of_answer = [plan for plan in distinct if plan.spans is not self.spans]
-        model = self.attachment.model
-        self._wanted = _union([plan.queries for plan in of_prompt], self.spans.end)
-        logits = _forward(model, self, inputs)
-        self._score(of_prompt)
-        if of_answer and answer_ids is not None:
-            rows = _answer_rows(answer_ids)
-            others = {i: copy.deepcopy(layer) for i, layer in enumerate(self.layers) if i not in self._pruned}
-            self._wanted = _union([plan.queries for plan in of_answer], self.spans.end + rows)
-            _forward(model, self, {"input_ids": answer_ids[None, :rows].to(model.device)})
-            self._score(of_answer)
-            for layer in self._pruned.values():
-                layer.crop(-rows)
-            for number, other in others.items():
-                self.layers[number] = other
-            for plan in of_answer:
-                plan.spans = self.spans
-                plan.scores = {number: scores.first(self.spans.end) for number, scores in plan.scores.items()}
-        return logits
-
-    def _score(self, plans: Sequence[PromptPlan]) -> None:
-        for number, (gathered, scaling) in self._queries.items():
-            with as_written(gathered[0].device):
-                for plan in plans:
-                    plan.score_with([gathered], number, self._pruned[number], scaling)
-        self._queries.clear()
-
-    def chosen(self, plan: PromptPlan, method: Method, configs: Sequence[PLPHPConfig]) -> Chosen:
-        """What each layer keeps by some configs that rank alike."""
-        with as_written(self.attachment.model.device):
-            return {
-                scores.layer: (keep[:, 0], LayerRecord.of(self.spans, 0, scores, [row for [row] in rows], keep[:, 0]))
-                for scores, rows, keep, _ in plan.choose(method, configs, self.judged(configs[0]))
-            }
-
-    def merged(self, chosen: Sequence[Chosen], prefilled: Sequence[Prefilled], order: Sequence[int]) -> PrunedCache:
-        """A cache with what was found for all configs, its rows in a new order."""
-        cache = PrunedCache(self.attachment, NOTHING_EVICTED)
-        for number, layer in enumerate(self.layers):
-            if number in self._pruned:
-                keys, values = self._pruned[number].tail()
-                whole = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
-                keep = torch.cat([whole[:0], *(one[number][0] for one in chosen)])
-                block = compact_kv(keys, values, whole).picked(keep, [row[number][0] for row in prefilled])
-                records = [*(one[number][1] for one in chosen), *(row[number][1] for row in prefilled)]
-                cache._pruned[number].begin_with(block.select(order), self._pruned[number])
-                cache.records.append(LayerRecord.stacked(records, order))
-            else:
-                layer.reorder_cache(torch.zeros(len(order), dtype=torch.long))
-                cache.layers[number] = layer
-        if self._turn is not None:
-            after = self._turn.after.expand(len(order), -1)
-            cache._turn = replace(self._turn, after=after, before=None, start=-1)
-        cache.end_here("its rows are pruned by configs of their own; give new text to model(...) directly")
-        return cache
+def _merged(
+    reader: PrunedCache, decided: Sequence[Decided], prefilled: Sequence[Prefilled], order: Sequence[int]
+) -> PrunedCache:
+    """A cache with what was decided for all configs, its rows in a new order."""
+    cache = PrunedCache(reader.attachment, NOTHING_EVICTED)
+    source, target = _pruned(reader), _pruned(cache)
+    for number, layer in enumerate(reader.layers):
+        if number in source:
+            keys, values = source[number].tail()
+            whole = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+            keep = torch.cat([whole[:0], *(layers[number][0] for layers in decided)])
+            block = compact_kv(keys, values, whole).picked(keep, [layers[number][0] for layers in prefilled])
+            records = [*(layers[number][1] for layers in decided), *(layers[number][1] for layers in prefilled)]
+            target[number].begin_with(block.select(order), source[number])
+            cache.records.append(LayerRecord.stacked(records, order))
+        else:
+            layer.reorder_cache(torch.zeros(len(order), dtype=torch.long))
+            cache.layers[number] = layer
+    cache.follow_turn(reader, len(order))
+    cache.end_here("its rows are pruned by configs of their own; give new text to model(...) directly")
+    return cache
 
 
-def _union(masks: Sequence[Tensor], length: int) -> Tensor:
-    """Positions that any mask [1, length] marks."""
-    result = torch.zeros(1, length, dtype=torch.bool)
-    for mask in masks:
-        result |= mask
-    return result
+def _pruned(cache: PrunedCache) -> dict[int, PrunedLayer]:
+    return {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, PrunedLayer)}
+
+
+def _shares(cache: PrunedCache, vision: int, tokens: int) -> tuple[list[dict[int, float]], list[float]]:
+    """For each row the vision entries kept by layer, and all entries kept, as fractions of all."""
+    by_layer: dict[int, list[float]] = {}
+    entries = []
+    for record in cache.records:
+        kv: PackedKV = cache.layers[record.layer].prefix
+        by_layer[record.layer] = [n / (vision * kv.kv_heads) for n in record.kept_vision.sum((1, 2)).tolist()]
+        entries.append([sum(kv.counts[stored]) / (tokens * kv.kv_heads) for stored in kv.rows])
+    rows = [dict(zip(by_layer, row, strict=True)) for row in zip(*by_layer.values(), strict=True)]
+    return rows, [sum(row) / len(row) for row in zip(*entries, strict=True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,18 +16,22 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from plphp.engines.hf.conversation.cache import ConversationCache
 from plphp.errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
-from plphp.methods.registry import method_for
+from plphp.methods.registry import chain_of
 from plphp.pruning.finite import features_of
-from plphp.pruning.plan import PromptPlan
+from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord, prompt_reports
 from plphp.pruning.report import PruneReport
+from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 
 from .attachment import Attachment, Lease
+from .contexts import Session
+from .generation import GenerateCall, generate
 from .layer import PrunedLayer, layer_nbytes
 from .passes import PassGuard
-from .refusals import refuse_prompt_stage, refuse_unanswered
+from .refusals import refuse_stages
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class PrunedCache(ConversationCache):
         pruned = [PrunedLayer() if type(layer) is DynamicLayer else layer for layer in layers]
         super().__init__(attachment, pruned)
         self.config, self.decode = config, checked_mode(decode)
-        self.method = method_for(config, len(layers))
-        refuse_unanswered(self.method)
+        self.chain = chain_of(config, len(layers))
+        self.chain.refuse_unanswered()
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
         self._pruned = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PrunedLayer)}
@@ -65,13 +70,14 @@ class PrunedCache(ConversationCache):
                 "sliding window, chunks or no KV cache), so there is nothing to prune."
             )
         self._first, self._last = min(self._pruned), max(self._pruned)
-        refuse_prompt_stage(self.method, attachment.model, len(self._pruned) == len(layers))
+        refuse_stages(self.chain, attachment.model, len(self._pruned) == len(layers))
         dummy = getattr(self, "is_dummy", [False] * len(layers))
         updated = [i for i in range(len(layers)) if not dummy[i]]
         self._guard = PassGuard(max(updated))
         self._can_take_back = all(i in self._pruned for i in updated)
         self._before = 0
-        self._plan: PromptPlan | None = None
+        self.reading: PromptReading | None = None
+        self._listeners: list[Callable[[Attended], None]] = []
         self._lease: Lease | None = None
         self._dead = self._spent = ""
         self.tail_bias: Tensor | None = None
@@ -155,15 +161,23 @@ class PrunedCache(ConversationCache):
         if self._spent and self.get_seq_length():
             raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
         spans, turn = self.begin_turn(inputs, vision_mask)
-        self._plan = None
+        self.reading = None
         # Text alone: nothing to evict, so nothing to compact either.
         if spans.vision.any():
-            evidence = self.method.evidence(self.config)
-            delta = None if self._turn is None else self._turn.after
-            custom = vision_mask is not None
-            self._plan = PromptPlan.of(spans, self.config, evidence, custom=custom, rope_delta=delta)
-            self._plan.features = features_of(turn)
+            self.reading = self._reading_of(spans, features_of(turn), custom=vision_mask is not None)
         return turn
+
+    def _reading_of(self, spans: VisionSpans, features: Mapping[str, Sequence[Tensor]], custom: bool) -> PromptReading:
+        delta = None if self._turn is None else self._turn.after
+        return PromptReading(
+            spans,
+            self.chain,
+            list(self._pruned),
+            len(self.layers),
+            custom=custom,
+            rope_delta=delta,
+            features=features,
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -173,8 +187,8 @@ class PrunedCache(ConversationCache):
         layer = self._pruned.get(layer_idx)
         if layer is not None and layer_idx == self._first:
             self._before = layer.get_seq_length()
-            if self._plan is not None:
-                self._plan.check_length(self._before + key_states.shape[2])
+            if self.reading is not None:
+                self.reading.check_length(self._before + key_states.shape[2])
         self._guard.enter(layer_idx)
         if layer is None:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -194,7 +208,7 @@ class PrunedCache(ConversationCache):
     @property
     def is_read(self) -> bool:
         """Whether there is no prompt that has been planned and not been read to its end."""
-        return self._plan is None
+        return self.reading is None
 
     def forget_pass(self) -> None:
         """Be between two passes again, after one that was not counted."""
@@ -214,7 +228,7 @@ class PrunedCache(ConversationCache):
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
-        """Score, allocate, select and compact, once a layer has attended to the end of the prompt.
+        """Take in what a layer has attended to, and place the entries of the layers that can be decided now.
 
         Parameters
         ----------
@@ -226,52 +240,43 @@ class PrunedCache(ConversationCache):
             Factor on the logits.
         """
         self._guard.pending = None
-        plan, layer = self._plan, self._pruned[layer_idx]
-        if plan is None:
-            return
-        if query.shape[0] != plan.batch:
-            times, rest = divmod(query.shape[0], plan.batch)
-            if rest:
-                self._kill(f"it was planned for {plan.batch} rows and read {query.shape[0]}")
-            plan.repeat(times)
-        plan.gather(layer_idx, query, layer.get_seq_length() - query.shape[2])
-        if layer.get_seq_length() < plan.spans.end:
-            if self.method.stage is not None:
-                reason = f"{self.method.name} ranks inside prefill and needs the prompt in one piece: leave out chunks"
-                self._kill(reason, UnsupportedFeatureError)
+        attended = Attended(layer_idx, query, self._pruned[layer_idx], scaling)
+        for listener in self._listeners:
+            listener(attended)
+        reading = self.reading
+        if reading is None:
             return
         started = time.perf_counter()
-        with as_written(query.device):
-            plan.score(layer_idx, layer, scaling)
-            plan.withdraw(layer_idx, self.method, self.config, len(self.layers))
-            if layer_idx == self._last or not self.method.needs_all_layers(self.config):
-                self._evict(plan)
-        if layer_idx == self._last:
-            self._plan = None
+        with as_written(query.device), self._ended_by_errors():
+            self._repeat_rows(reading, query.shape[0])
+            for part in reading.read(attended):
+                layer = self._pruned[part.scores.layer]
+                self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
+                layer.place(part.placement)
+            if layer_idx == self._last and attended.entries.length >= reading.spans.end:
+                self.reading = None
         self.pruning_seconds += time.perf_counter() - started
 
-    def _evict(self, plan: PromptPlan) -> None:
-        """Allocate rates over the scored layers, select and compact in each of them."""
-        try:
-            for scores, [rows], [keep], _ in plan.choose(self.method, [self.config], self.judged(self.config)):
-                layer = self._pruned[scores.layer]
-                self.records.append(LayerRecord.of(plan.spans, layer.prefix_length, scores, rows, keep))
-                layer.compact(keep)
-        except PLPHPError as error:
-            self._kill(str(error), type(error))
-        plan.scores.clear()
+    @contextmanager
+    def listening(self, listener: Callable[[Attended], None]) -> Iterator[None]:
+        """Call ``listener`` whenever a layer has attended while the context is open, before anything of it is placed.
 
-    def judged(self, config: PLPHPConfig) -> list[int]:
-        """The layers that share the budget of a config: those that are pruned and not exempt."""
-        exempt = {layer % len(self.layers) for layer in config.exempt_layers}
-        return [layer for layer in self._pruned if layer not in exempt]
+        Its tail holds the keys of the whole prompt then, and `reading` is None where an answer is decoded.
+        """
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def leave_whole(self) -> None:
+        """Read the prompt that was planned as it is, with nothing placed and so nothing packed; listeners hear it."""
+        self.reading = None
 
     def hidden(self, layer_idx: int) -> Tensor | None:
         """Which entries of a layer's tail have left the prompt before it, bool [batch, tail]; None if none has."""
-        plan = self._plan
-        if plan is None or plan.hidden is None or layer_idx < plan.hidden_from:
-            return None
-        return plan.hidden[:, self._pruned[layer_idx].prefix_length :]
+        hidden = None if self.reading is None else self.reading.hidden_at(layer_idx)
+        return None if hidden is None else hidden[:, self._pruned[layer_idx].prefix_length :]
 
     def report(self) -> PruneReport:
         """What was kept and evicted so far, and the bytes that the cache holds now.
@@ -340,16 +345,40 @@ class PrunedCache(ConversationCache):
 
     def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Plan what ``generate`` is given, or compare it with what was planned from a ``vision_mask``; see `plan`."""
-        if self._plan is None or not self._plan.custom:
+        if self.reading is None or not self.reading.custom:
             return self.plan(inputs)
         self.check_alive()
         turn, real = self.read_turn(inputs)
-        self._plan.check_shape(*real.shape)
+        self.reading.check_shape(*real.shape)
         return turn
+
+    def run_generate(
+        self,
+        attachment: Attachment,
+        session: Session | None,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the ``generate`` of an attached model that was given this cache, see `plphp.engines.hf.generation`."""
+        call = GenerateCall.of(attachment.model, original, args, kwargs)
+        if self.attachment is not attachment:
+            self.check_alive()
+            raise UnsupportedFeatureError("This PrunedCache was made for another model.")
+        return self.answer(call, session)
+
+    def answer(self, call: GenerateCall, session: Session | None) -> Any:
+        """Run a call of ``generate`` with this cache; the session it belongs to, if any, gets the report."""
+        if session is not None:
+            session.note(None)
+        output = generate(self, call)
+        if session is not None:
+            session.note(self.report())
+        return output
 
     def after_failure(self) -> None:
         """Make the cache whole again after an exception; if it cannot be, mark it as dead."""
-        half_read = self._plan is not None and self._pruned[self._last].get_seq_length() > self._plan.spans.start
+        half_read = self.reading is not None and self._pruned[self._last].get_seq_length() > self.reading.spans.start
         if not self._dead and (self._guard.cut_off or half_read) and not self._take_back():
             self._bury("an error stopped the model in the middle of a step")
 
@@ -360,7 +389,7 @@ class PrunedCache(ConversationCache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes the entries and goes on behind them
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.records, self._plan = [], None
+        self.records, self.reading = [], None
         self.pruning_seconds, self._spent = 0.0, ""
         self._guard.reset()
 
@@ -375,6 +404,24 @@ class PrunedCache(ConversationCache):
             "A PrunedCache belongs to its model and cannot be pickled, sent to another process or copied in part: "
             "copy.deepcopy makes another one for the same model, and cache.report().to_json() can be stored."
         )
+
+    def _repeat_rows(self, reading: PromptReading, rows: int) -> None:
+        """Follow ``generate``, which repeats the rows of a prompt for beams and for several returned sequences."""
+        times, rest = divmod(rows, reading.batch)
+        if rest:
+            self._kill(f"it was planned for {reading.batch} rows and read {rows}")
+        if times > 1:
+            reading.repeat(times)
+
+    @contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        """End the cache with an error in a prompt's flow: some layers are placed by then, and others are not."""
+        try:
+            yield
+        except PLPHPError as error:
+            if not self._dead:
+                self._kill(str(error), type(error))
+            raise
 
     def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
         reason = reason.rstrip(".")
@@ -395,7 +442,7 @@ class PrunedCache(ConversationCache):
 
     def _take_back(self) -> bool:
         """Forget the tokens of a pass that was cut off; return whether it can be done, as while decoding."""
-        if self._plan is not None or not self._can_take_back:
+        if self.reading is not None or not self._can_take_back:
             return False
         for layer in self._pruned.values():
             layer.crop(self._before - layer.get_seq_length())

@@ -7,14 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from plphp.errors import CacheMemoryError
 
-from .cache import PrunedCache
+from .attachment import Attachment
 from .layer import PrunedLayer
 
 Capture = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
@@ -24,6 +24,20 @@ What the function reads has to stay alive as long as the result is used.
 """
 
 _lock = threading.Lock()
+
+
+class DecodedCache(Protocol):
+    """What a graph needs of a `plphp.engines.hf.cache.PrunedCache`, which stands above this module."""
+
+    layers: list[Any]
+    tail_bias: Tensor | None
+
+    @property
+    def attachment(self) -> Attachment: ...
+    @property
+    def is_read(self) -> bool: ...
+    def crop(self, tokens_to_remove: int) -> None: ...
+    def forget_pass(self) -> None: ...
 
 
 def capture_cuda(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -63,7 +77,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        cache: PrunedCache,
+        cache: DecodedCache,
         forward: Callable[..., Any],
         first: dict[str, Any],
         kwargs: dict[str, Any],
@@ -121,7 +135,7 @@ class CapturedStep:
         return [held for layer in self._layers for held in (layer.prefix, layer.keys, layer.values)]
 
 
-def reserve(cache: PrunedCache, room: int) -> int:
+def reserve(cache: DecodedCache, room: int) -> int:
     """Make room in the tails for so many tokens more; return how many tokens a tail has room for now.
 
     Raises
@@ -140,7 +154,7 @@ def reserve(cache: PrunedCache, room: int) -> int:
 
 
 @contextmanager
-def _written_at(cache: PrunedCache, slot: Tensor, bias: Tensor) -> Iterator[None]:
+def _written_at(cache: DecodedCache, slot: Tensor, bias: Tensor) -> Iterator[None]:
     """Let a step be written to a slot of the tails, int64 [1], without being counted.
 
     ``bias`` is additive, float32 [1, 1, 1, room], and hides what is behind the slot.
@@ -157,7 +171,7 @@ def _written_at(cache: PrunedCache, slot: Tensor, bias: Tensor) -> Iterator[None
             layer.slot = None
 
 
-def _pruned(cache: PrunedCache) -> list[PrunedLayer]:
+def _pruned(cache: DecodedCache) -> list[PrunedLayer]:
     return [layer for layer in cache.layers if isinstance(layer, PrunedLayer)]
 
 

@@ -13,18 +13,37 @@ import asyncio
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from plphp.errors import CacheStateError
 
-if TYPE_CHECKING:
-    from .session import Session
-
 POOLS = ("concurrent.futures.thread", "multiprocessing.pool", "anyio._backends._asyncio")
 """Modules whose threads work for whoever comes, so that when they were started says nothing."""
+
+
+class Session(Protocol):
+    """What is known here of an open session (`plphp.engines.hf.session.Session`)."""
+
+    closed: bool
+
+    def note(self, report: Any) -> None:
+        """Keep the report of a finished ``generate``; None while one is running."""
+
+    def note_unpruned(self) -> None:
+        """Count a pass of the model that no `PrunedCache` took part in."""
+
+    def warn_unpruned(self, frames: int) -> None:
+        """Warn, at a place so many frames above, if the model ran inside the session without plphp."""
+
+    def close(self) -> None:
+        """End the session."""
+
+    def run_generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``generate`` with a new `PrunedCache`."""
+
 
 _opened: ContextVar[tuple[Session, ...]] = ContextVar("plphp_sessions", default=())
 _generating: ContextVar[bool] = ContextVar("plphp_generating", default=False)

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from plphp.engines.hf.conversation.mrope import position_holder
+from plphp.engines.hf.conversation.mrope import TurnPositions, position_holder
 from plphp.engines.hf.conversation.turns import with_features
 from plphp.errors import CacheStateError, UnsupportedFeatureError
 from plphp.families.registry import family_of
 
-from .attachment import Attachment
-from .cache import PrunedCache
 from .cache_argument import NAME, NAMES, passed, take_cache
+from .captured import DecodedCache
 from .contexts import generating
 from .graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
 from .unwrapping import refuse_adapters
@@ -34,61 +34,86 @@ SUPPORTED_MODES = (
 )
 
 
-def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run ``generate`` with a `PrunedCache`.
+class GeneratingCache(DecodedCache, Protocol):
+    """What ``generate`` needs of a `plphp.engines.hf.cache.PrunedCache`, which stands above this module."""
+
+    decode: str
+    records: list[Any]
+
+    @property
+    def turn(self) -> TurnPositions | None: ...
+    def get_seq_length(self) -> int: ...
+    def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]: ...
+    def check_read(self) -> None: ...
+    def note_answer(self, output: Any) -> None: ...
+    def after_failure(self) -> None: ...
+    def end_here(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """A call of ``generate`` that can be pruned rightly.
 
     Parameters
     ----------
-    attachment : Attachment
-        Of the model.
     original : callable
         The model's own ``generate``.
-    *args, **kwargs
-        As the user gave them.
+    kwargs : dict
+        All arguments by name, without a cache.
+    config : GenerationConfig
+        The settings that ``generate`` will use.
+    cache_name : str
+        Name under which a cache was passed; the one to use where there was none.
+    cache : object or None
+        The cache that was passed.
+    """
+
+    original: Callable[..., Any]
+    kwargs: dict[str, Any]
+    config: GenerationConfig
+    cache_name: str
+    cache: Any
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> GenerateCall:
+        """Name the arguments of a call and look at what it asks for.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If it asks for something that cannot be pruned rightly.
+        """
+        kwargs = dict(kwargs)
+        name, cache = take_cache(kwargs)
+        if args:
+            kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
+        config = _effective_config(model, kwargs)
+        _refuse_unsupported(model, config, kwargs)
+        return cls(original, kwargs, config, name, cache)
+
+
+def generate(cache: GeneratingCache, call: GenerateCall) -> Any:
+    """Run a call of ``generate`` with a `PrunedCache`.
 
     Raises
     ------
-    UnsupportedFeatureError
-        If the call asks for something that cannot be pruned rightly.
     SpanError
         If the vision tokens cannot be found.
     """
-    pruned = any(isinstance(value, PrunedCache) for value in kwargs.values())
-    session = attachment.sessions.here_or_none() if pruned else attachment.sessions.here()
-    if session is None and not pruned:
-        return original(*args, **kwargs)
-    name, cache = take_cache(kwargs)
-    if args:
-        bound = inspect.signature(original).bind_partial(*args)
-        kwargs = {**bound.arguments, **kwargs}
-    model = attachment.model
-    config = _effective_config(model, kwargs)
-    _refuse_unsupported(model, config, kwargs)
-    if cache is None:
-        assert session is not None
-        cache = PrunedCache(attachment, session.config, session.decode)
-    elif not isinstance(cache, PrunedCache):
-        raise UnsupportedFeatureError(
-            f"Inside a plphp session the cache must be a PrunedCache, got {name}={type(cache).__name__}: static, "
-            "quantized, offloaded and plain dynamic caches cannot hold ragged entries. Leave it out, or call "
-            "generate outside the session."
-        )
-    elif cache.attachment is not attachment:
-        cache.check_alive()
-        raise UnsupportedFeatureError("This PrunedCache was made for another model.")
-    if session is not None:
-        session.note(None)
-    inputs, expanded = _model_inputs(config, kwargs), _expanded(config)
+    model, config = cache.attachment.model, call.config
+    inputs = _model_inputs(config, call.kwargs)
     length = cache.get_seq_length()
-    kwargs = with_features(kwargs, cache.plan_generate(inputs), family_of(model.config))
-    _refuse_to_share_images(cache, expanded)
+    kwargs = with_features(call.kwargs, cache.plan_generate(inputs), family_of(model.config))
+    _refuse_to_share_images(cache, _expanded(config))
     if "attention_mask" in inputs:
         kwargs["attention_mask"] = inputs["attention_mask"]
     kwargs.update(passed(cache))
     kwargs.update(_positions(model, cache, config))
     try:
         with generating(), _replayed(model, cache, config, inputs):
-            output = original(**kwargs)
+            output = call.original(**kwargs)
         cache.check_read()
         _check_used(cache, length)
         cache.note_answer(output)
@@ -98,13 +123,11 @@ def generate(attachment: Attachment, original: Callable[..., Any], *args: Any, *
     finally:
         if (config.num_beams or 1) > 1 and cache.get_seq_length() != length:
             cache.end_here("it holds the beams that were running at the end, not the answer that was returned")
-    if session is not None:
-        session.note(cache.report())
     return output
 
 
 def _replayed(
-    model: PreTrainedModel, cache: PrunedCache, config: GenerationConfig, inputs: dict[str, Any]
+    model: PreTrainedModel, cache: GeneratingCache, config: GenerationConfig, inputs: dict[str, Any]
 ) -> AbstractContextManager[None]:
     """Let decoding steps be replayed from a graph while the context is open, as the cache is to be decoded with."""
     reason = graph_obstacle(model, config.num_beams or 1)
@@ -125,7 +148,7 @@ def _expanded(config: GenerationConfig) -> bool:
     return max(config.num_beams or 1, config.num_return_sequences or 1) > 1
 
 
-def _refuse_to_share_images(cache: PrunedCache, expanded: bool) -> None:
+def _refuse_to_share_images(cache: GeneratingCache, expanded: bool) -> None:
     """Raise where transformers would repeat new images by the placeholders of the whole chat, old ones included."""
     if expanded and cache.records and not cache.is_read:
         raise UnsupportedFeatureError(
@@ -135,7 +158,7 @@ def _refuse_to_share_images(cache: PrunedCache, expanded: bool) -> None:
         )
 
 
-def _check_used(cache: PrunedCache, length: int) -> None:
+def _check_used(cache: GeneratingCache, length: int) -> None:
     """Raise where ``generate`` came to its end with another cache than the one that it was given."""
     if cache.get_seq_length() == length or not cache.is_read:
         raise CacheStateError(
@@ -144,7 +167,7 @@ def _check_used(cache: PrunedCache, length: int) -> None:
         )
 
 
-def _positions(model: PreTrainedModel, cache: PrunedCache, config: GenerationConfig) -> dict[str, Any]:
+def _positions(model: PreTrainedModel, cache: GeneratingCache, config: GenerationConfig) -> dict[str, Any]:
     """Positions of a later turn of a model with m-RoPE."""
     turn = cache.turn
     if turn is None or turn.before is None:

@@ -25,9 +25,8 @@ from transformers import PreTrainedModel
 from plphp.errors import CacheMemoryError, UnsupportedFeatureError
 from plphp.io.quoting import one_line
 
-from .cache import PrunedCache
 from .cache_argument import cache_among
-from .captured import Capture, CapturedStep, capture_cuda, reserve
+from .captured import Capture, CapturedStep, DecodedCache, capture_cuda, reserve
 from .layer import PrunedLayer
 
 log = logging.getLogger("plphp")
@@ -75,7 +74,7 @@ class GraphedDecoding:
     Parameters
     ----------
     cache : PrunedCache
-        The cache.
+        The cache that is decoded.
     forward : callable
         The model's own forward.
     steps : int
@@ -88,7 +87,7 @@ class GraphedDecoding:
 
     def __init__(
         self,
-        cache: PrunedCache,
+        cache: DecodedCache,
         forward: Callable[..., Any],
         steps: int,
         *,
@@ -214,7 +213,7 @@ class _Dispatcher:
 
 @contextmanager
 def replayed(
-    model: PreTrainedModel, cache: PrunedCache, steps: int, *, required: bool, capture: Capture = capture_cuda
+    model: PreTrainedModel, cache: DecodedCache, steps: int, *, required: bool, capture: Capture = capture_cuda
 ) -> Iterator[None]:
     """Decode a cache from graphs while the context is open, see `GraphedDecoding`; threads may share the model."""
     with _lock:

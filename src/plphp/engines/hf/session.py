@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from plphp.errors import CacheStateError, UnprunedWarning, UnsupportedModelError
+from plphp.errors import CacheStateError, UnprunedWarning, UnsupportedFeatureError, UnsupportedModelError
 from plphp.families.registry import family_of
 from plphp.methods.registry import resolve
 from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 
 from .attachment import Lease
+from .cache import PrunedCache
 from .cache_argument import NAME
+from .generation import GenerateCall
 from .unwrapping import unwrapped
 
 APPLIED = "_plphp_applied"
@@ -71,6 +73,24 @@ class Session:
     def note(self, report: PruneReport | None) -> None:
         """Keep the report of a finished ``generate``; None while one is running."""
         self._report, self._unpruned_since = report, 0
+
+    def run_generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``generate`` with a new `PrunedCache`.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If the call names another cache, or asks for something else that cannot be pruned rightly.
+        """
+        attachment = self._lease.attachment
+        call = GenerateCall.of(attachment.model, original, args, kwargs)
+        if call.cache is not None:
+            raise UnsupportedFeatureError(
+                f"Inside a plphp session the cache must be a PrunedCache, got {call.cache_name}="
+                f"{type(call.cache).__name__}: static, quantized, offloaded and plain dynamic caches cannot hold "
+                "ragged entries. Leave it out, or call generate outside the session."
+            )
+        return PrunedCache(attachment, self.config, self.decode).answer(call, self)
 
     def note_unpruned(self) -> None:
         """Count a pass of the model that no `PrunedCache` took part in."""

@@ -57,7 +57,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        config, method = refuse_unsupported(vllm_config)
+        chain = refuse_unsupported(vllm_config)
         self._groups = _group_of_layer(kv_cache_config)
         sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
         if len(sizes) != 1:
@@ -66,7 +66,7 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         self._stats = PruneStats()
         if role == KVConnectorRole.WORKER:
             ranks = ranks_of(vllm_config)
-            self.pruning = Pruning(config, method, len(self._groups), sizes.pop(), ranks)
+            self.pruning = Pruning(chain, len(self._groups), sizes.pop(), ranks)
             attach_to_runner()
 
     @property

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt on its way into the paged cache: what is held of it until its end, and what leaves then."""
+"""A request in the worker: the flow of `plphp.pruning.reading` over a prompt on its way into the paged cache.
+
+What is vLLM's own about it: where the vision tokens are (`vision_spans`), that what leaves is rounded to whole blocks,
+and that what is kept moves to the end of the prompt's slots, so that blocks fall empty at its head.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plphp.engines.hf.layer import PrunedLayer
 from plphp.families.spans import VisionSpans
 from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
 from plphp.policy.allocation import RowAllocation
-from plphp.policy.method import Method
-from plphp.pruning.plan import PromptPlan
-from plphp.settings.config import PLPHPConfig
+from plphp.policy.chain import Chain
+from plphp.pruning.entries import LayerEntries
+from plphp.pruning.placement import held_whole
+from plphp.pruning.reading import PlacedLayer, PromptReading
+from plphp.pruning.scoring import Attended
 
 from .ranks import Ranks
 from .rounding import evict_whole_blocks
@@ -41,7 +47,7 @@ class PrunedPart:
     blocks : int
         Blocks at the head of the prompt that fall empty.
     entries : PackedKV, optional
-        What is kept, text included; None where nothing leaves.
+        What this rank keeps, text included; None where no block falls empty.
     """
 
     layer: int
@@ -52,104 +58,110 @@ class PrunedPart:
 
 
 @dataclass
-class PromptReading:
-    """One request in the worker.
+class RequestReading:
+    """The prompt of one request in the worker.
 
     Parameters
     ----------
     tokens : int
         Length of the prompt.
-    plan : PromptPlan, optional
+    block_size : int
+        Tokens of a block of the pool.
+    ranks : Ranks
+        Who shares the heads of a layer.
+    prompt : PromptReading, optional
         None where nothing is to be pruned: without vision tokens, or when all layers are done.
     dropped : dict of int to int
         By decoder layer, the blocks at the head of the prompt that are empty.
     """
 
     tokens: int
-    plan: PromptPlan | None
+    block_size: int
+    ranks: Ranks
+    prompt: PromptReading | None
     dropped: dict[int, int] = field(default_factory=dict)
-    _layers: dict[int, PrunedLayer] = field(default_factory=dict)
+    _layers: dict[int, LayerEntries] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: Any, config: PLPHPConfig, method: Method) -> PromptReading:
+    def of(cls, request: Any, chain: Chain, layers: int, block_size: int, ranks: Ranks) -> RequestReading:
         """Plan the prompt of a request.
 
         Parameters
         ----------
         request : vllm.v1.worker.gpu_input_batch.CachedRequestState
             Gives the length of the prompt and the places of its images.
-        config : PLPHPConfig
-            The settings.
-        method : Method
-            What ranks.
+        chain : Chain
+            What is done at each stage.
+        layers : int
+            Decoder layers of the model.
+        block_size : int
+            Tokens of a block of the pool.
+        ranks : Ranks
+            Who shares the heads of a layer.
         """
         tokens = request.num_prompt_tokens
         spans = vision_spans(request.mm_features, tokens)
         if not bool(spans.vision.any()):
-            return cls(tokens, None)
+            return cls(tokens, block_size, ranks, None)
         delta = getattr(request, "mrope_position_delta", None)
-        rope_delta = None if delta is None else torch.tensor([[delta]])
-        return cls(tokens, PromptPlan.of(spans, config, method.evidence(config), custom=False, rope_delta=rope_delta))
+        prompt = PromptReading(
+            spans,
+            chain,
+            range(layers),
+            layers,
+            rope_delta=None if delta is None else torch.tensor([[delta]]),
+            join_heads=ranks.whole,
+            round_up=partial(evict_whole_blocks, block_size=block_size),
+        )
+        return cls(tokens, block_size, ranks, prompt)
 
     @property
     def vision_tokens(self) -> int:
         """Vision tokens of the prompt that is being read."""
-        return 0 if self.plan is None else int(self.plan.spans.vision.sum())
+        return 0 if self.prompt is None else int(self.prompt.spans.vision.sum())
 
-    def read(self, layer_idx: int, query: Tensor, keys: Tensor, values: Tensor, begin: int) -> bool:
-        """Take a chunk of the prompt in.
+    def is_last(self, layer: int) -> bool:
+        """Whether the prompt has been read when this layer has read it."""
+        return self.prompt is not None and layer == self.prompt.last_layer
+
+    def read(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Iterator[PrunedPart]:
+        """Take a chunk of the prompt in, and prune the layers that can be decided now.
 
         Parameters
         ----------
-        layer_idx : int
+        layer : int
             Decoder layer.
         query, keys, values : Tensor
-            [tokens, heads, dim]; post-RoPE.
-        begin : int
-            Position of the first of them.
-
-        Returns
-        -------
-        bool
-            Whether the layer has read the whole prompt.
+            [tokens, heads, dim]; post-RoPE, of the tokens behind those that the layer has read.
+        scaling : float
+            Factor on the logits.
         """
-        if self.plan is None:
-            return False
-        self.plan.gather(layer_idx, _with_batch(query), begin)
+        if self.prompt is None:
+            return
+        entries = self._layers.get(layer)
         keys, values = _with_batch(keys), _with_batch(values)
-        layer = self._layers.get(layer_idx)
-        if layer is None:
-            layer = self._layers[layer_idx] = PrunedLayer()
+        if entries is None:
+            entries = self._layers[layer] = LayerEntries()
             # It holds its first entries as they come, and the engine may write others into their memory later.
             keys, values = keys.clone(), values.clone()
-        layer.update(keys, values)
-        return layer.get_seq_length() >= self.tokens
+        entries.append(keys, values)
+        for part in self.prompt.read(Attended(layer, _with_batch(query), entries, scaling)):
+            yield self._compacted(part)
 
-    def score(self, layer_idx: int, scaling: float, ranks: Ranks) -> None:
-        """Score all heads of a layer that has read the whole prompt, see `PromptPlan.score`."""
-        if self.plan is not None:
-            self.plan.score(layer_idx, self._layers[layer_idx], scaling)
-            self.plan.scores[layer_idx] = ranks.whole(self.plan.scores[layer_idx])
-
-    def evict(
-        self, method: Method, config: PLPHPConfig, judged: Sequence[int], block_size: int, ranks: Ranks
-    ) -> Iterator[PrunedPart]:
-        """Allocate, select and compact in the layers that are scored and not yet done."""
-        if self.plan is None:
-            return
-        for scores, [[allocation]], [chosen], rank in self.plan.choose(method, [config], judged):
-            assert rank is not None  # methods of the prompt stage are refused at the start
-            layer = self._layers.pop(scores.layer)
-            keep, blocks = evict_whole_blocks(chosen, rank, scores, block_size)
-            kept = (keep[0] & scores.vision[0]).sum().item() / scores.kv_heads
-            entries = compact_kv(*layer.tail(), ranks.part(keep)) if blocks else None
-            self.dropped[scores.layer] = blocks
-            yield PrunedPart(scores.layer, allocation, kept, blocks, entries)
-        self.plan.scores.clear()
+    def _compacted(self, part: PlacedLayer) -> PrunedPart:
+        """What a layer keeps, and how many blocks fall empty by it."""
+        layer, keep = part.scores.layer, held_whole(part.placement)
+        blocks = int((~keep[0, 0]).sum()) // self.block_size
+        kept = (keep[0] & part.scores.vision[0]).sum().item() / part.scores.kv_heads
+        entries = self._layers.pop(layer)
+        packed = compact_kv(*entries.tail(), self.ranks.part(keep)) if blocks else None
+        self.dropped[layer] = blocks
+        [allocation] = part.allocation
+        return PrunedPart(layer, allocation, kept, blocks, packed)
 
     def finish(self) -> None:
         """Let go of what was held for the scores."""
-        self.plan = None
+        self.prompt = None
         self._layers.clear()
 
 
@@ -164,7 +176,7 @@ def vision_spans(features: Sequence[Any], tokens: int) -> VisionSpans:
         Length of the prompt.
     """
     segment = torch.full((1, tokens), -1)
-    visual = sorted((one for one in features if one.modality in VISUAL), key=lambda one: one.mm_position.offset)
+    visual = sorted((item for item in features if item.modality in VISUAL), key=lambda item: item.mm_position.offset)
     for number, feature in enumerate(visual):
         for first, last in feature.mm_position.extract_embeds_range():
             segment[0, first : last + 1] = number

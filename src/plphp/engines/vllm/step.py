@@ -15,7 +15,7 @@ from torch import Tensor
 from plphp.errors import PLPHPError, UnsupportedFeatureError
 from plphp.kernels import decode_attention
 
-from .reading import PromptReading, PrunedPart
+from .reading import PrunedPart, RequestReading
 from .state import Pruning
 
 _current: ContextVar[Step | None] = ContextVar("plphp_step", default=None)
@@ -35,7 +35,7 @@ class Row:
     ----------
     request : str
         Its id.
-    reading : PromptReading
+    reading : RequestReading
         What is known of it.
     start : int
         Where its tokens begin in the pass.
@@ -46,7 +46,7 @@ class Row:
     """
 
     request: str
-    reading: PromptReading
+    reading: RequestReading
     start: int
     tokens: int
     computed: int
@@ -137,32 +137,25 @@ class Step:
         """
         self._writers[layer_idx] = write
         for row_idx, row in enumerate(self.rows):
-            reading = row.reading
-            if reading.plan is None or not row.of_prompt:
-                continue
-            query, keys, values = map(row.prompt_part, states)
-            if not reading.read(layer_idx, query, keys, values, row.computed):
+            if row.reading.prompt is None or not row.of_prompt:
                 continue
             try:
-                self._prune(row_idx, layer_idx, states, output, scaling)
+                self._read(row_idx, layer_idx, states, output, scaling)
             except PLPHPError as error:  # a request must not end the server
-                self.pruning.give_up(row.request, reading, str(error))
+                self.pruning.give_up(row.request, row.reading, str(error))
 
-    def _prune(
+    def _read(
         self, row_idx: int, layer_idx: int, states: tuple[Tensor, Tensor, Tensor], output: Tensor, scaling: float
     ) -> None:
-        """Score a layer that has read a prompt, and prune those that can be."""
+        """Take in the prompt of one request, and write what the layers that are decided now keep of it."""
         row, pruning = self.rows[row_idx], self.pruning
-        row.reading.score(layer_idx, scaling, pruning.ranks)
-        if pruning.waits_for_all and layer_idx != pruning.last_layer:
-            return
-        settings = pruning.method, pruning.config, pruning.judged
-        for part in row.reading.evict(*settings, pruning.block_size, pruning.ranks):
+        query, keys, values = map(row.prompt_part, states)
+        for part in row.reading.read(layer_idx, query, keys, values, scaling):
             pruning.note(row.request, row.reading, part)
             self._compact(row_idx, part)
             if part.layer == layer_idx and row.tokens > row.of_prompt:
                 self._attend_again(row, part, states, output, scaling)
-        if layer_idx == pruning.last_layer:
+        if row.reading.is_last(layer_idx) and row.computed + row.of_prompt >= row.reading.tokens:
             pruning.done(row.request, row.reading)
 
     def _compact(self, row_idx: int, part: PrunedPart) -> None:

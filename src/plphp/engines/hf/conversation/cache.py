@@ -40,6 +40,12 @@ class ConversationCache(Cache):
     def _pruned_layers(self) -> list[PrunedLayer]:
         return [layer for layer in self.layers if isinstance(layer, PrunedLayer)]
 
+    def follow_turn(self, conversation: ConversationCache, rows: int) -> None:
+        """Go on where a conversation of one row is, with several copies of that row."""
+        if conversation.turn is not None:
+            after = conversation.turn.after.expand(rows, -1)
+            self._turn = replace(conversation.turn, after=after, before=None, start=-1)
+
     def begin_turn(
         self, inputs: Mapping[str, Any], vision_mask: Tensor | None = None
     ) -> tuple[VisionSpans, dict[str, Any]]:

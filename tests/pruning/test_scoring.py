@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from plphp import PLPHPConfig
-from plphp.engines.hf.layer import PrunedLayer
 from plphp.families.spans import VisionSpans
-from plphp.pruning.plan import PromptPlan
+from plphp.policy.evidence import Evidence
+from plphp.pruning.entries import LayerEntries
+from plphp.pruning.placement import placed
+from plphp.pruning.scoring import Attended, Scoring
 from precision import assert_exact
 
 PAST, END = 4, 11
@@ -23,20 +25,21 @@ def test_scores_of_a_later_prompt_are_naive_softmax_mass(rows: int | str, cuts: 
     keys, values = (torch.randn(2, 1, END, 6, generator=generator).double() for _ in range(2))
     query = torch.randn(2, 2, END, 6, generator=generator).double()
     keep = torch.rand(2, 1, PAST, generator=generator) < 0.5
-    layer = PrunedLayer()
-    layer.update(keys[:, :, :PAST], values[:, :, :PAST])
-    layer.compact(keep)
+    entries = LayerEntries()
+    entries.append(keys[:, :, :PAST], values[:, :, :PAST])
+    entries.place(placed(keep))
     real = torch.ones(2, END, dtype=torch.bool)
     real[1, PAST : PAST + 2] = False
     segment = torch.full((2, END), -1)
     segment[:, 6:8] = 0
     spans = VisionSpans(segment, real, PAST, ((None,), (None,)))
-    plan = PromptPlan.of(spans, PLPHPConfig(query_rows=rows), custom=False)  # type: ignore[arg-type]
+    scoring = Scoring.of(spans, PLPHPConfig(query_rows=rows), Evidence())  # type: ignore[arg-type]
     for begin, end in zip([PAST, *cuts], [*cuts, END], strict=True):
-        layer.update(keys[:, :, begin:end], values[:, :, begin:end])
-        plan.gather(3, query[:, :, begin:end], begin)
-    plan.score(3, layer, 0.7)
-    (scores,) = plan.scores.values()
+        entries.append(keys[:, :, begin:end], values[:, :, begin:end])
+        attended = Attended(3, query[:, :, begin:end], entries, 0.7)
+        scoring.gather(attended)
+    scoring.score(attended)
+    (scores,) = scoring.scores.values()
 
     wanted = [10] if rows == 1 else [8, 9, 10]
     seen_before = torch.cat([keep[:, 0], real[:, PAST:]], dim=1)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run does at each stage: one method alone, or a chain of methods that act at different stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from plphp.errors import ConfigError, UnsupportedFeatureError
+from plphp.settings.config import PLPHPConfig
+
+from .allocation import keep_all
+from .method import Method
+from .rankers import per_head
+from .stages import STAGES, EncoderStage, KVStage, PrefillStage
+
+StageT = TypeVar("StageT", EncoderStage, PrefillStage, KVStage)
+
+WHERE = {"encoder": "before the text model", "prefill": "inside prefill", "kv": "of the KV cache"}
+"""Where the tokens of each stage leave, in words that complete a sentence."""
+KEEP_WHAT_STAYED = KVStage(allocate=keep_all, score=per_head)
+"""What happens to the KV cache where no method acts on it."""
+
+
+@dataclass(frozen=True)
+class Step(Generic[StageT]):
+    """What one method does at one stage.
+
+    Parameters
+    ----------
+    method : str
+        Name of the method.
+    stage : EncoderStage, PrefillStage or KVStage
+        What it does.
+    config : PLPHPConfig
+        Its settings.
+    """
+
+    method: str
+    stage: StageT
+    config: PLPHPConfig
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The steps of a run; each hands on what it leaves to the next.
+
+    Parameters
+    ----------
+    encoder : Step of EncoderStage, optional
+        What leaves before the text model.
+    prefill : Step of PrefillStage, optional
+        What leaves inside prefill.
+    kv : Step of KVStage
+        What leaves the KV cache; nothing where no method acts on it.
+    """
+
+    encoder: Step[EncoderStage] | None
+    prefill: Step[PrefillStage] | None
+    kv: Step[KVStage]
+
+    @classmethod
+    def of(cls, methods: Sequence[tuple[Method, PLPHPConfig]]) -> Chain:
+        """Put methods one behind the other.
+
+        Parameters
+        ----------
+        methods : sequence of (Method, PLPHPConfig)
+            At least one, in the order in which a prompt passes their stages.
+
+        Raises
+        ------
+        ConfigError
+            If two act at the same stage, or a later one acts at an earlier stage.
+        """
+        steps: dict[str, Step[Any]] = {}
+        for method, config in methods:
+            for name, stage in method.stages.items():
+                _check_order(steps, name, method.name)
+                steps[name] = Step(method.name, stage, config)
+        last, config = methods[-1]
+        return cls(
+            steps.get("encoder"),
+            steps.get("prefill"),
+            steps.get("kv") or Step(last.name, KEEP_WHAT_STAYED, config),
+        )
+
+    @property
+    def stages(self) -> dict[str, Step[Any]]:
+        """The steps by the name of their stage, without a KV stage that keeps everything that stayed."""
+        steps: dict[str, Step[Any] | None] = {name: getattr(self, name) for name in STAGES}
+        return {name: step for name, step in steps.items() if step is not None and step.stage is not KEEP_WHAT_STAYED}
+
+    def refuse_all_but(self, supported: Iterable[str], engine: str) -> None:
+        """Raise `UnsupportedFeatureError` for a step that an engine cannot do.
+
+        Parameters
+        ----------
+        supported : iterable of str
+            Stages that the engine runs, of `STAGES`.
+        engine : str
+            Its name, for the message.
+        """
+        for name, step in self.stages.items():
+            if name not in supported:
+                raise UnsupportedFeatureError(
+                    f"The method {step.method!r} takes tokens out {WHERE[name]}, which {engine} has no place for: "
+                    "choose one that prunes the KV cache after prefill, such as 'plphp'."
+                )
+
+    def refuse_unanswered(self) -> None:
+        """Raise `UnsupportedFeatureError` for a method that scores by the answer, where there is none."""
+        if self.kv.stage.needs_answer:
+            raise UnsupportedFeatureError(
+                f"The method {self.kv.method!r} ranks by the queries of the answer, which is not there yet: it is for "
+                "plphp.branch(..., answer_ids=...) only."
+            )
+
+
+def _check_order(steps: dict[str, Step[Any]], name: str, method: str) -> None:
+    """Raise `ConfigError` unless every step so far is of an earlier stage than ``name``."""
+    for earlier, step in steps.items():
+        if earlier == name:
+            raise ConfigError(
+                f"{step.method} and {method} both act at the {name} stage, and a run has one method at each stage: "
+                "leave one of them out."
+            )
+        if STAGES.index(earlier) > STAGES.index(name):
+            raise ConfigError(
+                f"{method} acts at the {name} stage, before {step.method} at the {earlier} stage: name them in the "
+                f"order in which a prompt passes them, {', '.join(STAGES)}."
+            )

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one decoder layer holds: packed, immutable entries that were placed, and a dense, growing tail.
+
+It knows no engine: `plphp.engines.hf.layer` makes a layer of a transformers cache of it, and the vLLM plugin holds the
+keys and values of a prompt in it until the prompt has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from plphp.errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError
+from plphp.io.quoting import one_line
+from plphp.kernels import compact_kv
+from plphp.kernels.packed import PackedKV
+
+from .placement import held_whole
+
+MIN_GROWTH = 16
+"""Tokens for which the tail reserves room at least when it grows."""
+NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""What torch says on a CPU."""
+
+
+class LayerEntries:
+    """Keys and values of one decoder layer.
+
+    Two lengths are kept apart: the *logical* one (`length`: every token seen; position ids follow it) and the
+    *physical* one (what is stored). The tail holds the last ``length - prefix_length`` tokens.
+
+    Attributes
+    ----------
+    keys, values : Tensor or None
+        [batch, kv_heads, room, dim]; the tail, with room behind it.
+    prefix : PackedKV or None
+        What `place` kept so far.
+    prefix_length : int
+        Tokens seen up to the last `place`.
+    tail_length : int
+        Tokens seen since.
+    dtypes : tuple of torch.dtype
+        Those that keys and values are held in; there from the first `append` on.
+    slot : Tensor or None
+        int64 [1] on the device; while it is set `append` writes one token there and counts nothing. A CUDA graph
+        replays the same launches for every token, so that the position cannot be a number of Python's.
+    """
+
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.prefix: PackedKV | None = None
+        self.prefix_length = 0
+        self.tail_length = 0
+        self.slot: Tensor | None = None
+        self._dims: tuple[int, int] | None = None
+        self._kv_heads = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens seen, evicted ones included."""
+        return self.prefix_length + self.tail_length
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 before the first entries."""
+        if self.prefix is not None:
+            return self.prefix.batch
+        return -1 if self.keys is None else self.keys.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the layer holds, reserved room included."""
+        tail = 0 if self.keys is None else self.keys.untyped_storage().nbytes()
+        tail += 0 if self.values is None else self.values.untyped_storage().nbytes()
+        return tail + (0 if self.prefix is None else self.prefix.nbytes)
+
+    @property
+    def reserved_nbytes(self) -> int:
+        """Those of them that hold no entry: room behind the tail, and what the tail is only a view on."""
+        if self.keys is None or self.values is None:
+            return 0
+        storages = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        return storages - sum(entries.nbytes for entries in self.tail())
+
+    def nbytes_unpruned(self, dtypes: tuple[torch.dtype, torch.dtype]) -> int:
+        """Bytes that the keys and values of all tokens seen would take in two dtypes."""
+        if self._dims is None:
+            return 0
+        entries = self.batch_size * self._kv_heads * self.length
+        return entries * sum(dim * dtype.itemsize for dim, dtype in zip(self._dims, dtypes, strict=True))
+
+    def begin(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the dtypes and the sizes of the first keys and values."""
+        self.dtypes = key_states.dtype, value_states.dtype
+        self._dims = key_states.shape[3], value_states.shape[3]
+        self._kv_heads = key_states.shape[1]
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new entries to the tail.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [batch, kv_heads, new, dim].
+
+        Returns
+        -------
+        tuple of Tensor
+            Views on the keys and values of the tail, [batch, kv_heads, tail, dim]; with the room behind it while
+            ``slot`` is set.
+
+        Raises
+        ------
+        CacheMemoryError
+            If there is no memory for them; the layer is as before.
+        """
+        if self.slot is not None and self.keys is not None and self.values is not None:
+            self.keys.index_copy_(2, self.slot, key_states)
+            self.values.index_copy_(2, self.slot, value_states)
+            return self.keys[:], self.values[:]  # views, as the cache marks what it returns
+        if self._dims is None:
+            self.begin(key_states, value_states)
+        elif (key_states.dtype, value_states.dtype) != self.dtypes:
+            key_states, value_states = self._evened(key_states, value_states)
+        new = self.tail_length + key_states.shape[2]
+        if self.tail_length == 0 and key_states.shape[2] > 1:
+            # A prompt is held as it came: no copy of what is compacted in a moment.
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = _appended(self.keys, key_states, self.tail_length)
+            self.values = _appended(self.values, value_states, self.tail_length)
+        self.tail_length = new
+        return self.tail()
+
+    def _evened(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what is held and what comes the wider of their dtypes, as concatenation does in a dynamic cache.
+
+        Under autocast keys and values have dtypes of their own, and turns inside and outside of it have others.
+        """
+        of_keys = torch.promote_types(self.dtypes[0], key_states.dtype)
+        of_values = torch.promote_types(self.dtypes[1], value_states.dtype)
+        with _memory_named(f"what is held in {of_keys} and {of_values}"):
+            prefix = None if self.prefix is None else self.prefix.to(of_keys, of_values)
+            keys = None if self.keys is None else self.keys.to(of_keys)
+            values = None if self.values is None else self.values.to(of_values)
+            new = key_states.to(of_keys), value_states.to(of_values)
+        self.prefix, self.keys, self.values = prefix, keys, values
+        self.dtypes = of_keys, of_values
+        return new
+
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Views on the keys and values of the tail, [batch, kv_heads, tail, dim]."""
+        if self.keys is None or self.values is None:
+            raise CacheStateError("The tail of the layer is empty.")
+        return self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
+
+    def reserve(self, room: int) -> int:
+        """Make room for so many tokens more, without NaN or inf in it; return how many the tail has room for now.
+
+        Raises
+        ------
+        CacheMemoryError
+            If there is no memory for it; the layer is as before.
+        """
+        keys, values = self.tail()
+        needed = self.tail_length + room
+        self.keys, self.values = [_grown(states, self.tail_length, needed) for states in (keys, values)]
+        return needed
+
+    def place(self, placement: Tensor) -> None:
+        """Move the entries of the tail that are held into the prefix, and free the tail.
+
+        Parameters
+        ----------
+        placement : Tensor
+            uint8 [batch, kv_heads, tail], see `plphp.pruning.placement.Placement`.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If an entry is to be held in few bits; the layer is as before.
+        """
+        keep = held_whole(placement)
+        keys, values = self.tail()
+        # Without no_grad the graph would keep the full keys and values alive.
+        block = compact_kv(keys.detach(), values.detach(), keep)
+        self.prefix = block if self.prefix is None else self.prefix.appended(block)
+        self.prefix_length += self.tail_length
+        self.tail_length = 0
+        self.keys = self.values = None
+
+    def begin_with(self, prefix: PackedKV, source: LayerEntries) -> None:
+        """Take over a prefix that was compacted elsewhere, from the tokens that ``source`` has seen."""
+        self.begin(*source.tail())
+        self.prefix, self.prefix_length = prefix, source.length
+
+    def forget(self) -> None:
+        """Forget everything."""
+        self.prefix, self.keys, self.values = None, None, None
+        self.prefix_length = self.tail_length = 0
+        self._dims = None
+
+    def remove_last(self, tokens: int) -> None:
+        """Remove the last tokens.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If some of them are in the prefix, where their entries are no longer complete.
+        """
+        if tokens > self.tail_length:
+            raise UnsupportedFeatureError(
+                f"Cannot remove the last {tokens} tokens: only the {self.tail_length} seen after the "
+                "pruned prompt are still complete. Start again from a new cache."
+            )
+        self.tail_length -= tokens
+        if self.length == 0:
+            self.keys = self.values = None
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep some rows, in a new order and as often as they are named; copies of a row share its prefix.
+
+        Parameters
+        ----------
+        rows : Tensor
+            int64 [new batch], or bool [batch].
+        """
+        if rows.dtype is torch.bool:
+            rows = rows.nonzero()[:, 0]
+        if self.prefix is not None:
+            self.prefix = self.prefix.select(rows.tolist())
+        if self.keys is not None and self.values is not None:
+            self.keys = self.keys.index_select(0, rows.to(self.keys.device))
+            self.values = self.values.index_select(0, rows.to(self.values.device))
+
+
+def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
+    """Write ``new`` behind the first ``used`` entries of a buffer, or of a larger one if there is no room."""
+    needed = used + new.shape[2]
+    if buffer is None or buffer.shape[2] < needed:
+        buffer = _grown(new[:, :, :0] if buffer is None else buffer, used, needed + max(MIN_GROWTH, needed // 8))
+    elif buffer.is_inference() and not torch.is_inference_mode_enabled():
+        buffer = buffer.clone()  # a turn under inference_mode, then one outside of it
+    buffer[:, :, used:needed] = new
+    return buffer
+
+
+def _grown(buffer: Tensor, used: int, room: int) -> Tensor:
+    """Copy the first ``used`` entries of a buffer to a new one with room for ``room``, zeros behind them."""
+    with _memory_named(f"keys and values of {tuple(buffer.shape[:2])} rows and heads with room for {room} tokens"):
+        grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3]))
+    grown[:, :, :used] = buffer[:, :, :used]
+    return grown
+
+
+@contextmanager
+def _memory_named(what: str) -> Iterator[None]:
+    """Raise `CacheMemoryError` where torch finds no memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        raise CacheMemoryError(
+            f"There is no memory for {what} ({one_line(error)}): free some, or decode fewer rows or shorter answers."
+        ) from error
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether torch raised it because there is no memory; on a CPU only the words tell."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)

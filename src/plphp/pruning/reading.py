@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flow of one prompt, in any engine: gather, score, allocate, select, place.
+
+`PromptReading.read` is the picture. An engine calls it whenever a decoder layer has attended to a chunk of the prompt,
+and writes what comes back. What it brings itself: the spans of the prompt, a writer of what is placed, its refusals,
+and where it needs them the two hooks ``join_heads`` and ``round_up``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plphp.errors import ConfigError, SpanError, UnsupportedFeatureError
+from plphp.families.spans import VisionSpans, query_mask
+from plphp.kernels.precision import as_written
+from plphp.policy.allocation import RowAllocation, ScoredLayer
+from plphp.policy.chain import Chain, Step
+from plphp.policy.evidence import LayerScores
+from plphp.policy.rankers import pooled
+from plphp.policy.selection import keep_masks
+from plphp.policy.stages import KVStage
+from plphp.settings.config import PLPHPConfig
+
+from .finite import UnrankedRows
+from .placement import placed
+from .scoring import Attended, Scoring
+
+Allocated = tuple[LayerScores, list[list[RowAllocation]]]
+"""Scores of a layer, and by config what the layer level decided for each row."""
+
+
+@dataclass(frozen=True)
+class PlacedLayer:
+    """What becomes of the entries of one layer.
+
+    Parameters
+    ----------
+    scores : LayerScores
+        What the layer's attention says of them; names the layer.
+    allocation : list of RowAllocation
+        Per row, what was decided at the layer level; its rate is of all vision tokens of the prompt.
+    placement : Tensor
+        uint8 [batch, kv_heads, seq], see `plphp.pruning.placement.Placement`; of the entries of the layer's tail.
+    """
+
+    scores: LayerScores
+    allocation: list[RowAllocation]
+    placement: Tensor
+
+
+def _as_it_is(value: Any, *_: Any) -> Any:
+    return value
+
+
+class PromptReading:
+    """A prompt that is being read, which may come in several chunks.
+
+    Parameters
+    ----------
+    spans : VisionSpans
+        Where its vision tokens are.
+    chain : Chain
+        What is done at each stage.
+    pruned_layers : sequence of int
+        The decoder layers that can be pruned: those with full attention.
+    layers : int
+        Decoder layers of the model.
+    custom : bool
+        Whether the caller named the vision tokens with a mask.
+    rope_delta : Tensor, optional
+        int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
+    features : mapping of str to sequence of Tensor, optional
+        Image features of the prompt, to say why attention is not finite; None if unknown.
+    join_heads : callable
+        ``LayerScores -> LayerScores``: the scores of all heads of a layer, where this process has some of them.
+    round_up : callable
+        ``(keep, score, scores) -> keep``, bool [batch, kv_heads, seq]: keep more than was selected, where memory is
+        freed in blocks.
+
+    Attributes
+    ----------
+    hidden : Tensor or None
+        bool [batch, seq]; the vision tokens that have left at the prefill stage, from the layer ``hidden_from`` on.
+    """
+
+    def __init__(
+        self,
+        spans: VisionSpans,
+        chain: Chain,
+        pruned_layers: Sequence[int],
+        layers: int,
+        *,
+        custom: bool = False,
+        rope_delta: Tensor | None = None,
+        features: Mapping[str, Sequence[Tensor]] | None = None,
+        join_heads: Callable[[LayerScores], LayerScores] = _as_it_is,
+        round_up: Callable[[Tensor, Tensor, LayerScores], Tensor] = _as_it_is,
+    ) -> None:
+        self.spans, self.chain, self.custom = spans, chain, custom
+        self.pruned_layers, self.layers = list(pruned_layers), layers
+        self._join_heads, self._round_up = join_heads, round_up
+        self._unranked = UnrankedRows(spans, features)
+        self.kv = Scoring.of(spans, chain.kv.config, chain.kv.stage.evidence(chain.kv.config), rope_delta)
+        self._prefill = self.kv
+        if chain.prefill is not None:
+            own = chain.prefill.stage.evidence(chain.prefill.config)
+            asked = Scoring.of(spans, chain.prefill.config, own, rope_delta)
+            self._prefill = self.kv if asked.asks_as(self.kv) else asked
+        self.hidden: Tensor | None = None
+        self.hidden_from = layers
+        self._whole_rows: list[int] = []
+
+    def read(self, attended: Attended) -> Iterator[PlacedLayer]:
+        """Take in what a layer has attended to, and place the entries of the layers that can be decided now.
+
+        Parameters
+        ----------
+        attended : Attended
+            The layer with a chunk of the prompt, in the order of the layers and of the chunks.
+
+        Yields
+        ------
+        PlacedLayer
+            Nothing before the layer has read the whole prompt. Then this layer, or at the last layer all of them
+            where the rates of each depend on the scores of all.
+
+        Raises
+        ------
+        NonFiniteAttentionError
+            If the attention of a layer is not finite in any row.
+        ConfigError
+            If the method gives a rate outside of [0, 1].
+        UnsupportedFeatureError
+            If the prompt comes in chunks and tokens leave inside prefill.
+        """
+        if not self.observe(attended):
+            return
+        self.hide_tokens(attended.layer)
+        if self._waits_for_all and attended.layer != self.last_layer:
+            return
+        step = self.chain.kv
+        for scores, [allocation] in self.allocate(step, [step.config]):
+            [keep] = self.select(step, scores, [allocation])
+            yield self.place(scores, allocation, keep)
+        self.kv.scores.clear()
+
+    def observe(self, attended: Attended) -> bool:
+        """Gather the queries of a chunk, and score the layer at the end of the prompt.
+
+        Returns
+        -------
+        bool
+            Whether the layer has read the whole prompt.
+        """
+        scorings = self._scorings(attended.layer)
+        for scoring in scorings:
+            scoring.gather(attended)
+        if attended.entries.length < self.spans.end:
+            self._refuse_chunks()
+            return False
+        with as_written(attended.query.device):
+            for scoring in scorings:
+                scoring.score(attended, self.hidden_at(attended.layer))
+                scoring.scores[attended.layer] = self._join_heads(scoring.scores[attended.layer])
+        return True
+
+    def hide_tokens(self, layer: int) -> None:
+        """Let vision tokens leave at the prefill stage, once the layer before the first one without them is scored."""
+        step = self.chain.prefill
+        if step is None or layer != self._first_without - 1:
+            return
+        self._whole_rows = self._unranked.set_aside(self._prefill, layer)
+        scores = self._prefill.scores[layer]
+        leaving = scores.vision & ~step.stage.kept_tokens(scores, step.config, self.layers)
+        leaving[self._whole_rows] = False
+        # The answer goes on from the last token, whatever it is.
+        leaving &= ~query_mask(self.spans, 1)[:, -leaving.shape[1] :].to(leaving.device)
+        held_before = self.spans.end - leaving.shape[1]
+        self.hidden = torch.nn.functional.pad(leaving, (held_before, 0)).cpu()
+        self.hidden_from = layer + 1
+
+    def allocate(self, step: Step[KVStage], configs: Sequence[PLPHPConfig]) -> Iterator[Allocated]:
+        """Layer level: how much each row of each scored layer keeps.
+
+        Parameters
+        ----------
+        step : Step of KVStage
+            Gives the rates.
+        configs : sequence of PLPHPConfig
+            Its settings, one or several that differ in how much is kept alone.
+
+        Raises
+        ------
+        NonFiniteAttentionError, ConfigError
+            See `read`.
+        """
+        unranked = {layer: self._unranked.set_aside(self.kv, layer) for layer in self.kv.scores}
+        gammas = {layer: scores.vision_score().tolist() for layer, scores in self.kv.scores.items()}
+        budget = self.budget_layers(configs[0])
+        scored = [
+            ScoredLayer(budget.index(layer), len(budget), gamma, self.kv.scores[layer])
+            for layer, gamma in gammas.items()
+            if layer in budget
+        ]
+        by_config = [_allocated(step, scored, config) for config in configs]
+        for layer, gamma in gammas.items():
+            exempt = [RowAllocation(score, "exempt", 1.0) for score in gamma]
+            rows = [self._whole_where_needed(layers.get(layer, exempt), unranked[layer]) for layers in by_config]
+            yield self.kv.scores[layer], rows
+
+    def select(
+        self, step: Step[KVStage], scores: LayerScores, allocations: Sequence[Sequence[RowAllocation]]
+    ) -> Tensor:
+        """Head level: what each KV head of a layer keeps, by several allocations.
+
+        Returns
+        -------
+        Tensor
+            bool [allocations, batch, kv_heads, seq].
+        """
+        config = step.config
+        score = pooled(step.stage.score(scores, config), scores, config)
+        rates = [[row.rate for row in rows] for rows in allocations]
+        keep = keep_masks(score, scores, rates, config, step.stage.mix(config))
+        return torch.stack([self._round_up(part, score, scores) for part in keep])
+
+    def place(self, scores: LayerScores, allocation: Sequence[RowAllocation], keep: Tensor) -> PlacedLayer:
+        """What becomes of the entries of a layer, bool [batch, kv_heads, seq] of which are kept."""
+        return PlacedLayer(scores, self._of_whole_prompt(scores.layer, allocation), placed(keep))
+
+    def budget_layers(self, config: PLPHPConfig) -> list[int]:
+        """The layers that share the budget of a config: those that are pruned and not exempt."""
+        exempt = {layer % self.layers for layer in config.exempt_layers}
+        return [layer for layer in self.pruned_layers if layer not in exempt]
+
+    @property
+    def last_layer(self) -> int:
+        """The last of the layers that can be pruned: the prompt has been read when it has."""
+        return max(self.pruned_layers)
+
+    @property
+    def batch(self) -> int:
+        """Rows of the prompt."""
+        return self.spans.segment.shape[0]
+
+    def hidden_at(self, layer: int) -> Tensor | None:
+        """The vision tokens that have left before a layer, bool [batch, seq]; None if none has."""
+        return self.hidden if layer >= self.hidden_from else None
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
+        self.spans = self.spans.repeated(times)
+        self._unranked.repeat(times)
+        self.kv.repeat(times)
+        if self._prefill is not self.kv:
+            self._prefill.repeat(times)
+
+    def check_shape(self, rows: int, tokens: int) -> None:
+        """Raise `SpanError` unless a prompt has the shape of this one."""
+        planned = self.spans.real.shape
+        if (rows, tokens) != planned:
+            raise SpanError(
+                f"The cache was planned for {planned[0]} rows of {planned[1]} tokens, got {rows} rows of {tokens}: "
+                "pass the inputs that it was made for, or make a new one."
+            )
+
+    def check_length(self, tokens: int) -> None:
+        """Raise `SpanError` if more tokens are read than the prompt has."""
+        if tokens > self.spans.end:
+            raise SpanError(
+                f"The cache was planned for a prompt of {self.spans.end} tokens and would hold {tokens}: pass the "
+                "inputs that it was made for, or call cache.plan(inputs) first."
+            )
+
+    @property
+    def _waits_for_all(self) -> bool:
+        return self.chain.kv.stage.needs_all_layers(self.chain.kv.config)
+
+    @property
+    def _first_without(self) -> int:
+        """The first decoder layer without the vision tokens that leave inside prefill."""
+        step = self.chain.prefill
+        return self.layers + 1 if step is None else step.stage.first(step.config, self.layers)
+
+    def _scorings(self, layer: int) -> list[Scoring]:
+        """What is asked of a layer: by the KV stage of every layer, by the prefill stage of one."""
+        own = self._prefill is not self.kv and layer == self._first_without - 1
+        return [self.kv, self._prefill] if own else [self.kv]
+
+    def _refuse_chunks(self) -> None:
+        if self.chain.prefill is not None:
+            raise UnsupportedFeatureError(
+                f"{self.chain.prefill.method} ranks inside prefill and needs the prompt in one piece: leave out chunks"
+            )
+
+    def _whole_where_needed(self, rows: Sequence[RowAllocation], unranked: Sequence[int]) -> list[RowAllocation]:
+        """Keep rows whole that have no vision token, or cannot be ranked."""
+        has_vision = self.spans.vision.any(1).tolist()
+        kept = [row if has_vision[number] else RowAllocation(0.0, "no-vision", 1.0) for number, row in enumerate(rows)]
+        for number in unranked:
+            kept[number] = RowAllocation(0.0, "non-finite", 1.0)
+        return kept
+
+    def _of_whole_prompt(self, layer: int, rows: Sequence[RowAllocation]) -> list[RowAllocation]:
+        """Rates as fractions of all vision tokens of the prompt, where some have left inside prefill."""
+        step = self.chain.prefill
+        if step is None or self.hidden_at(layer) is None:
+            return list(rows)
+        rate = step.stage.rate(step.config, self.layers)
+        return [
+            row if number in self._whole_rows or row.layer_class == "no-vision" else replace(row, rate=row.rate * rate)
+            for number, row in enumerate(rows)
+        ]
+
+
+def _allocated(
+    step: Step[KVStage], scored: Sequence[ScoredLayer], config: PLPHPConfig
+) -> dict[int, list[RowAllocation]]:
+    """The rates of the layers that share a budget, by their numbers."""
+    layers = step.stage.allocate(scored, config) if scored else []
+    rates = [row.rate for rows in layers for row in rows]
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise ConfigError(f"the method {step.method!r} gave retention rates outside of [0, 1]: {rates}")
+    return {layer.scores.layer: rows for layer, rows in zip(scored, layers, strict=True)}

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scores that one stage of a method asks for: queries are gathered chunk by chunk, and score a layer at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from plphp.families.spans import VisionSpans, query_mask
+from plphp.kernels import window_scores
+from plphp.policy.bank import bank_at
+from plphp.policy.evidence import Evidence, LayerScores
+from plphp.settings.config import PLPHPConfig
+
+from .entries import LayerEntries
+
+
+@dataclass(frozen=True)
+class Attended:
+    """A decoder layer that has just attended to a chunk of tokens.
+
+    Parameters
+    ----------
+    layer : int
+        Number of the decoder layer.
+    query : Tensor
+        [batch, q_heads, chunk, dim]; post-RoPE queries of the chunk.
+    entries : LayerEntries
+        What the layer holds; the keys of the chunk are the last of its tail.
+    scaling : float
+        Factor on the logits.
+    """
+
+    layer: int
+    query: Tensor
+    entries: LayerEntries
+    scaling: float
+
+    @property
+    def begin(self) -> int:
+        """Logical position of the first token of the chunk."""
+        return self.entries.length - self.query.shape[2]
+
+
+@dataclass
+class Scoring:
+    """The scores of the layers of one prompt, for one stage of a method.
+
+    Parameters
+    ----------
+    spans : VisionSpans
+        Where the vision tokens are.
+    queries : Tensor
+        bool [batch, seq]; the prompt tokens whose attention scores the entries.
+    evidence : Evidence
+        What is worked out of their attention.
+    gqa_reduction : {"mean", "max"}
+        For the evidence that combines query heads.
+    rope_delta : Tensor, optional
+        int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
+
+    Attributes
+    ----------
+    scores : dict of int to LayerScores
+        By decoder layer, for the layers that have read the whole prompt.
+    unranked : dict of int to list of int
+        By decoder layer, the rows that cannot be ranked, see `plphp.pruning.finite.UnrankedRows`.
+    """
+
+    spans: VisionSpans
+    queries: Tensor
+    evidence: Evidence
+    gqa_reduction: str = "mean"
+    rope_delta: Tensor | None = None
+    scores: dict[int, LayerScores] = field(default_factory=dict)
+    unranked: dict[int, list[int]] = field(default_factory=dict)
+    _gathered: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """By layer, queries [batch, q_heads, columns, dim] with their logical positions, int64 [columns]."""
+
+    @classmethod
+    def of(
+        cls, spans: VisionSpans, config: PLPHPConfig, evidence: Evidence, rope_delta: Tensor | None = None
+    ) -> Scoring:
+        """Ask for the evidence of a method, by the config's ``query_rows`` if set, else by the method's own."""
+        rows = evidence.rows if config.query_rows is None else config.query_rows
+        own = replace(evidence, rows=rows)
+        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta)
+
+    def asks_as(self, scoring: Scoring) -> bool:
+        """Whether both ask the same of every layer of one prompt, so that the scores of one serve for both."""
+        return (self.evidence, self.gqa_reduction) == (scoring.evidence, scoring.gqa_reduction)
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
+        self.spans = self.spans.repeated(times)
+        self.queries = self.queries.repeat_interleave(times, dim=0)
+        if self.rope_delta is not None:
+            self.rope_delta = self.rope_delta.repeat_interleave(times, dim=0)
+
+    def gather(self, attended: Attended) -> None:
+        """Copy the queries of a chunk that will score the entries."""
+        query = attended.query
+        chunk = self.queries[:, attended.begin : attended.begin + query.shape[2]]
+        columns = chunk.any(0).nonzero()[:, 0]
+        if len(columns):
+            part = query[:, :, columns.to(query.device)], columns + attended.begin
+            self._gathered.setdefault(attended.layer, []).append(part)
+
+    def score(self, attended: Attended, hidden: Tensor | None = None) -> None:
+        """Note the scores of a layer that has read the whole prompt.
+
+        Parameters
+        ----------
+        attended : Attended
+            The layer; its tail holds the keys of the prompt, and nothing of it has been evicted.
+        hidden : Tensor, optional
+            bool [batch, seq]; vision tokens that have left before this layer, and count as none there.
+        """
+        queries, columns = zip(*self._gathered.pop(attended.layer), strict=True)
+        self.scores[attended.layer] = self._scored(attended, torch.cat(queries, dim=2), torch.cat(columns), hidden)
+
+    def _scored(self, attended: Attended, own: Tensor, position: Tensor, hidden: Tensor | None) -> LayerScores:
+        keys, values = attended.entries.tail()
+        tail = slice(attended.entries.prefix_length, self.spans.end)
+        valid, segment = self.spans.real[:, tail], self.spans.segment[:, tail]
+        if hidden is not None:
+            valid, segment = valid & ~hidden[:, tail], segment.masked_fill(hidden[:, tail], -1)
+        valid, segment = valid.to(keys.device), segment.to(keys.device)
+        asked = self.queries[:, tail].to(keys.device)
+        mass = window_scores(
+            *self._rows(attended, own, position, keys),
+            keys,
+            valid,
+            attended.entries.prefix,
+            attended.scaling,
+            peak=self.evidence.peak,
+            best_position=self.evidence.best_position,
+            density=self.evidence.density,
+            vision=segment >= 0,
+            gqa_reduction=self.gqa_reduction,
+        )
+        return LayerScores(
+            mass.attention,
+            segment,
+            valid,
+            attended.layer,
+            keys.shape[1],
+            queries=asked,
+            evictable=self._evictable(valid, asked, tail),
+            peak=mass.peak,
+            best_position=mass.best_position,
+            density=mass.density,
+            value_norm=_norms(values) if self.evidence.value_norm else None,
+        )
+
+    def _rows(self, attended: Attended, own: Tensor, position: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries that ask, their weights, and their indices in the tail, see `plphp.kernels.window_scores`."""
+        if self.evidence.bank is not None:
+            return self._rows_of_bank(self.evidence.bank, attended.layer, own, keys.shape[2])
+        wanted = self.queries[:, position].float()
+        weight = (wanted / wanted.sum(1, keepdim=True)).to(keys.device)
+        return own, weight, (position - attended.entries.prefix_length).to(keys.device)
+
+    def _rows_of_bank(self, name: str, layer: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of answers behind the prompt, in the place of the prompt's ``own`` [batch, q_heads, window, dim]."""
+        bank = bank_at(name)
+        begin = self.spans.real.sum(1, keepdim=True)
+        if self.rope_delta is not None:
+            begin = begin + self.rope_delta.to(begin.device)
+        position = (begin + bank.ahead).to(own.device)
+        queries = bank.of(layer).at(position, own.shape[1], own.shape[3])
+        samples = position.shape[1]
+        weight = torch.full(position.shape, 1 / samples, dtype=torch.float32, device=own.device)
+        return queries, weight, torch.full((samples,), seq, device=own.device)
+
+    def _evictable(self, valid: Tensor, asked: Tensor, tail: slice) -> Tensor | None:
+        """The candidates where text competes, bool [batch, seq]: what stands before the first query of the prompt."""
+        if self.evidence.candidates == "vision":
+            return None
+        new = torch.arange(tail.start, tail.stop, device=valid.device) >= self.spans.start
+        return valid & new & (asked.cumsum(1) == 0)
+
+
+def _norms(values: Tensor) -> Tensor:
+    """L2 norms of values [batch, kv_heads, seq, dim], float32 [batch, kv_heads, seq]."""
+    return torch.linalg.vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32)).float()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings on a line: lists, labels, rates, and chains of methods."""
+
+from __future__ import annotations
+
+import pytest
+
+from plphp import ConfigError, PLPHPConfig
+from plphp.settings.grammar import Line, read_chain, read_line, split_lines
+
+METHODS = ("plphp", "uniform", "random", "fastv", "query_bank")
+
+
+def test_a_chain_has_settings_of_each_method() -> None:
+    config = PLPHPConfig.parse("fastv:layer=3,retention_rate=0.5 + query_bank:bank=bundled,exempt_layers=0+1+-1")
+    assert config == PLPHPConfig(
+        method="query_bank",
+        options={"bank": "bundled"},
+        exempt_layers=(0, 1, -1),
+        earlier=(PLPHPConfig(method="fastv", options={"layer": 3}, retention_rate=0.5),),
+    )
+
+
+def test_numbers_with_a_sign_are_not_a_chain() -> None:
+    assert read_chain("plphp:seed=1e+3") == [("plphp", {"seed": 1000.0})]
+    assert PLPHPConfig.parse("plphp:exempt_layers=0+1").earlier == ()
+
+
+def test_a_chain_of_three_keeps_its_order() -> None:
+    assert [method for method, _ in read_chain("a:x=1+b+c:y=two")] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "lines"),
+    [
+        (["fastv:layer=2,retention_rate=0.5+plphp,uniform"], ["fastv:layer=2,retention_rate=0.5+plphp", "uniform"]),
+        (
+            ["fastv:layer=2+plphp:seed=1,query_rows=text,random"],
+            ["fastv:layer=2+plphp:seed=1,query_rows=text", "random"],
+        ),
+        (["a=fastv+uniform:seed=2,seed=3,b=random"], ["a=fastv+uniform:seed=2,seed=3", "b=random"]),
+        (["plphp:query_rows=text+uniform:seed=1,min_kept=2"], ["plphp:query_rows=text+uniform:seed=1,min_kept=2"]),
+        (
+            ["plphp:seed=1,query_rows=text+uniform:seed=1,min_kept=2"],
+            ["plphp:seed=1,query_rows=text+uniform:seed=1,min_kept=2"],
+        ),
+        (["plphp:seed=1,mine=uniform:seed=2"], ["plphp:seed=1", "mine=uniform:seed=2"]),
+        (["plphp:exempt_layers=0+1,fastv@0.5+0.25"], ["plphp:exempt_layers=0+1", "fastv@0.5+0.25"]),
+    ],
+)
+def test_a_list_is_cut_between_lines(texts: list[str], lines: list[str]) -> None:
+    assert split_lines(texts, METHODS) == lines
+
+
+def test_a_line_has_a_label_and_rates() -> None:
+    assert read_line("mine=fastv:layer=2+uniform@0.5+0.25") == Line("mine", "fastv:layer=2+uniform", ("0.5", "0.25"))
+    assert read_line("fastv+uniform") == Line("fastv+uniform", "fastv+uniform", None)
+    with pytest.raises(ConfigError, match="Expected label=method"):
+        read_line("=plphp")
+
+
+@pytest.mark.parametrize("values", ["plphp", {"method": "plphp"}, 3])
+def test_what_is_no_chain_is_refused(values: object) -> None:
+    with pytest.raises(ConfigError, match="earlier must be a list of tables of settings"):
+        PLPHPConfig.from_dict({"earlier": values})
+    with pytest.raises(ConfigError, match="earlier must be a tuple of PLPHPConfig"):
+        PLPHPConfig(earlier=values)  # type: ignore[arg-type]
+
+
+def test_a_method_of_a_chain_has_no_chain() -> None:
+    first = PLPHPConfig(method="fastv")
+    with pytest.raises(ConfigError, match="names no chain of its own"):
+        PLPHPConfig(earlier=(PLPHPConfig(earlier=(first,)),))
