@@ -22,7 +22,8 @@ import tiny_hub
 from plphp.cli import app
 from plphp.cli._eval_progress import shown_progress
 from plphp.evaluation import METRICS, available_tasks
-from plphp.evaluation.choices import MODES, SPLITS
+from plphp.evaluation.settings import MODES
+from plphp.evaluation.tasks.choices import SPLITS
 from plphp.sources import DTYPES
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -165,14 +166,14 @@ def test_a_line_every_so_often(capsys: pytest.CaptureFixture[str], monkeypatch: 
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    with shown_progress(quiet=False) as tell:
+    with shown_progress(quiet=False) as progress:
         for done in range(1, 100):
             now[0] += 1
-            tell("a" if done < 50 else "b", done, 99)
+            progress("a" if done < 50 else "b", done, 99)
     shown = [line.split(" of ")[0] for line in capsys.readouterr().err.splitlines()]
     assert shown == ["1", "21", "41", "50", "70", "90", "99"]
-    with shown_progress(quiet=True) as tell:
-        tell("a", 1, 1)
+    with shown_progress(quiet=True) as progress:
+        progress("a", 1, 1)
     assert capsys.readouterr().err == ""
 
 
