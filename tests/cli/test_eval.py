@@ -63,7 +63,13 @@ def test_a_run(results: Path) -> None:
     shown = json.loads((results / "shown.json").read_text())
     plots = shown.pop("plots")
     assert shown == json.loads((results / "run" / "metrics.json").read_text())
-    assert [one["name"] for one in shown["variants"]] == ["full", "mine@0.5", "mine@0.1", "uniform@0.5", "uniform@0.1"]
+    assert [variant["name"] for variant in shown["variants"]] == [
+        "full",
+        "mine@0.5",
+        "mine@0.1",
+        "uniform@0.5",
+        "uniform@0.1",
+    ]
     assert [Path(plot).name for plot in plots] == ["score-one_image.png"]
     settings = json.loads((results / "run" / "config.json").read_text())["variants"][1]["config"]
     assert (settings["query_rows"], settings["gqa_reduction"], settings["target_retention"]) == ("text", "max", 0.5)

@@ -48,12 +48,15 @@ METRICS["overall"] = {"groups": ["one_image"], "samples": 7, "skipped": 0, "vari
 
 def several_groups() -> dict[str, Any]:
     """Two groups, of two tasks and of one, with everything that a table may show."""
-    lines = {name: {**one, "vs_baseline": interval(-1)} for name, one in VARIANTS.items()}
+    lines = {name: {**values, "vs_baseline": interval(-1)} for name, values in VARIANTS.items()}
     lines["plphp@0.1"]["score"] = {"mean": 1.0, "low": 1.0, "high": 1.0}
     task = {**METRICS["tasks"]["cell"], "skipped": 2, "variants": lines}
     group = {"samples": 7, "skipped": 2, "variants": lines}
     long = "recall_rank:layers=vision_attention,value_norm=1,floor=0.2"
-    variants = [{**one, "label": long if one["label"] == "plphp" else one["label"]} for one in METRICS["variants"]]
+    variants = [
+        {**variant, "label": long if variant["label"] == "plphp" else variant["label"]}
+        for variant in METRICS["variants"]
+    ]
     return {
         **METRICS,
         "baseline": "[zero]",

@@ -52,7 +52,7 @@ class EvalSettings:
         Seed of the samples.
     mode : {"auto", "verify", "decode", "generate", "label-free"}
         How samples are scored: "verify" from one pass over the reference (exact match), "decode" from greedy answers
-        of all variants side by side, "generate" from the model's own ``generate``, one variant after the other.
+        of all variants side by side, "generate" from the model's own ``generate``, variant by variant.
         "auto" verifies where it can and decodes elsewhere. "label-free" compares with the full cache, and reads no
         answers.
     dtype, device : str

@@ -15,11 +15,11 @@ from plphp.evaluation.results.intervals import averaged, resample
 def test_the_interval_of_a_share_is_that_of_the_binomial() -> None:
     scores = np.zeros((400, 1))
     scores[:100] = 1
-    found = resample(scores).interval(0)
+    interval = resample(scores).interval(0)
     spread = 1.96 * math.sqrt(0.25 * 0.75 / 400)
-    assert found.mean == 0.25
-    assert found.low == pytest.approx(0.25 - spread, abs=0.006)
-    assert found.high == pytest.approx(0.25 + spread, abs=0.006)
+    assert interval.mean == 0.25
+    assert interval.low == pytest.approx(0.25 - spread, abs=0.006)
+    assert interval.high == pytest.approx(0.25 + spread, abs=0.006)
 
 
 def test_differences_are_paired() -> None:
@@ -28,10 +28,10 @@ def test_differences_are_paired() -> None:
     first = generator.integers(0, 2, 500).astype(float)
     second = first.copy()
     second[::10] = 0
-    found = resample(np.stack([first, second], 1))
-    difference = found.interval(1, minus=0)
+    resampled = resample(np.stack([first, second], 1))
+    difference = resampled.interval(1, minus=0)
     assert difference.mean == pytest.approx(second.mean() - first.mean())
-    alone = found.interval(0)
+    alone = resampled.interval(0)
     assert difference.high - difference.low < 0.6 * (alone.high - alone.low)
     assert difference.high < 0
 
@@ -51,11 +51,11 @@ def test_chunks_make_no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_weighs_its_tasks_equally() -> None:
     long, short = np.zeros((900, 1)), np.ones((100, 1))
-    found = averaged([resample(long, "a"), resample(short, "b")]).interval(0)
-    assert found.mean == 0.5
+    interval = averaged([resample(long, "a"), resample(short, "b")]).interval(0)
+    assert interval.mean == 0.5
     spread = (1 - wilson(100, 100)[0]) / 2
-    assert found.low == pytest.approx(0.5 - spread, abs=1e-12)
-    assert found.high == pytest.approx(0.5 + wilson(0, 900)[1] / 2, abs=1e-12)
+    assert interval.low == pytest.approx(0.5 - spread, abs=1e-12)
+    assert interval.high == pytest.approx(0.5 + wilson(0, 900)[1] / 2, abs=1e-12)
 
 
 def wilson(right: int, samples: int) -> tuple[float, float]:
@@ -68,29 +68,29 @@ def wilson(right: int, samples: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("right", "samples"), [(10, 10), (0, 10), (1, 1), (500, 500)])
 def test_the_interval_of_all_or_none_is_wilsons(right: int, samples: int) -> None:
-    found = resample(np.full((samples, 1), right / samples)).interval(0)
+    interval = resample(np.full((samples, 1), right / samples)).interval(0)
     low, high = wilson(right, samples)
-    assert found.mean == right / samples
-    assert (found.low, found.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
-    assert found.high - found.low > 0
+    assert interval.mean == right / samples
+    assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
+    assert interval.high - interval.low > 0
 
 
 def test_a_difference_that_never_shows_may_still_be_there() -> None:
     scores = np.zeros((10, 3))
     scores[:7, :2] = 1
-    found = resample(scores)
+    resampled = resample(scores)
     may_differ = wilson(0, 10)[1]
-    same = found.interval(1, minus=0)
+    same = resampled.interval(1, minus=0)
     assert (same.mean, same.low, same.high) == (0, pytest.approx(-may_differ), pytest.approx(may_differ))
-    assert found.interval(0, minus=0).to_dict() == {"mean": 0, "low": 0, "high": 0}
+    assert resampled.interval(0, minus=0).to_dict() == {"mean": 0, "low": 0, "high": 0}
     always = resample(np.array([[1.0, 0.0]] * 10)).interval(1, minus=0)
     assert (always.mean, always.low, always.high) == (-1, -1, pytest.approx(-1 + 2 * may_differ))
 
 
 def test_other_values_that_never_change_have_an_interval_too() -> None:
-    found = resample(np.full((20, 1), 0.4)).interval(0)
+    interval = resample(np.full((20, 1), 0.4)).interval(0)
     share = wilson(0, 20)[1]
-    assert (found.low, found.high) == (pytest.approx(0.4 - 0.4 * share), pytest.approx(0.4 + 0.6 * share))
+    assert (interval.low, interval.high) == (pytest.approx(0.4 - 0.4 * share), pytest.approx(0.4 + 0.6 * share))
 
 
 def test_a_set_without_spread_widens_the_interval_of_its_group() -> None:
@@ -104,9 +104,9 @@ def test_a_set_without_spread_widens_the_interval_of_its_group() -> None:
 
 def test_averages_of_averages_weigh_their_parts() -> None:
     sets = [resample(np.full((9, 1), value), name) for name, value in (("a", 1.0), ("b", 0.0), ("c", 0.0))]
-    found = averaged([averaged(sets[:2]), sets[2]])
-    assert found.means.tolist() == [0.25]
-    assert [weight for weight, _ in found.sets] == [0.25, 0.25, 0.5]
+    pooled = averaged([averaged(sets[:2]), sets[2]])
+    assert pooled.means.tolist() == [0.25]
+    assert [weight for weight, _ in pooled.sets] == [0.25, 0.25, 0.5]
 
 
 def test_no_samples_are_refused() -> None:

@@ -33,7 +33,7 @@ WITH_END = tiny_hub.CHAT_TEMPLATE.replace(
 def test_the_bundled_model(bundled: Any) -> None:
     model, processor = bundled
     ends = end_tokens(model, processor)
-    found = encode(processor, SAMPLE, ends)
+    conversation = encode(processor, SAMPLE, ends)
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is red?"}]}
     ]
@@ -47,14 +47,14 @@ def test_the_bundled_model(bundled: Any) -> None:
     text = processor.apply_chat_template(messages)
     [image] = processor.tokenizer("<image>", add_special_tokens=False)["input_ids"]
     whole = processor.tokenizer(text)["input_ids"]
-    prompt = [token for token in found.inputs["input_ids"][0].tolist() if token != image]
+    prompt = [token for token in conversation.inputs["input_ids"][0].tolist() if token != image]
     # the template ends a turn with the end token and a line break, which are not fed
-    assert [*prompt, *found.draft.tolist()] == [token for token in whole if token != image][:-2]
-    assert [answer.scored for answer in found.answers] == [False, True, True]
-    for answer, turn in zip(found.answers, TURNS, strict=True):
+    assert [*prompt, *conversation.draft.tolist()] == [token for token in whole if token != image][:-2]
+    assert [answer.scored for answer in conversation.answers] == [False, True, True]
+    for answer, turn in zip(conversation.answers, TURNS, strict=True):
         assert processor.decode(list(answer.tokens[:-1])) == turn.answer
         assert answer.tokens[-1] == ends[0]
-        fed = found.draft[answer.start : answer.start + len(answer.tokens)].tolist()
+        fed = conversation.draft[answer.start : answer.start + len(answer.tokens)].tolist()
         assert fed == list(answer.tokens)[: len(fed)]
         assert len(fed) == len(answer.tokens) - (turn is TURNS[-1])
 
@@ -64,20 +64,20 @@ def test_qwen(template: str) -> None:
     """The end token is asked for where the template has none, too, but only fed where it has one."""
     processor = tiny_qwen.processor()
     object.__setattr__(processor, "chat_template", template)
-    found = encode(processor, SAMPLE, (EOS,))
-    decoded = processor.tokenizer.decode(found.draft)
+    conversation = encode(processor, SAMPLE, (EOS,))
+    decoded = processor.tokenizer.decode(conversation.draft)
     end = "<eos>" if template == WITH_END else ""
     expected = f"The digit is 7.{end}user: And blue?assistant: Nothing is.{end}user: Why?assistant: So."
     assert decoded == expected
-    assert [answer.tokens[-1] for answer in found.answers] == [EOS] * 3
-    assert found.answers[1].start == len("The digit is 7.user: And blue?assistant: ") + bool(end)
+    assert [answer.tokens[-1] for answer in conversation.answers] == [EOS] * 3
+    assert conversation.answers[1].start == len("The digit is 7.user: And blue?assistant: ") + bool(end)
 
 
 def test_only_what_leads_to_a_scored_token_is_fed(bundled: Any) -> None:
     _, processor = bundled
     turns = (TURNS[1], dataclasses.replace(TURNS[0], scored=False))
-    found = encode(processor, dataclasses.replace(SAMPLE, turns=turns), (1,))
-    assert processor.decode(found.draft.tolist()) == "Nothing is."
+    conversation = encode(processor, dataclasses.replace(SAMPLE, turns=turns), (1,))
+    assert processor.decode(conversation.draft.tolist()) == "Nothing is."
 
 
 def test_tokens_that_span_answer_and_template_are_cut() -> None:
@@ -150,12 +150,12 @@ def test_forcing_places_a_dialogue_of_qwen_as_generate_does() -> None:
             with prune(model, variant.config) as run:
                 output = model.generate(**group.inputs, max_new_tokens=8, do_sample=False)
             said = output[0, group.inputs["input_ids"].shape[1] :]
-            found = force(model, groups, said, range(8))[variant.name]
-            assert found.tokens == tuple(said.tolist()), variant.name
+            forced = force(model, groups, said, range(8))[variant.name]
+            assert forced.tokens == tuple(said.tolist()), variant.name
             if variant.images == "as they are":
-                assert found.kept == pytest.approx(run.report.retention)
+                assert forced.kept == pytest.approx(run.report.retention)
     share = count_vision_tokens(model.config, groups[-1].inputs) / count_vision_tokens(model.config, inputs)
-    assert found.kept == share < 0.6
+    assert forced.kept == share < 0.6
 
 
 def test_smaller_images(bundled: Any) -> None:

@@ -43,7 +43,7 @@ def test_what_is_written(finished: Path) -> None:
     assert config["settings"] == SETTINGS.to_dict()
     assert len(config["model"]["sha256"]) == 64
     assert config["versions"].keys() >= {"plphp", "torch", "transformers", "python"}
-    assert [one["name"] for one in config["variants"]][:2] == ["full", "plphp@0.3"]
+    assert [variant["name"] for variant in config["variants"]][:2] == ["full", "plphp@0.3"]
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics == summarize(finished, "random")
     assert list(metrics["groups"]) == ["one_image", "dialogue"]
@@ -51,8 +51,8 @@ def test_what_is_written(finished: Path) -> None:
     assert task["samples"] == 3
     for name, figures in task["variants"].items():
         outcomes = [json.loads(line)["outcomes"][name] for line in lines(finished, "cell")]
-        assert figures["score"]["mean"] == pytest.approx(sum(one["score"] for one in outcomes) / 3, abs=1e-5)
-        assert figures["kept"] == pytest.approx(sum(one["kept"] for one in outcomes) / 3, abs=1e-5)
+        assert figures["score"]["mean"] == pytest.approx(sum(outcome["score"] for outcome in outcomes) / 3, abs=1e-5)
+        assert figures["kept"] == pytest.approx(sum(outcome["kept"] for outcome in outcomes) / 3, abs=1e-5)
         assert ("vs_baseline" in figures) == name.endswith(("0.3", "0.1"))
     assert task["variants"]["random@0.3"]["vs_baseline"] == {"mean": 0, "low": 0, "high": 0}
     overall, groups = metrics["overall"], metrics["groups"].values()
@@ -133,7 +133,7 @@ def test_an_error_in_a_process_is_the_users_error() -> None:
     """It comes out as it is, and what was done before it stays done."""
     noted: list[Any] = []
     with pytest.raises(LoadError, match="the disk is gone"):
-        run_workers(fails, (), [0], lambda *found: noted.append(found))
+        run_workers(fails, (), [0], lambda *call: noted.append(call))
     assert noted == [("task", {"index": 0})]
 
 
@@ -146,18 +146,18 @@ def ends_the_process(share: int) -> Iterator[tuple[str, dict[str, Any]]]:
 def test_a_killed_process_is_told() -> None:
     noted: list[Any] = []
     with pytest.raises(RuntimeError, match="ended with code 7"):
-        run_workers(ends_the_process, (), [0], lambda *found: noted.append(found))
+        run_workers(ends_the_process, (), [0], lambda *call: noted.append(call))
     assert noted == [("task", {"index": 0})]
 
 
 def test_the_same_samples_again_after_every_mode(finished: Path, tmp_path: Path) -> None:
     """All ways to score a sample agree."""
-    scores = {name: one["score"] for name, one in summarize(finished)["tasks"]["cell"]["variants"].items()}
+    scores = {name: values["score"] for name, values in summarize(finished)["tasks"]["cell"]["variants"].items()}
     for mode in ("decode", "generate"):
         settings = dataclasses.replace(SETTINGS, tasks=("cell",), mode=mode, batch=2)
         metrics = evaluate(settings, tmp_path / mode)
         assert metrics["tasks"]["cell"]["mode"] == mode
-        assert {name: one["score"] for name, one in metrics["tasks"]["cell"]["variants"].items()} == scores
+        assert {name: values["score"] for name, values in metrics["tasks"]["cell"]["variants"].items()} == scores
 
 
 def test_a_cut_off_batch_is_done_again(tmp_path: Path) -> None:
@@ -179,10 +179,10 @@ def test_prompts_without_answers(tmp_path: Path) -> None:
         methods=("none", "zero"), retention=(0.5,), prompts=str(prompts), mode="label-free", dtype="float32"
     )
     metrics = evaluate(settings, tmp_path / "out")
-    found = metrics["groups"]["prompts"]["variants"]
-    assert found["none@0.5"] == {"kept": 1, "agreement": 1, "kl": 0}
-    assert found["zero"]["kl"] > 0
-    assert "score" not in found["zero"]
+    variants = metrics["groups"]["prompts"]["variants"]
+    assert variants["none@0.5"] == {"kept": 1, "agreement": 1, "kl": 0}
+    assert variants["zero"]["kl"] > 0
+    assert "score" not in variants["zero"]
 
 
 def test_what_a_method_cannot_do_is_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_what_a_method_cannot_do_is_left_out_with_the_reason(tmp_path: Path) -> 
     metrics = evaluate(settings, tmp_path / "a")
     assert list(metrics["refused"]) == ["fastv@0.05"]
     assert "least retention_rate" in metrics["refused"]["fastv@0.05"]
-    assert [one["name"] for one in metrics["variants"]] == ["full", "fastv@0.5", "oracle@0.5", "oracle@0.05"]
+    assert [variant["name"] for variant in metrics["variants"]] == ["full", "fastv@0.5", "oracle@0.5", "oracle@0.05"]
     refused = evaluate(dataclasses.replace(settings, mode="generate"), tmp_path / "b")["refused"]
     assert list(refused) == ["fastv@0.05", "oracle@0.5", "oracle@0.05"]
     assert "answer" in refused["oracle@0.5"]
@@ -200,13 +200,13 @@ def test_what_a_method_cannot_do_is_left_out_with_the_reason(tmp_path: Path) -> 
 
 def test_results_hold_where_they_come_from(finished: Path, tmp_path: Path) -> None:
     write_results(finished, tmp_path / "quality.json", "random")
-    found = read_results(tmp_path / "quality.json")
+    written = read_results(tmp_path / "quality.json")
     figures = summarize(finished, "random")
-    assert (found["groups"], found["overall"]) == (figures["groups"], figures["overall"])
-    one = figures["tasks"]["cell"]["variants"]["plphp@0.1"]
-    assert found["tasks"]["cell"]["variants"]["plphp@0.1"] == {"score": one["score"], "kept": one["kept"]}
-    assert found["model"]["sha256"] == read_config(finished)["model"]["sha256"]
-    assert found["command"] == (
+    assert (written["groups"], written["overall"]) == (figures["groups"], figures["overall"])
+    values = figures["tasks"]["cell"]["variants"]["plphp@0.1"]
+    assert written["tasks"]["cell"]["variants"]["plphp@0.1"] == {"score": values["score"], "kept": values["kept"]}
+    assert written["model"]["sha256"] == read_config(finished)["model"]["sha256"]
+    assert written["command"] == (
         "plphp eval --methods plphp,random,zero --target-retention 0.3,0.1 --tasks cell,second_grid --samples 3 "
         "--dtype float32 --out DIR"
     )
@@ -219,12 +219,12 @@ def test_a_bank_that_was_made_again_makes_another_evaluation(tmp_path: Path, bun
     model, processor = bundled
     path = tmp_path / "bank.safetensors"
     sample = next(available_tasks()["cell"].samples("dev", 1, 0))
-    found = plphp.collect_query_bank(model, [prompt_inputs(processor, sample)], max_new_tokens=5)
-    found.save(path)
+    bank = plphp.collect_query_bank(model, [prompt_inputs(processor, sample)], max_new_tokens=5)
+    bank.save(path)
     settings = dataclasses.replace(SETTINGS, methods=(f"query_bank:bank={path}",), tasks=("cell",), samples=1)
     evaluate(settings, tmp_path / "out")
     evaluate(settings, tmp_path / "out", progress=lambda *_: pytest.fail("done already"))
-    dataclasses.replace(found, ahead=found.ahead + 1).save(path)
+    dataclasses.replace(bank, ahead=bank.ahead + 1).save(path)
     with pytest.raises(ConfigError, match=r"another evaluation: query_banks\..*bank.safetensors is"):
         evaluate(settings, tmp_path / "out")
 

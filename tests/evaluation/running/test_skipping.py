@@ -68,28 +68,28 @@ def test_the_others_are_scored_without_it(
     whole = evaluate(settings(write_data(tmp_path / "a", []), **changes), tmp_path / "whole")
     assert (whole["skipped"], whole["tasks"]["mine"]["skipped"]) == ({}, 0)
     assert skips(caplog) == []
-    told = []
+    progress = []
     out = tmp_path / "out"
-    chosen = settings(write_data(tmp_path / "b", [0, 2]), **changes)
-    metrics = evaluate(chosen, out, progress=lambda *now: told.append(now))
-    assert told[-1] == ("mine", 4, 4)
+    run_settings = settings(write_data(tmp_path / "b", [0, 2]), **changes)
+    metrics = evaluate(run_settings, out, progress=lambda *now: progress.append(now))
+    assert progress[-1] == ("mine", 4, 4)
     task = metrics["tasks"]["mine"]
     assert (task["samples"], task["skipped"], metrics["overall"]["skipped"]) == (2, 2, 2)
-    assert [one["index"] for one in metrics["skipped"]["mine"]] == [0, 2]
+    assert [skipped["index"] for skipped in metrics["skipped"]["mine"]] == [0, 2]
     assert "0.png is not an image" in metrics["skipped"]["mine"][0]["reason"]
     assert [message.split(": ")[:2] for message in skips(caplog)] == [
         ["mine", f"sample {number} is skipped"] for number in (0, 2)
     ]
     expected = [record for record in read_records(tmp_path / "whole", "mine") if record["index"] in (1, 3)]
-    found = read_records(out, "mine")
-    assert [record["id"] for record in found] == ["row-1", "row-3"]
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        assert {name: outcome["kept"] for name, outcome in one["outcomes"].items()} == {"full": 1, "zero": 0}
-        assert one["outcomes"]["zero"].get("text") == other["outcomes"]["zero"].get("text")
+    records = read_records(out, "mine")
+    assert [record["id"] for record in records] == ["row-1", "row-3"]
+    for record, alone in zip(records, expected, strict=True):
+        assert record.keys() == alone.keys()
+        assert {name: outcome["kept"] for name, outcome in record["outcomes"].items()} == {"full": 1, "zero": 0}
+        assert record["outcomes"]["zero"].get("text") == alone["outcomes"]["zero"].get("text")
     assert json.loads((out / "metrics.json").read_text()) == metrics == summarize(out)
     caplog.clear()
-    assert evaluate(chosen, out, progress=lambda *_: pytest.fail("done already")) == metrics
+    assert evaluate(run_settings, out, progress=lambda *_: pytest.fail("done already")) == metrics
     write_results(out, tmp_path / "results.json")
     assert read_results(tmp_path / "results.json")["skipped"] == metrics["skipped"]
 

@@ -25,7 +25,7 @@ def test_commas_of_settings_do_not_split() -> None:
 
 
 def test_each_method_asks_for_a_retention_in_its_own_way() -> None:
-    variants = {one.name: one for one in make_variants(["plphp", "uniform", "vtw"], [1, 0.5, 0.5, 0])}
+    variants = {variant.name: variant for variant in make_variants(["plphp", "uniform", "vtw"], [1, 0.5, 0.5, 0])}
     assert list(variants)[:4] == ["full", "plphp@1", "plphp@0.5", "plphp@0"]
     assert variants["plphp@0.5"].config.target_retention == 0.5
     assert variants["uniform@0.5"].config.target_retention is None
@@ -53,13 +53,13 @@ def test_settings_that_fix_the_retention_are_taken_as_they_are() -> None:
 
 def test_a_method_may_have_retentions_of_its_own() -> None:
     variants = make_variants(["plphp", "fastv@0.5+0.25", "mine=uniform:query_rows=8@0.1"], [0.4])
-    assert [one.name for one in variants[1:]] == ["plphp@0.4", "fastv@0.5", "fastv@0.25", "mine@0.1"]
+    assert [variant.name for variant in variants[1:]] == ["plphp@0.4", "fastv@0.5", "fastv@0.25", "mine@0.1"]
     assert variants[-1].config.query_rows == 8
 
 
 def test_controls() -> None:
     variants = make_variants(["zero", "blank", "small=downsample"], [0.5, 0])
-    assert [(one.name, one.images) for one in variants[1:]] == [
+    assert [(variant.name, variant.images) for variant in variants[1:]] == [
         ("zero", "as they are"),
         ("blank", "blank"),
         ("small@0.5", "smaller"),
@@ -90,13 +90,15 @@ def test_bad_methods(methods: list[str], retention: list[float], message: str) -
 
 
 def test_chance_draws_anew_for_every_sample() -> None:
-    one, other = (Sample(f"dev-0-{number}", "cell", (), (Turn("a", "b"),)) for number in range(2))
+    sample_0, sample_1 = (Sample(f"dev-0-{number}", "cell", (), (Turn("a", "b"),)) for number in range(2))
     variants = make_variants(
         ["random", "again=random:seed=1", "mixed=recall_rank:random_share=0.5", "recall_rank"], [0.5]
     )
     drawn = [variant.draws for variant in variants]
     assert drawn == [False, True, True, True, False]
-    seeds = [[variant.for_sample(sample).config.seed for variant in variants] for sample in (one, one, other)]
+    seeds = [
+        [variant.for_sample(sample).config.seed for variant in variants] for sample in (sample_0, sample_0, sample_1)
+    ]
     assert seeds[0] == seeds[1]
     assert seeds[0][1] != seeds[0][2]
     assert [a != b for a, b in zip(seeds[0], seeds[2], strict=True)] == drawn

@@ -76,17 +76,17 @@ def test_a_batch_says_what_its_samples_say_alone(bundled: Any) -> None:
     together = generate_samples(model, processor, samples, variants, "exact_match", max_new_tokens=12)
     for sample, outcome in zip(samples, together, strict=True):
         [alone] = generate_samples(model, processor, [sample], variants, "exact_match", max_new_tokens=12)
-        assert {name: (one.score, one.text) for name, one in alone.items()} == {
-            name: (one.score, one.text) for name, one in outcome.items()
+        assert {name: (answer.score, answer.text) for name, answer in alone.items()} == {
+            name: (answer.score, answer.text) for name, answer in outcome.items()
         }
 
 
 def test_evicted_text_counts_like_evicted_vision_entries(bundled: Any) -> None:
     model, processor = bundled
     variants = make_variants(["snapkv", "snapkv_vision"], [0.3])
-    found = verify(model, processor, drawn("cell", 1)[0], variants)
-    assert found["snapkv@0.3"].kept == pytest.approx(found["snapkv_vision@0.3"].kept)
-    assert found["snapkv@0.3"].kept == pytest.approx(0.3, abs=0.01)
+    outcomes = verify(model, processor, drawn("cell", 1)[0], variants)
+    assert outcomes["snapkv@0.3"].kept == pytest.approx(outcomes["snapkv_vision@0.3"].kept)
+    assert outcomes["snapkv@0.3"].kept == pytest.approx(0.3, abs=0.01)
 
 
 def test_right_tokens_end_at_the_first_error(bundled: Any) -> None:
@@ -108,21 +108,21 @@ def test_without_labels_the_full_cache_agrees_with_itself(bundled: Any) -> None:
     model, processor = bundled
     variants = make_variants(["none", "zero", "plphp"], [0.5])
     for sample in (*drawn("cell", 1), dialogue()):
-        found = label_free(model, processor, sample, variants, max_new_tokens=12)
+        outcomes = label_free(model, processor, sample, variants, max_new_tokens=12)
         for name in ("full", "none@0.5"):
-            assert found[name].agreement == 1.0
-            assert found[name].kl == pytest.approx(0, abs=1e-9)
-            assert found[name].kept == 1.0
-        assert found["zero"].kept == pytest.approx(0, abs=1e-12)
-        assert found["zero"].kl > found["plphp@0.5"].kl > 0
-        assert found["zero"].score is None
+            assert outcomes[name].agreement == 1.0
+            assert outcomes[name].kl == pytest.approx(0, abs=1e-9)
+            assert outcomes[name].kept == 1.0
+        assert outcomes["zero"].kept == pytest.approx(0, abs=1e-12)
+        assert outcomes["zero"].kl > outcomes["plphp@0.5"].kl > 0
+        assert outcomes["zero"].score is None
 
 
 def test_divergence_by_hand(bundled: Any) -> None:
     """KL against distributions of ordinary forwards over prompt and answer."""
     model, processor = bundled
     sample = drawn("list_row", 1)[0]
-    found = label_free(model, processor, sample, make_variants(["blank"], []), max_new_tokens=12)["blank"]
+    outcome = label_free(model, processor, sample, make_variants(["blank"], []), max_new_tokens=12)["blank"]
     grey = dataclasses.replace(sample, images=tuple(image.point(lambda _: 128) for image in sample.images))
     answer = greedy_answer(model, prompt_inputs(processor, sample), 12)
     logs = []
@@ -135,7 +135,7 @@ def test_divergence_by_hand(bundled: Any) -> None:
         # the first token comes out of the prompt itself
         logs.append(logits[start : start + len(answer) - 1].log_softmax(-1))
     expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item()
-    assert found.kl == pytest.approx(expected, rel=1e-3)
+    assert outcome.kl == pytest.approx(expected, rel=1e-3)
     assert expected > 1e-3  # far above float noise
 
 
@@ -143,10 +143,12 @@ def test_any_end_token_ends_an_answer(bundled: Any, monkeypatch: pytest.MonkeyPa
     """The reference ends with another token than the one that the model says."""
     model, processor = bundled
     sample = own_history(model, processor, drawn("cell", 1)[0])
-    found = encode(processor, sample, end_tokens(model, processor))
-    other = dataclasses.replace(found.answers[0], tokens=(*found.answers[0].tokens[:-1], 700))
-    for ends, score in (((700, *found.ends), 1), ((700,), 0)):
-        changed = dataclasses.replace(found, answers=(other,), ends=ends)
+    conversation = encode(processor, sample, end_tokens(model, processor))
+    ending_differently = dataclasses.replace(
+        conversation.answers[0], tokens=(*conversation.answers[0].tokens[:-1], 700)
+    )
+    for ends, score in (((700, *conversation.ends), 1), ((700,), 0)):
+        changed = dataclasses.replace(conversation, answers=(ending_differently,), ends=ends)
         monkeypatch.setattr("plphp.evaluation.running.scoring.encode", lambda *_, changed=changed: changed)
         assert verify(model, processor, sample, VARIANTS[:1])["full"].score == score
 

@@ -51,10 +51,12 @@ def test_a_file(folder: Path) -> None:
             "id": "x",
             "system": "Hi.",
         },
+        {"image": "b.png", "question": "What?", "answer": "A cross."},
     )
     [task] = read_data(path, "contains")
     assert (task.name, task.group, task.metric, task.several) == ("mine", "data", "contains", True)
-    first, second = samples(task)
+    first, second, third = samples(task)
+    assert (first.id, third.id) == ("mine-1", "mine-4")
     assert first.turns[0].answer == "A star."
     assert first.accepted_answers(0) == ("A star.",)
     assert (second.id, second.system, len(second.images)) == ("x", "Hi.", 2)
@@ -84,11 +86,11 @@ def test_a_group_that_cannot_name_a_file_is_refused(folder: Path) -> None:
 
 def test_several_answers_cannot_be_verified(folder: Path) -> None:
     line = {"image": "a.png", "question": "What?"}
-    [one] = read_data(write(folder / "one.jsonl", {**line, "answer": "x"}))
-    [two] = read_data(write(folder / "two.jsonl", {**line, "answers": ["x", "y"]}))
-    assert [mode_of(one, "auto"), mode_of(two, "auto")] == ["verify", "decode"]
+    [single] = read_data(write(folder / "one.jsonl", {**line, "answer": "x"}))
+    [several] = read_data(write(folder / "two.jsonl", {**line, "answers": ["x", "y"]}))
+    assert [mode_of(single, "auto"), mode_of(several, "auto")] == ["verify", "decode"]
     with pytest.raises(ConfigError, match="'two' cannot be verified"):
-        mode_of(two, "verify")
+        mode_of(several, "verify")
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,9 @@ def _check_one(kind: str, question: questions.Question, scene: Scene) -> None:
         assert answer == "\n".join(f"Line {r}: {scene.line(r)}" for r in range(1, scene.rows + 1))
     elif kind == "count":
         colour = next(name for name in scenes.COLOURS if name in text)
-        wanted = [[i.value for i in scene.items if i.row == r and i.colour == colour] for r in range(1, scene.rows + 1)]
-        assert _rows(answer) == [row or ["nothing"] for row in wanted]
-        assert answer.endswith(f"\n{sum(map(len, wanted))} in all.")
+        rows = [[i.value for i in scene.items if i.row == r and i.colour == colour] for r in range(1, scene.rows + 1)]
+        assert _rows(answer) == [row or ["nothing"] for row in rows]
+        assert answer.endswith(f"\n{sum(map(len, rows))} in all.")
     else:
         raise AssertionError(f"no check for {kind}")
 

@@ -84,10 +84,10 @@ def test_the_keys_of_a_table_are_different_letters() -> None:
 def test_every_item_labels_at_least_one_patch() -> None:
     for scene in _scenes(9):
         labels = scene.patch_labels()
-        found = {tuple(label) for label in labels.reshape(-1, 4)}
+        seen = {tuple(label) for label in labels.reshape(-1, 4)}
         for item in scene.items:
             colour = list(scenes.COLOURS).index(item.colour) + 1
-            assert (scenes.OBJECTS.index(item.value), colour, item.row, item.col) in found
+            assert (scenes.OBJECTS.index(item.value), colour, item.row, item.col) in seen
 
 
 def test_no_split_shows_what_another_does() -> None:
@@ -105,10 +105,10 @@ def test_no_split_shows_what_another_does() -> None:
 def test_training_never_shows_the_held_out_layouts() -> None:
     rng = random.Random(10)
     layouts = {split: set() for split in ("train", "test")}
-    for split, found in layouts.items():
+    for split, seen in layouts.items():
         for _ in range(300):
             scene = scenes.make_grid(rng, split)
-            found.add((scene.rows, scene.cols))
+            seen.add((scene.rows, scene.cols))
     assert not layouts["train"] & scenes.UNSEEN_LAYOUTS
     assert layouts["test"] >= scenes.UNSEEN_LAYOUTS
 

@@ -21,9 +21,9 @@ from plphp.evaluation.tasks.synthetic import scenes
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_the_same_seed_gives_the_same_samples(task: Task) -> None:
     first, second = (list(task.samples("dev", 4, seed=3)) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
-        assert (one.id, one.turns) == (other.id, other.turns)
-        assert all(np.array_equal(a, b) for a, b in zip(one.images, other.images, strict=True))
+    for sample, again in zip(first, second, strict=True):
+        assert (sample.id, sample.turns) == (again.id, again.turns)
+        assert all(np.array_equal(a, b) for a, b in zip(sample.images, again.images, strict=True))
     assert list(task.samples("dev", 2, seed=3))[1].turns == first[1].turns
     assert [s.turns for s in task.samples("dev", 4, seed=4)] != [s.turns for s in first]
     assert [s.turns for s in task.samples("test", 4, seed=3)] != [s.turns for s in first]
@@ -48,8 +48,8 @@ def test_a_later_answer_cannot_be_copied_from_the_dialogue(name: str) -> None:
     for sample in available_tasks()[name].samples("test", 120):
         said: set[str] = set()
         for turn in sample.turns:
-            found = re.search(r"(?:(says|value is) (\w+)|shows an? (\w+) (\w+))\.$", turn.answer)
-            assert found is None or not {*found.groups()[1:]} - {None} <= said, sample
+            statement = re.search(r"(?:(says|value is) (\w+)|shows an? (\w+) (\w+))\.$", turn.answer)
+            assert statement is None or not {*statement.groups()[1:]} - {None} <= said, sample
             said |= set(re.findall(r"\w+", turn.answer))
 
 

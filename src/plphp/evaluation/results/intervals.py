@@ -43,7 +43,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Resampled:
-    """Means of several variants over one set of samples, or a weighted mean over several sets.
+    """Means of several variants over a set of samples, or a weighted mean over several sets.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Resampled:
         """Mean of a variant, or of its difference from another, with its 95 % interval.
 
         It is the percentile interval of the bootstrap, to which what the bootstrap cannot see in sets without any
-        spread is added in quadrature (the sets are independent of each other).
+        spread is added in quadrature (the sets are independent).
         """
         mean, draws = self.means[variant], self.draws[:, variant]
         if minus is not None:

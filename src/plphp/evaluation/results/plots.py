@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score against measured KV, per group of tasks: one line per method, with its interval as a band.
+"""Score against measured KV, per group of tasks: a line for each method, with its interval as a band.
 
 Needs matplotlib (``pip install plphp[plots]``).
 """

@@ -26,7 +26,7 @@ MAX_DIFFERENCES_SHOWN = 3
 
 
 class Store:
-    """The folder of one evaluation, which may be gone on with, also for more samples than were asked for before.
+    """The folder of an evaluation, which may be gone on with, also for more samples than were asked for before.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises
     ------
     LoadError
-        If the folder holds none, or not a whole one.
+        If the folder holds none, or only a part of it.
     """
     config = read_json(folder / "config.json")
     missing = sorted({"settings", "variants", "tasks", "refused"} - set(config))

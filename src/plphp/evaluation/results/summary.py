@@ -17,7 +17,7 @@ from .intervals import LEVEL, RESAMPLES, Resampled, averaged, resample
 from .store import FORMAT, read_config, read_records, read_skipped
 
 MEASURES = ("kept", "agreement", "kl", "right_share")
-"""Beside the score, given as plain means."""
+"""Beside the score; their figures are plain means."""
 Records = Sequence[Mapping[str, Any]]
 """Scored samples of a task, as the store holds them."""
 
@@ -97,7 +97,7 @@ def summarize(
     tasks: dict[str, Any] = {}
     measured: dict[str, _Measured] = {}
     skipped: dict[str, Records] = {}
-    for task in config["tasks"]:  # one after the other: the samples of all are many times the figures
+    for task in config["tasks"]:  # task by task: all samples together may not fit in memory
         name = task["name"]
         records, left_out = read_records(folder, name), read_skipped(folder, name)
         if left_out:
@@ -105,22 +105,22 @@ def summarize(
         if records:
             measured[name] = _measured(records, variants, name, seed, resamples)
             tasks[name] = _task_figures(task, len(records), len(left_out), _figures(variants, measured[name]))
+    _check_any(tasks, skipped, folder)
+    groups, overall = _groups(tasks, measured, variants)
+    about = {"format": FORMAT, "variants": [_shown(variant) for variant in variants.listed]}
+    about |= {"refused": config["refused"], "skipped": skipped, "baseline": baseline}
+    about |= {"resamples": resamples, "level": LEVEL}
+    return {**about, "tasks": tasks, "groups": groups, "overall": overall}
+
+
+def _check_any(tasks: Mapping[str, Any], skipped: Mapping[str, Records], folder: Path) -> None:
     if not tasks:
         reasons = [none_scored(name, samples) for name, samples in skipped.items()]
         raise LoadError(reasons[0] if reasons else f"{folder} holds no finished sample yet.")
-    groups, overall = _groups(tasks, measured, variants)
-    return {
-        "format": FORMAT,
-        "variants": [{key: variant[key] for key in ("name", "label", "retention")} for variant in variants.listed],
-        "refused": config["refused"],
-        "skipped": skipped,
-        "baseline": baseline,
-        "resamples": resamples,
-        "level": LEVEL,
-        "tasks": tasks,
-        "groups": groups,
-        "overall": overall,
-    }
+
+
+def _shown(variant: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: variant[key] for key in ("name", "label", "retention")}
 
 
 def none_scored(task: str, skipped: Records) -> str:

@@ -26,10 +26,10 @@ BORDER = 2
 
 
 def score_tables(metrics: Mapping[str, Any], *, per_task: bool = False, width: int | None = None) -> list[Table]:
-    """A table for each group of tasks, with a line per method and retention, and one over all groups at the end.
+    """A table for each group of tasks, with a line per method and retention, and a table of the mean over all groups.
 
     A group's scores are means over its tasks, those of the last table means over the groups, each with equal weight.
-    There is no last table where there is one group, and no table of a task that is the only one of its group.
+    There is no last table where there is a single group, and no table of a task that is alone in its group.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def score_tables(metrics: Mapping[str, Any], *, per_task: bool = False, width: i
     per_task : bool
         Add a table for each task.
     width : int, optional
-        Columns of the terminal: a wider table is cut into several, one below the other. Default: no limit.
+        Columns of the terminal: a wider table is cut into several. Default: no limit.
     """
     tables = []
     for group, values in metrics["groups"].items():

@@ -150,7 +150,7 @@ def _text(processor: Any, tokens: Any) -> str:
 def _generate_batch(
     model: PreTrainedModel, processor: Any, samples: Sequence[Sample], variant: Variant, limit: int | None
 ) -> list[_Answer]:
-    """Answer samples of one turn as one batch; an answer may be as long as the longest reference allows."""
+    """Answer samples of one turn together; an answer may be as long as the longest reference allows."""
     shown = [blank(sample) for sample in samples] if variant.images == "blank" else list(samples)
     inputs = on_device(model, batch_inputs(processor, shown))
     ends = end_tokens(model, processor)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnswerSpan:
-    """The reference answer of one turn within the draft.
+    """The reference answer of a turn within the draft.
 
     Parameters
     ----------
@@ -135,8 +135,8 @@ def encode(processor: Any, sample: Sample, ends: tuple[int, ...]) -> Conversatio
     ConfigError
         If there is no turn, an answer is missing, or the template changes an answer.
     UnsupportedFeatureError
-        If the processor has no chat template, or the template writes other text before an answer that is history
-        than before one that is to be generated.
+        If the processor has no chat template, or the template writes other text before an answer of the history
+        than before an answer that is to be generated.
     """
     check_sample(sample)
     tokens = _tokenized(processor.tokenizer, _pieces(processor, sample))
@@ -191,8 +191,8 @@ def _pieces(processor: Any, sample: Sample) -> list[str]:
         if not whole.startswith(prompt) or start < 0 or whole[len(prompt) : start].strip():
             raise UnsupportedFeatureError(
                 f"The chat template of {type(processor).__name__} writes other text around an answer of the history "
-                f"than around one that is to be generated (answer {turn.answer!r}): its tokens cannot be told. Use "
-                "--mode generate with samples of one turn."
+                f"than around an answer that is to be generated (answer {turn.answer!r}): its tokens cannot be found. "
+                "Use --mode generate with samples of one turn."
             )
         cuts += [len(prompt), start + len(turn.answer.strip())]
     return [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]

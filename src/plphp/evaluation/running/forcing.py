@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teacher forcing on pruned caches: what each variant would say next at every position of the same text.
 
-A greedy answer is a given text if and only if the most probable token is the text's next one at each of its positions.
+Greedy decoding gives a text if and only if the most probable token at each of its positions is the text's next.
 So one pass over a draft says, for many variants at once, what ``generate`` would show token by token.
 """
 
@@ -66,8 +66,8 @@ class Forced:
         Kullback-Leibler divergence from the full cache's distribution at each position, in nats.
     kept : float
         Entries kept, less the prompt's text, over the vision entries of a full cache for the sample as it is; mean
-        over layers and KV heads. For a method that evicts no text these are the vision entries kept; one that does is
-        counted by the memory it holds.
+        over layers and KV heads. For a method that evicts no text these are the vision entries kept; a method that
+        does is counted by the memory it holds.
     """
 
     tokens: tuple[int, ...]

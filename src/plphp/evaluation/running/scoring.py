@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sample, many variants: is the answer right, how far, and how close does each stay to the full cache?"""
+"""A sample and many variants: is the answer right, how far, and how close does each stay to the full cache?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from plphp.evaluation.tasks.task import Sample
 
 LABEL_FREE_TOKENS = 128
-"""Longest greedy answer of the full cache that variants are compared on where no limit is given."""
+"""New tokens of the full cache's answer that variants are compared on, where no limit is given."""
 
 
 @dataclass(frozen=True)

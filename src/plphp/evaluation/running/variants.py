@@ -26,7 +26,7 @@ CONTROLS = {
 }
 """What may be compared beside the methods."""
 FIXED_BY = ("retention_rate", "target_retention", "attentive_threshold", "indifferent_threshold")
-"""Settings that say how much is kept: a method that is given one of them is taken as it is."""
+"""Settings that say how much is kept: a method with any of them in its settings is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,17 @@ def split_methods(texts: Iterable[str]) -> list[str]:
     ['plphp:query_rows=text,seed=1', 'uniform', 'best=random']
     """
     known = {*available_methods(), *CONTROLS}
-    found: list[str] = []
+    methods: list[str] = []
     for text in texts:
         in_settings = False
         for part in filter(None, (part.strip() for part in text.split(","))):
             _, equals, value = part.partition("=")
             if in_settings and equals and ":" not in part and value.strip() not in known:
-                found[-1] += f",{part}"
+                methods[-1] += f",{part}"
             else:
-                found.append(part)
+                methods.append(part)
                 in_settings = ":" in part
-    return found
+    return methods
 
 
 def make_variants(methods: Sequence[str], retention: Sequence[float]) -> list[Variant]:

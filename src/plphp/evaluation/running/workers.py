@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spread work over processes of one thread each; results come back one by one, errors as they are."""
+"""Spread work over processes of one thread each; results come back as they are made, errors as they are."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Entry:
 
 
 def read_turns(values: Mapping[str, Any], origin: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Read the turns of an entry, and the accepted answers of its last one.
+    """Read the turns of an entry, and the accepted answers of the last turn.
 
     Parameters
     ----------

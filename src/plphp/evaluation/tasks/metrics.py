@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an answer is scored against one or several accepted ones; every score is in [0, 1]."""
+"""How an answer is scored against the accepted answers; every score is in [0, 1]."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Metric:
     over_turns : callable
         Score of a sample from those of its scored turns. By default the lowest: all turns have to be right.
     verifiable : bool
-        Whether an answer scores 1 if it is the accepted one word for word, and 0 otherwise. Then one pass over the
+        Whether an answer scores 1 if it is the accepted answer word for word, and 0 otherwise. Then one pass over the
         accepted answer can say what greedy decoding would score.
     """
 
@@ -51,7 +51,7 @@ class Metric:
 
 
 def exact_match(answer: str, accepted: str) -> float:
-    """1 if both are the same text; runs of white space count as one space, those at the ends do not count."""
+    """1 if both are the same text; runs of white space count as a single space, and at the ends not at all."""
     return float(answer.split() == accepted.split())
 
 
@@ -76,7 +76,7 @@ def contains(answer: str, accepted: str) -> float:
 
 
 def relaxed_accuracy(answer: str, accepted: str) -> float:
-    """ChartQA's metric: numbers may be 5 % off, other answers have to be equal but for case and white space."""
+    """ChartQA's metric: numbers may be 5 % off, and all else has to be equal but for case and white space."""
     number, accepted_number = _number(answer), _number(accepted)
     if number is None or accepted_number is None:
         return exact_match(answer.lower(), accepted.lower())

@@ -65,7 +65,7 @@ class Sample:
 
 
 Maker = Callable[[], Sample]
-"""Makes one sample; images are drawn or read only then."""
+"""Makes a sample; images are drawn or read only then."""
 
 
 class AnyTask(Protocol):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about scenes with their true answers: several phrasings, one form of answer per kind of question.
+"""Questions about scenes with their true answers: several phrasings, and a single form of answer, for each kind.
 
 Answers are sentences in which what was asked comes late: the first token of an answer is predicted from the
 unpruned prompt, so a one-word answer would not show what pruning lost.
@@ -147,9 +147,9 @@ To find a thing by what it *is* is learned last. Answers that do so several time
 ``neighbours``, ``lookups``, ``read_table``, ``which_images``) teach it faster; they are no tasks.
 """
 SEVERAL_IMAGES = {"which_image": 0.7, "which_images": 1.4, "compare": 0.8, "order": 1.0}
-"""Questions about several images at once, likewise."""
+"""Question about several images at once -> how often training asks it."""
 ACROSS = 0.5
-"""How often training asks one of the latter where a prompt has several images."""
+"""How often training asks about several images at once where a prompt has several, a fraction."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ class Question:
 
 
 def ask(rng: random.Random, scenes: Sequence[Scene], kind: str) -> Question | None:
-    """Ask a question about the images of one prompt.
+    """Ask a question about the images of a prompt.
 
     Parameters
     ----------
     rng
         Source of chance.
     scenes
-        The images in order. With more than one, a question about one image names it.
+        The images in order. Where there are several, a question about a single image names it.
     kind
         A key of ``PHRASINGS``.
 

@@ -48,7 +48,7 @@ UNSEEN_LAYOUTS = frozenset({(2, 4), (3, 5), (4, 3), (5, 2), (5, 4)})
 
 @dataclass(frozen=True)
 class Item:
-    """One drawn thing: what it is, its colour, its cell or place in a line (1-based), where it is drawn."""
+    """A drawn thing: what it is, its colour, its cell or place in a line (1-based), where it is drawn."""
 
     builder: str
     key: sprites.Key
@@ -63,7 +63,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """A grid (some cells empty), a page of codes (``"text"``, one per line), or a ``"table"`` of keys and values."""
+    """A grid (some cells empty), a page of codes (``"text"``, a code a line), or a ``"table"`` of keys and values."""
 
     kind: Kind
     rows: int
@@ -246,7 +246,7 @@ def make_text(rng: random.Random, split: Split, max_lines: int = 4) -> Scene:
 
 
 def make_table(rng: random.Random, split: Split, max_lines: int = 5) -> Scene:
-    """Draw a random table of 2 to ``max_lines`` lines: a letter that no other has, and a value of 2 or 3 places."""
+    """Draw a random table of 2 to ``max_lines`` lines: a letter of its own and a value of 2 or 3 places each."""
     lines = rng.randint(2, max_lines)
     keys = rng.sample(sprites.LETTERS, lines)
     items = []
@@ -259,7 +259,7 @@ def make_table(rng: random.Random, split: Split, max_lines: int = 5) -> Scene:
 
 
 def make_scene(rng: random.Random, split: Split, kind: Kind, largest: int = 5) -> Scene:
-    """Draw one scene of a kind, with at most ``largest`` (3 to 5) rows and columns."""
+    """Draw a scene of a kind, with at most ``largest`` (3 to 5) rows and columns."""
     if kind == "grid":
         return make_grid(rng, split, max_side=largest)
     if kind == "text":
@@ -275,7 +275,7 @@ def make_scenes(
     largest: int = 5,
     kinds: Sequence[Kind] = ("grid", "grid", "grid", "grid", "text", "text", "table"),
 ) -> list[Scene]:
-    """Draw ``n`` scenes for one prompt, each of a kind out of ``kinds``; among several, each one holds less."""
+    """Draw ``n`` scenes for a prompt, each of a kind out of ``kinds``; where there are several, each holds less."""
     return [make_scene(rng, split, rng.choice(kinds), min(largest, 4) if n > 1 else largest) for _ in range(n)]
 
 

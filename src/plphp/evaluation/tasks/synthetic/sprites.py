@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks of the things that scenes are made of: handwritten digits, shapes and printed characters.
 
-Every mask is built once at ``SUPERSAMPLE`` times the wanted size and box-filtered down, so that a scene drawn
+Every mask is built once at ``SUPERSAMPLE`` times the size of the drawing and box-filtered down, so that a scene drawn
 large and resized by an image processor looks like the same scene drawn small.
 """
 
@@ -48,7 +48,7 @@ HELD_OUT = {"dev": 0.1, "test": 0.2}
 
 @lru_cache(maxsize=3)
 def _digit_images(split: str) -> dict[int, NDArray[np.uint8]]:
-    """Return the handwritten digits of one split as ``{label: uint8 (n, 8, 8)}`` (a fixed random split)."""
+    """Return the handwritten digits of a split as ``{label: uint8 (n, 8, 8)}`` (a fixed random split)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -57,9 +57,9 @@ def _digit_images(split: str) -> dict[int, NDArray[np.uint8]]:
     data = load_digits()
     order = np.random.RandomState(20).permutation(len(data.target))
     test, dev = (int(len(order) * HELD_OUT[name]) for name in ("test", "dev"))
-    chosen = {"test": order[:test], "dev": order[test : test + dev], "train": order[test + dev :]}[split]
-    images = (data.images[chosen] * (255 / 16)).astype(np.uint8)
-    labels = data.target[chosen]
+    numbers = {"test": order[:test], "dev": order[test : test + dev], "train": order[test + dev :]}[split]
+    images = (data.images[numbers] * (255 / 16)).astype(np.uint8)
+    labels = data.target[numbers]
     return {k: images[labels == k] for k in range(10)}
 
 
@@ -170,12 +170,12 @@ def _as_array(builder: str, key: Key, scale: int) -> Mask:
 
 
 def digit_count(split: str, label: int) -> int:
-    """Return how many samples of a digit one split (``"train"``, ``"dev"`` or ``"test"``) holds."""
+    """Return how many samples of a digit a split (``"train"``, ``"dev"`` or ``"test"``) holds."""
     return len(_digit_images(split)[label])
 
 
 def mask(builder: str, key: Key, scale: int = 1) -> Mask:
-    """Return the opacity of one sprite.
+    """Return the opacity of a sprite.
 
     Parameters
     ----------

@@ -95,25 +95,25 @@ def _colours_of(rng: random.Random, scene: Scene) -> Asked:
     items = _single(scene.items, lambda i: i.value)
     if len(items) < 2:
         return None
-    chosen = rng.sample(items, rng.randint(2, min(MOST_THINGS, len(items))))
-    said = [f"The {_thing(item.value)} is {item.colour}." for item in chosen]
-    return {"things": _all_of([f"the {_thing(item.value)}" for item in chosen])}, " ".join(said)
+    asked = rng.sample(items, rng.randint(2, min(MOST_THINGS, len(items))))
+    said = [f"The {_thing(item.value)} is {item.colour}." for item in asked]
+    return {"things": _all_of([f"the {_thing(item.value)}" for item in asked])}, " ".join(said)
 
 
 def _relation(rng: random.Random, scene: Scene) -> Asked:
-    found = _beside(rng, scene)
-    if found is None:
+    surroundings = _beside(rng, scene)
+    if surroundings is None:
         return None
-    thing, place, shown = found
+    thing, place, shown = surroundings
     side = rng.choice(list(shown))
     return {"side": side, "thing": thing}, f"{place} {shown[side]}"
 
 
 def _neighbours(rng: random.Random, scene: Scene) -> Asked:
-    found = _beside(rng, scene)
-    if found is None:
+    surroundings = _beside(rng, scene)
+    if surroundings is None:
         return None
-    thing, place, shown = found
+    thing, place, shown = surroundings
     return {"thing": thing}, " ".join([place, *shown.values()])
 
 
@@ -128,8 +128,8 @@ def _lookup(rng: random.Random, scene: Scene) -> Asked:
 
 
 def _lookups(rng: random.Random, scene: Scene) -> Asked:
-    chosen = rng.sample(range(1, scene.rows + 1), rng.randint(2, min(MOST_THINGS - 1, scene.rows)))
-    return {"things": _all_of([scene.at[r, 1].value for r in chosen])}, " ".join(_looked_up(scene, r) for r in chosen)
+    rows = rng.sample(range(1, scene.rows + 1), rng.randint(2, min(MOST_THINGS - 1, scene.rows)))
+    return {"things": _all_of([scene.at[r, 1].value for r in rows])}, " ".join(_looked_up(scene, r) for r in rows)
 
 
 def _read_table(rng: random.Random, scene: Scene) -> Asked:
@@ -195,12 +195,12 @@ ABOUT_ONE: dict[str, Callable[[random.Random, Scene], Asked]] = {
 
 
 def _placed(scenes: Sequence[Scene]) -> dict[str, tuple[int, str]]:
-    """Return the things that are there once, in one image: value -> number of the image, and how an answer says it."""
-    found: dict[str, list[tuple[int, Item]]] = {}
+    """Return the things that are there once: value -> number of the image that shows it, and how an answer says it."""
+    places: dict[str, list[tuple[int, Item]]] = {}
     for k, scene in enumerate(scenes, start=1):
         for item in scene.items if scene.kind == "grid" else ():
-            found.setdefault(item.value, []).append((k, item))
-    once = {value: places[0] for value, places in sorted(found.items()) if len(places) == 1}
+            places.setdefault(item.value, []).append((k, item))
+    once = {value: at[0] for value, at in sorted(places.items()) if len(at) == 1}
     return {
         value: (k, f"The {_thing(value)} is {item.colour}, in image {NUMBERS[k]}.") for value, (k, item) in once.items()
     }
@@ -218,8 +218,8 @@ def _which_images(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
     placed = _placed(scenes)
     if len(placed) < 2 or sum(scene.kind == "grid" for scene in scenes) < 2:
         return None
-    chosen = rng.sample(list(placed), rng.randint(2, min(MOST_THINGS, len(placed))))
-    return {"things": _all_of([f"the {_thing(value)}" for value in chosen])}, " ".join(placed[v][1] for v in chosen)
+    asked = rng.sample(list(placed), rng.randint(2, min(MOST_THINGS, len(placed))))
+    return {"things": _all_of([f"the {_thing(value)}" for value in asked])}, " ".join(placed[v][1] for v in asked)
 
 
 def _compare(rng: random.Random, scenes: Sequence[Scene]) -> Asked:
