@@ -115,15 +115,16 @@ def generate_samples(
     outcomes: list[dict[str, Outcome]] = [{} for _ in samples]
     for variant in variants:
         together = [number for number, sample in enumerate(samples) if _fits_a_batch(sample, variant)]
-        alone = [number for number in range(len(samples)) if number not in together]
-        answers = {number: _generate_alone(model, processor, samples[number], variant, max_new_tokens)
-                   for number in alone}  # fmt: skip
+        answers: dict[int, list[_Answer]] = {}
+        for number, sample in enumerate(samples):
+            if number not in together:
+                answers[number] = _generate_alone(model, processor, sample, variant, max_new_tokens)
         if together:
             batch = [samples[number] for number in together]
-            texts = _generate_batch(model, processor, batch, variant, max_new_tokens)
-            answers |= {number: [answer] for number, answer in zip(together, texts, strict=True)}
-        for number, said in answers.items():
-            outcomes[number][variant.name] = _graded(samples[number], said, grade)
+            said = _generate_batch(model, processor, batch, variant, max_new_tokens)
+            answers |= {number: [answer] for number, answer in zip(together, said, strict=True)}
+        for number, turns in answers.items():
+            outcomes[number][variant.name] = _graded(samples[number], turns, grade)
     return outcomes
 
 

@@ -99,13 +99,13 @@ def _smaller_tower_input(model: PreTrainedModel, processor: Any, factor: float) 
     can_interpolate = any(hasattr(type(module), "interpolate_pos_encoding") for module in model.modules())
     if not (isinstance(side, int) and isinstance(patch, int) and can_interpolate):
         raise _refusal(model, "its vision tower takes one size")
-    side_now = max(1, round(side * factor / patch)) * patch
+    smaller_side = max(1, round(side * factor / patch)) * patch
     names = [name for name in ("size", "crop_size") if getattr(image_processor, name, None) is not None]
     originals = {name: copy.copy(getattr(image_processor, name)) for name in names}
     try:
         for name in names:
             keys = dict(originals[name]).items()
-            setattr(image_processor, name, {key: side_now for key, value in keys if value is not None})
+            setattr(image_processor, name, {key: smaller_side for key, value in keys if value is not None})
         yield
     finally:
         for name, value in originals.items():
