@@ -209,7 +209,7 @@ def transfer(arguments: argparse.Namespace) -> None:
 def _prompts(processor: Any, each: int, seed: int, without: str = "") -> Iterator[dict[str, Any]]:
     """Inputs of the first questions of all tasks, those of one group left out, from the development split."""
     from plphp.evaluation import available_tasks
-    from plphp.evaluation.conversation import prompt_inputs
+    from plphp.evaluation.running.conversation import prompt_inputs
 
     for task in available_tasks().values():
         if task.group != without:
@@ -271,7 +271,7 @@ def calibration(arguments: argparse.Namespace) -> None:
 
 @functools.cache
 def _weights(model: str | None) -> str:
-    from plphp.evaluation.identity import weights_hash
+    from plphp.evaluation.results.identity import weights_hash
     from plphp.inputs.loading import load_model
 
     return weights_hash(load_model(model)[0])

@@ -14,8 +14,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from plphp.evaluation.synthetic import questions, scenes
-from plphp.evaluation.synthetic.scenes import Scene
+from plphp.evaluation.tasks.synthetic import questions, scenes
+from plphp.evaluation.tasks.synthetic.scenes import Scene
 
 SEED = 4243
 PLAN: tuple[tuple[str, str, tuple[scenes.Kind, ...], str], ...] = (

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from plphp.evaluation.synthetic import scenes
+from plphp.evaluation.tasks.synthetic import scenes
 
 IMAGE_TOKENS = scenes.PATCHES**2
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from plphp.evaluation.synthetic import scenes
+from plphp.evaluation.tasks.synthetic import scenes
 from training import checkpoints, optim
 from training import model as models
 

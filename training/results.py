@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from plphp.evaluation import EvalSettings, available_tasks, compact_results, evaluate
-from plphp.evaluation.summary import command_of
+from plphp.evaluation.results.compact import command_of
 from training import checkpoints
 
 logger = logging.getLogger("training.results")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plphp.evaluation.synthetic import questions, scenes
-from plphp.evaluation.synthetic.scenes import Scene
+from plphp.evaluation.tasks.synthetic import questions, scenes
+from plphp.evaluation.tasks.synthetic.scenes import Scene
 from training import model as models
 from training import tokenizer
 

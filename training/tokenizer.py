@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from plphp.evaluation.synthetic import questions, scenes, sprites, truths
+from plphp.evaluation.tasks.synthetic import questions, scenes, sprites, truths
 
 PAD, END, IMAGE, SYSTEM, USER, ASSISTANT = (
     "<|pad|>",

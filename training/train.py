@@ -17,7 +17,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
-from plphp.evaluation.synthetic import scenes
+from plphp.evaluation.tasks.synthetic import scenes
 from training import checkpoints, optim, rows, tokenizer
 from training import model as models
 

@@ -22,7 +22,8 @@ import tiny_hub
 from plphp.cli import app
 from plphp.cli._eval_progress import shown_progress
 from plphp.evaluation import METRICS, available_tasks
-from plphp.evaluation.choices import MODES, SPLITS
+from plphp.evaluation.settings import MODES
+from plphp.evaluation.tasks.choices import SPLITS
 from plphp.inputs.sources import DTYPES
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -62,7 +63,13 @@ def test_a_run(results: Path) -> None:
     shown = json.loads((results / "shown.json").read_text())
     plots = shown.pop("plots")
     assert shown == json.loads((results / "run" / "metrics.json").read_text())
-    assert [one["name"] for one in shown["variants"]] == ["full", "mine@0.5", "mine@0.1", "uniform@0.5", "uniform@0.1"]
+    assert [variant["name"] for variant in shown["variants"]] == [
+        "full",
+        "mine@0.5",
+        "mine@0.1",
+        "uniform@0.5",
+        "uniform@0.1",
+    ]
     assert [Path(plot).name for plot in plots] == ["score-one_image.png"]
     settings = json.loads((results / "run" / "config.json").read_text())["variants"][1]["config"]
     assert (settings["query_rows"], settings["gqa_reduction"], settings["target_retention"]) == ("text", "max", 0.5)
@@ -165,14 +172,14 @@ def test_a_line_every_so_often(capsys: pytest.CaptureFixture[str], monkeypatch: 
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    with shown_progress(quiet=False) as tell:
+    with shown_progress(quiet=False) as progress:
         for done in range(1, 100):
             now[0] += 1
-            tell("a" if done < 50 else "b", done, 99)
+            progress("a" if done < 50 else "b", done, 99)
     shown = [line.split(" of ")[0] for line in capsys.readouterr().err.splitlines()]
     assert shown == ["1", "21", "41", "50", "70", "90", "99"]
-    with shown_progress(quiet=True) as tell:
-        tell("a", 1, 1)
+    with shown_progress(quiet=True) as progress:
+        progress("a", 1, 1)
     assert capsys.readouterr().err == ""
 
 

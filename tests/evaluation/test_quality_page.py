@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_results import METRICS
+from sample_figures import METRICS
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {

@@ -34,18 +34,20 @@ def test_what_is_written_is_read(values: list[Any], end: bytes, mark: bool, asci
         path = Path(folder, "a.jsonl")
         path.write_bytes(BOM * mark + end.join(lines) + end * last)
         entries = list(read_entries(path, "data"))
-        assert [value for _, value in entries] == values
+        assert [value for _, _, value in entries] == values
         step = end.count(b"\n")
-        assert [origin for origin, _ in entries] == [f"{path}, line {1 + step * i}" for i in range(len(values))]
+        assert [entry[:2] for entry in entries] == [
+            (number, f"{path}, line {number}") for number in range(1, 1 + step * len(values), step)
+        ]
         path.write_bytes(BOM * mark + b" [" + b",\n".join(lines) + b"]" + end * last)
-        assert [value for _, value in read_entries(path, "data")] == values
-        assert next(read_entries(path, "data"))[0] == f"{path}, entry 1"
+        assert [value for _, _, value in read_entries(path, "data")] == values
+        assert next(read_entries(path, "data"))[:2] == (1, f"{path}, entry 1")
 
 
 def test_byte_order_marks_between_joined_files(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(BOM + b'{"a": "\xef\xbb\xbf"}\r\n' + BOM + b'{"b": 2}\r\n')
-    assert [value for _, value in read_entries(path, "data")] == [{"a": "\ufeff"}, {"b": 2}]
+    assert [value for _, _, value in read_entries(path, "data")] == [{"a": "\ufeff"}, {"b": 2}]
 
 
 def test_a_chat_with_a_byte_order_mark(tmp_path: Path) -> None:

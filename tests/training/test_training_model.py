@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from plphp.evaluation import available_tasks
-from plphp.evaluation.synthetic import scenes
+from plphp.evaluation.tasks.synthetic import scenes
 from precision import EXACT
 from training import export, model, optim, rows, tokenizer, train
 

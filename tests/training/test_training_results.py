@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from plphp.evaluation import compact_results
-from plphp.evaluation.identity import weights_hash
-from plphp.evaluation.store import read_records, records_path
+from plphp.evaluation.results.identity import weights_hash
+from plphp.evaluation.results.store import read_records, records_path
 from plphp.inputs.loading import load_weights
 from training import checkpoints, export, results
 

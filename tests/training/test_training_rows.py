@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 
-from plphp.evaluation.synthetic.questions import Question
+from plphp.evaluation.tasks.synthetic.questions import Question
 from training import model, rows, tokenizer
 
 

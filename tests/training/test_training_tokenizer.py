@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plphp.evaluation.conversation import prompt_inputs
-from plphp.evaluation.synthetic import questions, scenes
-from plphp.evaluation.tasks import available_tasks
+from plphp.evaluation.running.conversation import prompt_inputs
+from plphp.evaluation.tasks.built_in import available_tasks
+from plphp.evaluation.tasks.synthetic import questions, scenes
 from training import rows, tokenizer
 
 TOKENIZER = tokenizer.build_tokenizer()

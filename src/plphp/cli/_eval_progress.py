@@ -15,15 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ._app import quiet_libraries
 
 if TYPE_CHECKING:
-    from plphp.evaluation.runner import Progress as Told
+    from plphp.evaluation.running.runner import Progress as ReportProgress
 
 SECONDS = 20.0
 """Between two lines of a log."""
 
 
 @contextmanager
-def shown_progress(quiet: bool) -> Iterator[Told]:
-    """Show the progress over all samples; yields the function to tell it to."""
+def shown_progress(quiet: bool) -> Iterator[ReportProgress]:
+    """Show the progress over all samples; yields the function that `evaluate` calls."""
     quiet_libraries()
     if quiet:
         yield lambda task, done, total: None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,9 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from plphp.errors import ConfigError
-from plphp.evaluation.choices import MODES, SPLITS, check_choice
-from plphp.evaluation.metrics import METRICS, get_metric
+from plphp.evaluation.settings import MODES, EvalSettings
+from plphp.evaluation.tasks.choices import SPLITS, check_choice
+from plphp.evaluation.tasks.metrics import METRICS
 from plphp.methods.registry import METHODS_BY_NAME
 
 from ._app import app, console, note_on_bundled, print_json
@@ -23,108 +25,152 @@ WHAT, DATA, HOW, OUTPUT = "What", "Data", "How", "Output"
 WIDE = 1000
 """Columns where there is no terminal, which no table needs."""
 
+ModelOption = Annotated[str | None, model_option(WHAT)]
+MethodsOption = Annotated[
+    list[str] | None,
+    option(
+        WHAT,
+        "Methods by commas, with settings and labels: 'plphp,mine=random:seed=1'; may be repeated.",
+        complete=METHODS_BY_NAME.names,
+    ),
+]
+RetentionOption = Annotated[
+    str | None, option(WHAT, "Mean fractions of the vision tokens to keep, by commas, such as 0.5,0.25.")
+]
+TasksOption = Annotated[str | None, option(WHAT, "Tasks or groups by commas; default: all that are scored.")]
+SplitOption = Annotated[str, option(WHAT, "Split of the built-in tasks, default dev:", choices=SPLITS)]
+SamplesOption = Annotated[int, option(WHAT, "Samples of each task; default 500.", min=1)]
+SeedOption = Annotated[int, option(WHAT, "Seed of the samples; default 0.", min=0)]
+DataOption = Annotated[
+    list[str] | None,
+    option(DATA, "A .jsonl file, a folder with metadata.jsonl, or a data set for the `datasets` library."),
+]
+MetricOption = Annotated[str, option(DATA, "Metric for --data, default exact_match:", choices=tuple(METRICS))]
+PromptsOption = Annotated[str | None, option(DATA, "Prompts without answers, for --label-free.")]
+UrlsOption = Annotated[bool, allow_urls_option(DATA)]
+LabelFreeOption = Annotated[bool, option(HOW, "Compare with the full cache, without answers.", "--label-free")]
+ModeOption = Annotated[str, option(HOW, "How samples are scored, default auto:", choices=MODES)]
+DtypeOption = Annotated[str, dtype_option(HOW)]
+DeviceOption = Annotated[str | None, device_option(HOW)]
+WorkersOption = Annotated[int, option(HOW, "Processes of one thread each; default 1.", min=1)]
+RowsOption = Annotated[int, option(HOW, "Variants whose caches are alive at a time; default 64.", min=1)]
+BatchOption = Annotated[int, option(HOW, "Samples in a batch, for --mode generate; default 8.", min=1)]
+LimitOption = Annotated[int | None, option(HOW, "Longest answer.", min=1)]
+OutOption = Annotated[Path | None, option(OUTPUT, "Folder for the results; an unfinished run goes on.")]
+ReportOption = Annotated[Path | None, option(OUTPUT, "Show the results in this folder again; nothing is run.")]
+BaselineOption = Annotated[str | None, option(OUTPUT, "Method from which differences are given, too.")]
+PerTaskOption = Annotated[bool, option(OUTPUT, "Show each task beside the groups.", "--per-task")]
+PlotsOption = Annotated[bool, option(OUTPUT, "Draw score against KV into DIR/plots.", "--plots")]
+ResultsOption = Annotated[Path | None, option(OUTPUT, "Write the figures, without samples, to this JSON file.")]
+ListOption = Annotated[bool, option(OUTPUT, "List the built-in tasks.", "--list")]
+QuietOption = Annotated[bool, option(OUTPUT, "Show no progress on standard error.", "--quiet")]
+
 
 @app.command("eval")
 def evaluate_command(
-    model: Annotated[str | None, model_option(WHAT)] = None,
-    methods: Annotated[
-        list[str] | None,
-        option(
-            WHAT,
-            "Methods by commas, with settings and labels: 'plphp,mine=random:seed=1'; may be repeated.",
-            complete=METHODS_BY_NAME.names,
-        ),
-    ] = None,
-    target_retention: Annotated[
-        str | None, option(WHAT, "Mean fractions of the vision tokens to keep, by commas, such as 0.5,0.25.")
-    ] = None,
-    tasks: Annotated[str | None, option(WHAT, "Tasks or groups by commas; default: all that are scored.")] = None,
-    split: Annotated[str, option(WHAT, "Split of the built-in tasks, default dev:", choices=SPLITS)] = "dev",
-    samples: Annotated[int, option(WHAT, "Samples of each task; default 500.", min=1)] = 500,
-    seed: Annotated[int, option(WHAT, "Seed of the samples; default 0.", min=0)] = 0,
-    data: Annotated[
-        list[str] | None,
-        option(DATA, "A .jsonl file, a folder with metadata.jsonl, or a data set for the `datasets` library."),
-    ] = None,
-    metric: Annotated[
-        str, option(DATA, "Metric for --data, default exact_match:", choices=tuple(METRICS))
-    ] = "exact_match",
-    prompts: Annotated[str | None, option(DATA, "Prompts without answers, for --label-free.")] = None,
-    allow_urls: Annotated[bool, allow_urls_option(DATA)] = False,
-    label_free: Annotated[bool, option(HOW, "Compare with the full cache, without answers.", "--label-free")] = False,
-    mode: Annotated[str, option(HOW, "How samples are scored, default auto:", choices=MODES)] = "auto",
-    dtype: Annotated[str, dtype_option(HOW)] = "auto",
-    device: Annotated[str | None, device_option(HOW)] = None,
-    workers: Annotated[int, option(HOW, "Processes of one thread each; default 1.", min=1)] = 1,
-    rows: Annotated[int, option(HOW, "Variants whose caches are alive at a time; default 64.", min=1)] = 64,
-    batch: Annotated[int, option(HOW, "Samples in a batch, for --mode generate; default 8.", min=1)] = 8,
-    max_new_tokens: Annotated[int | None, option(HOW, "Longest answer.", min=1)] = None,
-    out: Annotated[Path | None, option(OUTPUT, "Folder for the results; an unfinished run goes on.")] = None,
-    report: Annotated[Path | None, option(OUTPUT, "Show the results in this folder again; nothing is run.")] = None,
-    baseline: Annotated[str | None, option(OUTPUT, "Method from which differences are given, too.")] = None,
-    per_task: Annotated[bool, option(OUTPUT, "Show each task beside the groups.", "--per-task")] = False,
-    plots: Annotated[bool, option(OUTPUT, "Draw score against KV into DIR/plots.", "--plots")] = False,
-    results: Annotated[Path | None, option(OUTPUT, "Write the figures, without samples, to this JSON file.")] = None,
-    list_tasks: Annotated[bool, option(OUTPUT, "List the built-in tasks.", "--list")] = False,
-    quiet: Annotated[bool, option(OUTPUT, "Show no progress on standard error.", "--quiet")] = False,
+    model: ModelOption = None,
+    methods: MethodsOption = None,
+    target_retention: RetentionOption = None,
+    tasks: TasksOption = None,
+    split: SplitOption = "dev",
+    samples: SamplesOption = 500,
+    seed: SeedOption = 0,
+    data: DataOption = None,
+    metric: MetricOption = "exact_match",
+    prompts: PromptsOption = None,
+    allow_urls: UrlsOption = False,
+    label_free: LabelFreeOption = False,
+    mode: ModeOption = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    workers: WorkersOption = 1,
+    rows: RowsOption = 64,
+    batch: BatchOption = 8,
+    max_new_tokens: LimitOption = None,
+    out: OutOption = None,
+    report: ReportOption = None,
+    baseline: BaselineOption = None,
+    per_task: PerTaskOption = False,
+    plots: PlotsOption = False,
+    results: ResultsOption = None,
+    list_tasks: ListOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score methods on tasks at equal measured KV, with intervals; samples that cannot be read are skipped."""
-    if sum((list_tasks, out is not None, report is not None)) != 1:
-        raise ConfigError("Give one of --out DIR (run), --report DIR (show again) and --list (the tasks).")
-    if list_tasks:
+    folder = _folder(out, report, list_tasks)
+    if folder is None:
         _list(as_json)
         return
-    given: dict[str, Any] = {
-        "retention": None if target_retention is None else _numbers(target_retention),
-        "tasks": None if tasks is None else _names(tasks, "--tasks"),
-    }
-    check_choice("split", split, SPLITS)
     check_choice("mode", mode, MODES)
-    get_metric(metric)
-    check_model(model if report is None else None, dtype, device)
+    settings = _settings(
+        retention=_numbers(target_retention), tasks=_names(tasks, "--tasks"), data=tuple(data or ()), metric=metric,
+        prompts=prompts, allow_urls=allow_urls, split=split, samples=samples, seed=seed, model=model,
+        mode="label-free" if label_free else mode, dtype=dtype, device=device, rows=rows, batch=batch,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    _check_files(settings, out, results, plots)
+    if out is not None:
+        metrics = _run(settings, methods, out, workers, baseline, quiet)
+        note_on_bundled(model, quiet=quiet or as_json or not (data or prompts))
+    else:
+        metrics = _read(folder, baseline, quiet=as_json)
+    _show(metrics, per_task, _write(metrics, folder, baseline, results, plots), as_json)
+
+
+def _folder(out: Path | None, report: Path | None, list_tasks: bool) -> Path | None:
+    """The folder to write or to show; None where the tasks are asked for."""
+    if sum((list_tasks, out is not None, report is not None)) != 1:
+        raise ConfigError("Give one of --out DIR (run), --report DIR (show again) and --list (the tasks).")
+    return report if out is None else out
+
+
+def _settings(**values: Any) -> EvalSettings:
+    """Settings of the values that were given, without the methods, which need torch to be looked up."""
+    return EvalSettings(**{name: value for name, value in values.items() if value is not None})
+
+
+def _check_files(settings: EvalSettings, out: Path | None, results: Path | None, plots: bool) -> None:
+    """Refuse before the run what would be in the way after it."""
     check_out_file(results, "results")
     if out is not None:
+        check_model(settings.model, settings.dtype, settings.device)
         check_out_folder(out)
-    from plphp.evaluation import EvalSettings, evaluate, save_score_plots, summarize, unfinished, write_results
-
     if plots:
         from plphp.show.plots import new_figure
 
-        new_figure()  # says now, not after the run, that matplotlib is missing
-    if report is not None:
-        folder, metrics = report, summarize(report, baseline)
-        missing = unfinished(report)
-        if missing and not as_json:
-            console().print(f"Not finished: {missing}.", highlight=False)
-    else:
-        assert out is not None
-        given["methods"] = None if methods is None else _methods(methods)
-        settings = EvalSettings(
-            model=model,
-            data=tuple(data or ()),
-            metric=metric,
-            prompts=prompts,
-            allow_urls=allow_urls,
-            split=split,  # type: ignore[arg-type]
-            samples=samples,
-            seed=seed,
-            mode="label-free" if label_free else mode,  # type: ignore[arg-type]
-            dtype=dtype,
-            device=device,
-            rows=rows,
-            batch=batch,
-            max_new_tokens=max_new_tokens,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        with shown_progress(quiet) as tell:
-            metrics = evaluate(settings, out, workers=workers, baseline=baseline, progress=tell)
-        note_on_bundled(model, quiet=quiet or as_json or not (data or prompts))
-        folder = out
+        new_figure()  # says that matplotlib is missing, if it is
+
+
+def _run(
+    settings: EvalSettings, methods: list[str] | None, out: Path, workers: int, baseline: str | None, quiet: bool
+) -> dict[str, Any]:
+    from plphp.evaluation import evaluate, split_methods
+
+    if methods is not None:
+        settings = dataclasses.replace(settings, methods=tuple(split_methods(methods)))
+    with shown_progress(quiet) as progress:
+        return evaluate(settings, out, workers=workers, baseline=baseline, progress=progress)
+
+
+def _read(folder: Path, baseline: str | None, quiet: bool) -> dict[str, Any]:
+    """The figures of a folder, with a line if the run in it is not finished."""
+    from plphp.evaluation import summarize, unfinished
+
+    metrics, missing = summarize(folder, baseline), unfinished(folder)
+    if missing and not quiet:
+        console().print(f"Not finished: {missing}.", highlight=False)
+    return metrics
+
+
+def _write(metrics: dict[str, Any], folder: Path, baseline: str | None, results: Path | None, plots: bool) -> list[str]:
+    """Write plots and results where they are asked for; return the files of the plots."""
+    from plphp.evaluation import save_score_plots, write_results
+
     files = [str(path) for path in save_score_plots(metrics, folder / "plots")] if plots else []
     if results is not None:
         write_results(folder, results, baseline)
-    _show(metrics, per_task, files, as_json)
+    return files
 
 
 def _list(as_json: bool) -> None:
@@ -166,21 +212,20 @@ def _skipped(metrics: dict[str, Any]) -> str:
     )
 
 
-def _names(text: str, option: str) -> tuple[str, ...]:
+def _names(text: str | None, option: str) -> tuple[str, ...] | None:
+    """Texts by commas; None where the option is left out."""
+    if text is None:
+        return None
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
     if not names:
         raise ConfigError(f"{option} takes one or several, separated by commas, got {text!r}: leave it out for all.")
     return names
 
 
-def _methods(texts: list[str]) -> tuple[str, ...]:
-    from plphp.evaluation import split_methods
-
-    return tuple(split_methods(texts))
-
-
-def _numbers(text: str) -> tuple[float, ...]:
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    """Numbers by commas, likewise."""
     try:
-        return tuple(float(part) for part in _names(text, "--target-retention"))
+        names = _names(text, "--target-retention")
+        return None if names is None else tuple(map(float, names))
     except ValueError:
         raise ConfigError(f"--target-retention must be numbers by commas, such as 0.5,0.25, got {text!r}.") from None

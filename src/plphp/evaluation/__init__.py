@@ -9,30 +9,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answering import decode_sample, generate_samples
-    from .intervals import averaged, resample
-    from .metrics import METRICS
-    from .result_plots import plot_scores, save_score_plots
-    from .result_tables import score_tables, task_table
-    from .runner import evaluate
-    from .scoring import Outcome, label_free, verify
+    from plphp.evaluation.results.compact import compact_results, read_results, unfinished, write_results
+    from plphp.evaluation.results.intervals import averaged, resample
+    from plphp.evaluation.results.plots import plot_scores, save_score_plots
+    from plphp.evaluation.results.summary import summarize
+    from plphp.evaluation.results.tables import score_tables, task_table
+    from plphp.evaluation.running.answering import decode_sample, generate_samples
+    from plphp.evaluation.running.runner import evaluate
+    from plphp.evaluation.running.scoring import Outcome, label_free, verify
+    from plphp.evaluation.running.variants import Variant, make_variants, split_methods
+    from plphp.evaluation.tasks.built_in import GROUPS, Task, available_tasks
+    from plphp.evaluation.tasks.metrics import METRICS
+    from plphp.evaluation.tasks.task import Sample, Turn
+
     from .settings import EvalSettings
-    from .summary import compact_results, read_results, summarize, unfinished, write_results
-    from .tasks import GROUPS, Sample, Task, Turn, available_tasks
-    from .variants import Variant, make_variants, split_methods
 
 _MODULES = {
-    "answering": ("decode_sample", "generate_samples"),
-    "intervals": ("averaged", "resample"),
-    "metrics": ("METRICS",),
-    "runner": ("evaluate",),
-    "result_plots": ("plot_scores", "save_score_plots"),
-    "result_tables": ("score_tables", "task_table"),
-    "scoring": ("Outcome", "label_free", "verify"),
+    "results.compact": ("compact_results", "read_results", "unfinished", "write_results"),
+    "results.intervals": ("averaged", "resample"),
+    "results.plots": ("plot_scores", "save_score_plots"),
+    "results.summary": ("summarize",),
+    "results.tables": ("score_tables", "task_table"),
+    "running.answering": ("decode_sample", "generate_samples"),
+    "running.runner": ("evaluate",),
+    "running.scoring": ("Outcome", "label_free", "verify"),
+    "running.variants": ("Variant", "make_variants", "split_methods"),
     "settings": ("EvalSettings",),
-    "summary": ("compact_results", "read_results", "summarize", "unfinished", "write_results"),
-    "tasks": ("GROUPS", "Sample", "Task", "Turn", "available_tasks"),
-    "variants": ("Variant", "make_variants", "split_methods"),
+    "tasks.built_in": ("GROUPS", "Task", "available_tasks"),
+    "tasks.metrics": ("METRICS",),
+    "tasks.task": ("Sample", "Turn"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one evaluation does: model, methods, retentions, tasks; everything that its numbers depend on."""
+"""What an evaluation does: model, methods, retentions, tasks; everything that its numbers depend on."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from plphp.errors import ConfigError, did_you_mean
+from plphp.evaluation.tasks.choices import SPLITS, Split, check_choice
+from plphp.evaluation.tasks.metrics import get_metric
 
-from .choices import MODES, SPLITS, Mode, Split, check_choice
-from .datasets import DataTask, read_data
-from .metrics import get_metric
-from .prompt_task import PromptTask, read_prompt_task
-from .scoring import ROWS
-from .tasks import Task, available_tasks, find_tasks
-
+FULL = "full"
+"""Name of the full cache, which every evaluation compares with."""
+Mode = Literal["auto", "verify", "decode", "generate", "label-free"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+ROWS = 64
+"""Variants whose caches are alive at a time."""
 RETENTION = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 METHODS = ("plphp", "uniform", "shared", "random", "zero", "blank")
-
-AnyTask = Task | DataTask | PromptTask
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,13 @@ class EvalSettings:
     model : str, optional
         Hub id or folder; default: the bundled model.
     methods : tuple of str
-        Methods with their settings and labels, see `plphp.evaluation.variants.make_variants`.
+        Methods with their settings and labels, see `plphp.evaluation.running.variants.make_variants`.
     retention : tuple of float
         Fractions of the vision tokens to keep.
     tasks : tuple of str
         Built-in tasks and groups of tasks; empty for all that are scored, unless ``data`` or ``prompts`` are given.
     data : tuple of str
-        The user's own data, see `plphp.evaluation.datasets.read_data`.
+        The user's own data, see `plphp.evaluation.tasks.datasets.read_data`.
     metric : str
         Metric of ``data``.
     prompts : str, optional
@@ -46,14 +45,14 @@ class EvalSettings:
     allow_urls : bool
         Whether images of ``data`` and ``prompts`` that http and https addresses name are fetched.
     split : {"dev", "test"}
-        Of the built-in tasks.
+        Split of the built-in tasks.
     samples : int
         Samples of each task.
     seed : int
-        Of the samples.
+        Seed of the samples.
     mode : {"auto", "verify", "decode", "generate", "label-free"}
         How samples are scored: "verify" from one pass over the reference (exact match), "decode" from greedy answers
-        of all variants side by side, "generate" from the model's own ``generate``, one variant after the other.
+        of all variants side by side, "generate" from the model's own ``generate``, variant by variant.
         "auto" verifies where it can and decodes elsewhere. "label-free" compares with the full cache, and reads no
         answers.
     dtype, device : str
@@ -68,7 +67,7 @@ class EvalSettings:
     Raises
     ------
     ConfigError
-        If a value is not one of those that it can have.
+        If a setting has a value that it cannot have.
     """
 
     model: str | None = None
@@ -123,55 +122,3 @@ class EvalSettings:
             if key not in known:
                 raise ConfigError(f"Unknown setting {key!r} of an evaluation.{did_you_mean(str(key), known)}")
         return cls(**values)
-
-
-def resolve_tasks(settings: EvalSettings) -> list[AnyTask]:
-    """The tasks that the settings name, in order.
-
-    Raises
-    ------
-    ConfigError
-        If a task or group is not known, or two have the same name.
-    LoadError
-        If data or prompts cannot be read.
-    """
-    tasks: list[AnyTask] = [*_built_in(settings)]
-    for source in settings.data:
-        tasks += read_data(source, settings.metric, allow_urls=settings.allow_urls)
-    if settings.prompts is not None:
-        tasks.append(read_prompt_task(settings.prompts, allow_urls=settings.allow_urls))
-    names = [task.name for task in tasks]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"Two tasks have the name {twice[0]!r}: rename one of the files.")
-    return tasks
-
-
-def mode_of(task: AnyTask, mode: str) -> str:
-    """How the samples of a task are scored.
-
-    Raises
-    ------
-    ConfigError
-        If the task cannot be scored in this mode.
-    """
-    verifiable = task.metric == "exact_match" and not getattr(task, "several", False)
-    if mode == "auto":
-        return "verify" if verifiable else "decode"
-    if mode == "verify" and not verifiable:
-        raise ConfigError(
-            f"The task {task.name!r} cannot be verified (metric {task.metric}, or several accepted answers): use "
-            "the mode decode or generate for it."
-        )
-    return mode
-
-
-def task_size(task: AnyTask, samples: int) -> int:
-    """Samples that a task yields when ``samples`` are asked for."""
-    return samples if isinstance(task, Task) else min(samples, len(task.makers))
-
-
-def _built_in(settings: EvalSettings) -> Iterable[Task]:
-    if not settings.tasks and not settings.data and settings.prompts is None:
-        return [task for task in available_tasks().values() if task.scored]
-    return find_tasks(settings.tasks)

@@ -81,7 +81,7 @@ def read_prompts(path: str | Path, *, allow_urls: bool = False) -> list[Prompt]:
         If the file cannot be read, or one of its entries is not a prompt; the message names the line.
     """
     folder = Path(path).parent
-    prompts = [_prompt(values, origin, folder, allow_urls) for origin, values in read_entries(path, "prompts")]
+    prompts = [_prompt(values, origin, folder, allow_urls) for _, origin, values in read_entries(path, "prompts")]
     if not prompts:
         raise LoadError(f"The file {path} holds no prompts.")
     return prompts

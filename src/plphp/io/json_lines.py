@@ -32,7 +32,7 @@ def read_json(path: str | Path, what: str) -> Any:
         raise LoadError(f"The {what} {path} is not JSON: {error}.") from error
 
 
-def read_entries(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
+def read_entries(path: str | Path, what: str) -> Iterator[tuple[int, str, Any]]:
     """Read a JSON Lines file, or a JSON file that is one list.
 
     Empty lines, a byte order mark, and line ends of Windows are fine, and so are Unicode's other line separators inside
@@ -47,8 +47,9 @@ def read_entries(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
 
     Yields
     ------
-    (str, object)
-        The place of a value, as ``"FILE, line N"`` or ``"FILE, entry N"``, and the value.
+    (int, str, object)
+        The number of a value's line, or of the entry in a list, from 1; where it stands, for messages, as
+        ``"FILE, line N"`` or ``"FILE, entry N"``; and the value.
 
     Raises
     ------
@@ -61,7 +62,7 @@ def read_entries(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise LoadError(f"The {what} {path}: neither JSON Lines nor a JSON list ({error}).") from error
-        yield from ((f"{path}, entry {number}", value) for number, value in enumerate(values, 1))
+        yield from ((number, f"{path}, entry {number}", value) for number, value in enumerate(values, 1))
         return
     # Not splitlines, which breaks a text at U+2028 too. Files that were joined have byte order marks between them.
     for number, line in enumerate(text.replace("\n\ufeff", "\n").split("\n"), 1):
@@ -70,7 +71,7 @@ def read_entries(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise LoadError(f"{path}, line {number}: not JSON: {error}.") from error
-            yield f"{path}, line {number}", value
+            yield number, f"{path}, line {number}", value
 
 
 def _text(path: str | Path, what: str) -> str:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a run: everything that its numbers depend on, so that a changed run is not mixed with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plphp.evaluation.results.store import FORMAT
+from plphp.evaluation.settings import EvalSettings
+from plphp.evaluation.tasks.built_in import Task
+from plphp.evaluation.tasks.data_lines import METADATA
+from plphp.evaluation.tasks.task import AnyTask
+from plphp.methods.registry import get_method
+from plphp.policy.bank import bank_file
+
+from .variants import Variant
+
+TASK_ATTRIBUTES = ("name", "group", "metric", "summary", "chance", "scored")
+SAMPLES_HASHED = 3
+"""Samples of a built-in task whose texts stand for all: a change of the drawing code shows in them."""
+
+
+def run_config(
+    settings: EvalSettings,
+    variants: Sequence[Variant],
+    refused: Mapping[str, str],
+    tasks: Sequence[AnyTask],
+    modes: Mapping[str, str],
+    identity: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Describe a run as JSON-ready values.
+
+    Parameters
+    ----------
+    settings : EvalSettings
+    variants : sequence of Variant
+        What is compared.
+    refused : mapping
+        By the name of the variants that were left out, the reason.
+    tasks : sequence of AnyTask
+    modes : mapping
+        By the name of the task, how its samples are scored.
+    identity : mapping
+        See `plphp.evaluation.results.identity.identity`.
+
+    Returns
+    -------
+    dict
+        What `plphp.evaluation.results.store.Store` takes.
+    """
+    return {
+        "format": FORMAT,
+        "settings": settings.to_dict(),
+        "variants": [
+            {
+                "name": variant.name,
+                "label": variant.label,
+                "retention": variant.retention,
+                "images": variant.images,
+                "config": variant.config.to_dict(),
+            }
+            for variant in variants
+        ],
+        "query_banks": _query_banks(variants),
+        "contents": _contents(settings, tasks),
+        "refused": dict(refused),
+        "tasks": [
+            {**{name: getattr(task, name) for name in TASK_ATTRIBUTES}, "mode": modes[task.name]} for task in tasks
+        ],
+        **identity,
+    }
+
+
+def _query_banks(variants: Sequence[Variant]) -> dict[str, str]:
+    """SHA-256 of the query banks that methods rank by: a bank that was made again makes another evaluation."""
+    stages = [(get_method(variant.config.method).kv, variant.config) for variant in variants]
+    named = {stage.evidence(config).bank for stage, config in stages if stage is not None}
+    files = {name: bank_file(name) for name in sorted(filter(None, named))}
+    return {name: _hash(file.read_bytes()) for name, file in files.items()}
+
+
+def _contents(settings: EvalSettings, tasks: Sequence[AnyTask]) -> dict[str, str]:
+    """SHA-256 of what is asked.
+
+    Of the user's own files, without the images that they name, and of the first texts of tasks that the code draws.
+    """
+    names = [*(source.partition(":")[0] for source in settings.data), *filter(None, [settings.prompts])]
+    files = [Path(name) / METADATA if Path(name).is_dir() else Path(name) for name in names]
+    hashes = {str(file): _hash(file.read_bytes()) for file in files if file.is_file()}
+    for task in tasks:
+        if isinstance(task, Task):
+            samples = task.samples(settings.split, SAMPLES_HASHED, settings.seed)
+            hashes[task.name] = _hash(repr([(sample.id, sample.system, sample.turns) for sample in samples]).encode())
+    return hashes
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

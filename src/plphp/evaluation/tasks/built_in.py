@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built-in tasks: what is asked about which synthetic images, in four groups."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from plphp.errors import ConfigError, did_you_mean
+from plphp.evaluation.tasks.synthetic.questions import Question
+from plphp.evaluation.tasks.synthetic.scenes import Kind, Scene
+
+from .choices import SPLITS, Split, check_choice
+from .metrics import get_metric
+from .synthetic import questions, scenes
+from .task import Maker, Sample, Turn
+
+GROUPS = ("one_image", "several_images", "several_regions", "dialogue")
+SCALE = 4
+"""Images are drawn at 448 x 448 pixels; the processor brings them to the model's size."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question, with everything that a table has to say about it.
+
+    Parameters
+    ----------
+    name : str
+        Unique name.
+    group : str
+        One of ``GROUPS``.
+    summary : str
+        One line.
+    chance : float
+        Share of right answers of a guesser who knows the form of the answer, but sees nothing (a fraction).
+    kinds : tuple of str
+        Kinds of questions, see `plphp.evaluation.tasks.synthetic.questions.PHRASINGS`; one is drawn for each turn.
+    scenes : tuple of str
+        Kinds of scenes that an image may show.
+    images : tuple of int
+        How many images a prompt may have.
+    turns : int
+        Questions of a conversation; all but the first are scored, if there is more than one.
+    metric : str
+        "exact_match" of the whole answer.
+    scored : bool
+        Whether it counts in the mean of its group.
+    """
+
+    name: str
+    group: str
+    summary: str
+    chance: float
+    kinds: tuple[str, ...]
+    scenes: tuple[Kind, ...] = ("grid",)
+    images: tuple[int, ...] = (1,)
+    turns: int = 1
+    metric: str = "exact_match"
+    scored: bool = True
+
+    def samples(self, split: Split, count: int, seed: int = 0) -> Iterator[Sample]:
+        """Draw the first ``count`` samples of a split; the same seed always gives the same ones.
+
+        Parameters
+        ----------
+        split : {"dev", "test"}
+            Each has handwritten digits, fonts and layouts that training did not show, and its own seeds.
+        count : int
+            How many.
+        seed : int
+            Seed of the samples.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such split.
+        """
+        return (make() for make in self.sample_makers(split, count, seed))
+
+    def sample_makers(self, split: Split, count: int, seed: int = 0) -> list[Maker]:
+        """Makers of the same samples; none is drawn before it is asked for.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such split.
+        """
+        check_choice("split", split, SPLITS)
+        return [partial(self._sample, split, number, seed) for number in range(count)]
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether one pass over a reference answer can say if greedy decoding would give it."""
+        return get_metric(self.metric).verifiable
+
+    def _sample(self, split: Split, number: int, seed: int) -> Sample:
+        # A source of chance of its own, so that a sample does not depend on which others are drawn.
+        rng = random.Random(f"{split}-{self.name}-{seed}-{number}")
+        drawn, asked = self._draw(rng, split)
+        return Sample(
+            id=f"{split}-{seed}-{number}",
+            task=self.name,
+            images=tuple(scene.draw(SCALE) for scene in drawn),
+            turns=tuple(
+                Turn(question.text, question.answer, scored=self.turns == 1 or turn > 0)
+                for turn, question in enumerate(asked)
+            ),
+        )
+
+    def _draw(self, rng: random.Random, split: Split) -> tuple[list[Scene], list[Question]]:
+        """Draw scenes and questions until every question can be asked and is worth asking."""
+        while True:
+            drawn = scenes.make_scenes(rng, split, rng.choice(self.images), kinds=self.scenes)
+            asked = [questions.ask(rng, drawn, rng.choice(self.kinds)) for _ in range(self.turns)]
+            usable = [question for question in asked if question is not None and _has_content(question)]
+            if len(usable) == self.turns and all(_is_new(usable[turn], usable[:turn]) for turn in range(1, self.turns)):
+                return drawn, usable
+
+
+def _has_content(question: Question) -> bool:
+    """Whether the answer is more than that there is nothing, that nothing differs, or a page of one line."""
+    if question.kind == "compare":
+        first, second = (part.split(" shows ")[1] for part in question.answer.rstrip(".").split(". "))
+        return first != second
+    if question.kind in ("cell", "relation"):
+        return "nothing" not in question.answer
+    if question.kind == "read_page":
+        return "\n" in question.answer
+    return True
+
+
+def _is_new(question: Question, before: Sequence[Question]) -> bool:
+    """Whether the answer says something that no earlier answer of the dialogue said.
+
+    Else it could be copied from the conversation, without a look at the images.
+    """
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"\w+", text)) - FORM
+
+    new = words(question.answer) - words(question.text)
+    said = {word for earlier in before for word in words(earlier.answer)}
+    return not new <= said if new else question.answer not in [earlier.answer for earlier in before]
+
+
+FORM = frozenset(
+    ["a", "an", "The", "Row", "Line", "digit", "is", "line", "on", "row", "column", "says", "shows", "text", "value"]
+)
+"""Words of answers that say nothing about an image."""
+SEVERAL = 2, 3, 4
+THING, PLACED_THING, CODE, DIGIT, COLOUR = 1 / 80, 0.001, 0.001, 0.1, 1 / 8
+TASKS = (
+    Task("cell", "one_image", "what a cell of a grid shows", THING, ("cell",)),
+    Task("digit_of_colour", "one_image", "the handwritten digit of a colour", DIGIT, ("digit_of_colour",),
+         scored=False),
+    Task("colour_of", "one_image", "the colour of a thing", COLOUR, ("colour_of",)),
+    Task("relation", "one_image", "where a thing is, and what is beside, above or below it", PLACED_THING,
+         ("relation",)),
+    Task("lookup", "one_image", "the value of a key in a table", CODE, ("lookup",), ("table",)),
+    Task("read_line", "one_image", "the code on a line of a page", CODE, ("read_line",), ("text",)),
+    Task("read_colour", "one_image", "the code printed in a colour", CODE, ("read_colour",), ("text",)),
+    Task("which_image", "several_images", "which image shows a thing", 0.04, ("which_image",), ("grid",), SEVERAL),
+    Task("cell_in", "several_images", "what a cell of one image shows", THING, ("cell",), ("grid", "text"), SEVERAL),
+    Task("find_in", "several_images", "a thing of one image by its colour, or its colour", 0.11,
+         ("digit_of_colour", "colour_of"), ("grid", "table"), SEVERAL, scored=False),
+    Task("read_in", "several_images", "a code of one image", CODE,
+         ("read_line", "read_colour", "lookup"), ("grid", "text", "table"), SEVERAL),
+    Task("compare", "several_images", "what a cell shows in two images", 0.001, ("compare",), ("grid",), SEVERAL),
+    Task("order", "several_images", "which of two things comes first", 0.004, ("order",), ("grid",), SEVERAL),
+    Task("list_row", "several_regions", "everything in a row of a grid", 0.001, ("list_row",)),
+    Task("list_grid", "several_regions", "everything in a grid, row by row", 0.001, ("list_grid",)),
+    Task("read_page", "several_regions", "every line of a page", CODE, ("read_page",), ("text",)),
+    Task("count", "several_regions", "the things of a colour in every row, and their number", 0.01, ("count",)),
+    Task("second_grid", "dialogue", "a second question about another part of a grid", 0.06,
+         ("cell", "digit_of_colour", "colour_of", "list_row"), turns=2),
+    Task("second_page", "dialogue", "a second question about another line of a page or a table", CODE,
+         ("read_line", "read_colour", "lookup"), ("text", "table"), turns=2),
+    Task("third_in", "dialogue", "a second and a third question about several images", 0.003,
+         ("cell", "digit_of_colour", "colour_of", "read_line", "lookup"), ("grid", "text", "table"), (2, 3), turns=3),
+)  # fmt: skip
+"""All built-in tasks. The chance levels are rounded; the table of results has the measured score with blank images."""
+
+
+def available_tasks() -> dict[str, Task]:
+    """All built-in tasks by name, in the order of their groups."""
+    return {task.name: task for task in TASKS}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """Look tasks up by name, where the name of a group stands for all its tasks and "all" for all.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown.
+    """
+    tasks: dict[str, Task] = {}
+    for name in names:
+        named = [task for task in TASKS if name in (task.name, task.group, "all")]
+        if not named:
+            known = [*GROUPS, *available_tasks()]
+            raise ConfigError(f"Unknown task or group {name!r}.{did_you_mean(name, known)}")
+        tasks.update((task.name, task) for task in named)
+    return list(tasks.values())

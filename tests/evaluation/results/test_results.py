@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plots of figures."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from sample_figures import METRICS, several_groups
+
+from plphp.errors import ConfigError
+from plphp.evaluation import available_tasks, plot_scores, save_score_plots, score_tables, task_table
+
+
+def text(*tables: Any, width: int = 110) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(*tables)
+    return console.file.getvalue()
+
+
+def test_every_table_is_shown_once() -> None:
+    titles = [str(table.title) for table in score_tables(METRICS, per_task=True)]
+    assert titles == ["one_image: cell, exact_match, chance 1 %, 7 samples"]
+    titles = [str(table.title) for table in score_tables(several_groups(), per_task=True)]
+    assert [title.split(",")[0] for title in titles] == [
+        "one_image: 2 tasks",
+        "cell",
+        "lookup",
+        "dialogue: second",
+        "overall: mean of 2 groups",
+    ]
+    assert titles[-1] == "overall: mean of 2 groups, 7 samples, 2 skipped"
+    assert [str(table.title) for table in score_tables(several_groups())] == [titles[0], *titles[3:]]
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 250])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width: int) -> None:
+    metrics = several_groups()
+    shown = text(*score_tables(metrics, per_task=True, width=width), width=width)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    wide = text(*score_tables(metrics, per_task=True), width=250)
+    for word in ("100.0 (100.0, 100.0)", "-100.0 (-105.0, -95.0)", "0.1250", "- full", "- [zero]", "KL", "agree"):
+        assert shown.count(word) == wide.count(word) > 0, word
+    assert ("(further columns)" in shown) == (width < 250)
+
+
+def test_a_table_says_everything() -> None:
+    shown = text(*score_tables(METRICS))
+    assert "one_image: cell, exact_match, chance 1 %, 7 samples" in shown
+    for part in ("plphp", "50", "51.0", "80.0 (75.0, 85.0)", "-10.0 (-15.0, -5.0)", "75.0", "0.1250", "[zero]"):
+        assert part in shown
+    assert "random" not in shown
+
+
+def test_columns_without_values_are_left_out() -> None:
+    bare = {name: {"kept": 1.0, "agreement": 1.0, "kl": 0.0} for name in METRICS["groups"]["one_image"]["variants"]}
+    shown = text(
+        *score_tables({**METRICS, "groups": {"g": {"tasks": [], "samples": 1, "skipped": 0, "variants": bare}}})
+    )
+    assert "score" not in shown
+    assert "KL" in shown
+
+
+def test_plots(tmp_path: Path) -> None:
+    axes = plot_scores(METRICS, "one_image").axes[0]
+    [line] = [line for line in axes.get_lines() if line.get_label() == "plphp"]
+    assert line.get_xydata().tolist() == [[12.0, 40.0], [51.0, 80.0]]
+    assert {entry.get_text() for entry in axes.figure.legends[0].get_texts()} == {"full KV", "plphp", "[zero]"}
+    assert save_score_plots(METRICS, tmp_path / "plots") == [tmp_path / "plots" / "score-one_image.png"]
+    assert (tmp_path / "plots" / "score-one_image.png").stat().st_size > 5000
+    with pytest.raises(ConfigError, match="no group 'dialog'"):
+        plot_scores(METRICS, "dialog")
+
+
+def test_tasks_are_listed() -> None:
+    shown = text(task_table(available_tasks().values()))
+    assert all(name in shown for name in available_tasks())
+    narrow = text(task_table(available_tasks().values()), width=80)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in narrow
+    assert all(name in narrow for name in available_tasks())

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods x retentions, spelled out."""
+
+from __future__ import annotations
+
+import pytest
+
+from plphp.errors import ConfigError
+from plphp.evaluation import Sample, Turn, make_variants, split_methods
+
+
+def test_commas_of_settings_do_not_split() -> None:
+    text = (
+        "plphp:query_rows=text,gqa_reduction=max,uniform,best=recall_rank:value_norm=1,mine=random,random:seed=1,zero"
+    )
+    assert split_methods([text, "full"]) == [
+        "plphp:query_rows=text,gqa_reduction=max",
+        "uniform",
+        "best=recall_rank:value_norm=1",
+        "mine=random",
+        "random:seed=1",
+        "zero",
+        "full",
+    ]
+
+
+def test_each_method_asks_for_a_retention_in_its_own_way() -> None:
+    variants = {variant.name: variant for variant in make_variants(["plphp", "uniform", "vtw"], [1, 0.5, 0.5, 0])}
+    assert list(variants)[:4] == ["full", "plphp@1", "plphp@0.5", "plphp@0"]
+    assert variants["plphp@0.5"].config.target_retention == 0.5
+    assert variants["uniform@0.5"].config.target_retention is None
+    assert variants["uniform@0.5"].config.retention_rate == 0.5
+    assert variants["uniform@0"].config.min_kept == 0
+    assert variants["full"].config.method == "none"
+
+
+def test_the_settings_of_a_method_say_how_it_is_asked() -> None:
+    """Layers are sorted into classes by `recall_rank` only if it is told to."""
+    variants = make_variants(["recall_rank", "classes=recall_rank:layers=vision_attention"], [0.25])
+    plain, by_class = (variant.config for variant in variants[1:])
+    assert (plain.target_retention, plain.retention_rate) == (None, 0.25)
+    assert by_class.target_retention == 0.25
+
+
+def test_settings_that_fix_the_retention_are_taken_as_they_are() -> None:
+    text = "fixed=plphp:retention_rate=0.4,attentive_threshold=0.3"
+    [full, fixed] = make_variants([text], [0.5, 0.1])
+    assert (fixed.name, fixed.label, fixed.retention) == ("fixed", "fixed", None)
+    assert fixed.config.retention_rate == 0.4
+    assert fixed.config.attentive_threshold == 0.3
+    assert full.label == "full"
+
+
+def test_a_method_may_have_retentions_of_its_own() -> None:
+    variants = make_variants(["plphp", "fastv@0.5+0.25", "mine=uniform:query_rows=8@0.1"], [0.4])
+    assert [variant.name for variant in variants[1:]] == ["plphp@0.4", "fastv@0.5", "fastv@0.25", "mine@0.1"]
+    assert variants[-1].config.query_rows == 8
+
+
+def test_controls() -> None:
+    variants = make_variants(["zero", "blank", "small=downsample"], [0.5, 0])
+    assert [(variant.name, variant.images) for variant in variants[1:]] == [
+        ("zero", "as they are"),
+        ("blank", "blank"),
+        ("small@0.5", "smaller"),
+    ]
+    assert variants[1].config.retention_rate == 0
+    assert variants[1].config.min_kept == 0
+
+
+@pytest.mark.parametrize(
+    ("methods", "retention", "message"),
+    [
+        (["plhp"], [0.5], "Unknown method 'plhp'. Did you mean 'plphp'"),
+        (["uniform@half"], [0.5], "between 0 and 1, got 'half'"),
+        (["zero@0.5"], [0.5], "'zero@0.5' asks for retentions of a method that says itself"),
+        (["zer"], [0.5], "Did you mean 'zero'"),
+        (["plphp:wrong=1"], [0.5], "wrong"),
+        (["plphp", "plphp"], [0.5], "'plphp@0.5' is given twice: put a label"),
+        (["plphp"], [1.5], "between 0 and 1, got 1.5"),
+        (["plphp"], [], "at least one retention"),
+        ([], [0.5], "at least one method"),
+        (["zero:seed=1"], [0.5], "takes no settings"),
+        (["=plphp"], [0.5], "label=method"),
+    ],
+)
+def test_bad_methods(methods: list[str], retention: list[float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_variants(methods, retention)
+
+
+def test_chance_draws_anew_for_every_sample() -> None:
+    sample_0, sample_1 = (Sample(f"dev-0-{number}", "cell", (), (Turn("a", "b"),)) for number in range(2))
+    variants = make_variants(
+        ["random", "again=random:seed=1", "mixed=recall_rank:random_share=0.5", "recall_rank"], [0.5]
+    )
+    drawn = [variant.draws for variant in variants]
+    assert drawn == [False, True, True, True, False]
+    seeds = [
+        [variant.for_sample(sample).config.seed for variant in variants] for sample in (sample_0, sample_0, sample_1)
+    ]
+    assert seeds[0] == seeds[1]
+    assert seeds[0][1] != seeds[0][2]
+    assert [a != b for a, b in zip(seeds[0], seeds[2], strict=True)] == drawn
