@@ -10,7 +10,8 @@ from torch import Tensor
 
 from plphp.kernels.ordering import positions_in_order
 
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7))
+shapes = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 40))
+"""Batch, heads and entries; from some 20 entries on torch has another sort where none is asked to be stable."""
 
 
 def naive(scores: list[float], candidates: list[bool]) -> list[int]:
