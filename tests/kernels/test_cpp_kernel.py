@@ -31,10 +31,10 @@ def wide(case: Case, dim: int = 64, value_dim: int = 64) -> Case:
     """The same with more dimensions, whose logits are as large."""
     generator = torch.Generator().manual_seed(1)
     for name in ("query", "keys", "values", "tail_keys", "tail_values"):
-        given = getattr(case, name)
+        states = getattr(case, name)
         width = value_dim if "values" in name else dim
         scale = 1.0 if "values" in name else (8 / dim) ** 0.5
-        setattr(case, name, noise(generator, *given.shape[:3], width, dtype=given.dtype) * scale)
+        setattr(case, name, noise(generator, *states.shape[:3], width, dtype=states.dtype) * scale)
     return case
 
 
@@ -103,23 +103,23 @@ def test_room_behind_the_tail_is_not_read(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_shows(bad: float, dtype: torch.dtype) -> None:
-    """In the head that it is in, and in no other one."""
+    """In the head that it is in, and in no more."""
     case = wide(make(36, 2, 2, 3, tail=4, seq=9, kept="dense", dtype=dtype))
     case.tail_values[1, 0, 2, 7] = bad
-    found = attend(case)
-    strange = ~found.isfinite()
+    actual = attend(case)
+    strange = ~actual.isfinite()
     assert strange[1, :, :3, 7].all()
     assert strange.sum() == 3
     case.tail_values[1, 0, 2, 7] = 0
     case.tail_keys[1, 0, 2, 7] = torch.nan
-    found = attend(case)
-    assert found[1, :, :3].isnan().all()
-    assert found.isnan().sum() == 3 * 64
+    actual = attend(case)
+    assert actual[1, :, :3].isnan().all()
+    assert actual.isnan().sum() == 3 * 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_tail_that_has_no_weight(dtype: torch.dtype) -> None:
-    """A logit of -inf is a weight of 0, also where there is no other one in the tail."""
+    """A logit of -inf is a weight of 0, also where the tail has no more logits."""
     case = wide(make(43, 1, 1, 2, tail=1, seq=40, kept="dense", dtype=dtype))
     case.query[..., 5] = 1
     case.tail_keys[..., 5] = -torch.inf
@@ -129,9 +129,9 @@ def test_a_tail_that_has_no_weight(dtype: torch.dtype) -> None:
 def test_a_mask_of_one_column_is_spread() -> None:
     case = wide(make(44, tail=70))
     mask = torch.full((1, 1, 1, 1), -1.5)
-    found = _decode_cpp.attend(case.query, case.prefix, case.tail_keys, case.tail_values, mask, SCALING)
+    actual = _decode_cpp.attend(case.query, case.prefix, case.tail_keys, case.tail_values, mask, SCALING)
     bias = torch.cat([torch.zeros(2, 4, 1, case.keys.shape[2]), mask.expand(2, 4, 1, 70)], dim=-1)
-    assert_attention(found, case.naive(case.visible(), bias))
+    assert_attention(actual, case.naive(case.visible(), bias))
 
 
 def test_rows_that_share_a_prefix() -> None:
@@ -139,9 +139,9 @@ def test_rows_that_share_a_prefix() -> None:
     case = wide(make(37, 3, tail=4))
     order = [2, 0, 2]
     prefix = case.prefix.select(order)
-    found = _decode_cpp.attend(case.query, prefix, case.tail_keys, case.tail_values, None, SCALING)
+    actual = _decode_cpp.attend(case.query, prefix, case.tail_keys, case.tail_values, None, SCALING)
     case.keys, case.values, case.keep = case.keys[order], case.values[order], case.keep[order]
-    assert_attention(found, case.naive(case.visible()))
+    assert_attention(actual, case.naive(case.visible()))
 
 
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
@@ -171,8 +171,8 @@ def test_short_queries_take_it_and_long_ones_do_not(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_decode_cpp, "attend", lambda *a: calls.append(a[0].shape[2]) or kernel(*a))
     for length in (1, 2, CPP_ROWS // 2, CPP_ROWS // 2 + 1):
         case = wide(make(39, length=length, tail=20))
-        found = decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
-        assert_attention(found, case.naive(case.visible()))
+        actual = decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
+        assert_attention(actual, case.naive(case.visible()))
     assert calls == [1, 2, CPP_ROWS // 2]
 
 
@@ -215,15 +215,15 @@ def test_states_of_different_dtypes_are_named() -> None:
 
 
 def test_a_model_in_float64_decodes() -> None:
-    """The trials' reference is one, too."""
+    """So is the reference of the trials."""
     case = wide(make(41, dtype=torch.float64))
-    found = decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
-    assert found.dtype == torch.float64
-    assert (found - case.naive(case.visible())).abs().max() < 1e-6
+    actual = decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
+    assert actual.dtype == torch.float64
+    assert (actual - case.naive(case.visible())).abs().max() < 1e-6
 
 
 class TestBuilding:
-    """Without the library of this process, and with a cache folder of one's own."""
+    """Without the library of this process, and with a cache folder of the test's own."""
 
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -322,10 +322,10 @@ class TestBuilding:
         monkeypatch.setattr(choice, "_warn_once", functools.cache(choice._warn_once.__wrapped__))
         case = wide(make(42))
         for _ in range(2):
-            found = decode.decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
-            assert_attention(found, case.naive(case.visible()))
-        (told,) = [record.getMessage() for record in caplog.records]
-        assert told.startswith("decode_attention does without its C++ kernel: there is no C++ compiler")
+            actual = decode.decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
+            assert_attention(actual, case.naive(case.visible()))
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert message.startswith("decode_attention does without its C++ kernel: there is no C++ compiler")
 
     def test_a_wrong_one_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = _decode_cpp.attend

@@ -55,9 +55,9 @@ def kept(tmp_path: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch) ->
     """A library that an earlier process has kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     build()
-    (found,) = (tmp_path / "cache" / "plphp").iterdir()
+    (library,) = (tmp_path / "cache" / "plphp").iterdir()
     builds.clear()
-    return found
+    return library
 
 
 def build() -> ctypes.CDLL:
@@ -117,7 +117,7 @@ def test_what_was_kept_is_loaded_without_a_word(
     assert not builds
     assert not caplog.records
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    assert [one.name for one in kept.parent.iterdir()] == [kept.name]
+    assert [file.name for file in kept.parent.iterdir()] == [kept.name]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -133,10 +133,10 @@ def test_a_damaged_library_is_never_loaded(
     monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded.append(path) or load(path))
     assert build().attend_float32(None) == 7
     assert loaded == [str(builds[0])]
-    (told,) = caplog.records
-    assert told.levelno == logging.WARNING
-    assert str(kept) in told.getMessage()
-    assert "it is built anew" in told.getMessage()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert str(kept) in record.getMessage()
+    assert "it is built anew" in record.getMessage()
     assert not kept.is_symlink()
     caplog.clear()
     assert build().attend_float32(None) == 7  # as the next process does
@@ -178,7 +178,7 @@ def test_a_folder_in_its_place_is_left_alone(kept: Path, builds: list[Path], cap
     assert build().attend_float32(None) == 7
     assert "it is no plain file" in caplog.text
     assert (kept / "note.txt").read_text() == "mine"
-    assert [one.name for one in kept.parent.iterdir()] == [kept.name]
+    assert [file.name for file in kept.parent.iterdir()] == [kept.name]
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
@@ -201,7 +201,7 @@ def test_two_that_build_at_once(tmp_path: Path, builds: list[Path], monkeypatch:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(lambda _: build(), range(8)))
-    assert [one.attend_float32(None) for one in made] == [7] * 8
+    assert [library.attend_float32(None) for library in made] == [7] * 8
     (kept,) = (tmp_path / "plphp").iterdir()
     assert cpp_library._damage(kept) is None
 

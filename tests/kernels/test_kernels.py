@@ -137,7 +137,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "triton":
         pytest.importorskip("triton")
         monkeypatch.setattr(choice, "unsupported_by_triton", lambda *_: None)
-        monkeypatch.setattr(choice, "trouble", lambda *_: None)  # a wrong one is to fail here, not to be left out
+        monkeypatch.setattr(choice, "trouble", lambda *_: None)  # a wrong kernel is to fail here, not to be left out
     if request.param == "C++":
         monkeypatch.setattr(decode, "_by_torch", by_cpp(decode._by_torch))
     return request.param
@@ -395,7 +395,7 @@ def test_compact_keeps_the_marked_entries_in_order(seed: int, batch: int, kv_hea
 
 
 def naive_scores(
-    case: Case, weight: Tensor, position: Tensor, real: Tensor, with_prefix: bool, dtype: torch.dtype = torch.float64
+    case: Case, weight: Tensor, position: Tensor, valid: Tensor, with_prefix: bool, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Weighted mean over the window of float64 softmax rows, over the kept prefix and the tail."""
     batch, q_heads, window, _ = case.query.shape
@@ -406,7 +406,7 @@ def naive_scores(
             for i in range(window):
                 if weight[row, i] == 0:
                     continue
-                seen = real[row] & (torch.arange(tail) <= position[i])
+                seen = valid[row] & (torch.arange(tail) <= position[i])
                 query = case.query[row, head, i].double() * SCALING
                 old = case.keys[row, head // group][case.keep[row, head // group]].double() @ query
                 old = old if with_prefix else old[:0]
@@ -422,10 +422,10 @@ def window(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     tail = case.tail_keys.shape[2]
     position = torch.arange(tail - length, tail)
     weight = torch.ones(batch, length)
-    real = tail_padding(case)
+    valid = tail_padding(case)
     for row in range(1, batch):
         weight[row, : min(row, length - 1)] = 0
-    return weight / weight.sum(1, keepdim=True), position, real
+    return weight / weight.sum(1, keepdim=True), position, valid
 
 
 @ALL
@@ -436,14 +436,14 @@ def test_scores_are_naive_softmax_mass(
     kv_heads: int, group: int, length: int, tail: int, kept: str | None, dtype: torch.dtype
 ) -> None:
     case = make(9, 3, kv_heads, group, length, tail, kept=kept or "ragged", dtype=dtype)
-    weight, position, real = window(case)
+    weight, position, valid = window(case)
     prefix = case.prefix if kept else None
-    actual = window_scores(case.query, weight, position, case.tail_keys, real, prefix, SCALING).attention
-    expected = naive_scores(case, weight, position, real, kept is not None)
+    actual = window_scores(case.query, weight, position, case.tail_keys, valid, prefix, SCALING).attention
+    expected = naive_scores(case, weight, position, valid, kept is not None)
     assert actual.dtype == torch.float32
     # Half-precision inputs are exact in float32, so the error does not grow with them.
     assert_scores(actual, expected, case)
-    assert (actual[~real[:, None].expand_as(actual)] == 0).all()
+    assert (actual[~valid[:, None].expand_as(actual)] == 0).all()
     if not kept:
         torch.testing.assert_close(actual.sum(-1), torch.ones(actual.shape[:2]))
 
@@ -461,12 +461,12 @@ def test_scores_read_the_keys_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_do_not_read_padding_or_later_keys(bad: float) -> None:
     case = make(11, length=1, tail=6)
-    weight, _, real = window(case)
+    weight, _, valid = window(case)
     position = torch.tensor([4])
-    expected = naive_scores(case, weight, position, real, True)
-    case.tail_keys.transpose(1, 2)[~real] = bad
+    expected = naive_scores(case, weight, position, valid, True)
+    case.tail_keys.transpose(1, 2)[~valid] = bad
     case.tail_keys[:, :, 5] = bad
-    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
+    actual = window_scores(case.query, weight, position, case.tail_keys, valid, case.prefix, SCALING).attention
     assert_scores(actual, expected, case)
     assert (actual[:, :, 5] == 0).all()
 
@@ -476,11 +476,11 @@ def test_rows_without_a_query_in_a_column_take_nothing_from_it() -> None:
     """Also where the query that does not count is NaN."""
     case = make(12, length=2, tail=5)
     weight = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
-    real = torch.ones(2, 5, dtype=torch.bool)
+    valid = torch.ones(2, 5, dtype=torch.bool)
     position = torch.tensor([3, 4])
-    expected = naive_scores(case, weight, position, real, True)
+    expected = naive_scores(case, weight, position, valid, True)
     case.query[0, :, 0] = torch.nan
-    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
+    actual = window_scores(case.query, weight, position, case.tail_keys, valid, case.prefix, SCALING).attention
     assert_scores(actual, expected, case)
 
 
@@ -488,23 +488,23 @@ def test_rows_without_a_query_in_a_column_take_nothing_from_it() -> None:
 @pytest.mark.parametrize("where", ["query", "key", "prefix"])
 def test_nan_that_is_seen_shows_in_the_scores(where: str) -> None:
     case = make(13, length=1)
-    weight, position, real = window(case)
+    weight, position, valid = window(case)
     if where == "query":
         case.query[0, 0, 0, 0] = torch.nan
     elif where == "key":
         case.tail_keys[0, 0, -1, 0] = torch.nan
     else:
         case.keys[0, 0, case.keep[0, 0].nonzero()[0, 0], 0] = torch.nan
-    actual = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
+    actual = window_scores(case.query, weight, position, case.tail_keys, valid, case.prefix, SCALING).attention
     assert actual[0, 0].isnan().any()
     assert actual[1].isfinite().all()
 
 
-def naive_mass(case: Case, position: int, index: int, real: Tensor, with_prefix: bool) -> Tensor:
+def naive_mass(case: Case, position: int, index: int, valid: Tensor, with_prefix: bool) -> Tensor:
     """Float64 softmax mass of one query on the tail, [batch, q_heads, tail]."""
     weight = torch.ones(case.query.shape[0], 1)
     alone = dataclasses.replace(case, query=case.query[:, :, index : index + 1])
-    return naive_scores(alone, weight, torch.tensor([position]), real, with_prefix)
+    return naive_scores(alone, weight, torch.tensor([position]), valid, with_prefix)
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * 6 * 9 * 3, scores.MASS_AT_ONCE])
@@ -515,11 +515,11 @@ def test_evidence_is_that_of_naive_rows(
 ) -> None:
     monkeypatch.setattr(scores, "MASS_AT_ONCE", at_once)
     case = make(14, 3, 2, 3, 4, 9, kept=kept or "ragged")
-    weight, position, real = window(case)
-    vision = torch.zeros_like(real)
-    vision[:, 1:5] = real[:, 1:5]
+    weight, position, valid = window(case)
+    vision = torch.zeros_like(valid)
+    vision[:, 1:5] = valid[:, 1:5]
     prefix = case.prefix if kept else None
-    arguments = (case.query, weight, position, case.tail_keys, real, prefix, SCALING)
+    arguments = (case.query, weight, position, case.tail_keys, valid, prefix, SCALING)
     evidence = window_scores(
         *arguments, peak=True, best_position=True, density=0.4, vision=vision, gqa_reduction=reduction
     )
@@ -531,11 +531,11 @@ def test_evidence_is_that_of_naive_rows(
     assert evidence.density is not None
     for row in range(3):
         rows = [i for i in range(4) if weight[row, i] > 0]
-        mass = [naive_mass(case, int(position[i]), i, real, kept is not None)[row] for i in rows]
+        mass = [naive_mass(case, int(position[i]), i, valid, kept is not None)[row] for i in rows]
         assert_scores(evidence.peak[row], torch.stack(mass).amax(0), case)
         density = torch.zeros(6)
         for i, of_row in zip(rows, mass, strict=True):
-            seen = [p for p in range(9) if real[row, p] and p <= position[i]]
+            seen = [p for p in range(9) if valid[row, p] and p <= position[i]]
             for head in range(6):
                 dense = sum(float(of_row[head, p]) >= 0.4 * float(of_row[head].max()) for p in seen)
                 density[head] += dense / len(seen) / len(rows)
@@ -553,7 +553,7 @@ def test_evidence_is_that_of_naive_rows(
 
 def test_a_nan_query_that_does_not_count_leaves_the_evidence_alone() -> None:
     case = make(15, length=2, tail=5)
-    weight, real, position = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.ones(2, 5, dtype=torch.bool), [3, 4]
+    weight, valid, position = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.ones(2, 5, dtype=torch.bool), [3, 4]
     results = []
     for bad in (0.0, float("nan")):
         case.query[0, :, 0] = bad
@@ -563,13 +563,13 @@ def test_a_nan_query_that_does_not_count_leaves_the_evidence_alone() -> None:
                 weight,
                 torch.tensor(position),
                 case.tail_keys,
-                real,
+                valid,
                 None,
                 SCALING,
                 peak=True,
                 best_position=True,
                 density=0.1,
-                vision=real,
+                vision=valid,
             )
         )
     assert all(

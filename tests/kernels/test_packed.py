@@ -44,15 +44,15 @@ def assert_is(packed: PackedKV, model: Model) -> None:
     assert packed.batch == len(model)
     assert packed.kv_heads == len(model[0])
     for row, expected in enumerate(model):
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        actual: dict[int, tuple[Tensor, Tensor]] = {}
         for heads, (keys, values) in packed.row(row):
             assert keys.shape[::2] == (heads.stop - heads.start, KEY_DIM)
             assert values.shape[::2] == (heads.stop - heads.start, VALUE_DIM)
-            found |= {head: (keys[i], values[i]) for i, head in enumerate(range(heads.start, heads.stop))}
-        assert sorted(found) == list(range(len(expected)))
+            actual |= {head: (keys[i], values[i]) for i, head in enumerate(range(heads.start, heads.stop))}
+        assert sorted(actual) == list(range(len(expected)))
         for head, (keys, values) in enumerate(expected):
-            assert torch.equal(found[head][0], keys)
-            assert torch.equal(found[head][1], values)
+            assert torch.equal(actual[head][0], keys)
+            assert torch.equal(actual[head][1], values)
     if packed.dense is not None:
         keys, values = packed.dense
         for row, expected in enumerate(model):
@@ -94,8 +94,8 @@ def test_select_and_append(numbers: list[list[int]], seed: int, data: st.DataObj
             block, added = make(more, seed + 1)
             packed = packed.appended(block)
             model = [
-                [(torch.cat([k1, k2]), torch.cat([v1, v2])) for (k1, v1), (k2, v2) in zip(mine, theirs, strict=True)]
-                for mine, theirs in zip(model, added, strict=True)
+                [(torch.cat([k1, k2]), torch.cat([v1, v2])) for (k1, v1), (k2, v2) in zip(own, newer, strict=True)]
+                for own, newer in zip(model, added, strict=True)
             ]
             assert_is(packed, model)
             assert packed.keys.untyped_storage().nbytes() == packed.keys.nbytes
@@ -124,8 +124,8 @@ def test_rows_picked_from_one_row(heads: int, seq: int, rows: int, data: st.Data
     below = data.draw(
         st.lists(st.lists(st.integers(0, 3), min_size=heads, max_size=heads), min_size=not rows, max_size=2)
     )
-    others = [make([numbers], 1 + i) for i, numbers in enumerate(below)]
-    picked = packed.picked(keep, [block for block, _ in others])
-    expected = [[(keys[mask], values[mask]) for (keys, values), mask in zip(row, one, strict=True)] for one in keep]
-    assert_is(picked, expected + [model for _, [model] in others])
+    blocks = [make([numbers], 1 + i) for i, numbers in enumerate(below)]
+    picked = packed.picked(keep, [block for block, _ in blocks])
+    expected = [[(keys[mask], values[mask]) for (keys, values), mask in zip(row, masks, strict=True)] for masks in keep]
+    assert_is(picked, expected + [model for _, [model] in blocks])
     assert picked.keys.untyped_storage().nbytes() == picked.keys.nbytes

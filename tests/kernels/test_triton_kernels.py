@@ -34,8 +34,8 @@ def test_chunks_are_merged(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: t
     monkeypatch.setattr(_triton_shapes, "ENTRIES", 16)
     monkeypatch.setattr(_decode_triton, "chunk_of", lambda *_: chunk)
     case = make(20, 2, 2, 3, 2, tail=37, seq=130, dtype=dtype)
-    found = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
-    assert_attention(found, case.naive(case.visible()), dtype)
+    actual = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
+    assert_attention(actual, case.naive(case.visible()), dtype)
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 64), (256, 256)])
@@ -46,15 +46,15 @@ def test_head_dimensions(dim: int, value_dim: int, dtype: torch.dtype) -> None:
     for name, width in (("query", dim), ("keys", dim), ("values", value_dim), ("tail_keys", dim)):
         setattr(case, name, noise(generator, *getattr(case, name).shape[:3], width, dtype=dtype) * (8 / dim) ** 0.5)
     case.tail_values = noise(generator, *case.tail_values.shape[:3], value_dim, dtype=dtype)
-    found = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
-    assert_attention(found, case.naive(case.visible()), dtype)
+    actual = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
+    assert_attention(actual, case.naive(case.visible()), dtype)
 
 
 @pytest.mark.parametrize(("group", "length"), [(7, 1), (16, 1), (8, 16), (1, 70)])
 def test_more_rows_than_a_tile(group: int, length: int) -> None:
     case = make(22, 1, 2, group, length, tail=length + 3)
-    found = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
-    assert_attention(found, case.naive(case.visible()))
+    actual = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
+    assert_attention(actual, case.naive(case.visible()))
 
 
 def test_rows_that_share_a_prefix() -> None:
@@ -62,9 +62,9 @@ def test_rows_that_share_a_prefix() -> None:
     case = make(23, 3, tail=4)
     order = [2, 0, 2]
     prefix = case.prefix.select(order)
-    found = _decode_triton.attend(case.query, prefix, case.tail_keys, case.tail_values, None, SCALING)
+    actual = _decode_triton.attend(case.query, prefix, case.tail_keys, case.tail_values, None, SCALING)
     case.keys, case.values, case.keep = case.keys[order], case.values[order], case.keep[order]
-    assert_attention(found, case.naive(case.visible()))
+    assert_attention(actual, case.naive(case.visible()))
 
 
 def test_room_behind_the_tail_is_not_read() -> None:
@@ -74,8 +74,8 @@ def test_room_behind_the_tail_is_not_read() -> None:
         room = torch.full((2, 2, 40, getattr(case, name).shape[3]), torch.nan)
         room[:, :, :5] = getattr(case, name)
         setattr(case, name, room[:, :, :5])
-    found = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
-    assert_attention(found, expected)
+    actual = _decode_triton.attend(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
+    assert_attention(actual, expected)
 
 
 def test_the_index_of_a_block() -> None:
@@ -138,15 +138,15 @@ def test_a_kernel_that_is_wrong_is_not_taken(
     right = getattr(module, name)
 
     def wrong(*arguments: Any) -> Any:
-        found = right(*arguments)
-        return found + 1e-3 if isinstance(found, torch.Tensor) else (found[0], found[1] + 1e-3)
+        actual = right(*arguments)
+        return actual + 1e-3 if isinstance(actual, torch.Tensor) else (actual[0], actual[1] + 1e-3)
 
     monkeypatch.setattr(module, name, wrong)
     reason = choice.trouble.__wrapped__(TRIALS[operation, "Triton"], torch.device("cpu"), torch.float32, 8, 6)
     assert "differs from the reference on this device by 0.001" in reason
 
 
-def test_a_kernel_that_fails_is_told_once_and_not_taken(
+def test_a_kernel_that_fails_is_logged_once_and_not_taken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     case = make(26)
@@ -157,10 +157,10 @@ def test_a_kernel_that_fails_is_told_once_and_not_taken(
     monkeypatch.setattr(choice, "trouble", lambda trial, *_: reason if trial is triton_trial else None)
     monkeypatch.setattr(choice, "_warn_once", functools.cache(choice._warn_once.__wrapped__))
     for _ in range(2):
-        found = decode.decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
-        assert_attention(found, case.naive(case.visible()))
-    told = f"decode_attention does without its Triton kernel: {reason}."
-    assert [record.getMessage() for record in caplog.records] == [told]
+        actual = decode.decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
+        assert_attention(actual, case.naive(case.visible()))
+    message = f"decode_attention does without its Triton kernel: {reason}."
+    assert [record.getMessage() for record in caplog.records] == [message]
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_scores_of_chunks_and_tiles(
     monkeypatch.setattr(_triton_shapes, "ENTRIES", 16)
     monkeypatch.setattr(_scores_triton, "chunk_of", lambda *_: 32)
     case = make(27, 3, 2, group, length, tail=79, seq=90, dtype=dtype)
-    weight, position, real = window(case)
+    weight, position, valid = window(case)
     for prefix in (case.prefix, None):
-        found = _scores_triton.attention_mass(case.query, weight, position, case.tail_keys, real, prefix, SCALING)
-        expected = naive_scores(case, weight, position, real, prefix is not None)
-        assert_scores(found, expected, case)
+        actual = _scores_triton.attention_mass(case.query, weight, position, case.tail_keys, valid, prefix, SCALING)
+        expected = naive_scores(case, weight, position, valid, prefix is not None)
+        assert_scores(actual, expected, case)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 256])
@@ -188,9 +188,9 @@ def test_scores_at_head_dimensions(dim: int) -> None:
     case.values = noise(generator, 2, 2, 9, dim)
     case.query = noise(generator, 2, 4, 2, dim) / dim**0.5
     case.keys, case.tail_keys = noise(generator, 2, 2, 9, dim), noise(generator, 2, 2, 20, dim)
-    weight, position, real = window(case)
-    found = _scores_triton.attention_mass(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING)
-    assert_scores(found, naive_scores(case, weight, position, real, True), case)
+    weight, position, valid = window(case)
+    actual = _scores_triton.attention_mass(case.query, weight, position, case.tail_keys, valid, case.prefix, SCALING)
+    assert_scores(actual, naive_scores(case, weight, position, valid, True), case)
 
 
 @pytest.mark.parametrize("kept", ["ragged", "empty", "none"])
@@ -200,9 +200,9 @@ def test_gathered_entries_are_those_of_the_reference(dtype: torch.dtype, kept: s
     case = make(29, 3, 2, seq=150, kept=kept, dtype=dtype)
     keys = case.keys.transpose(1, 2).contiguous().transpose(1, 2)
     keys[~case.keep] = torch.nan
-    found = _compact_triton.gather(keys, case.values, case.keep, int(case.keep.sum()))
-    assert torch.equal(found[0], keys[case.keep])
-    assert torch.equal(found[1], case.values[case.keep])
+    actual = _compact_triton.gather(keys, case.values, case.keep, int(case.keep.sum()))
+    assert torch.equal(actual[0], keys[case.keep])
+    assert torch.equal(actual[1], case.values[case.keep])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp32 bf16", "fp32 fp16"])

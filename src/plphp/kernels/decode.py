@@ -188,7 +188,7 @@ def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: 
 
 
 def _trial_case(dim: int, value_dim: int) -> choice.Case:
-    """A prefix whose rows are swapped, with an empty head and one of several chunks, and a tail behind it."""
+    """A prefix whose rows are swapped, with an empty head and a head of several chunks, and a tail behind it."""
 
     def case(keys: choice.Draw, values: choice.Draw, _: torch.device) -> tuple[Any, ...]:
         prefix = PackedKV(keys(450, dim), values(450, value_dim), ((300, 0), (20, 130)), (1, 0))

@@ -16,7 +16,8 @@ def positions_in_order(score: Tensor, candidates: Tensor | None = None) -> Tenso
     Parameters
     ----------
     score : Tensor
-        float [batch, kv_heads, ..., seq], higher is better.
+        float [batch, kv_heads, ..., seq], higher is better. Candidates are above -inf, which stands for the rest in the
+        sort.
     candidates : Tensor, optional
         bool [batch, ..., seq]. Default: all entries.
 

@@ -39,10 +39,10 @@ inline Words pairs_of(Floats first, Floats second) {
 
 // A barrier for the compiler, not for the processor, which keeps the order of a thread's own loads and stores. To gcc
 // _tile_loadd and _tile_loadconfig are assembly that reads no memory (or eight bytes of it), so that it may move a
-// store to logits, weights or values behind the load that needs it, or leave it out as never read. Hence `stored()`
-// between the last plain store and the first tile load of what was stored, each time. _tile_stored is known to write
-// memory, and what is read after it needs no barrier.
-inline void stored() { asm volatile("" ::: "memory"); }
+// store to logits, weights or values behind the load that needs it or before the load of what was there, or leave it
+// out as never read. Hence a barrier between plain stores and tile loads of the same place, each time, in either order.
+// _tile_stored is known to write memory, and is a barrier itself.
+inline void barrier() { asm volatile("" ::: "memory"); }
 
 class ByAmx {
   static constexpr int ROWS = 16, BYTES = 64;  // of a tile; rows are entries, pairs of dims, or query rows
@@ -72,7 +72,7 @@ class ByAmx {
       for (int i = at; i < std::min(at + 4 * ROWS, block.entries); ++i)
         for (int group = 0; group < value_groups; ++group)
           __builtin_prefetch(block.values + i * block.value_stride + group * GROUP);
-      stored();
+      barrier();
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -149,7 +149,7 @@ class ByAmx {
     for (int group = 0; group < value_groups; group += 2) {
       const bool both = group + 1 < value_groups;
       Floats(*sum)[ROWS] = sums + 2 * group;
-      stored();
+      barrier();
       _tile_loadd(0, sum[0], BYTES);
       _tile_loadd(1, sum[1], BYTES);
       if (both) {
@@ -161,19 +161,21 @@ class ByAmx {
           for (int next = group; next < std::min(group + 2, key_groups); ++next)
             __builtin_prefetch(block.keys + (BLOCK + i) * block.key_stride + next * GROUP);
         fetch_values(block, at, begin(group, call.value_dim));
-        stored();
+        barrier();
         _tile_loadd(7, weights[at / GROUP], BYTES);
         _tile_loadd(4, values[0], BYTES);
         _tile_loadd(5, values[1], BYTES);
         _tile_dpbf16ps(0, 7, 4);
         _tile_dpbf16ps(1, 7, 5);
+        barrier();
         if (!both) continue;
         fetch_values(block, at, begin(group + 1, call.value_dim));
-        stored();
+        barrier();
         _tile_loadd(4, values[0], BYTES);
         _tile_loadd(5, values[1], BYTES);
         _tile_dpbf16ps(2, 7, 4);
         _tile_dpbf16ps(3, 7, 5);
+        barrier();
       }
       _tile_stored(0, sum[0], BYTES);
       _tile_stored(1, sum[1], BYTES);
@@ -218,7 +220,7 @@ class ByAmx {
       uint16_t bytes[16] = {BYTES, BYTES, BYTES, BYTES, BYTES, BYTES, BYTES, BYTES};
       uint8_t rows[16] = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS};
     } config;
-    stored();
+    barrier();
     _tile_loadconfig(&config);
     std::memset(sums, 0, 2 * value_groups * sizeof(sums[0]));
     Floats top = all(LOWEST), total = all(0.0f);
