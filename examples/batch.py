@@ -28,7 +28,7 @@ inputs = processor(
     padding=True,
     return_tensors="pt",
 )
-with plphp.prune(model, default_settings(name)) as run:
+with plphp.prune(model, default_settings(bundled=name is None)) as run:
     output = model.generate(**inputs, max_new_tokens=32)
 
 answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

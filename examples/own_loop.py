@@ -18,7 +18,7 @@ model, processor = load_model(name)
 image = load_image(Path(__file__).parent / "images" / "page-1.png")
 inputs = build_inputs(processor, "What does line 1 say?", images=[image])
 
-cache = PrunedCache.for_inputs(model, inputs, default_settings(name))
+cache = PrunedCache.for_inputs(model, inputs, default_settings(bundled=name is None))
 tokens: list[int] = []
 with torch.no_grad():
     step = inputs

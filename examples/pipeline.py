@@ -17,7 +17,7 @@ images = [load_image(Path(__file__).parent / "images" / name) for name in ("duo-
 content = [*({"type": "image", "image": image} for image in images)]
 content.append({"type": "text", "text": "Look at image 1. Read line 1."})
 
-session = plphp.apply(model, default_settings(name))
+session = plphp.apply(model, default_settings(bundled=name is None))
 answer = pipeline("image-text-to-text", model=model, processor=processor)
 result = answer(text=[{"role": "user", "content": content}], max_new_tokens=32, return_full_text=False)
 plphp.remove(model)

@@ -15,7 +15,7 @@ model, processor = load_model(name)
 image = load_image(Path(__file__).parent / "images" / "grid-1.png")
 inputs = build_inputs(processor, "List everything, row by row.", images=[image])
 
-with plphp.prune(model, default_settings(name)) as run:
+with plphp.prune(model, default_settings(bundled=name is None)) as run:
     output = model.generate(**inputs, max_new_tokens=64)
 
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

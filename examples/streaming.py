@@ -18,8 +18,9 @@ model, processor = load_model(name)
 image = load_image(Path(__file__).parent / "images" / "page-2.png")
 inputs = build_inputs(processor, "Please read the whole text, line by line.", images=[image])
 
-streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-with plphp.prune(model, default_settings(name)) as run:
+# Without a timeout an error in the thread would leave this one waiting for text for ever.
+streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
+with plphp.prune(model, default_settings(bundled=name is None)) as run:
     thread = Thread(target=model.generate, kwargs={**inputs, "max_new_tokens": 64, "streamer": streamer})
     thread.start()
     for text in streamer:

@@ -22,7 +22,7 @@ def user(text: str) -> dict:
 
 
 chat = [user("What does line 1 say?")]
-with plphp.prune(model, default_settings(name)) as run:
+with plphp.prune(model, default_settings(bundled=name is None)) as run:
     inputs = build_inputs(processor, messages=chat, images=images[:1])
     first = model.generate(**inputs, max_new_tokens=32, return_dict_in_generate=True)
     answer = processor.decode(first.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from plphp.engines.hf.conversation.cache import ConversationCache
-from plphp.errors import CacheMemoryError, CacheStateError, PLPHPError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.errors import PLPHPError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of
@@ -29,20 +25,11 @@ from plphp.settings.config import PLPHPConfig, checked, checked_mode
 from .attachment import Attachment, Lease
 from .contexts import Session
 from .generation import GenerateCall, generate
-from .layer import PrunedLayer, layer_nbytes
-from .passes import PassGuard
+from .guarded import GuardedCache
 from .refusals import refuse_stages
 
 
-@dataclass(frozen=True)
-class PendingUpdate:
-    """Rides on the keys that `PrunedCache.update` returns, so that the attention function finds its cache."""
-
-    cache: PrunedCache
-    layer: int
-
-
-class PrunedCache(ConversationCache):
+class PrunedCache(GuardedCache):
     """KV cache from which vision tokens are evicted as soon as a layer has read the prompt.
 
     Make it with `for_inputs` or let `plphp.prune` make it. Full-attention layers are pruned; sliding-window and
@@ -54,33 +41,14 @@ class PrunedCache(ConversationCache):
     """
 
     def __init__(self, attachment: Attachment, config: PLPHPConfig, decode: str = "eager") -> None:
-        text_config = attachment.model.config.get_text_config(decoder=True)
-        layers = DynamicCache(config=text_config).layers
-        pruned = [PrunedLayer() if type(layer) is DynamicLayer else layer for layer in layers]
-        super().__init__(attachment, pruned)
+        super().__init__(attachment)
         self.config, self.decode = config, checked_mode(decode)
-        self.chain = chain_of(config, len(layers))
+        self.chain = chain_of(config, len(self.layers))
         self.chain.refuse_unanswered()
+        refuse_stages(self.chain, attachment.model, len(self._pruned) == len(self.layers))
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
-        self._pruned = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PrunedLayer)}
-        if not self._pruned:
-            raise UnsupportedModelError(
-                f"No text layer of this {attachment.model.config.model_type!r} model has full attention (all have a "
-                "sliding window, chunks or no KV cache), so there is nothing to prune."
-            )
-        self._first, self._last = min(self._pruned), max(self._pruned)
-        refuse_stages(self.chain, attachment.model, len(self._pruned) == len(layers))
-        dummy = getattr(self, "is_dummy", [False] * len(layers))
-        updated = [i for i in range(len(layers)) if not dummy[i]]
-        self._guard = PassGuard(max(updated))
-        self._can_take_back = all(i in self._pruned for i in updated)
-        self._before = 0
-        self.reading: PromptReading | None = None
         self._listeners: list[Callable[[Attended], None]] = []
-        self._lease: Lease | None = None
-        self._dead = self._spent = ""
-        self.tail_bias: Tensor | None = None
 
     @classmethod
     def for_inputs(
@@ -179,54 +147,6 @@ class PrunedCache(ConversationCache):
             features=features,
         )
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens, see `transformers.Cache.update`."""
-        self._begin(layer_idx)
-        layer = self._pruned.get(layer_idx)
-        if layer is not None and layer_idx == self._first:
-            self._before = layer.get_seq_length()
-            if self.reading is not None:
-                self.reading.check_length(self._before + key_states.shape[2])
-        self._guard.enter(layer_idx)
-        if layer is None:
-            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            return keys, values
-        if layer.batch_size not in (-1, key_states.shape[0]):
-            self._kill(f"it holds {layer.batch_size} rows and was given {key_states.shape[0]}")
-        try:
-            keys, values = layer.update(key_states, value_states)
-        except CacheMemoryError as error:
-            if not self._take_back():
-                self._kill(str(error), CacheMemoryError)
-            raise CacheMemoryError(f"{error} The cache holds {self._before} tokens as before.") from error
-        keys.plphp_pending = PendingUpdate(self, layer_idx)  # type: ignore[attr-defined]
-        self._guard.pending = layer_idx
-        return keys, values
-
-    @property
-    def is_read(self) -> bool:
-        """Whether there is no prompt that has been planned and not been read to its end."""
-        return self.reading is None
-
-    def forget_pass(self) -> None:
-        """Be between two passes again, after one that was not counted."""
-        self._guard.reset()
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Update a linear-attention layer, see `transformers.Cache.update_conv_state`."""
-        self._begin(layer_idx)
-        self._guard.enter_conv(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Update a linear-attention layer, see `transformers.Cache.update_recurrent_state`."""
-        if not self._guard.in_conv(layer_idx):  # decoding may write the conv state in place
-            self._begin(layer_idx)
-            self._guard.enter(layer_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
         """Take in what a layer has attended to, and place the entries of the layers that can be decided now.
 
@@ -299,50 +219,6 @@ class PrunedCache(ConversationCache):
             prompts=prompt_reports(self.records),
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all key and value tensors that are alive in the cache, reserved room included."""
-        return sum(layer_nbytes(layer) for layer in self.layers)
-
-    @property
-    def reserved_nbytes(self) -> int:
-        """Those of them that hold no entry yet: room for tokens to come."""
-        return sum(layer.reserved_nbytes for layer in self._pruned.values())
-
-    @property
-    def full_nbytes(self) -> int:
-        """Bytes that a dynamic cache would hold for the same tokens."""
-        return sum(
-            layer.full_nbytes if isinstance(layer, PrunedLayer) else layer_nbytes(layer) for layer in self.layers
-        )
-
-    def check_alive(self) -> None:
-        """Raise `CacheStateError` if the cache cannot be used any more."""
-        if self._dead:
-            raise CacheStateError(f"This PrunedCache cannot be used any more: {self._dead}. Make a new one.")
-        if not self.attachment.active:
-            raise CacheStateError(
-                "This PrunedCache is used outside the session that made it, where the model would read it wrongly: "
-                "keep `with plphp.prune(model)` open, or make the cache with PrunedCache.for_inputs."
-            )
-
-    def check_reader(self, module: nn.Module) -> None:
-        """Raise `UnsupportedFeatureError` if a layer of another model reads the cache."""
-        if not self.attachment.reads(module):
-            self._kill("a model read it for which it was not made", UnsupportedFeatureError)
-
-    def end_here(self, reason: str) -> None:
-        """Refuse further turns, for a reason that completes "cannot be continued: "."""
-        self._spent = reason
-
-    def check_read(self) -> None:
-        """Raise `CacheStateError` if the last layer to be updated was not read as it has to be."""
-        if self._guard.pending is not None:
-            self._kill(
-                f"layer {self._guard.pending} did not read it through plphp's attention function (is this model class "
-                "a supported one, and was it compiled or changed while the cache was in use?)"
-            )
-
     def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Plan what ``generate`` is given, or compare it with what was planned from a ``vision_mask``; see `plan`."""
         if self.reading is None or not self.reading.custom:
@@ -376,40 +252,16 @@ class PrunedCache(ConversationCache):
             session.note(self.report())
         return output
 
-    def after_failure(self) -> None:
-        """Make the cache whole again after an exception; if it cannot be, mark it as dead."""
-        half_read = self.reading is not None and self._pruned[self._last].get_seq_length() > self.reading.spans.start
-        if not self._dead and (self._guard.cut_off or half_read) and not self._take_back():
-            self._bury("an error stopped the model in the middle of a step")
-
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
-        for layer in self.layers:
-            if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes the entries and goes on behind them
-                layer.keys = layer.values = None
-                layer.is_initialized = False
-        self.records, self.reading = [], None
-        self.pruning_seconds, self._spent = 0.0, ""
-        self._guard.reset()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedFeatureError(
-            "A PrunedCache belongs to its model and cannot be pickled, sent to another process or copied in part: "
-            "copy.deepcopy makes another one for the same model, and cache.report().to_json() can be stored."
-        )
+        self.records, self.pruning_seconds = [], 0.0
 
     def _repeat_rows(self, reading: PromptReading, rows: int) -> None:
         """Follow ``generate``, which repeats the rows of a prompt for beams and for several returned sequences."""
         times, rest = divmod(rows, reading.batch)
         if rest:
-            self._kill(f"it was planned for {reading.batch} rows and read {rows}")
+            self._end_by(f"it was planned for {reading.batch} rows and read {rows}")
         if times > 1:
             reading.repeat(times)
 
@@ -420,32 +272,5 @@ class PrunedCache(ConversationCache):
             yield
         except PLPHPError as error:
             if not self._dead:
-                self._kill(str(error), type(error))
+                self._end_by(str(error), type(error))
             raise
-
-    def _kill(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
-        reason = reason.rstrip(".")
-        self._bury(reason)
-        raise error(f"{reason[0].upper()}{reason[1:]}; this PrunedCache cannot be used any more.")
-
-    def _bury(self, reason: str) -> None:
-        """Mark the cache as dead and free its entries."""
-        self.reset()
-        self._dead = reason
-
-    def _begin(self, layer_idx: int) -> None:
-        """Look before the update of a layer whether the last one was read, and the last pass came to its end."""
-        self.check_alive()
-        if self._guard.begins_anew(layer_idx):  # too late to take it back: the mask of this pass is made
-            self._kill("an error stopped the model in the middle of a step")
-        self.check_read()
-
-    def _take_back(self) -> bool:
-        """Forget the tokens of a pass that was cut off; return whether it can be done, as while decoding."""
-        if self.reading is not None or not self._can_take_back:
-            return False
-        for layer in self._pruned.values():
-            layer.crop(self._before - layer.get_seq_length())
-        self.history.cut(self._before)
-        self._guard.reset()
-        return True

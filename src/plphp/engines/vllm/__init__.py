@@ -21,13 +21,6 @@ from __future__ import annotations
 import logging
 import os
 
-CONNECTOR = "PLPHPConnector"
-"""Name of the KV connector, for ``--kv-transfer-config``."""
-BACKENDS = {"CPU_ATTN": "plphp.engines.vllm.cpu_backend.PrunedCPUBackend"}
-"""By the name of an attention backend of vLLM, what stands in for it."""
-UNTESTED_BACKENDS = {"FLASH_ATTN": "plphp.engines.vllm.flash_backend.PrunedFlashBackend"}
-"""The same, for those who ask to try what has never been run, see `plphp.engines.vllm.refusals.untested_allowed`."""
-
 
 def register() -> None:
     """Make the plugin known to vLLM; the entry point of the group ``vllm.general_plugins``.
@@ -37,6 +30,7 @@ def register() -> None:
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
+    from .names import BACKENDS, CONNECTOR, UNTESTED_BACKENDS
     from .refusals import tested_version, untested_allowed
     from .settings import ENVIRONMENT
 

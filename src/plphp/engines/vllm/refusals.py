@@ -11,7 +11,7 @@ from plphp.methods.registry import chain_of
 from plphp.policy.bank import bank_at
 from plphp.policy.chain import Chain
 
-from . import CONNECTOR
+from .names import CONNECTOR
 from .ranks import refuse_ranks
 from .settings import ENVIRONMENT, KEY, settings_of
 

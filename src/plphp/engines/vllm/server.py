@@ -13,7 +13,7 @@ from plphp.inputs.sources import bundled_model_path, is_bundled
 from plphp.io.quoting import one_line
 from plphp.settings.config import PLPHPConfig
 
-from . import CONNECTOR
+from .names import CONNECTOR
 from .refusals import refuse_unsupported
 from .settings import ENVIRONMENT, KEY
 
