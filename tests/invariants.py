@@ -59,13 +59,17 @@ def attention_set(model: Any, name: str, part: Any = None) -> Iterator[None]:
 
 
 @contextmanager
-def evicted_entries_masked(model: Any, report: PruneReport, inside_prefill: bool = False) -> Iterator[None]:
+def evicted_entries_masked(
+    model: Any, report: PruneReport, inside_prefill: bool = False, left_inside: PruneReport | None = None
+) -> Iterator[None]:
     """Make a full cache behave as the report says: what was evicted is masked for every later query.
 
-    ``inside_prefill`` masks it for the prompt's own queries as well, but for itself. Naive float64 attention over all
-    entries, sharing no code with plphp.
+    ``inside_prefill`` masks it for the prompt's own queries as well, but for itself; ``left_inside`` is a second
+    report, of what is masked for them while the first one counts behind the prompt alone. Naive float64 attention over
+    all entries, sharing no code with plphp.
     """
-    keep = _keep_masks(report)
+    keep = [(*masks, inside_prefill) for masks in _keep_masks(report)]
+    keep += [] if left_inside is None else [(*masks, True) for masks in _keep_masks(left_inside)]
 
     def reference(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
         groups = query.shape[1] // key.shape[1]
@@ -74,10 +78,10 @@ def evicted_entries_masked(model: Any, report: PruneReport, inside_prefill: bool
         if mask is not None:
             logits = logits + mask.double()
         keys, queries = logits.shape[-1], logits.shape[-2]
-        for end, seen in keep.get(getattr(module, "layer_idx", -1), ()):
+        for layer, end, seen, inside in keep:
             position = torch.arange(keys - queries, keys)
-            later = (position >= end) | inside_prefill
-            if not later.any():
+            later = (position >= end) | inside
+            if layer != getattr(module, "layer_idx", -1) or not later.any():
                 continue
             hidden = ~seen.repeat_interleave(groups, 1)[:, :, None] & later[:, None]
             hidden &= position[:, None] != torch.arange(seen.shape[-1])
@@ -91,9 +95,9 @@ def evicted_entries_masked(model: Any, report: PruneReport, inside_prefill: bool
         yield
 
 
-def _keep_masks(report: PruneReport) -> dict[int, list[tuple[int, Tensor]]]:
-    """Per layer: the end of each prompt, and what later queries see of it, bool [batch, kv_heads, end]."""
-    masks: dict[int, list[tuple[int, Tensor]]] = {}
+def _keep_masks(report: PruneReport) -> list[tuple[int, int, Tensor]]:
+    """Layers, the end of each prompt, and what later queries see of it, bool [batch, kv_heads, end]."""
+    masks: list[tuple[int, int, Tensor]] = []
     for prompt in report.prompts:
         for layer in prompt.layers:
             keep = torch.ones(len(layer.rows), len(layer.rows[0].kept), prompt.end, dtype=torch.bool)
@@ -104,7 +108,7 @@ def _keep_masks(report: PruneReport) -> dict[int, list[tuple[int, Tensor]]]:
                     keep[row, head, kept] = True
                 for head, evicted in enumerate(one.evicted_text):
                     keep[row, head, evicted] = False
-            masks.setdefault(layer.layer, []).append((prompt.end, keep))
+            masks.append((layer.layer, prompt.end, keep))
     return masks
 
 
