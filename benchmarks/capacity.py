@@ -26,8 +26,8 @@ from shapes import TEXT_TOKENS, build_model, twin
 from transformers.cache_utils import Cache
 
 from plphp.engines.hf.attachment import Lease
-from plphp.engines.hf.layer import lacks_memory
 from plphp.errors import CacheMemoryError
+from plphp.pruning.entries import lacks_memory
 from plphp.studies.model_cost import model_cost
 
 ONEDNN = "could not create a primitive"

@@ -28,15 +28,15 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
 from plphp.engines.hf.cache_argument import passed
-from plphp.engines.hf.layer import PrunedLayer
-from plphp.pruning.reading import PromptReading
+from plphp.pruning.entries import LayerEntries
+from plphp.pruning.scoring import Scoring
 from plphp.show.tables import human_bytes
 from plphp.studies.compare import kv_bytes
 
 PARTS = {
     "pruning": (plphp.PrunedCache, "after_attention"),
-    "scoring": (PromptReading, "observe"),
-    "compaction": (PrunedLayer, "place"),
+    "scoring": (Scoring, "score"),
+    "compaction": (LayerEntries, "place"),
 }
 """Pruning and steps of it, with the method that does each once a layer."""
 
@@ -82,7 +82,9 @@ def timed_parts(device: torch.device) -> Iterator[dict[str, float]]:
     def timing(part: str) -> Callable[..., Any]:
         @wraps(originals[part])
         def run(*args: Any, **kwargs: Any) -> Any:
-            spent[part] += measuring.seconds(lambda: originals[part](*args, **kwargs), device)
+            results: list[Any] = []
+            spent[part] += measuring.seconds(lambda: results.append(originals[part](*args, **kwargs)), device)
+            return results[0]
 
         return run
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of the packages: what may import what, no circle, and nothing where it does not belong.
 
-``python tests/test_architecture.py`` prints the packages with their floors, and the arrows between them.
+``python tests/test_architecture.py [src/plphp of another checkout]`` prints the packages and modules that stand in
+plphp itself, by floors, with what each imports, and the circles of modules.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "plphp"
@@ -58,10 +60,10 @@ def package_of(module: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "engines" and len(parts) > 1 else parts[0]
 
 
-def imports() -> Iterator[tuple[str, str]]:
+def imports(root: Path = ROOT) -> Iterator[tuple[str, str]]:
     """All imports of plphp's modules, from module to module, those inside functions and for types alone among them."""
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = ["plphp", *path.relative_to(ROOT).with_suffix("").parts]
+    for path in sorted(root.rglob("*.py")):
+        parts = ["plphp", *path.relative_to(root).with_suffix("").parts]
         module = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts).removesuffix(".__init__")
         base = ".".join(parts[:-1])
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -73,41 +75,56 @@ def imports() -> Iterator[tuple[str, str]]:
                 names = [f"{target}.{alias.name}" for alias in node.names]
             else:
                 continue
-            yield from ((module, resolved) for name in names if (resolved := _module(name)))
+            yield from ((module, resolved) for name in names if (resolved := _module(name, root)))
 
 
-def _module(name: str) -> str:
+def _module(name: str, root: Path) -> str:
     """The module that an imported name is, or is in; nothing for other packages."""
     parts = name.split(".")
     if parts[0] != "plphp":
         return ""
     for end in range(len(parts), 0, -1):
-        path = ROOT.joinpath(*parts[1:end])
+        path = root.joinpath(*parts[1:end])
         if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file():
             return ".".join(parts[:end])
     return "plphp"
 
 
-def arrows() -> set[tuple[str, str]]:
+def arrows(root: Path = ROOT) -> set[tuple[str, str]]:
     """Between packages."""
-    pairs = {(package_of(module), package_of(target)) for module, target in imports()}
+    pairs = {(package_of(module), package_of(target)) for module, target in imports(root)}
     return {(upper, lower) for upper, lower in pairs if upper != lower}
 
 
-def floors(below: dict[str, set[str]]) -> dict[str, int]:
-    """The floor of each package: one above the highest of what it imports.
+def graph(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """By name, what it imports."""
+    below: dict[str, set[str]] = {}
+    for upper, lower in pairs:
+        below.setdefault(lower, set())
+        below.setdefault(upper, set()).update({lower} - {upper})
+    return below
 
-    Raises
-    ------
-    ValueError
-        If there is a circle.
-    """
+
+def circles(below: dict[str, set[str]]) -> list[set[str]]:
+    """Names that import each other, directly or by others."""
+    reached = {name: set(lower) for name, lower in below.items()}
+    for between in below:
+        for name in below:
+            if between in reached[name]:
+                reached[name] |= reached[between]
+    return [set(circle) for circle in {frozenset(o for o in reached[n] if n in reached[o]) for n in below} if circle]
+
+
+def floors(below: dict[str, set[str]]) -> dict[str, int]:
+    """The floor of each name: one above the highest of what it imports; the names of a circle share one."""
+    together = {name: circle for circle in circles(below) for name in circle}
     found: dict[str, int] = {}
     while len(found) < len(below):
-        ready = {name: lower for name, lower in below.items() if name not in found and lower <= found.keys()}
-        if not ready:
-            raise ValueError(f"a circle among {sorted(below.keys() - found.keys())}")
-        found |= {name: 1 + max((found[one] for one in lower), default=0) for name, lower in ready.items()}
+        for name in below.keys() - found.keys():
+            own = together.get(name, {name})
+            lower = set().union(*(below[member] for member in own)) - own
+            if lower <= found.keys():
+                found |= dict.fromkeys(own, 1 + max((found[one] for one in lower), default=0))
     return found
 
 
@@ -123,16 +140,11 @@ def test_every_allowed_arrow_is_there() -> None:
 
 
 def test_no_package_imports_itself_by_others() -> None:
-    assert floors({name: set(packages) for name, packages in BELOW.items()})
+    assert circles(graph(arrows())) == []
 
 
 def test_no_module_imports_itself_by_others() -> None:
-    below: dict[str, set[str]] = {}
-    for module, target in imports():
-        below.setdefault(target, set())
-        below.setdefault(module, set()).update({target} - {module})
-    # A package's own file stands above what it imports, and its modules do not import it for a name of theirs.
-    assert floors(below)
+    assert circles(graph(imports())) == []
 
 
 def test_nothing_else_stands_in_plphp_itself() -> None:
@@ -156,8 +168,18 @@ def test_functions_fit_a_screen() -> None:
     assert long == []
 
 
+def main() -> None:
+    root = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT
+    pairs, modules = arrows(root), graph(imports(root))
+    packages = graph(pairs)
+    by_floor = floors(packages)
+    for name in sorted(packages, key=lambda name: (by_floor[name], name)):
+        print(f"floor {by_floor[name]:2}  {name:16} {' '.join(sorted(packages[name]))}")
+    print(f"{len(packages)} rooms, {max(by_floor.values())} floors, {len(pairs)} arrows")
+    for circle in circles(modules):
+        print(f"a circle of {len(circle)} modules: {' '.join(sorted(circle))}")
+    print(f"{len(modules)} modules, {len(circles(modules))} circles")
+
+
 if __name__ == "__main__":
-    of_packages = {name: {lower for upper, lower in arrows() if upper == name} for name in BELOW}
-    for name, floor in sorted(floors(of_packages).items(), key=lambda item: item[::-1]):
-        print(f"floor {floor:2}  {name:14} {' '.join(sorted(of_packages[name]))}")
-    print(f"{len(BELOW)} packages, {max(floors(of_packages).values())} floors, {len(arrows())} arrows")
+    main()

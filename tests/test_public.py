@@ -1,19 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public names, and how fast they come."""
+"""The public surface: its names, what their signatures show, and how fast they come."""
 
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
 import subprocess
 import sys
+from types import FunctionType
+from typing import Any
 
 import pytest
 
 import plphp
+import plphp.evaluation
+import plphp.extend
+import plphp.kernels
+
+SURFACE = {
+    "plphp": (
+        *("AttentionProfile", "Branches", "PLPHPConfig", "PruneReport", "PrunedCache", "QueryBank"),
+        *("RetentionMeasurement", "Session", "apply", "available_families", "available_methods", "branch", "calibrate"),
+        *(
+            "collect_query_bank",
+            "measure_retention",
+            "profile",
+            "prune",
+            "register_family",
+            "register_method",
+            "remove",
+        ),
+        *("BackendUnavailableError", "CacheMemoryError", "CacheStateError", "ConfigError", "HistoryError", "LoadError"),
+        *("NonFiniteAttentionError", "PLPHPError", "SpanError", "UnprunedWarning", "UnsupportedFeatureError"),
+        "UnsupportedModelError",
+    ),
+    "plphp.extend": (
+        *("EncoderStage", "KVStage", "Method", "Mix", "Option", "PLPHPConfig", "PrefillStage", "register_method"),
+        *(
+            "Allocation",
+            "Allocator",
+            "Evidence",
+            "LayerClass",
+            "LayerScores",
+            "Layers",
+            "RowAllocation",
+            "ScoredLayer",
+            "settings",
+        ),
+        *("by_vision_attention", "keep_all", "kept_count", "proportional", "uniform", "with_rates"),
+        *("at_random", "by_best_position", "by_peak", "by_value_norm", "combined", "per_head", "pooled"),
+        *("Ranker", "keep_mask", "shared_by_heads", "times_value_norm"),
+        *("Family", "Features", "Inputs", "VisionSegment", "register_family"),
+    ),
+    "plphp.kernels": ("WindowScores", "compact_kv", "decode_attention", "merge_states", "window_scores"),
+}
+"""By module its public names: a name that comes or goes is a decision, and this is where it is taken."""
+OWN = re.compile(r"\b_?[A-Z]\w+")
+STANDARD = {
+    *("Any", "Callable", "Iterable", "Iterator", "Literal", "Mapping", "Path", "Sequence", "TypeAlias"),
+    *("PreTrainedModel", "PretrainedConfig", "Tensor", "None", "True", "False"),
+}
+"""Names in signatures that are those of Python, torch and transformers."""
+SHOWN_WITH_IT = {"PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value"}
+"""What public objects are made of: documented where they are reached from."""
 
 
-def test_every_public_name_is_there() -> None:
+@pytest.mark.parametrize("module", SURFACE)
+def test_the_public_names_are_these(module: str) -> None:
+    assert sorted(importlib.import_module(module).__all__) == sorted(SURFACE[module])
+
+
+def public() -> list[tuple[str, Any]]:
+    return [
+        (f"{module}.{name}", getattr(importlib.import_module(module), name))
+        for module, names in SURFACE.items()
+        for name in names
+    ]
+
+
+def annotations(item: Any) -> dict[str, str]:
+    """The annotations of a function, of the fields of a dataclass or of what makes another class, as text."""
+    if dataclasses.is_dataclass(item):
+        return {field.name: str(field.type) for field in dataclasses.fields(item) if not field.name.startswith("_")}
+    if inspect.isclass(item):
+        return {}
+    return {name: str(value) for name, value in getattr(item, "__annotations__", {}).items()}
+
+
+def test_no_public_object_shows_internals() -> None:
+    """The signatures of functions and the fields of dataclasses name public types alone."""
+    known = {name.rpartition(".")[2] for name, _ in public()} | STANDARD | SHOWN_WITH_IT
+    shown = {
+        f"{name}({part}: {annotation})"
+        for name, item in public()
+        for part, annotation in annotations(item).items()
+        if set(OWN.findall(re.sub(r"\"[^\"]*\"|'[^']*'", "", annotation))) - known
+    }
+    assert sorted(shown) == []
+
+
+def test_every_public_object_says_what_it_is() -> None:
+    undocumented = [name for name, item in public() if isinstance(item, type | FunctionType) and not item.__doc__]
+    assert undocumented == []
+
+
+def test_every_public_name_comes_on_first_use() -> None:
     assert sorted(plphp.__all__) == sorted(plphp._MODULE_OF)
-    for name in plphp.__all__:
-        assert getattr(plphp, name).__doc__
-        assert name in dir(plphp)
+    assert all(name in dir(plphp) for name in plphp.__all__)
 
 
 def test_unknown_name() -> None:
@@ -21,6 +116,7 @@ def test_unknown_name() -> None:
         _ = plphp.pruned
 
 
-def test_help_does_not_import_torch() -> None:
-    code = "import sys, plphp.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+@pytest.mark.parametrize("module", ["plphp.cli", "plphp.extend"])
+def test_what_is_looked_at_before_a_model_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

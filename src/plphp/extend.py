@@ -10,6 +10,8 @@ from plphp.families.registry import register_family
 from plphp.methods.registry import register_method
 from plphp.policy.allocation import (
     Allocation,
+    Allocator,
+    LayerClass,
     Layers,
     RowAllocation,
     ScoredLayer,
@@ -23,6 +25,7 @@ from plphp.policy.allocation import (
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.method import Method
 from plphp.policy.rankers import (
+    Ranker,
     at_random,
     by_best_position,
     by_peak,
@@ -40,12 +43,14 @@ from plphp.settings.options import Option, settings
 
 __all__ = [
     "Allocation",
+    "Allocator",
     "EncoderStage",
     "Evidence",
     "Family",
     "Features",
     "Inputs",
     "KVStage",
+    "LayerClass",
     "LayerScores",
     "Layers",
     "Method",
@@ -53,6 +58,7 @@ __all__ = [
     "Option",
     "PLPHPConfig",
     "PrefillStage",
+    "Ranker",
     "RowAllocation",
     "ScoredLayer",
     "VisionSegment",

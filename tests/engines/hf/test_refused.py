@@ -48,7 +48,8 @@ def test_a_method_with_impossible_rates(rate: float, monkeypatch: pytest.MonkeyP
         return [[RowAllocation(one, "uniform", rate) for one in layer.vision_score] for layer in scores]
 
     monkeypatch.setattr(METHODS_BY_NAME, "registered", {})
-    broken = dataclasses.replace(plphp.available_methods()["uniform"], name="broken", allocate=allocate)
+    uniform = plphp.available_methods()["uniform"]
+    broken = dataclasses.replace(uniform, name="broken", kv=dataclasses.replace(uniform.kv, allocate=allocate))
     plphp.register_method(broken)
     model = tiny_model("llava")
     with pytest.raises(plphp.ConfigError, match="'broken' gave retention rates"):
