@@ -124,6 +124,13 @@ def test_later_turn_takes_the_features_of_the_new_part() -> None:
         spans_of(rows, past_length=4, segments=[VisionSegment(2, (1, 1, 2)), new])
 
 
+def test_later_turn_whose_features_fill_nothing() -> None:
+    """As the images of zeros by which Idefics pads a row."""
+    spans = spans_of([[TEXT, IMAGE, IMAGE, TEXT, TEXT]], past_length=3, segments=[])
+    assert spans.segment.tolist() == [[-1] * 5]
+    assert spans.grids == ((),)
+
+
 def test_vision_tokens_that_the_mask_hides_do_not_shift_the_other_images() -> None:
     """The model fills masked placeholders too, so the images behind them keep their numbers and grids."""
     rows = [[TEXT, IMAGE, IMAGE, TEXT, IMAGE, IMAGE, IMAGE, TEXT]]
