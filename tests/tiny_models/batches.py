@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-"""Inputs [batch, seq]; all others belong to images."""
+"""Inputs [batch, seq]; all further inputs belong to images."""
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def grids_of_images_and_videos(config: PretrainedConfig, inputs: Inputs) -> list
         inputs,
         {
             config.image_token_id: merged_grids(config, inputs.get("image_grid_thw")),
-            # Qwen3-VL and later put a timestamp before each frame: a video is one segment of several runs
+            # Qwen3-VL and later put a timestamp before each frame: a video is a single segment of several runs
             config.video_token_id: merged_grids(config, inputs.get("video_grid_thw"), "video"),
         },
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What plphp has to know about one family of vision-language models."""
+"""What plphp has to know about a family of vision-language models."""
 
 from __future__ import annotations
 

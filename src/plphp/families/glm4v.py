@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLM-4.1V, GLM-4.5V and GLM-4.6V: image and video frames share one placeholder id."""
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V: images and video frames share a placeholder id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     images = merged_grids(config, inputs.get("image_grid_thw"))
     videos = merged_grids(config, inputs.get("video_grid_thw"), "video")
     if images and videos:
-        return None  # one placeholder id for both: their order is in mm_token_type_ids only
+        return None  # both fill the same placeholder id: their order is in mm_token_type_ids only
     return in_prompt_order(inputs, {config.image_token_id: images or videos})
 
 

@@ -58,7 +58,7 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     images = []
     for size in rows_of(inputs.get("image_sizes")):
         rows, columns = unpadded_grid(config, size)
-        images.append(VisionSegment(base + rows * (columns + 1)))  # one newline token per row
+        images.append(VisionSegment(base + rows * (columns + 1)))  # a newline token per row
     return in_prompt_order(inputs, {config.image_token_id: images})
 
 

@@ -81,7 +81,7 @@ def _counts(alone: Sequence[bool]) -> list[int]:
     for number, (single, length) in enumerate(runs, 1):
         if not single and length == 1 and number < len(runs):
             raise UnsupportedFeatureError(
-                "LLaVA-OneVision cannot be told that one new image of a batch is not tiled and the next one is: "
+                "LLaVA-OneVision has no input to say that a new image of a batch is not tiled and the next image is: "
                 "continue the conversations of this batch one by one."
             )
         # The model stops at the last image, so that a 2 says of a single image that it is not alone.

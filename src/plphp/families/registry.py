@@ -58,7 +58,7 @@ def family_of(config: PretrainedConfig) -> Family:
     reason = reason_against(config)
     if reason is not None:
         raise UnsupportedModelError(f"plphp does not prune this {model_type!r} model: {reason}")
-    # Registered families come last and win, so that a user can correct a built-in one.
+    # Registered families come last and win, so that a user can correct a built-in family.
     families_of_type = [family for family in available_families().values() if model_type in family.model_types]
     if families_of_type:
         return families_of_type[-1]
