@@ -24,6 +24,6 @@ FAMILIES = (
     _family(
         "qwen3.5",
         ("qwen3_5", "qwen3_5_moe"),
-        "Only the full-attention layers (one in four) have a KV cache; the linear-attention layers are not touched.",
+        "Only the full-attention layers (one in four) have a KV cache; the others are not touched.",
     ),
 )
