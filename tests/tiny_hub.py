@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, with the special ids of the tiny models."""
+    """Return a tokenizer of characters, with the special ids of the tiny models."""
     characters = (string.ascii_letters + string.digits + " \n" + string.punctuation)[: TEXT_IDS[1] - TEXT_IDS[0]]
     vocab = {f"<unused{index}>": index for index in range(TEXT_IDS[1], VOCAB)}
     vocab = {token: index for token, index in vocab.items() if index != IMAGE}
@@ -45,7 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor(chat_template: str | None = CHAT_TEMPLATE) -> LlavaProcessor:
-    """The processor of the tiny LLaVA."""
+    """Return the processor of the tiny LLaVA."""
     side = {"height": 32, "width": 32}
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size=side, crop_size=side),

@@ -8,45 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_processors import load, pictures, square
+from image_processors import PROCESSORS, image_processor, pictures
 
 from plphp.engines.hf.conversation.fingerprints import fingerprint, same_image
 from plphp.errors import UnsupportedFeatureError
 from plphp.families.base import Features
 from plphp.families.llava_onevision import _counts
 from plphp.families.registry import family_of
-from tiny_models import NEWEST, PER_TOKEN, PINPOINTS, TINY
+from tiny_models import NEWEST, PER_TOKEN, TINY
 
 Cut = Callable[[list[Any]], Mapping[str, Any]]
 
-CROPS = {"crop_to_patches": True, "min_patches": 1, "max_patches": 4}
-PROCESSORS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llava": ("llava", "Llava", {"size": {"shortest_edge": 32}, "crop_size": square(32)}),
-    "llava-pixtral": ("pixtral", "Pixtral", {"size": {"longest_edge": 96}, "patch_size": 8}),
-    "mistral3": ("pixtral", "Pixtral", {"size": {"longest_edge": 96}, "patch_size": 16}),
-    "llava-next": (
-        "llava_next",
-        "LlavaNext",
-        {"size": {"shortest_edge": 32}, "crop_size": square(32), "image_grid_pinpoints": PINPOINTS},
-    ),
-    "llava-onevision": ("llava_onevision", "LlavaOnevision", {"size": square(32), "image_grid_pinpoints": PINPOINTS}),
-    "qwen2-vl": ("qwen2_vl", "Qwen2VL", {"patch_size": 4, "size": {"shortest_edge": 256, "longest_edge": 4096}}),
-    "glm4v": ("glm4v", "Glm4v", {"patch_size": 4, "size": {"shortest_edge": 256, "longest_edge": 4096}}),
-    "internvl": ("got_ocr2", "GotOcr2", {"size": square(32), **CROPS}),
-    "ovis2": ("ovis2", "Ovis2", {"size": square(32), **CROPS}),
-    "idefics2": ("idefics2", "Idefics2", {"size": {"shortest_edge": 24, "longest_edge": 32}}),
-    "idefics3": ("idefics3", "Idefics3", {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}),
-    "smolvlm": ("smolvlm", "SmolVLM", {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}),
-    "gemma3": ("gemma3", "Gemma3", {"size": square(32)}),
-    "gemma4": ("gemma4", "Gemma4", {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}),
-}
 NAMES = [name for name in PROCESSORS if NEWEST or name != "gemma4"]  # 5.17 needs torchvision for it
 
 
 def parts(name: str) -> tuple[Features, Cut]:
-    """How a family's images are taken apart, and its image processor: one prompt per image."""
-    module, kind, options = PROCESSORS[name]
-    processor = load(f"{module}.image_processing_pil_{module}", f"{kind}ImageProcessorPil")(**options)
+    """How a family's images are taken apart, and its image processor: a prompt for each image."""
+    processor = image_processor(name)
     nested = name.startswith(("idefics", "smolvlm", "llava-onevision"))
     features = family_of(TINY[name].config()).features[0]
     return features, lambda images: processor([[i] for i in images] if nested else images, return_tensors="pt")
@@ -89,7 +67,7 @@ def test_picked_images_fill_their_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_every_input_of_images_is_taken_apart(name: str) -> None:
-    """What is left behind would be that of other images."""
+    """An input that is left behind would belong to images that are not in the prompt."""
     tiny, config = TINY[name], TINY[name].config()
     names = {key for features in family_of(config).features for key in features.names}
     for video in (False, True) if tiny.videos is not None else (False,):
@@ -113,20 +91,13 @@ def test_inputs_of_another_form_are_not_taken_apart() -> None:
 
 
 def test_which_images_of_onevision_are_alone_in_their_row() -> None:
-    """As numbers per row, which the model repeats: any other than 1 stands for images that are not tiled."""
+    """As numbers per row, which the model repeats: any but 1 stands for images that are not tiled."""
 
     def read(counts: list[int], images: int) -> list[bool]:
         return [count == 1 for count in counts for _ in range(count)][:images]
 
-    for alone in (
-        [True],
-        [False],
-        [True, True],
-        [False, False],
-        [True, False],
-        [False, False, True],
-        [True, False, False],
-    ):
+    for pattern in ("T", "F", "TT", "FF", "TF", "FFT", "TFF"):
+        alone = [letter == "T" for letter in pattern]
         assert read(_counts(alone), len(alone)) == alone
     with pytest.raises(UnsupportedFeatureError, match="one by one"):
         _counts([False, True])

@@ -2,34 +2,20 @@
 """Segments against the token counts of the real processors, on real images cut by the real image processors.
 
 The processors need tokenizers, so their methods run on bare objects with the few attributes that they read.
-The image processors are those of PIL: the others need torchvision.
 """
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_processors import SIZES, image_processor, load, pictures
 
+from plphp.families.base import VisionSegment
 from plphp.families.registry import family_of
-from tiny_models import NEWEST, PINPOINTS, TINY
-
-SIZES = ((50, 40), (24, 70), (90, 30), (64, 64), (33, 95), (31, 200), (128, 17))
-"""(height, width) in pixels."""
-
-
-def pictures() -> list[Image.Image]:
-    noise = np.random.default_rng(0)
-    return [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
-
-
-def load(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+from tiny_models import NEWEST, TINY
 
 
 def bare(module: str, name: str, **attributes: Any) -> Any:
@@ -47,48 +33,40 @@ def bare(module: str, name: str, **attributes: Any) -> Any:
     return processor
 
 
-def compare(name: str, processor: Any, image_inputs: dict[str, Any], images: int, one_each: bool = True) -> None:
-    """Compare the placeholders that the processor writes with the segments of its outputs."""
+def segments_of(name: str, inputs: dict[str, Any]) -> list[VisionSegment]:
     config = TINY[name].config()
-    counts = [processor.replace_image_token(image_inputs, index).count("I") for index in range(images)]
-    segments = family_of(config).segments(config, image_inputs)
+    segments = family_of(config).segments(config, inputs)
     assert segments is not None
-    sizes = [segment.tokens for segment in segments]
+    return segments
+
+
+def compare(
+    name: str, processor: Any, image_inputs: dict[str, Any], by_image: bool = True, placeholder: str = "I"
+) -> None:
+    """Compare the placeholders that the processor writes with the segments of its outputs.
+
+    Parameters
+    ----------
+    by_image : bool
+        Whether each image is a segment; where images are cut into several, the sums are compared.
+    """
+    counts = [processor.replace_image_token(image_inputs, index).count(placeholder) for index in range(len(SIZES))]
+    sizes = [segment.tokens for segment in segments_of(name, image_inputs)]
     assert sum(sizes) == sum(counts)
-    if one_each:
+    if by_image:
         assert sizes == counts
 
 
-def square(side: int) -> dict[str, int]:
-    return {"height": side, "width": side}
-
-
-def test_llava() -> None:
-    kind = load("llava.image_processing_pil_llava", "LlavaImageProcessorPil")
-    images = kind(size={"shortest_edge": 32}, crop_size=square(32))(pictures(), return_tensors="pt")
-    clip = bare(
-        "llava",
-        "LlavaProcessor",
-        patch_size=8,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-    )
-    compare("llava", clip, images, len(SIZES))
-    siglip = bare(
-        "llava",
-        "LlavaProcessor",
-        patch_size=8,
-        num_additional_image_tokens=0,
-        vision_feature_select_strategy="full",
-    )
-    compare("llava-siglip", siglip, images, len(SIZES))
+@pytest.mark.parametrize(("name", "cls_tokens", "strategy"), [("llava", 1, "default"), ("llava-siglip", 0, "full")])
+def test_llava(name: str, cls_tokens: int, strategy: str) -> None:
+    images = image_processor("llava")(pictures(), return_tensors="pt")
+    options = {"num_additional_image_tokens": cls_tokens, "vision_feature_select_strategy": strategy}
+    compare(name, bare("llava", "LlavaProcessor", patch_size=8, **options), images)
 
 
 @pytest.mark.parametrize("name", ["llava-next", "llava-next-video"])
 def test_llava_next(name: str) -> None:
-    cut = load("llava_next.image_processing_pil_llava_next", "LlavaNextImageProcessorPil")(
-        size={"shortest_edge": 32}, crop_size=square(32), image_grid_pinpoints=PINPOINTS
-    )
+    cut = image_processor("llava-next")
     processor = bare(
         name.replace("-", "_"),
         "LlavaNextProcessor" if name == "llava-next" else "LlavaNextVideoProcessor",
@@ -97,14 +75,12 @@ def test_llava_next(name: str) -> None:
         num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
     )
-    compare(name, processor, cut(pictures(), return_tensors="pt"), len(SIZES))
+    compare(name, processor, cut(pictures(), return_tensors="pt"))
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_llava_onevision(several: bool) -> None:
-    cut = load("llava_onevision.image_processing_pil_llava_onevision", "LlavaOnevisionImageProcessorPil")(
-        size=square(32), image_grid_pinpoints=PINPOINTS
-    )
+    cut = image_processor("llava-onevision")
     processor = bare(
         "llava_onevision",
         "LlavaOnevisionProcessor",
@@ -116,24 +92,18 @@ def test_llava_onevision(several: bool) -> None:
     nested = [pictures()[:2], *([image] for image in pictures()[2:])] if several else pictures()
     images = cut(nested, return_tensors="pt")
     assert images["batch_num_images"].tolist() == ([2] if several else [1, 1]) + [1] * (len(SIZES) - 2)
-    compare("llava-onevision", processor, images, len(SIZES))
+    compare("llava-onevision", processor, images)
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5"])
 def test_qwen(name: str) -> None:
-    cut = load("qwen2_vl.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil")(
-        patch_size=4, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    )
-    processor = bare("qwen2_vl", "Qwen2VLProcessor", image_processor=cut)
-    compare(name, processor, cut(pictures(), return_tensors="pt"), len(SIZES))
+    cut = image_processor("qwen2-vl")
+    compare(name, bare("qwen2_vl", "Qwen2VLProcessor", image_processor=cut), cut(pictures(), return_tensors="pt"))
 
 
 def test_glm4v() -> None:
-    cut = load("glm4v.image_processing_pil_glm4v", "Glm4vImageProcessorPil")(
-        patch_size=4, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    )
-    processor = bare("glm4v", "Glm4vProcessor", image_processor=cut)
-    compare("glm4v", processor, cut(pictures(), return_tensors="pt"), len(SIZES))
+    cut = image_processor("glm4v")
+    compare("glm4v", bare("glm4v", "Glm4vProcessor", image_processor=cut), cut(pictures(), return_tensors="pt"))
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen3-vl", "glm4v"])
@@ -150,131 +120,90 @@ def test_videos_of_grids(name: str) -> None:
         vision_start_token="S",
         vision_end_token="E",
     )
-    config = TINY[name].config()
     counts = [processor.replace_video_token(inputs, index).count("I") for index in range(2)]
-    segments = family_of(config).segments(config, {"video_grid_thw": grids})
-    assert segments is not None
+    segments = segments_of(name, {"video_grid_thw": grids})
     assert [segment.tokens for segment in segments] == counts
     assert [segment.grid for segment in segments] == [(3, 2, 3), (2, 4, 2)]
 
 
-def test_videos_of_llava() -> None:
-    for name, module, kind in (
-        ("llava-next-video", "llava_next_video", "LlavaNextVideoProcessor"),
-        ("llava-onevision", "llava_onevision", "LlavaOnevisionProcessor"),
-    ):
-        processor = bare(module, kind, patch_size=8, num_image_tokens=16, video_token="I")
-        inputs = {"pixel_values_videos": torch.zeros(2, 3, 3, 32, 32)}
-        config = TINY[name].config()
-        segments = family_of(config).segments(config, inputs)
-        assert segments is not None
-        counts = [processor.replace_video_token(inputs, index).count("I") for index in range(2)]
-        assert [segment.tokens for segment in segments] == counts
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("llava-next-video", "LlavaNextVideo"), ("llava-onevision", "LlavaOnevision")]
+)
+def test_videos_of_llava(name: str, prefix: str) -> None:
+    processor = bare(name.replace("-", "_"), f"{prefix}Processor", patch_size=8, num_image_tokens=16, video_token="I")
+    inputs = {"pixel_values_videos": torch.zeros(2, 3, 3, 32, 32)}
+    counts = [processor.replace_video_token(inputs, index).count("I") for index in range(2)]
+    assert [segment.tokens for segment in segments_of(name, inputs)] == counts
 
 
 def test_internvl() -> None:
-    cut = load("got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil")(
-        size=square(32), crop_to_patches=True, min_patches=1, max_patches=4
-    )
-    images = cut(pictures(), return_tensors="pt")
+    images = image_processor("internvl")(pictures(), return_tensors="pt")
     processor = bare("internvl", "InternVLProcessor", image_seq_length=16, start_image_token="S", end_image_token="E")
-    compare("internvl", processor, images, len(SIZES), one_each=False)
+    compare("internvl", processor, images, by_image=False)
 
 
-@pytest.mark.parametrize("name", ["aya-vision", "cohere2-vision"])
-def test_cohere(name: str) -> None:
-    cut = load("got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil")(
-        size=square(32), crop_to_patches=True, min_patches=1, max_patches=4
-    )
-    images = cut(pictures(), return_tensors="pt")
-    if name == "aya-vision":
-        tokens = {"img_patch_token": "I", "start_of_img_token": "S", "end_of_img_token": "E"}
-        tiles = {"tile_token": "T", "tile_global_token": "G"}
-        processor = bare("aya_vision", "AyaVisionProcessor", patch_size=8, img_size=32, **tokens, **tiles)
-    else:
-        markers = {"boi_token": "S", "eoi_token": "E", "img_line_break_token": "B"}
-        processor = bare("cohere2_vision", "Cohere2VisionProcessor", patch_size=4, **markers)
-    compare(name, processor, images, len(SIZES), one_each=False)
+def test_aya_vision() -> None:
+    images = image_processor("internvl")(pictures(), return_tensors="pt")
+    markers = {"start_of_img_token": "S", "end_of_img_token": "E", "tile_token": "T", "tile_global_token": "G"}
+    processor = bare("aya_vision", "AyaVisionProcessor", patch_size=8, img_size=32, img_patch_token="I", **markers)
+    compare("aya-vision", processor, images, by_image=False)
+
+
+def test_cohere2_vision() -> None:
+    images = image_processor("internvl")(pictures(), return_tensors="pt")
+    markers = {"boi_token": "S", "eoi_token": "E", "img_line_break_token": "B"}
+    processor = bare("cohere2_vision", "Cohere2VisionProcessor", patch_size=4, **markers)
+    compare("cohere2-vision", processor, images, by_image=False)
 
 
 def test_ovis2() -> None:
-    cut = load("ovis2.image_processing_pil_ovis2", "Ovis2ImageProcessorPil")(
-        size=square(32), crop_to_patches=True, min_patches=1, max_patches=4
-    )
-    images = cut(pictures(), return_tensors="pt")
+    images = image_processor("ovis2")(pictures(), return_tensors="pt")
     processor = bare("ovis2", "Ovis2Processor", image_seq_length=16)
-    counts = [processor.replace_image_token(images, index).count("<IMG_ATOM>") for index in range(len(SIZES))]
-    config = TINY["ovis2"].config()
-    segments = family_of(config).segments(config, images)
-    assert segments is not None
-    assert sum(segment.tokens for segment in segments) == sum(counts)
+    compare("ovis2", processor, images, by_image=False, placeholder="<IMG_ATOM>")
 
 
 def test_lighton_ocr() -> None:
-    cut = load("pixtral.image_processing_pil_pixtral", "PixtralImageProcessorPil")(
-        size={"longest_edge": 96}, patch_size=16
-    )
     processor = bare("lighton_ocr", "LightOnOcrProcessor", effective_patch_size=16)
-    compare("lighton-ocr", processor, cut(pictures(), return_tensors="pt"), len(SIZES))
+    compare("lighton-ocr", processor, image_processor("mistral3")(pictures(), return_tensors="pt"))
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
 def test_idefics3(name: str) -> None:
-    kind = "Idefics3ImageProcessorPil" if name == "idefics3" else "SmolVLMImageProcessorPil"
-    cut = load(f"{name}.image_processing_pil_{name}", kind)(
-        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
-    )
     nested = [pictures()[:3], pictures()[3:4], pictures()[4:]]
-    images = cut(nested, return_tensors="pt", return_row_col_info=True)
+    images = image_processor(name)(nested, return_tensors="pt", return_row_col_info=True)
     processor = bare(name, "Idefics3Processor" if name == "idefics3" else "SmolVLMProcessor", image_seq_len=16)
-    compare(name, processor, images, len(SIZES), one_each=False)
+    compare(name, processor, images, by_image=False)
 
 
 def test_idefics2() -> None:
-    cut = load("idefics2.image_processing_pil_idefics2", "Idefics2ImageProcessorPil")(
-        size={"shortest_edge": 24, "longest_edge": 32}
-    )
-    images = cut([pictures()[:3], pictures()[3:4], pictures()[4:]], return_tensors="pt")
-    config = TINY["idefics2"].config()
-    segments = family_of(config).segments(config, images)
-    assert segments is not None
+    nested = [pictures()[:3], pictures()[3:4], pictures()[4:]]
+    images = image_processor("idefics2")(nested, return_tensors="pt")
     # the processor writes image_seq_len placeholders per image, its call needs a tokenizer
-    assert [segment.tokens for segment in segments] == [12] * len(SIZES)
+    assert [segment.tokens for segment in segments_of("idefics2", images)] == [12] * len(SIZES)
 
 
 def test_gemma3() -> None:
-    cut = load("gemma3.image_processing_pil_gemma3", "Gemma3ImageProcessorPil")(size=square(32))
     options = {"pan_and_scan_min_crop_size": 16, "pan_and_scan_min_ratio_to_activate": 1.2}
-    images = cut(pictures(), return_tensors="pt", do_pan_and_scan=True, pan_and_scan_max_num_crops=3, **options)
+    images = image_processor("gemma3")(
+        pictures(), return_tensors="pt", do_pan_and_scan=True, pan_and_scan_max_num_crops=3, **options
+    )
     assert max(images["num_crops"]) > 0
     processor = bare("gemma3", "Gemma3Processor", full_image_sequence="S" + "I" * 16 + "E")
-    compare("gemma3", processor, images, len(SIZES), one_each=False)
+    compare("gemma3", processor, images, by_image=False)
 
 
 @pytest.mark.parametrize(("name", "patch"), [("llava-pixtral", 8), ("mistral3", 16)])
 def test_pixtral(name: str, patch: int) -> None:
-    cut = load("pixtral.image_processing_pil_pixtral", "PixtralImageProcessorPil")(
-        size={"longest_edge": 96}, patch_size=patch
-    )
-    images = cut(pictures(), return_tensors="pt")
-    config = TINY[name].config()
-    segments = family_of(config).segments(config, images)
-    assert segments is not None
+    images = image_processor(name)(pictures(), return_tensors="pt")
     # PixtralProcessor.replace_image_token, which cannot be imported without torchvision
     grids = [(1, int(height) // patch, int(width) // patch) for height, width in images["image_sizes"]]
-    assert [segment.grid for segment in segments] == grids
+    assert [segment.grid for segment in segments_of(name, images)] == grids
 
 
 @pytest.mark.skipif(not NEWEST, reason="its PIL image processor needs torchvision in 5.17")
 def test_gemma4() -> None:
-    cut = load("gemma4.image_processing_pil_gemma4", "Gemma4ImageProcessorPil")(
-        patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
-    )
-    images = cut(pictures(), return_tensors="pt")
-    processor = bare("gemma4", "Gemma4Processor", boi_token="S", eoi_token="E")
-    compare("gemma4", processor, images, len(SIZES))
-    config = TINY["gemma4"].config()
-    segments = family_of(config).segments(config, images) or []
-    for (height, width), segment in zip(SIZES, segments, strict=True):
+    images = image_processor("gemma4")(pictures(), return_tensors="pt")
+    compare("gemma4", bare("gemma4", "Gemma4Processor", boi_token="S", eoi_token="E"), images)
+    for (height, width), segment in zip(SIZES, segments_of("gemma4", images), strict=True):
         _, rows, columns = segment.grid or (0, 0, 0)
         assert (rows > columns) == (height > width)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positions of vision tokens and of the rows that rank them, against naive Python."""
+"""Positions of vision tokens and of the query rows that score them, against naive Python."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_later_turn_as_the_whole_and_as_the_new_part(rows: list[list[int]], data
 @settings(deadline=None)
 @given(batches(), st.data())
 def test_segments_number_the_images_within_their_row(rows: list[list[int]], data: st.DataObject) -> None:
-    """Images that touch are told apart, and get the grid that their features have."""
+    """Images whose tokens touch are kept apart, and get the grid that their features have."""
     segments, expected, grids = [], [], []
     for row in rows:
         numbers, sizes, position = [-1] * len(row), [], 0
@@ -124,6 +124,13 @@ def test_later_turn_takes_the_features_of_the_new_part() -> None:
         spans_of(rows, past_length=4, segments=[VisionSegment(2, (1, 1, 2)), new])
 
 
+def test_later_turn_whose_features_fill_nothing() -> None:
+    """As the images of zeros by which Idefics pads a row."""
+    spans = spans_of([[TEXT, IMAGE, IMAGE, TEXT, TEXT]], past_length=3, segments=[])
+    assert spans.segment.tolist() == [[-1] * 5]
+    assert spans.grids == ((),)
+
+
 def test_vision_tokens_that_the_mask_hides_do_not_shift_the_other_images() -> None:
     """The model fills masked placeholders too, so the images behind them keep their numbers and grids."""
     rows = [[TEXT, IMAGE, IMAGE, TEXT, IMAGE, IMAGE, IMAGE, TEXT]]
@@ -132,6 +139,13 @@ def test_vision_tokens_that_the_mask_hides_do_not_shift_the_other_images() -> No
     spans = spans_of(rows, segments=segments, attention_mask=mask)
     assert spans.segment.tolist() == [[-1, -1, -1, -1, 1, 1, 1, -1]]
     assert spans.grids == (((1, 1, 2), (1, 1, 3)),)
+
+
+def test_without_features_what_the_mask_hides_is_no_image() -> None:
+    mask = torch.tensor([[0, 1, 1, 1]])
+    spans = spans_of([[IMAGE, TEXT, IMAGE, TEXT]], attention_mask=mask)
+    assert spans.segment.tolist() == [[-1, -1, 0, -1]]
+    assert spans.grids == ((None,),)
 
 
 @pytest.mark.parametrize(("sizes", "fills"), [([2], 2), ([4], 4), ([2, 2], 4), ([], 0)])
@@ -229,10 +243,10 @@ def naive_query_mask(row: list[int], start: int, query_rows: int | str) -> list[
     new = [index for index, token in enumerate(row) if token != PAD and index >= start]
     if query_rows == "text":
         last_vision = max((index for index in new if row[index] == IMAGE), default=-1)
-        chosen = [index for index in new if index > last_vision] or new[-1:]
+        queries = [index for index in new if index > last_vision] or new[-1:]
     else:
-        chosen = new[-int(query_rows) :]
-    return [index in chosen for index in range(len(row))]
+        queries = new[-int(query_rows) :]
+    return [index in queries for index in range(len(row))]
 
 
 @settings(deadline=None)
@@ -246,7 +260,7 @@ def test_query_mask(rows: list[list[int]], query_rows: int | str, data: st.DataO
     assert query_mask(spans, query_rows).tolist() == expected  # type: ignore[arg-type]
 
 
-def test_prompt_that_ends_in_an_image_is_ranked_by_its_last_vision_token() -> None:
+def test_prompt_that_ends_in_an_image_is_scored_by_its_last_vision_token() -> None:
     spans = spans_of([[TEXT, IMAGE, IMAGE]])
     for rows in (1, "text"):
         assert query_mask(spans, rows).tolist() == [[False, False, True]]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""families"""
+"""Where the vision tokens of a prompt stand, for each family of vision-language models: a file per family."""

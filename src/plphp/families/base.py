@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What plphp has to know about one family of vision-language models."""
+"""What plphp has to know about a family of vision-language models."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ if TYPE_CHECKING:
 Inputs = Mapping[str, Any]
 """The keyword arguments of ``generate``: ``input_ids``, ``attention_mask``, ``pixel_values``, ..."""
 
+Kind = Literal["image", "video"]
+"""What a segment was made from."""
+
 
 @dataclass(frozen=True)
 class VisionSegment:
-    """One image, tile or video in the order in which its tokens stand in the prompt.
+    """An image, tile or video, listed in the order in which the tokens stand in the prompt.
 
     Parameters
     ----------
     tokens : int
-        Vision tokens that the segment takes in the text model's prompt, in one run or in several.
+        Vision tokens that the segment takes in the text model's prompt, in a single run or in several.
     grid : tuple of int, optional
         ``(frames, height, width)`` in tokens with ``frames * height * width == tokens``; None where the tokens
-        of the segment do not form one grid (several tiles, newline tokens).
+        of the segment do not form a grid (several tiles, newline tokens).
     kind : {"image", "video"}
         What the segment was made from.
     """
 
     tokens: int
     grid: tuple[int, int, int] | None = None
-    kind: Literal["image", "video"] = "image"
+    kind: Kind = "image"
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,11 @@ class Features:
     token_ids : callable
         ``config -> tuple of int``: the ids of the placeholder tokens that these images fill.
     pixels : tuple of str
-        Inputs with `entries` for each image along the first axis; the first of them says whether there are images.
+        Inputs with ``entries`` for each image along the first axis; the first of them says whether there are images.
     each : tuple of str
-        Inputs with one entry for each image along the first axis, such as sizes or grids.
+        Inputs with a single entry for each image along the first axis, such as sizes or grids.
     entries : callable, optional
-        ``inputs -> sequence of int``: how many entries of ``pixels`` each image has; None for one.
+        ``inputs -> sequence of int``: entries of ``pixels`` that each image has; None where each has a single entry.
     token_type : int, optional
         Value of ``mm_token_type_ids`` on the placeholders, where images and videos are written with the same id.
     """
@@ -78,12 +81,12 @@ class Features:
         return mask
 
     def items(self, inputs: Inputs) -> list[dict[str, Any]]:
-        """Take the images apart: for each of them the inputs of a prompt that shows it alone.
+        """Take the images apart: for each image the inputs of a prompt that shows it alone.
 
         Returns
         -------
         list of dict
-            Empty where there are no images, or where the inputs have another form than the family's processor gives.
+            Empty where there are no images, or where the inputs do not have the form of the family's processor.
         """
         counts = self._counts(inputs)
         return [] if counts is None else [self.pick(inputs, [number]) for number in range(len(counts))]
@@ -94,14 +97,14 @@ class Features:
         Parameters
         ----------
         inputs : mapping
-            Of all images; `items` can take them apart.
+            Inputs of all images; `items` can take them apart.
         numbers : sequence of int
-            Of the images, in ascending order.
+            Numbers of the images to take, ascending from 0.
 
         Returns
         -------
         dict
-            Empty for no image.
+            Inputs of these images; empty where there are none to take.
         """
         if not numbers:
             return {}
@@ -109,13 +112,13 @@ class Features:
         ends = list(accumulate(counts))
         entries = [entry for number in numbers for entry in range(ends[number] - counts[number], ends[number])]
         return {
-            name: _taken(inputs[name], entries if name in self.pixels else list(numbers))
+            name: _take(inputs[name], entries if name in self.pixels else list(numbers))
             for name in self.names
             if _length(inputs.get(name))
         }
 
     def _counts(self, inputs: Inputs) -> list[int] | None:
-        """How many entries of ``pixels`` each image has; None where the inputs do not fit together."""
+        """Count the entries of ``pixels`` of each image; None where the inputs do not fit together."""
         length = _length(inputs.get(self.pixels[0]))
         if not length:
             return None
@@ -126,12 +129,12 @@ class Features:
 
 
 def _length(value: Any) -> int:
-    """Entries along the first axis; 0 for None and for what has no axis."""
+    """Count the entries along the first axis; 0 for None and for a tensor without axes."""
     return 0 if value is None or getattr(value, "ndim", 1) == 0 else len(value)
 
 
-def _taken(value: Any, entries: list[int]) -> Any:
-    """Some entries along the first axis; a view where they follow each other."""
+def _take(value: Any, entries: list[int]) -> Any:
+    """Take entries along the first axis; a view where they are consecutive."""
     first, last = entries[0], entries[-1]
     if last - first + 1 == len(entries):
         return value[first : last + 1]
@@ -139,7 +142,7 @@ def _taken(value: Any, entries: list[int]) -> Any:
 
 
 def no_segments(config: PretrainedConfig, inputs: Inputs) -> None:
-    """Say that the inputs do not tell the segments: each contiguous run of vision tokens counts as one."""
+    """Return None: the inputs do not tell the segments, so each contiguous run of vision tokens counts as a segment."""
     return
 
 
@@ -156,13 +159,13 @@ class Family:
     vision_token_ids : callable
         ``config -> tuple of int``: the ids of the placeholder tokens that image and video features replace.
     segments : callable
-        ``(config, inputs) -> list of VisionSegment or None``: one entry per image, tile or video of the whole
+        ``(config, inputs) -> list of VisionSegment or None``: an entry per image, tile or video of the whole
         batch in prompt order (row by row), computed from the processor's outputs; None where they do not tell.
     notes : str
         What a user should know: layers that are never pruned, inputs that are not supported.
     features : tuple of Features
-        How the inputs of images and of videos are taken apart, so that a later turn may be given those of the whole
-        conversation; empty where a later turn needs the features of its new images alone.
+        How the inputs of images and of videos are taken apart, so that a later turn may pass those of the whole
+        conversation; empty where a later turn has to pass the features of its new images alone.
     """
 
     name: str

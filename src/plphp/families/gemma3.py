@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ._segments import in_prompt_order, token_ids
+from ._segments import grid_segment, image_ids, in_prompt_order
 from .base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
@@ -16,17 +16,16 @@ if TYPE_CHECKING:
 def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
     pixel_values = inputs.get("pixel_values")
     side = math.isqrt(config.mm_tokens_per_image)
-    image = VisionSegment(side * side, (1, side, side))
     count = 0 if pixel_values is None else len(pixel_values)
-    return in_prompt_order(inputs, {config.image_token_id: [image] * count})
+    return in_prompt_order(inputs, {config.image_token_id: [grid_segment(1, side, side)] * count})
 
 
 FAMILY = Family(
     name="gemma3",
     model_types=("gemma3",),
-    vision_token_ids=token_ids("image_token_id"),
+    vision_token_ids=image_ids,
     segments=_segments,
-    features=(Features(token_ids("image_token_id")),),
+    features=(Features(image_ids),),
     notes=(
         "Five of six layers have a sliding window and are never pruned. Tokens of an image see the whole "
         "image (token_type_ids), also what stands after them."

@@ -5,59 +5,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from plphp.errors import UnsupportedModelError
-
-from ._segments import in_prompt_order, token_ids
-from .base import Family, Features, Inputs, VisionSegment
-from .unsupported import reason_against
+from ._segments import grid_segment, image_and_video_ids, image_ids, in_prompt_order, video_ids
+from .base import Family, Features, Inputs, Kind, VisionSegment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def _pooled(positions: Any, kernel: int) -> list[tuple[int, int]]:
-    """Return rows and columns of pooled tokens from patch positions (images, patches, 2), x before y."""
+def _pooled(config: PretrainedConfig, positions: Any, kind: Kind) -> list[VisionSegment]:
+    """Return the segments of patch positions (images, patches, 2), x before y."""
     if positions is None:
         return []
+    kernel = config.vision_config.pooling_kernel_size
     patches = positions.flatten(0, -3)  # frames of videos may have an axis of their own
     corners = (patches.amax(dim=1) + 1).tolist()  # padding patches are at -1
-    return [(height // kernel, width // kernel) for width, height in corners if width and height]
+    sizes = [(height, width) for width, height in corners if width and height]
+    return [grid_segment(1, height // kernel, width // kernel, kind) for height, width in sizes]
 
 
 def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
-    kernel = config.vision_config.pooling_kernel_size
-    images = _pooled(inputs.get("image_position_ids"), kernel)
-    frames = _pooled(inputs.get("video_position_ids"), kernel)
-    return in_prompt_order(
-        inputs,
-        {
-            config.image_token_id: [VisionSegment(h * w, (1, h, w)) for h, w in images],
-            config.video_token_id: [VisionSegment(h * w, (1, h, w), "video") for h, w in frames],
-        },
-    )
+    images = _pooled(config, inputs.get("image_position_ids"), "image")
+    frames = _pooled(config, inputs.get("video_position_ids"), "video")
+    return in_prompt_order(inputs, {config.image_token_id: images, config.video_token_id: frames})
 
 
 def _frames(inputs: Inputs) -> list[int]:
-    """Entries of ``pixel_values_videos`` for each video: its frames, or one where videos have an axis of their own."""
+    """Entries of ``pixel_values_videos`` for each video: its frames, or 1 where videos have an axis of their own."""
     counts = inputs.get("num_frames_per_video")
     return [1] * len(inputs["pixel_values_videos"]) if counts is None else [int(count) for count in counts]
-
-
-def _vision_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
-    if reason := reason_against(config):
-        raise UnsupportedModelError(f"plphp does not prune this {config.model_type!r} model: {reason}")
-    return token_ids("image_token_id", "video_token_id")(config)
 
 
 FAMILY = Family(
     name="gemma4",
     model_types=("gemma4",),
-    vision_token_ids=_vision_token_ids,
+    vision_token_ids=image_and_video_ids,
     segments=_segments,
     features=(
-        Features(token_ids("image_token_id"), each=("image_position_ids",)),
+        Features(image_ids, each=("image_position_ids",)),
         Features(
-            token_ids("video_token_id"),
+            video_ids,
             ("pixel_values_videos", "video_position_ids"),
             ("num_frames_per_video",),
             _frames,

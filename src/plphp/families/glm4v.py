@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLM-4.1V, GLM-4.5V and GLM-4.6V: image and video frames share one placeholder id."""
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V: images and video frames share a placeholder id."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._segments import grid_features, grid_segments, in_prompt_order, token_ids
+from ._segments import grid_features, image_ids, in_prompt_order, merged_grids
 from .base import Family, Inputs, VisionSegment
 
 if TYPE_CHECKING:
@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 
 
 def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
-    merge = config.vision_config.spatial_merge_size
-    images = grid_segments(inputs.get("image_grid_thw"), merge)
-    videos = grid_segments(inputs.get("video_grid_thw"), merge, "video")
+    images = merged_grids(config, inputs.get("image_grid_thw"))
+    videos = merged_grids(config, inputs.get("video_grid_thw"), "video")
     if images and videos:
-        return None  # one placeholder id for both: their order is in mm_token_type_ids only
+        return None  # both fill the same placeholder id: their order is in mm_token_type_ids only
     return in_prompt_order(inputs, {config.image_token_id: images or videos})
 
 
@@ -25,8 +24,8 @@ FAMILY = Family(
     name="glm4v",
     model_types=("glm4v", "glm4v_moe", "glm46v"),
     # video_token_id marks a video in the text and is never in input_ids: frames are written with image tokens
-    vision_token_ids=token_ids("image_token_id"),
+    vision_token_ids=image_ids,
     segments=_segments,
-    features=grid_features(token_ids("image_token_id"), token_ids("image_token_id"), image_type=1, video_type=2),
+    features=grid_features(image_ids, image_ids, image_type=1, video_type=2),
     notes="Positions are three-dimensional and offset by rope_deltas, which the model keeps between turns.",
 )

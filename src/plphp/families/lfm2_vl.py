@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._segments import in_prompt_order, rows_of, token_ids
+from ._segments import image_ids, in_prompt_order, sized_images
 from .base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
@@ -13,17 +13,15 @@ if TYPE_CHECKING:
 
 
 def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:
-    factor = config.downsample_factor
-    sizes = [(rows // factor, columns // factor) for rows, columns in rows_of(inputs.get("spatial_shapes"))]
-    images = [VisionSegment(rows * columns, (1, rows, columns)) for rows, columns in sizes]
-    return in_prompt_order(inputs, {config.image_token_id: images})
+    step = config.downsample_factor, config.downsample_factor
+    return in_prompt_order(inputs, {config.image_token_id: sized_images(inputs.get("spatial_shapes"), step)})
 
 
 FAMILY = Family(
     name="lfm2-vl",
     model_types=("lfm2_vl",),
-    vision_token_ids=token_ids("image_token_id"),
+    vision_token_ids=image_ids,
     segments=_segments,
-    features=(Features(token_ids("image_token_id"), each=("spatial_shapes", "pixel_attention_mask")),),
+    features=(Features(image_ids, each=("spatial_shapes", "pixel_attention_mask")),),
     notes="A segment is a tile. Only the attention layers have a KV cache; the convolutions are not touched.",
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ._segments import in_prompt_order, rows_of, token_ids
+from ._segments import grid_segment, image_and_video_ids, image_ids, in_prompt_order, rows_of, video_ids
 from .base import Family, Features, Inputs, VisionSegment
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def unpadded_grid(config: PretrainedConfig, size: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of patches that stay of the tiles of an image, without the newline tokens.
+    """Return rows and columns of the patches that the model keeps of an image's tiles, without the newline tokens.
 
     Parameters
     ----------
@@ -22,6 +22,10 @@ def unpadded_grid(config: PretrainedConfig, size: tuple[int, ...]) -> tuple[int,
         Reads ``image_grid_pinpoints`` and the tower's ``image_size`` and ``patch_size``.
     size : tuple of int
         ``(height, width)`` of the original image in pixels.
+
+    Returns
+    -------
+    tuple of int
     """
     from transformers.image_processing_utils import select_best_resolution
 
@@ -54,7 +58,7 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
     images = []
     for size in rows_of(inputs.get("image_sizes")):
         rows, columns = unpadded_grid(config, size)
-        images.append(VisionSegment(base + rows * (columns + 1)))  # one newline token per row
+        images.append(VisionSegment(base + rows * (columns + 1)))  # a newline token per row
     return in_prompt_order(inputs, {config.image_token_id: images})
 
 
@@ -68,27 +72,15 @@ def _video_segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegm
         count, frames = pixel_values.shape[:2]
         patches = config.vision_config.image_size // config.vision_config.patch_size
         side = math.floor(patches / config.spatial_pool_stride)
-        videos = [VisionSegment(frames * side * side, (frames, side, side), "video")] * count
+        videos = [grid_segment(frames, side, side, "video")] * count
     return in_prompt_order(inputs, {config.image_token_id: images, config.video_token_id: videos})
 
 
-IMAGE_FEATURES = (Features(token_ids("image_token_id"), each=("image_sizes",)),)
+_IMAGES = Features(image_ids, each=("image_sizes",))
+_VIDEOS = Features(video_ids, ("pixel_values_videos",))
+_NOTES = "The newline tokens between rows of patches are placeholders too and are evicted like patches."
 
 FAMILIES = (
-    Family(
-        name="llava-next",
-        model_types=("llava_next",),
-        vision_token_ids=token_ids("image_token_id"),
-        segments=_segments,
-        features=IMAGE_FEATURES,
-        notes="The newline tokens between rows of patches are placeholders too and are evicted like patches.",
-    ),
-    Family(
-        name="llava-next-video",
-        model_types=("llava_next_video",),
-        vision_token_ids=token_ids("image_token_id", "video_token_id"),
-        segments=_video_segments,
-        features=(*IMAGE_FEATURES, Features(token_ids("video_token_id"), ("pixel_values_videos",))),
-        notes="The newline tokens between rows of patches are placeholders too and are evicted like patches.",
-    ),
+    Family("llava-next", ("llava_next",), image_ids, _segments, _NOTES, (_IMAGES,)),
+    Family("llava-next-video", ("llava_next_video",), image_and_video_ids, _video_segments, _NOTES, (_IMAGES, _VIDEOS)),
 )

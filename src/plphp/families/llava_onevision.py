@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-OneVision: tiles for a single image, one tile each for several images, pooled frames for videos."""
+"""LLaVA-OneVision: tiles for a single image, no tiles for several images, pooled frames for videos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from plphp.errors import UnsupportedFeatureError
 
-from ._segments import in_prompt_order, rows_of, token_ids
+from ._segments import image_and_video_ids, image_ids, in_prompt_order, rows_of, video_ids
 from .base import Family, Features, Inputs, VisionSegment
 from .llava_next import base_tokens, unpadded_grid
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _tiled(config: PretrainedConfig, size: tuple[int, ...], base: int) -> VisionSegment:
-    """Count the tokens of an image that is alone in its row: whole image, tiles, one newline per row."""
+    """Return the segment of an image that is alone in its row: whole image, tiles, a newline per row of patches."""
     rows, columns = unpadded_grid(config, size)
     side = config.vision_config.image_size // config.vision_config.patch_size
     max_tiles = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
@@ -75,13 +75,13 @@ class _Tiled(Features):
 
 
 def _counts(alone: Sequence[bool]) -> list[int]:
-    """Write as numbers of images per row which images are alone: the model takes any other number than 1 for "not"."""
+    """Return numbers of images per row that tell the model which images are alone; it takes any but 1 for "not"."""
     counts = []
     runs = [(single, len(list(run))) for single, run in groupby(alone)]
-    for place, (single, length) in enumerate(runs, 1):
-        if not single and length == 1 and place < len(runs):
+    for number, (single, length) in enumerate(runs, 1):
+        if not single and length == 1 and number < len(runs):
             raise UnsupportedFeatureError(
-                "LLaVA-OneVision cannot be told that one new image of a batch is not tiled and the next one is: "
+                "LLaVA-OneVision has no input to say that a new image of a batch is not tiled and the next image is: "
                 "continue the conversations of this batch one by one."
             )
         # The model stops at the last image, so that a 2 says of a single image that it is not alone.
@@ -92,11 +92,11 @@ def _counts(alone: Sequence[bool]) -> list[int]:
 FAMILY = Family(
     name="llava-onevision",
     model_types=("llava_onevision",),
-    vision_token_ids=token_ids("image_token_id", "video_token_id"),
+    vision_token_ids=image_and_video_ids,
     segments=_segments,
     features=(
-        _Tiled(token_ids("image_token_id"), each=("image_sizes",)),
-        Features(token_ids("video_token_id"), ("pixel_values_videos",), ("image_sizes_videos",)),
+        _Tiled(image_ids, each=("image_sizes",)),
+        Features(video_ids, ("pixel_values_videos",), ("image_sizes_videos",)),
     ),
     notes="The newline tokens are placeholders too and are evicted like patches.",
 )

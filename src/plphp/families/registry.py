@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model families by name, and the family of a model.
 
-A package adds its own with the entry point group ``plphp.families``, each entry naming a `Family`.
+A package adds families with the entry point group ``plphp.families``, of which each entry names a `Family`.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ def register_family(family: Family, *, replace: bool = False) -> None:
     Parameters
     ----------
     family : Family
-        The family; it wins over others of the same model types.
+        The family; it wins over built-in and installed families of the same model types.
     replace : bool
         Allow to take the place of a family of the same name.
 
     Raises
     ------
     ConfigError
-        If it is not a `Family`, or its name is taken.
+        If ``family`` is not a `Family`, or its name is taken.
     """
     FAMILIES_BY_NAME.register(family, replace)
 
 
 def available_families() -> dict[str, Family]:
-    """All model families by name."""
+    """Return all model families by name: built in, then from installed packages, then registered."""
     return FAMILIES_BY_NAME.available()
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family that a model's config belongs to.
+    """Return the family that a model's config belongs to.
 
     Raises
     ------
@@ -58,10 +58,10 @@ def family_of(config: PretrainedConfig) -> Family:
     reason = reason_against(config)
     if reason is not None:
         raise UnsupportedModelError(f"plphp does not prune this {model_type!r} model: {reason}")
-    # Registered families come last and win, so that a user can correct a built-in one.
-    found = [family for family in available_families().values() if model_type in family.model_types]
-    if found:
-        return found[-1]
+    # Registered families come last and win, so that a user can correct a built-in family.
+    families_of_type = [family for family in available_families().values() if model_type in family.model_types]
+    if families_of_type:
+        return families_of_type[-1]
     known = [name for family in available_families().values() for name in family.model_types]
     raise UnsupportedModelError(
         f"plphp does not know {model_type!r} models.{did_you_mean(model_type, known)} A new family is one "

@@ -14,7 +14,6 @@ _ENCODER_DECODER = "it is an encoder-decoder model: the image stands in the enco
 _LATENT = "its layers cache one compressed latent for all heads (MLA), so there are no KV heads to prune one by one."
 _INDEXED = "its sparse attention picks entries of the KV cache by an index of its own, which eviction would shift."
 _SHARED = "its last layers read the keys and values of earlier layers, which would be pruned before they are read."
-
 _SOFTCAP = "its text model soft-caps the attention (attn_logit_softcapping), which plphp's attention does not."
 
 UNSUPPORTED: dict[str, str] = {
@@ -38,14 +37,14 @@ UNSUPPORTED: dict[str, str] = {
     "diffusion_gemma": "it writes blocks of tokens by diffusion: there is no prefill after which to prune.",
     "git": "its image stands before the prompt and has no tokens in input_ids.",
 }
-"""``config.model_type`` -> one sentence that completes "plphp does not prune ... models:"."""
+"""``config.model_type`` -> a sentence that completes "plphp does not prune ... models:"."""
 
 
 def reason_against(config: PretrainedConfig) -> str | None:
     """Return why a model cannot be pruned rightly, or None.
 
-    Beside ``UNSUPPORTED`` this looks at the text model: a class of a supported family may be built on one whose
-    KV cache holds something else than keys and values of its own.
+    Beside ``UNSUPPORTED`` this looks at the text model: a class of a supported family may be built on a text model
+    whose layers do not cache keys and values of their own.
     """
     model_type = getattr(config, "model_type", "")
     if model_type in UNSUPPORTED:
