@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from plphp.errors import LoadError
 from plphp.inputs.chat import read_chat
-from plphp.io.json_lines import read_entries, read_json
+from plphp.io.json_files import read_json
+from plphp.io.json_lines import read_entries
 
 VALUES = st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text()), max_size=4)
 BOM = b"\xef\xbb\xbf"

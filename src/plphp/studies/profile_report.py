@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from plphp.errors import ConfigError
-from plphp.io.json_files import Kind, read_values
+from plphp.io.json_files import Kind, from_json, to_json
 
 KIND = Kind("profile", "`plphp profile`", 1)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -193,15 +192,8 @@ class AttentionProfile:
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = None) -> str:
         """Return everything as JSON, with a summary for each choice, and write it to ``path`` if one is given."""
-        values = {
-            "format": KIND.version,
-            **dataclasses.asdict(self),
-            "summary": {str(rows): self.summary(rows) for rows in self.query_rows},
-        }
-        text = json.dumps(values, indent=indent)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        summaries = {str(rows): self.summary(rows) for rows in self.query_rows}
+        return to_json({**dataclasses.asdict(self), "summary": summaries}, KIND, path, indent)
 
     @classmethod
     def from_json(cls, source: str | Path) -> AttentionProfile:
@@ -212,15 +204,7 @@ class AttentionProfile:
         ConfigError
             If it is not a profile of this version's format.
         """
-        values = read_values(source, KIND)
-        try:
-            layers, rows = tuple(values["layers"]), tuple(values["query_rows"])
-            prompts = tuple(_read_prompt(prompt, len(rows), len(layers)) for prompt in values["prompts"])
-            if not prompts or not layers:
-                raise ValueError("it holds no prompt or no layer")
-            return cls(rows, layers, prompts, dict(values["provenance"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"Not a plphp profile: {type(error).__name__} {error}.") from error
+        return from_json(source, KIND, _read_profile)
 
 
 def _statistics(scores: np.ndarray) -> dict[str, Any]:
@@ -237,6 +221,14 @@ def _statistics(scores: np.ndarray) -> dict[str, Any]:
 def _listed(values: np.ndarray) -> Any:
     rounded = [[None if np.isnan(v) else float(f"{v:.6g}") for v in row] for row in np.atleast_2d(values)]
     return rounded if values.ndim == 2 else rounded[0]
+
+
+def _read_profile(values: dict[str, Any]) -> AttentionProfile:
+    layers, rows = tuple(values["layers"]), tuple(values["query_rows"])
+    prompts = tuple(_read_prompt(prompt, len(rows), len(layers)) for prompt in values["prompts"])
+    if not prompts or not layers:
+        raise ValueError("it holds no prompt or no layer")
+    return AttentionProfile(rows, layers, prompts, dict(values["provenance"]))
 
 
 def _read_prompt(values: dict[str, Any], choices: int, layers: int) -> ProfiledPrompt:
