@@ -29,7 +29,7 @@ BOM = b"\xef\xbb\xbf"
     st.booleans(),
 )
 def test_what_is_written_is_read(values: list[Any], end: bytes, mark: bool, ascii_only: bool, last: bool) -> None:
-    """U+2028, U+0085 and others inside a text are no line ends."""
+    """U+2028, U+0085 and their like inside a text are no line ends."""
     lines = [json.dumps(value, ensure_ascii=ascii_only).encode() for value in values]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.jsonl")
