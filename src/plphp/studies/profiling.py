@@ -14,9 +14,9 @@ from plphp.errors import ConfigError
 from plphp.pruning.plan import PromptPlan
 from plphp.settings.config import PLPHPConfig, QueryRows
 
-from .calibration import read_prompt
 from .profile_report import AttentionProfile, ProfiledPrompt
 from .provenance import provenance
+from .reading import read_prompt
 
 
 class _WatchedCache(PrunedCache):
