@@ -71,7 +71,7 @@ def dtype_option(panel: str | None = None) -> Any:
 
 def device_option(panel: str | None = None) -> Any:
     """Declare the option that names the device."""
-    return option(panel, "Device, such as cpu or cuda:1; default: a GPU if there is one.", complete=lambda: DEVICES)
+    return option(panel, "Device, such as cpu or cuda:1; default: a GPU, else the CPU.", complete=lambda: DEVICES)
 
 
 def allow_urls_option(panel: str | None = None) -> Any:

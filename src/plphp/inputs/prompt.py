@@ -99,7 +99,7 @@ def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> 
 
 
 def _checked_chat(prompt: str | None, messages: Messages | None) -> list[dict[str, Any]] | None:
-    """The chat in its one form, or None where there is a prompt in its place, after a check that it is not empty."""
+    """The chat in its normalized form, or None for a prompt, after a check that it is not empty."""
     if (prompt is None) == (messages is None):
         raise ConfigError("Give either a prompt or a chat.")
     if prompt is not None and not prompt.strip():
@@ -208,7 +208,7 @@ def _processed(processor: Any, text: str, media: Media) -> dict[str, Any]:
     if bos and text.startswith(bos):  # the template has written it, and the tokenizer would write it once more
         options["add_special_tokens"] = False
     if media["image"]:
-        options["images"] = [media["image"]]  # a list for the one prompt, as Idefics asks for and all processors take
+        options["images"] = [media["image"]]  # a list per prompt, as Idefics asks for and all processors take
     if media["video"]:
         options["videos"] = media["video"]
     return dict(processor(text=[text], return_tensors="pt", **options))

@@ -73,7 +73,7 @@ def read_prompts(path: str | Path, *, allow_urls: bool = False) -> list[Prompt]:
     Returns
     -------
     list of Prompt
-        At least one; all image files are there.
+        A prompt or more, whose image files all exist.
 
     Raises
     ------

@@ -41,8 +41,8 @@ BUNDLED_NAME = "the bundled model"
 HEAD_DIM = 128
 """Head dimension with which the kernels are tried."""
 _REASONS = {
-    "flex_attention": "compiles one mask for all layers, and pruned layers differ in length",
-    "paged": "shares one block table between all layers and heads",
+    "flex_attention": "compiles a single mask for all layers, and pruned layers differ in length",
+    "paged": "shares a block table between all layers and heads",
 }
 
 

@@ -96,7 +96,7 @@ class ReAttention:
             None: f"too few prompts to say whether re-attention appears ({MIN_PROMPTS} are needed)",
         }[self.appears]
         if self.fall == self.rise == 0:
-            return f"query rows {rows}: no layer lies below one before it and one after it: {verdict}"
+            return f"query rows {rows}: no layer lies below a layer before it and a layer after it: {verdict}"
         relative = f"{self.rise / self.rise_spread:.1f} times its spread" if self.rise_spread else "no spread"
         return (
             f"query rows {rows}: falls by {self.fall:.3f} from layer {self.before} to a minimum of {self.score:.3f} "
@@ -117,7 +117,7 @@ class AttentionProfile:
     layers : tuple of int
         Numbers of the decoder layers that can be pruned.
     prompts : tuple of ProfiledPrompt
-        At least one.
+        Scores of each prompt; there is a prompt or more.
     provenance : dict
         Model, versions, hardware and date.
     """
