@@ -113,7 +113,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[tuple[str, ...], list]:
-    """What each command line ends with, one after the other in a process of their own."""
+    """What each command line ends with, all run in a process of their own."""
     lines = [*SHOWN, *(arguments for arguments, _ in REFUSED)]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=json.dumps(lines), env=ENVIRONMENT, capture_output=True, text=True

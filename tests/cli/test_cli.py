@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import error, ok, run
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 import plphp
 import tiny_hub
-from plphp.cli import app
 from plphp.families.registry import available_families
 from plphp.methods.registry import available_methods
 
@@ -41,28 +40,6 @@ def report(folder: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory
     ask = ("generate", "--model", folder, "--prompt", "What?", "--max-new-tokens", 6, "--report", path)
     ok(*ask, "--image", picture, "--image", picture)
     return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def error(*arguments: object) -> str:
-    """The one line that a user's mistake ends with."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def ask(folder: Path, picture: Path | None, *more: object) -> tuple[object, ...]:
@@ -128,9 +105,29 @@ class TestGenerate:
         ok(*ask(folder, picture, "--chat", chat, "--system", "short", "--report", report))
         assert len(plphp.PruneReport.from_json(report).prompts[0].images[0]) == 2
 
+    def test_frames_are_those_of_a_chats_videos_too(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: dict[str, Any] = {}
+
+        def build_inputs(*_: Any, **options: Any) -> None:
+            asked.update(options)
+            raise plphp.ConfigError("The processor of a tiny model takes no videos.")
+
+        monkeypatch.setattr("plphp.inputs.prompt.build_inputs", build_inputs)
+        (tmp_path / "film").mkdir()
+        for index in range(3):
+            tiny_hub.picture(tmp_path / "film" / f"{index}.png")
+        chat = tmp_path / "chat.json"
+        chat.write_text(json.dumps([{"role": "user", "content": [{"type": "video", "path": "film"}, {"text": "a"}]}]))
+        error(*ask(folder, None, "--chat", chat, "--frames", 2))
+        assert (asked["frames"], asked["videos"]) == (2, [])
+        error(*ask(folder, None, "--prompt", "a", "--video", tmp_path / "film", "--frames", 2))
+        assert [len(frames) for frames in asked["videos"]] == [2]
+
 
 class TestMistakes:
-    """A wrong file, image, model, prompt or option: one line, exit code 2, no traceback."""
+    """A wrong file, image, model, prompt or option: a single line, exit code 2, no traceback."""
 
     def test_no_image_file(self, folder: Path) -> None:
         assert "There is no image file nowhere.png" in error(*ask(folder, Path("nowhere.png"), "--prompt", "a"))
@@ -277,8 +274,8 @@ class TestReports:
 
 class TestSupport:
     def test_methods_and_families(self) -> None:
-        assert {one["name"] for one in json.loads(ok("methods", "--json"))} == set(available_methods())
-        assert {one["name"] for one in json.loads(ok("families", "--json"))} == set(available_families())
+        assert {method["name"] for method in json.loads(ok("methods", "--json"))} == set(available_methods())
+        assert {family["name"] for family in json.loads(ok("families", "--json"))} == set(available_families())
         assert "arXiv:2502.14504" in ok("methods")
         assert "qwen2_5_vl" in ok("families")
 
@@ -303,15 +300,15 @@ class TestSupport:
         self, folder: Path, trouble: str | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         kernels = json.loads(ok("doctor", "--model", folder, "--json"))["kernels"]
-        triton = [one for one in kernels if "Triton" in one["name"]]
+        triton = [check for check in kernels if "Triton" in check["name"]]
         assert len(triton) == 9 * max(1, torch.cuda.device_count())
         if not torch.cuda.is_available():
-            assert {(one["ok"], one["detail"]) for one in triton} == {(False, "not used: it needs a CUDA device")}
-        found = {one["name"]: one["detail"] for one in kernels if "C++" in one["name"]}
+            assert {(check["ok"], check["detail"]) for check in triton} == {(False, "not used: it needs a CUDA device")}
+        cpp = {check["name"]: check["detail"] for check in kernels if "C++" in check["name"]}
         unknown = "not used: it does not know the dtype torch.float16"
-        assert found.pop("decode_attention, C++, cpu, float16") == unknown
+        assert cpp.pop("decode_attention, C++, cpu, float16") == unknown
         used = "used: it agrees with the reference here, at head dimension 128"
-        assert found == {f"decode_attention, C++, cpu, {dtype}": used for dtype in ("float32", "bfloat16")}
+        assert cpp == {f"decode_attention, C++, cpu, {dtype}": used for dtype in ("float32", "bfloat16")}
         monkeypatch.setattr(
             "plphp.studies.doctor.choice.UNSUPPORTED", dict.fromkeys(("Triton", "C++"), lambda *_: None)
         )

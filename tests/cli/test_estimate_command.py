@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import error, ok
+from command_line import error, ok
 
 import tiny_hub
 from plphp.inputs.loading import empty_model
@@ -26,25 +26,25 @@ def values(*arguments: object) -> dict[str, Any]:
     return json.loads(ok("estimate", "--json", *arguments))
 
 
-def test_the_processor_tells_the_vision_tokens(folder: Path) -> None:
-    found = values("--model", folder, "--images", 3)
-    assert found["workload"]["vision_tokens"] == 3 * tiny_hub.IMAGE_TOKENS
-    assert found["unpruned"]["fits"] is None
-    assert values("--config", folder, "--images", 3) == found
+def test_the_processor_says_the_vision_tokens(folder: Path) -> None:
+    figures = values("--model", folder, "--images", 3)
+    assert figures["workload"]["vision_tokens"] == 3 * tiny_hub.IMAGE_TOKENS
+    assert figures["unpruned"]["fits"] is None
+    assert values("--config", folder, "--images", 3) == figures
 
 
 def test_the_figures_are_those_of_the_functions(folder: Path) -> None:
     gpu = accelerator("1GB,50GB/s")
-    found = values(
+    figures = values(
         *("--model", folder, "--tokens-per-image", 700, "--images", 10, "--text-tokens", 40, "--new-tokens", 9),
         *("--batch", 6, "--target-retention", 0.25, "--gpu", "1GB,50GB/s", "--reserve", 0.2, "--dtype", "bfloat16"),
     )
     cost = model_cost(empty_model(folder, "bfloat16"))
     workload = Workload(7000, 40, 9, 6)
     for name, rate in (("unpruned", 1.0), ("pruned", 0.25)):
-        assert found[name] == vars(estimate(cost, workload, rate, gpu, 0.2))
-    assert found["step_weight_bytes"] == cost.step_weight_bytes
-    assert found["dtype"] == "bfloat16"
+        assert figures[name] == vars(estimate(cost, workload, rate, gpu, 0.2))
+    assert figures["step_weight_bytes"] == cost.step_weight_bytes
+    assert figures["dtype"] == "bfloat16"
 
 
 def test_the_table(folder: Path) -> None:

@@ -43,11 +43,11 @@ def written(text: str) -> str:
 
 @pytest.mark.parametrize("name", commands())
 def test_help_shows_every_text_as_it_is_written(name: str) -> None:
-    command, found = commands()[name], shown(name)
-    assert FRAMES.sub("", command.help.split("\n\n")[0]) in found
+    command, page = commands()[name], shown(name)
+    assert FRAMES.sub("", command.help.split("\n\n")[0]) in page
     for parameter in command.params:
         if parameter.help is not None:
-            assert written(parameter.help) in found, parameter.name
+            assert written(parameter.help) in page, parameter.name
 
 
 def test_brackets_are_among_them() -> None:
@@ -69,11 +69,11 @@ def _id(value: object) -> str:
 
 @pytest.mark.parametrize(("command", "name", "known"), list(choices()), ids=_id)
 def test_choices_are_shown_and_completed(command: str, name: str, known: tuple[str, ...]) -> None:
-    (parameter,) = (one for one in commands()[command].params if one.name == name)
+    (parameter,) = (parameter for parameter in commands()[command].params if parameter.name == name)
     assert {item.value for item in parameter.shell_complete(None, "")} >= set(known)
     assert [item.value for item in parameter.shell_complete(None, known[-1])] == [known[-1]]
     if (command, name) != ("calibrate", "method"):  # takes few of them
-        assert all(one in parameter.help for one in known)
+        assert all(value in parameter.help for value in known)
 
 
 def test_there_are_choices() -> None:
@@ -119,7 +119,7 @@ def test_bash_completes_methods_of_installed_packages_which_are_not_imported(tmp
 
 
 @pytest.mark.parametrize("name", ["[bold]plhp[/bold]", "[red]", "[/]", "plphp[plots]", "x" * 5000, "two  blanks"])
-def test_errors_show_what_was_given_whole(name: str) -> None:
+def test_errors_show_a_users_text_whole(name: str) -> None:
     done = CliRunner().invoke(app, ["generate", "--method", name, "--prompt", "a"], env={"COLUMNS": "40"})
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()

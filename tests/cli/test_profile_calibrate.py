@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from command_line import error, ok
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 import tiny_hub
 from plphp import AttentionProfile, PLPHPConfig, QueryBank
-from plphp.cli import app
 from plphp.cli.calibrate import split
 from plphp.inputs.prompts_file import read_prompts
 
@@ -38,25 +38,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def error(*arguments: object) -> str:
-    """The one line that a user's mistake ends with."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
 class TestProfile:
     def test_files(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
@@ -64,10 +45,10 @@ class TestProfile:
         ask = ("profile", "--model", folder, "--prompts", prompts, "--query-rows", "1, 3,text", "--out", out)
         values = json.loads(ok(*ask, "--json"))
         assert [Path(file).name for file in values["files"]] == ["profile.json", "vision-attention.png", "heads.png"]
-        found = AttentionProfile.from_json(out / "profile.json")
-        assert found.query_rows == (1, 3, "text")
-        assert [prompt.vision_tokens for prompt in found.prompts] == [16, 32] * 5
-        assert found.provenance["model"] == str(folder)
+        profile = AttentionProfile.from_json(out / "profile.json")
+        assert profile.query_rows == (1, 3, "text")
+        assert [prompt.vision_tokens for prompt in profile.prompts] == [16, 32] * 5
+        assert profile.provenance["model"] == str(folder)
         assert values["re_attention"]["text"]["prompts"] == 10
         for file in values["files"][1:]:
             with Image.open(file) as drawn:
@@ -85,10 +66,10 @@ class TestProfile:
 
     def test_the_bundled_model(self, tmp_path: Path) -> None:
         ok("profile", "--prompts", EXAMPLES / "questions.json", "--out", tmp_path, "--no-plots")
-        found = AttentionProfile.from_json(tmp_path / "profile.json")
-        assert found.provenance["model"] == "the bundled model"
-        assert {prompt.vision_tokens for prompt in found.prompts} == {196, 392, 588}
-        assert found.layer_scores(1).shape == (12, found.provenance["decoder_layers"])
+        profile = AttentionProfile.from_json(tmp_path / "profile.json")
+        assert profile.provenance["model"] == "the bundled model"
+        assert {prompt.vision_tokens for prompt in profile.prompts} == {196, 392, 588}
+        assert profile.layer_scores(1).shape == (12, profile.provenance["decoder_layers"])
 
     @pytest.mark.parametrize(
         ("options", "part"),
@@ -151,13 +132,9 @@ class TestCalibrate:
         settings = "shared:target_retention=0.3,query_rows=text,exempt_layers=0"
         ask = ("calibrate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "a.toml")
         text = ok(*ask, "--config", settings)
-        found = PLPHPConfig.from_toml(tmp_path / "a.toml")
-        assert (found.method, found.retention_rate, found.query_rows, found.exempt_layers) == (
-            "shared",
-            0.3,
-            "text",
-            (0,),
-        )
+        preset = PLPHPConfig.from_toml(tmp_path / "a.toml")
+        assert (preset.method, preset.retention_rate) == ("shared", 0.3)
+        assert (preset.query_rows, preset.exempt_layers) == ("text", (0,))
         assert "with the exempt layers" in text
 
     def test_the_bundled_model_reaches_the_target_on_its_prompts(self, tmp_path: Path) -> None:
@@ -167,14 +144,14 @@ class TestCalibrate:
         assert values["model"] == "the bundled model"
 
     def test_the_split_is_seeded_and_complete(self, prompts: Path) -> None:
-        given = read_prompts(prompts)
+        questions = read_prompts(prompts)
         for seed in range(3):
-            used, held = split(given, 0.3, seed)
+            used, held = split(questions, 0.3, seed)
             assert len(held) == 3
-            assert sorted(used + held, key=given.index) == given
-            assert (used, held) == split(given, 0.3, seed)
-        assert split(given, 0.3, 0) != split(given, 0.3, 1)
-        assert [len(part) for part in split(given[:2], 0.9, 0)] == [1, 1]
+            assert sorted(used + held, key=questions.index) == questions
+            assert (used, held) == split(questions, 0.3, seed)
+        assert split(questions, 0.3, 0) != split(questions, 0.3, 1)
+        assert [len(part) for part in split(questions[:2], 0.9, 0)] == [1, 1]
 
     @pytest.mark.parametrize(
         ("options", "part"),
@@ -195,7 +172,7 @@ class TestCalibrate:
     ) -> None:
         base = {"--model": folder, "--prompts": prompts, "--out": tmp_path / "a.toml"}
         base |= dict(zip(options[::2], options[1::2], strict=True))
-        assert part in error("calibrate", *(one for pair in base.items() for one in pair))
+        assert part in error("calibrate", *itertools.chain(*base.items()))
         assert not (tmp_path / "a.toml").exists()
 
     def test_prompts_that_do_not_fit(self, folder: Path, prompts: Path, tmp_path: Path) -> None:

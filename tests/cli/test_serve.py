@@ -7,29 +7,19 @@ import importlib.util
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import error, run
 
 from plphp import PLPHPConfig
-from plphp.cli import app
-
-
-def error(*arguments: str) -> str:
-    """The one line that a user's mistake ends with."""
-    result = CliRunner().invoke(app, ["serve", *arguments])
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    return line
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm.config") is not None, reason="vLLM is installed")
 def test_vllm_is_missing() -> None:
-    assert "plphp serve needs vLLM" in error("model", "--port", "8000")
+    assert "plphp serve needs vLLM" in error("serve", "model", "--port", "8000")
 
 
 def test_settings_are_read_first() -> None:
-    assert "contradict each other" in error("model", "--method", "plphp", "--config", "plphp")
-    assert "Unknown setting 'retention'" in error("model", "--config", "plphp:retention=0.4")
+    assert "contradict each other" in error("serve", "model", "--method", "plphp", "--config", "plphp")
+    assert "Unknown setting 'retention'" in error("serve", "model", "--config", "plphp:retention=0.4")
 
 
 @pytest.mark.parametrize("model", [(), ("org/model",), ("--port", "8000")], ids=" ".join)
@@ -42,7 +32,7 @@ def test_the_bundled_model_has_settings_of_its_own(model: tuple[str, ...], monke
 
     monkeypatch.setattr("plphp.engines.vllm.server.server_arguments", server_arguments)
     monkeypatch.setattr("plphp.engines.vllm.server.serve", asked.append)
-    done = CliRunner().invoke(app, ["serve", *model, "--target-retention", "0.3", "--enforce-eager"])
+    done = run("serve", *model, "--target-retention", "0.3", "--enforce-eager")
     assert done.exit_code == 0, done.output
     bank = PLPHPConfig(method="query_bank", options={"bank": "bundled"}, target_retention=0.3)
     assert asked == [(PLPHPConfig(target_retention=0.3), [*model, "--enforce-eager"], bank), "arguments"]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from command_line import error, run
+from typer.testing import Result
 
 import plphp
 import tiny_hub
 from plphp import ConfigError, PLPHPConfig
-from plphp.cli import app
 from plphp.cli._app import BUNDLED_NOTE
 from plphp.cli._settings import read_settings
 from plphp.inputs.loading import load_model
@@ -31,13 +31,13 @@ def test_without_a_rate_the_target_is_two_fifths() -> None:
     assert read_settings(None, None, "shared", None, None) == PLPHPConfig(method="shared", target_retention=0.4)
 
 
-def test_given_rates_are_taken() -> None:
+def test_explicit_rates_are_taken() -> None:
     assert read_settings(None, None, None, 0.3, None) == PLPHPConfig(retention_rate=0.3)
     assert read_settings(None, None, None, None, 0.5) == PLPHPConfig(target_retention=0.5)
     assert read_settings("plphp", None, None, None, None) == PLPHPConfig()
 
 
-def test_the_bundled_model_has_its_query_bank_unless_a_method_is_given() -> None:
+def test_the_bundled_model_has_its_query_bank_unless_a_method_is_named() -> None:
     def settings(method: str | None = None, rate: float | None = None, target: float | None = None) -> PLPHPConfig:
         return read_settings(None, None, method, rate, target, bundled=True)
 
@@ -82,7 +82,7 @@ def generate(*options: object) -> Result:
         "--dtype",
         "float32",
     )
-    done = CliRunner().invoke(app, [str(one) for one in (*ask, *options)])
+    done = run(*ask, *options)
     assert done.exit_code == 0, done.output
     return done
 
@@ -112,12 +112,10 @@ def test_another_model_has_the_papers_method_and_no_note(tmp_path: Path) -> None
 
 def test_settings_that_do_not_fit_the_model_are_refused_before_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plphp.inputs.loading.load_weights", None)
-    ask = ["generate", "--image", str(IMAGES / "grid-1.png"), "--prompt", "What?", "--config"]
+    ask = ("generate", "--image", IMAGES / "grid-1.png", "--prompt", "What?", "--config")
     for config, part in (
         ("plphp:exempt_layers=8", "exempt_layers names layer 8, but the model has the layers 0 to 7"),
         ("query_bank:bank=nowhere", "Cannot read the query bank nowhere"),
         ("fastv:retention_rate=0.1", "fastv keeps everything in its first 2 of 8 layers"),
     ):
-        done = CliRunner().invoke(app, [*ask, config])
-        assert done.exit_code == 2
-        assert part in done.stderr
+        assert part in error(*ask, config)

@@ -239,8 +239,8 @@ class Films:
         assert all(set(part) == ({"type", "text"} if part["type"] == "text" else {"type"}) for part in parts)
         return "".join({"image": "<i>", "video": "<v>"}.get(part["type"], "") for part in parts)
 
-    def __call__(self, **given: Any) -> dict[str, Any]:
-        return given
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
+        return inputs
 
 
 VIDEOS = [
@@ -259,14 +259,14 @@ def test_videos(tmp_path: Path, part: dict[str, Any]) -> None:
     for index in range(3):
         Image.new("RGB", (4, 4), (index,) * 3).save(tmp_path / "film" / f"{index}.png")
     (tmp_path / "chat.json").write_text(json.dumps(chat(part, {"type": "video"}, {"type": "image", "image": URI}, ASK)))
-    given = [Image.new("RGBA", (4, 4), (0, 0, 0, 0))]
-    inputs = build_inputs(Films(), messages=read_chat(tmp_path / "chat.json"), videos=[given], frames=4)
+    film = [Image.new("RGBA", (4, 4), (0, 0, 0, 0))]
+    inputs = build_inputs(Films(), messages=read_chat(tmp_path / "chat.json"), videos=[film], frames=4)
     read, passed = inputs["videos"]
     assert [frame.getpixel((0, 0))[0] for frame in read] == [0, 1, 2]
     assert [frame.getpixel((0, 0)) for frame in passed] == [(255, 255, 255)]
     assert len(inputs["images"][0]) == 1
     if isinstance(part.get("video"), str):
-        inputs = build_inputs(Films(), messages=read_chat(tmp_path / "chat.json"), videos=[given], frames=1)
+        inputs = build_inputs(Films(), messages=read_chat(tmp_path / "chat.json"), videos=[film], frames=1)
         read = inputs["videos"][0]
         assert [frame.getpixel((0, 0))[0] for frame in read] == [1]
 

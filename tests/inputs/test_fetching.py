@@ -102,7 +102,7 @@ def serve(encrypted: bool) -> ThreadingHTTPServer:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    """A server on this machine that stands for a public one, under two names."""
+    """A server on this machine that stands for a public server, under two names."""
     server = serve(encrypted=False)
     as_public(monkeypatch)
     yield server
@@ -112,7 +112,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
 
 def as_public(monkeypatch: pytest.MonkeyPatch) -> None:
     def look_up(host: str, *rest: Any, **more: Any) -> Any:
-        return LOOK_UP("127.0.0.1" if host in ("images.test", "other.test") else host, *rest, **more)
+        return LOOK_UP("127.0.0.1" if host in ("images.test", "second.test") else host, *rest, **more)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
@@ -150,7 +150,7 @@ def test_nothing_is_fetched_unless_it_is_allowed(server: ThreadingHTTPServer) ->
 
 
 def test_redirects(server: ThreadingHTTPServer) -> None:
-    target = url(server, "picture", "other.test").replace(":", "%3A")
+    target = url(server, "picture", "second.test").replace(":", "%3A")
     assert load_image(url(server, f"to/{target}"), allow_urls=True).size == (6, 4)
     assert load_image(url(server, "to//picture"), allow_urls=True).size == (6, 4)  # relative to the host
     with pytest.raises(LoadError, match="redirects more than 5 times"):
@@ -275,7 +275,7 @@ def test_encryption_is_checked_against_the_name(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
         assert load_image(address, allow_urls=True).size == (6, 4)
         with pytest.raises(LoadError, match=r"(?i)hostname mismatch"):
-            fetch(WebAddress(address.replace("images.test", "other.test")))
+            fetch(WebAddress(address.replace("images.test", "second.test")))
         start = time.monotonic()
         with pytest.raises(LoadError, match="takes more than"):
             fetch(WebAddress(address.replace("picture", "slow/body")), seconds=0.5)

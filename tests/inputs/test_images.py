@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images under every name, and of every kind of pixels, through the one reader."""
+"""Images under every name, and of every kind of pixels, through the same reader."""
 
 from __future__ import annotations
 

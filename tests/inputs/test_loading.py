@@ -99,7 +99,7 @@ class TestModels:
     @pytest.mark.parametrize("device", ["cuda", "cuda:7", "nowhere"])
     def test_devices(self, folder: Path, device: str) -> None:
         if device == "cuda" and torch.cuda.is_available():
-            pytest.skip("there is one")
+            pytest.skip("this machine has a CUDA device")
         with pytest.raises(BackendUnavailableError, match=device):
             load_weights(folder, device=device)
 

@@ -97,7 +97,7 @@ class TestPixels:
             assert np.asarray(load_image(source))[0, :, 0].tolist() == [0, 1, 255]
 
     def test_sixteen_bits_of_a_pgm_file(self) -> None:
-        """A dark one: Pillow opens it as 32 bits, and the file says that there are 16."""
+        """A dark image: Pillow opens it as 32 bits, and the file says that there are 16."""
         assert np.asarray(load_image(b"P5\n2 1\n65535\n\x00\x02\x00\xff"))[0, :, 0].tolist() == [0, 1]
         assert np.asarray(load_image(b"P5\n2 1\n1023\n\x00\x00\x03\xff"))[0, :, 0].tolist() == [0, 255]
 

@@ -84,9 +84,9 @@ def test_images_under_any_name(folder: Path) -> None:
     ]
     path = folder / "prompts.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, lines)).encode())
-    first, *others = prompt_inputs(tiny_hub.processor(), read_prompts(path))
-    assert len(others) == 6
-    for inputs in others:
+    first, *rest = prompt_inputs(tiny_hub.processor(), read_prompts(path))
+    assert len(rest) == 6
+    for inputs in rest:
         assert all(torch.equal(inputs[name], first[name]) for name in first)
 
 

@@ -65,7 +65,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(hub: _Hub, tmp_path: Path) -> 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     expected = "it is neither a folder here nor in the local cache, and the hub cannot be reached."
     assert done.stderr == f"error: Cannot load the model nope/nope: {expected}\n"
-    assert [one for one in hub.requests if "nope" in one] == ["HEAD /nope/nope/resolve/main/config.json HTTP/1.1"]
+    requests = [request for request in hub.requests if "nope" in request]
+    assert requests == ["HEAD /nope/nope/resolve/main/config.json HTTP/1.1"]
 
 
 @pytest.mark.parametrize("load", [load_processor, load_weights])

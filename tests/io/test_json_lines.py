@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from plphp.errors import LoadError
 from plphp.inputs.chat import read_chat
-from plphp.io.json_lines import read_entries, read_json
+from plphp.io.json_files import read_json
+from plphp.io.json_lines import read_entries
 
 VALUES = st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text()), max_size=4)
 BOM = b"\xef\xbb\xbf"
@@ -28,7 +29,7 @@ BOM = b"\xef\xbb\xbf"
     st.booleans(),
 )
 def test_what_is_written_is_read(values: list[Any], end: bytes, mark: bool, ascii_only: bool, last: bool) -> None:
-    """U+2028, U+0085 and others inside a text are no line ends."""
+    """U+2028, U+0085 and their like inside a text are no line ends."""
     lines = [json.dumps(value, ensure_ascii=ascii_only).encode() for value in values]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.jsonl")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Target retention: quantiles within the prompt, thresholds calibrated on other prompts, and what they keep."""
+"""Target retention: quantiles within the prompt, thresholds calibrated on further prompts, and what they keep."""
 
 from __future__ import annotations
 
@@ -68,9 +68,10 @@ def test_measured_retention_is_that_of_the_reports(family: str) -> None:
         _, report = pruned(model, inputs, config)
         for row in range(2):
             rows = [layer.rows[row] for layer in report.prompts[0].layers]
-            whole.append(sum(sum(one.kept) for one in rows) / sum(one.vision_tokens * len(one.kept) for one in rows))
+            entries = sum(layer.vision_tokens * len(layer.kept) for layer in rows)
+            whole.append(sum(sum(layer.kept) for layer in rows) / entries)
             tokens.append(rows[0].vision_tokens)
-            exempt += sum(one.layer_class == "exempt" for one in rows)
+            exempt += sum(layer.layer_class == "exempt" for layer in rows)
     assert measured.retentions_all_layers == pytest.approx(whole)
     assert measured.vision_tokens == tuple(tokens)
     assert sum(counts.get("exempt", 0) for counts in measured.classes.values()) == exempt
@@ -86,8 +87,8 @@ def test_measured_retention_is_that_of_the_reports(family: str) -> None:
 
 def test_one_prompt_has_no_spread_and_text_no_retention() -> None:
     model = tiny_model("llava")
-    one, text = (TINY["llava"].inputs(model, [count]) for count in (1, 0))
-    measured = plphp.measure_retention(model, [one, text], PLPHPConfig(method="uniform", retention_rate=0.25))
+    image, text = (TINY["llava"].inputs(model, [count]) for count in (1, 0))
+    measured = plphp.measure_retention(model, [image, text], PLPHPConfig(method="uniform", retention_rate=0.25))
     assert (measured.retentions, measured.std) == ((0.25,), 0.0)
     assert measured.classes == {layer: {"uniform": 1} for layer in range(3)}
     with pytest.raises(plphp.ConfigError, match="vision token"):
@@ -103,13 +104,11 @@ def test_whether_a_method_is_calibrated_depends_on_its_settings() -> None:
     model = tiny_model("llava")
     prompts = [TINY["llava"].inputs(model, [2], seed=seed) for seed in range(4)]
     by_class = PLPHPConfig.parse("recall_rank:layers=vision_attention,target_retention=0.4")
-    found = plphp.calibrate(model, prompts, by_class)
-    assert plphp.measure_retention(model, prompts, found).mean == pytest.approx(0.4, abs=0.06)
-    assert {name for counts in plphp.measure_retention(model, prompts, found).classes.values() for name in counts} == {
-        "attentive",
-        "balanced",
-        "indifferent",
-    }
+    calibrated = plphp.calibrate(model, prompts, by_class)
+    measured = plphp.measure_retention(model, prompts, calibrated)
+    assert measured.mean == pytest.approx(0.4, abs=0.06)
+    classes = {name for counts in measured.classes.values() for name in counts}
+    assert classes == {"attentive", "balanced", "indifferent"}
     with pytest.raises(plphp.ConfigError, match="'recall_rank' with layers=uniform does not sort layers"):
         plphp.calibrate(model, [], PLPHPConfig.parse("recall_rank:layers=uniform,target_retention=0.4"))
 
@@ -138,8 +137,8 @@ def test_a_preset_reads_back_and_knows_the_models_depth(tmp_path: Path, caplog: 
     assert written["calibration"] == {"model": 'a "name"\\\n', "held out": {"retention_mean": 1e-7, "list": [1, 2]}}
     pruned(model, prompts[0], loaded)
     assert caplog.records == []
-    other = tiny_model("qwen3-vl")
-    pruned(other, TINY["qwen3-vl"].inputs(other), loaded)
+    smaller = tiny_model("qwen3-vl")
+    pruned(smaller, TINY["qwen3-vl"].inputs(smaller), loaded)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "with 3 decoder layers and are used on one with 4" in caplog.text
 

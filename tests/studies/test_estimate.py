@@ -108,27 +108,27 @@ def test_what_does_not_grow_and_what_slides() -> None:
 
 
 def test_memory_and_time() -> None:
-    found = estimate(COST, Workload(6, 1, 2, batch=2), 0.5, GPU, reserve=0.2)
+    figures = estimate(COST, Workload(6, 1, 2, batch=2), 0.5, GPU, reserve=0.2)
     each = 6 * 2 + 5 * 4 + 7
-    assert (found.sequence_kv_bytes, found.kv_bytes) == (each, 2 * each)
-    assert (found.memory_bytes, found.step_bytes) == (100 + 2 * each, 60 + 2 * each)
-    assert found.largest_batch == (800 - 100) // each
-    assert found.step_seconds == (60 + 2 * each) / 10
-    assert found.tokens_per_second == 2 / found.step_seconds
-    assert found.most_tokens_per_second == found.largest_batch / ((60 + found.largest_batch * each) / 10)
-    assert found.fits
-    assert estimate(COST, Workload(6, 1, 2, batch=found.largest_batch), 0.5, GPU, reserve=0.2).fits
-    assert not estimate(COST, Workload(6, 1, 2, batch=found.largest_batch + 1), 0.5, GPU, reserve=0.2).fits
+    assert (figures.sequence_kv_bytes, figures.kv_bytes) == (each, 2 * each)
+    assert (figures.memory_bytes, figures.step_bytes) == (100 + 2 * each, 60 + 2 * each)
+    assert figures.largest_batch == (800 - 100) // each
+    assert figures.step_seconds == (60 + 2 * each) / 10
+    assert figures.tokens_per_second == 2 / figures.step_seconds
+    assert figures.most_tokens_per_second == figures.largest_batch / ((60 + figures.largest_batch * each) / 10)
+    assert figures.fits
+    assert estimate(COST, Workload(6, 1, 2, batch=figures.largest_batch), 0.5, GPU, reserve=0.2).fits
+    assert not estimate(COST, Workload(6, 1, 2, batch=figures.largest_batch + 1), 0.5, GPU, reserve=0.2).fits
 
 
 def test_weights_alone_that_do_not_fit() -> None:
-    found = estimate(COST, Workload(6, 1), 1.0, Accelerator("small", 50, 10))
-    assert (found.fits, found.largest_batch, found.most_tokens_per_second) == (False, 0, 0)
+    figures = estimate(COST, Workload(6, 1), 1.0, Accelerator("small", 50, 10))
+    assert (figures.fits, figures.largest_batch, figures.most_tokens_per_second) == (False, 0, 0)
 
 
 @given(st.integers(0, 500), st.integers(0, 50), st.floats(0, 1), st.floats(0, 1))
-def test_keeping_less_never_takes_more(vision: int, text: int, one: float, other: float) -> None:
-    low, high = sorted((one, other))
+def test_keeping_less_never_takes_more(vision: int, text: int, first: float, second: float) -> None:
+    low, high = sorted((first, second))
     few, many = (estimate(COST, Workload(vision, text), rate, GPU) for rate in (low, high))
     assert few.step_bytes <= many.step_bytes
     assert few.largest_batch >= many.largest_batch

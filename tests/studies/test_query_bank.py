@@ -73,13 +73,13 @@ def test_rotations_are_those_of_the_model(family: str) -> None:
     kinds = getattr(text, "layer_types", None)
     for layer, rotation in find_rotations(model).items():
         own = text.rope_parameters.get(kinds[layer], text.rope_parameters) if kinds else text.rope_parameters
-        found = rotation.frequencies[rotation.frequencies > 0]
+        turning = rotation.frequencies[rotation.frequencies > 0]
         if family in ("aya-vision", "cohere2-vision", "exaone4.5", "llama4"):
-            assert len(found) == 0
+            assert len(turning) == 0
             continue
         width = 2 * len(rotation.frequencies)
         expected = own["rope_theta"] ** (-torch.arange(0, width, 2).double() / width)
-        assert torch.allclose(found, expected[: len(found)], rtol=EXACT), (layer, rotation)
+        assert torch.allclose(turning, expected[: len(turning)], rtol=EXACT), (layer, rotation)
         assert rotation.interleaved == (family in ("glm4v", "glm46v"))
 
 
@@ -123,11 +123,11 @@ def test_the_bank_holds_the_projected_queries(family: str) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    found = bank(family)
-    assert found.record["answer_tokens"] == found.record["samples"] == len(ahead) > NEW
-    assert found.ahead.tolist() == ahead
+    collected = bank(family)
+    assert collected.record["answer_tokens"] == collected.record["samples"] == len(ahead) > NEW
+    assert collected.ahead.tolist() == ahead
     for number, rows in heard.items():
-        assert (found.layers[number].queries - torch.stack(rows, dim=1)).abs().max() < EXACT
+        assert (collected.layers[number].queries - torch.stack(rows, dim=1)).abs().max() < EXACT
     assert "generate" not in model.__dict__
 
 
@@ -158,19 +158,19 @@ def test_compacted_cache_is_full_cache_with_evicted_entries_masked(family: str, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_row_is_the_row_alone(family: str, folder: Path) -> None:
-    """The place of the answer is that of the row, whatever stands before it."""
+    """The position of the answer is that of the row, whatever stands before it."""
     model, tiny = tiny_model(family), TINY[family]
     config = settings(folder, family)
     _, report = pruned(model, tiny.inputs(model, [2, 0, 1]), config)
     for row, inputs in enumerate(tiny.rows(model, [2, 0, 1])):
-        _, one = pruned(model, inputs, config)
-        if not one.prompts:
+        _, single = pruned(model, inputs, config)
+        if not single.prompts:
             continue
-        for many, few in zip(report.prompts[0].layers, one.prompts[0].layers, strict=True):
+        for many, few in zip(report.prompts[0].layers, single.prompts[0].layers, strict=True):
             together, alone = many.rows[row], few.rows[0]
             assert together.vision_score == pytest.approx(alone.vision_score, abs=EXACT)
             shift = together.kept_positions[0][0] - alone.kept_positions[0][0]
-            assert [[place - shift for place in head] for head in together.kept_positions] == alone.kept_positions
+            assert [[position - shift for position in head] for head in together.kept_positions] == alone.kept_positions
 
 
 @pytest.mark.parametrize("options", [{}, {"reduce": "mean"}, {"value_norm": 0}, {"reduce": "peak"}], ids=str)
@@ -183,7 +183,7 @@ def test_kept_are_what_the_bank_looks_at(family: str, options: dict[str, Any], f
     with torch.no_grad():
         stock = cache_in(model(**inputs, use_cache=True))
     deltas = [getattr(holder, "rope_deltas", None) for holder in (model, model.model)]
-    delta = next((int(one.flatten()[0]) for one in deltas if one is not None), 0)
+    delta = next((int(tensor.flatten()[0]) for tensor in deltas if tensor is not None), 0)
     begin = inputs["input_ids"].shape[1] + delta
     vision = [position for image in report.prompts[0].images[0] for position in image.positions]
     read = QueryBank.load(str(config.options["bank"]))
@@ -240,20 +240,20 @@ def test_branch_and_bytes_and_later_turns(family: str, folder: Path) -> None:
 def test_beams_are_placed_like_their_prompt(folder: Path) -> None:
     model, inputs = tiny_model("qwen2-vl"), TINY["qwen2-vl"].inputs(tiny_model("qwen2-vl"), [2])
     config = settings(folder, "qwen2-vl")
-    _, one = pruned(model, inputs, config)
+    _, greedy = pruned(model, inputs, config)
     _, beams = pruned(model, inputs, config, num_beams=3)
-    for single, layer in zip(one.prompts[0].layers, beams.prompts[0].layers, strict=True):
+    for single, layer in zip(greedy.prompts[0].layers, beams.prompts[0].layers, strict=True):
         assert all(row.kept_positions == single.rows[0].kept_positions for row in layer.rows)
 
 
 def test_a_saved_file_is_read_back(tmp_path: Path) -> None:
-    found = bank("glm4v")
-    found.save(tmp_path / "bank.safetensors")
+    collected = bank("glm4v")
+    collected.save(tmp_path / "bank.safetensors")
     read = QueryBank.load(tmp_path / "bank.safetensors")
-    assert dict(read.record) == json.loads(json.dumps(dict(found.record)))
-    assert read.layers.keys() == found.layers.keys()
-    assert torch.equal(read.ahead, found.ahead)
-    for number, layer in found.layers.items():
+    assert dict(read.record) == json.loads(json.dumps(dict(collected.record)))
+    assert read.layers.keys() == collected.layers.keys()
+    assert torch.equal(read.ahead, collected.ahead)
+    for number, layer in collected.layers.items():
         assert torch.equal(read.layers[number].queries, layer.queries.to(torch.bfloat16))
         assert read.layers[number].rotation.interleaved
         assert torch.equal(read.layers[number].rotation.frequencies, layer.rotation.frequencies)
@@ -265,7 +265,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     config = PLPHPConfig(method="query_bank", retention_rate=0.3, options={"bank": str(path)})
     kept = []
     for number, factor in enumerate((1, -30)):
-        layers = {n: LayerBank(factor * one.queries, one.rotation) for n, one in bank("llava").layers.items()}
+        layers = {n: LayerBank(factor * layer.queries, layer.rotation) for n, layer in bank("llava").layers.items()}
         dataclasses.replace(bank("llava"), layers=layers).save(path)
         os.utime(path, (number, number))
         _, report = pruned(model, inputs, config)
@@ -286,8 +286,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
     refused(r"Cannot read the query bank .*none.safetensors: No such file", tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("hello, this is text")
     refused("not a safetensors file", tmp_path / "text")
-    save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    refused("does not hold a query bank", tmp_path / "other")
+    save_file({"a": torch.zeros(1)}, tmp_path / "tensors")
+    refused("does not hold a query bank", tmp_path / "tensors")
     about = {"format": FORMAT, "interleaved": '{"0": false}', "record": "{}"}
     save_file({"ahead": torch.zeros(4)}, tmp_path / "lacking", metadata=about)
     refused(r"is broken \(KeyError\('0.queries'\)\)\. Make it with plphp collect", tmp_path / "lacking")
@@ -295,11 +295,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
     refused("got query_rows='text': leave it out", settings(folder, "llava").options["bank"], query_rows="text")
     with pytest.raises(ConfigError, match=r"'bank'.*must be text, got 3"):
         resolve(PLPHPConfig.from_dict({"method": "query_bank", "options": {"bank": 3}}))
-    found = bank("llava")
-    layers = {n: LayerBank(one.queries[:3], one.rotation) for n, one in found.layers.items()}
-    dataclasses.replace(found, layers=layers).save(tmp_path / "heads")
+    collected = bank("llava")
+    layers = {n: LayerBank(layer.queries[:3], layer.rotation) for n, layer in collected.layers.items()}
+    dataclasses.replace(collected, layers=layers).save(tmp_path / "heads")
     refused(r"of 3 query heads of dimension 12, and this model has 4 of dimension 12", tmp_path / "heads")
-    dataclasses.replace(found, layers={0: found.layers[0]}).save(tmp_path / "few")
+    dataclasses.replace(collected, layers={0: collected.layers[0]}).save(tmp_path / "few")
     refused("layers 0, not of layer 1", tmp_path / "few")
 
 
@@ -310,9 +310,9 @@ def test_prompts_that_cannot_be_collected_from_are_refused() -> None:
     with pytest.raises(ConfigError, match="Prompt 2 has no vision token"):
         plphp.collect_query_bank(model, [*prompts("llava", 1), tiny.inputs(model, [0])])
     assert "generate" not in model.__dict__, padded  # the error is kept, and what its traceback holds
-    for given, longest in (([], NEW), (prompts("llava", 1), 1)):
+    for questions, longest in (([], NEW), (prompts("llava", 1), 1)):
         with pytest.raises(ConfigError, match=r"prompt\(s\) gave no answer of more than one token"):
-            plphp.collect_query_bank(model, given, max_new_tokens=longest)
+            plphp.collect_query_bank(model, questions, max_new_tokens=longest)
     with pytest.raises(ConfigError, match="samples must be at least 1, got 0"):
         plphp.collect_query_bank(model, prompts("llava", 1), samples=0)
     assert "generate" not in model.__dict__

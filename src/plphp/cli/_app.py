@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The typer app and what its commands share: errors as one line, JSON, progress."""
+"""The typer app and what its commands share: errors of a single line, JSON, progress."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from plphp.io.quoting import one_line
 
 USER_ERROR = 2
 INTERRUPTED = 130
+"""Exit code of a program that the user interrupted, as shells have it: 128 and the number of the signal."""
 BUNDLED_NOTE = (
     "note: the bundled model knows drawn shapes, digits and printed codes alone, as in examples/images: for "
     "photographs name another with --model."
@@ -27,7 +28,7 @@ BUNDLED_NOTE = (
 
 
 class _Group(TyperGroup):
-    """Commands whose expected errors end as one line on standard error, never as a traceback."""
+    """Commands whose expected errors end as a line on standard error, never as a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -41,7 +42,7 @@ class _Group(TyperGroup):
         except BrokenPipeError:  # typer ends quietly, as for `plphp ... | head`
             raise
         except PLPHPError as error:
-            message = " ".join(str(error).splitlines())  # whole: what was given may be long
+            message = " ".join(str(error).splitlines())  # whole, however long a user's values in it are
         except OSError as error:
             message = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
         except Exception as error:
@@ -60,8 +61,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         from plphp._version import __version__
 
         print(f"plphp {__version__}")
@@ -78,13 +79,13 @@ def _options(
 
 
 def note_on_bundled(model: str | None, quiet: bool) -> None:
-    """Say on standard error what the bundled model knows: of a photo it talks nonsense, in whole sentences."""
+    """Say on standard error what the bundled model knows: about a photo it writes nonsense, in whole sentences."""
     if is_bundled(model) and not quiet:
         print(BUNDLED_NOTE, file=sys.stderr)
 
 
 def print_json(values: Any) -> None:
-    """Print one JSON document."""
+    """Print values as a JSON document."""
     print(json.dumps(values, indent=2))
 
 
@@ -95,26 +96,11 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def progress(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show on standard error, where it is a terminal, what is going on; yields a function that tells more."""
+    """Show on standard error, if that is a terminal, what is going on; yields a function that shows the next step."""
     quiet_libraries()
     errors = Console(stderr=True, quiet=quiet)
     with errors.status(text) as status:
-        yield lambda now: status.update(now)
-
-
-@contextlib.contextmanager
-def loading_bars(quiet: bool = False) -> Iterator[None]:
-    """Let transformers and the hub show their own bars in a terminal: of a download they tell more than a spinner."""
-    from transformers.utils import logging
-
-    if quiet or not sys.stderr.isatty():
-        yield
-        return
-    logging.enable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.disable_progress_bar()
+        yield lambda step: status.update(step)
 
 
 def quiet_libraries() -> None:

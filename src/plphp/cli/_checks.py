@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with files, names and numbers, looked at before torch is imported."""
+"""Checks of files, names and numbers that need no torch, whose import takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plphp.inputs.sources import check_device_name, check_dtype, reachable_sourc
 
 
 def check_in_file(path: Path | None, what: str) -> None:
-    """Raise LoadError if a file that was named cannot be read from there."""
+    """Raise LoadError if there is no file at a path that was named."""
     if path is not None and path.is_dir():
         raise LoadError(f"Cannot read the {what} {path}: it is a folder.")
     if path is not None and not path.exists():
@@ -20,7 +20,7 @@ def check_in_file(path: Path | None, what: str) -> None:
 
 
 def check_out_file(path: Path | None, what: str) -> None:
-    """Raise ConfigError, before the work is done, if a file cannot be written there."""
+    """Raise ConfigError, before the work is done, if a file cannot be written to a path."""
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"There is no folder {path.parent} to write the {what} to.")
     if path is not None and path.is_dir():
@@ -28,7 +28,7 @@ def check_out_file(path: Path | None, what: str) -> None:
 
 
 def check_out_folder(path: Path) -> None:
-    """Raise ConfigError if there is something else than a folder."""
+    """Raise ConfigError if there is a file where a folder is to be."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file: name a folder.")
 
@@ -40,19 +40,19 @@ def check_text(text: str | None, name: str) -> None:
 
 
 def check_model(model: str | None, dtype: str = "auto", device: str | None = None) -> None:
-    """Raise PLPHPError for a dtype, device or model that is not to be had."""
+    """Raise PLPHPError if there is no such dtype, device or model."""
     check_dtype(dtype)
     check_device_name(device)
     reachable_source(model)
 
 
 def sampling_options(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
-    """Arguments of ``generate`` for sampling; greedy search if nothing asks for it.
+    """Return the arguments of ``generate`` for sampling, or for greedy search without temperature and top-p.
 
     Raises
     ------
     ConfigError
-        If a number is out of range, or a seed is given where nothing is drawn.
+        If a number is out of range, or there is a seed where nothing is drawn.
     """
     if temperature is None and top_p is None:
         if seed is not None:

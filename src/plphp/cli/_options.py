@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the commands: their help as it is written, and choices that it shows and the shell completes."""
+"""Options of the commands: help that is shown as it is written, choices that it names and the shell completes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ def option(
     Parameters
     ----------
     panel : str, optional
-        Part of the help in which it stands.
+        Part of the help in which the option stands.
     text : str
-        Its help, shown as it is: rich would take what stands in brackets for markup.
+        Help of the option, shown as it is: rich would take what stands in brackets for markup.
     *names : str
-        How it is written, where not as the parameter.
+        Names of the option on the command line; default: the name of the parameter.
     choices : sequence of str
-        Values, which the help names and the shell completes. Others are for plphp to refuse, which says what was meant.
+        Values, which the help names and the shell completes. Further values are for plphp to refuse, which says what
+        was meant.
     complete : callable, optional
         Makes the values to complete when the shell asks; default: the choices.
     show_default : bool
         Whether the help names the default.
     **limits
-        More of ``typer.Option``.
+        Further arguments of ``typer.Option``.
     """
     values = complete or (lambda: choices)
     if choices or complete is not None:
@@ -54,38 +55,38 @@ def option(
 
 
 def argument(text: str, **limits: Any) -> Any:
-    """Declare an argument, whose help is shown as it is."""
+    """Declare an argument, whose help is shown as it is written."""
     return typer.Argument(help=escape(text), **limits)
 
 
 def model_option(panel: str | None = None, *names: str) -> Any:
-    """The option that names the model."""
+    """Declare the option that names the model."""
     return option(panel, MODEL_HELP, *names)
 
 
 def dtype_option(panel: str | None = None) -> Any:
-    """The option that names the dtype of the weights."""
+    """Declare the option that names the dtype of the weights."""
     return option(panel, "Dtype of the weights, default auto:", choices=DTYPES)
 
 
 def device_option(panel: str | None = None) -> Any:
-    """The option that names the device."""
-    return option(panel, "Device, such as cpu or cuda:1; default: a GPU if there is one.", complete=lambda: DEVICES)
+    """Declare the option that names the device."""
+    return option(panel, "Device, such as cpu or cuda:1; default: a GPU, else the CPU.", complete=lambda: DEVICES)
 
 
 def allow_urls_option(panel: str | None = None) -> Any:
-    """The option that lets images be fetched."""
+    """Declare the option that lets images be fetched."""
     return option(panel, "Fetch images that are named by an http or https address.", "--allow-urls")
 
 
 def decode_option(panel: str | None = None) -> Any:
-    """The option that names the way of decoding."""
+    """Declare the option that says how decoding steps run."""
     text = "How decoding steps run, default eager (auto and graph replay a CUDA graph):"
     return option(panel, text, choices=DECODE_MODES)
 
 
 def _completed(values: Sequence[str], incomplete: str) -> list[str]:
-    """What an incomplete text may become; of several by commas the last one is completed."""
+    """What an incomplete text may become; in a list by commas, its last item is completed."""
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{value}" for value in values if value.startswith(last)]
 
@@ -98,7 +99,7 @@ ModelOption = Annotated[str | None, model_option()]
 DtypeOption = Annotated[str, dtype_option()]
 AllowUrlsOption = Annotated[bool, allow_urls_option()]
 DeviceOption = Annotated[str | None, device_option()]
-JsonOption = Annotated[bool, option(None, "Print one JSON document on standard output.", "--json")]
+JsonOption = Annotated[bool, option(None, "Print a JSON document on standard output.", "--json")]
 SeedOption = Annotated[int, option(None, "Seed of the random draw.", min=0, show_default=True)]
 PromptsOption = Annotated[
     Path, option(None, 'JSON Lines: {"images": [paths], "question": text}, or "turns".', show_default=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the options that set a config to the config."""
+"""Make a config of the options on pruning."""
 
 from __future__ import annotations
 
@@ -26,19 +26,24 @@ def read_settings(
     Parameters
     ----------
     config, config_file, method, retention_rate, target_retention
-        As given, None where left out.
+        Values of the options, None for those left out.
     bundled : bool
-        Whether they are for the bundled model, which has a method of its own where none is given.
+        Whether the config is for the bundled model, which has a default method of its own.
+
+    Returns
+    -------
+    PLPHPConfig
+        A config whose method exists and takes its options.
 
     Raises
     ------
     ConfigError
-        If they contradict each other, or name a method or a setting that is not there.
+        If the options contradict each other, or name a method or a setting that does not exist.
     """
     single = {"method": method, "retention_rate": retention_rate, "target_retention": target_retention}
-    given: dict[str, Any] = {name: value for name, value in single.items() if value is not None}
+    explicit: dict[str, Any] = {name: value for name, value in single.items() if value is not None}
     sources = [name for name, value in (("--config", config), ("--config-file", config_file)) if value is not None]
-    sources += [f"--{name.replace('_', '-')}" for name in given]
+    sources += [f"--{name.replace('_', '-')}" for name in explicit]
     if (config is not None or config_file is not None) and len(sources) > 1:
         raise ConfigError(f"{' and '.join(sources)} contradict each other: give all settings in one of them.")
     if retention_rate is not None and target_retention is not None:
@@ -48,6 +53,6 @@ def read_settings(
     elif config_file is not None:
         settings = PLPHPConfig.from_toml(config_file)
     else:
-        settings = PLPHPConfig.from_dict(with_defaults(given, bundled))
-    resolve(settings)
+        settings = PLPHPConfig.from_dict(with_defaults(explicit, bundled))
+    resolve(settings)  # refuses unknown methods and options now, before anything is loaded
     return settings

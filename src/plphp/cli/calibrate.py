@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from plphp.errors import ConfigError
 from plphp.methods.registry import METHODS_BY_NAME
 
-from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
+from ._app import app, console, print_json, progress
 from ._checks import check_in_file, check_model, check_out_file
+from ._models import processor_for_prompts, weights_of
 from ._options import (
     AllowUrlsOption,
     DeviceOption,
@@ -23,11 +24,14 @@ from ._options import (
     SeedOption,
     option,
 )
-from ._prompts import fitting_processor
 from ._settings import read_settings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from plphp.inputs.prompts_file import Prompt
+    from plphp.settings.config import PLPHPConfig
+    from plphp.studies.calibration import RetentionMeasurement
 
 
 @app.command()
@@ -59,42 +63,63 @@ def calibrate(
     check_in_file(prompts, "prompts")
     check_out_file(out, "preset")
     check_model(model, dtype, device)
-    with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.inputs.loading import load_weights
-        from plphp.inputs.prompts_file import prompt_inputs, read_prompts
+    with progress("loading plphp", quiet=as_json) as show:
+        from plphp.inputs.prompts_file import read_prompts
         from plphp.settings.presets import write_preset
-        from plphp.show.measurement_tables import class_table, retention_line
-        from plphp.studies.calibration import calibrate as find_thresholds
-        from plphp.studies.calibration import check_calibratable, measure_retention
+        from plphp.studies.calibration import check_calibratable
         from plphp.studies.provenance import provenance
 
         check_calibratable(settings)
         used, held = split(read_prompts(prompts, allow_urls=allow_urls), holdout, seed)
-        processor = fitting_processor(model, used, tell)
-    note_on_bundled(model, quiet=as_json)
-    with loading_bars(quiet=as_json):
-        weights = load_weights(model, dtype, device)
-    with progress(f"calibrating on {len(used)} prompt(s)", quiet=as_json) as tell:
-        found = find_thresholds(weights, prompt_inputs(processor, used, weights.device), settings)
-        measured = {}
-        for name, some in (("calibration_prompts", used), ("held_out_prompts", held)):
-            if some:
-                tell(f"measuring on {len(some)} prompt(s)")
-                measured[name] = measure_retention(weights, prompt_inputs(processor, some, weights.device), found)
+        processor = processor_for_prompts(model, used, show)
+    weights = weights_of(model, dtype, device, quiet=as_json)
+    calibrated, measured = _calibrated(weights, processor, used, held, settings, quiet=as_json)
     record = {
         **provenance(weights),
         "target_retention": settings.target_retention,
-        **{name: one.summary() for name, one in measured.items()},
+        **{name: measurement.summary() for name, measurement in measured.items()},
     }
-    write_preset(out, found, record)
+    write_preset(out, calibrated, record)
     if as_json:
-        details = {name: one.to_dict() for name, one in measured.items()}
-        print_json({"file": str(out), "config": found.to_dict(), "calibration": record, "measured": details})
-        return
+        details = {name: measurement.to_dict() for name, measurement in measured.items()}
+        print_json({"file": str(out), "config": calibrated.to_dict(), "calibration": record, "measured": details})
+    else:
+        _show(calibrated, measured, out)
+
+
+def _calibrated(
+    weights: PreTrainedModel,
+    processor: Any,
+    used: list[Prompt],
+    held: list[Prompt],
+    settings: PLPHPConfig,
+    *,
+    quiet: bool,
+) -> tuple[PLPHPConfig, dict[str, RetentionMeasurement]]:
+    """Calibrate on some prompts, and measure the retention on them and on those held out, if there are any."""
+    from plphp.inputs.prompts_file import prompt_inputs
+    from plphp.studies.calibration import calibrate as find_thresholds
+    from plphp.studies.calibration import measure_retention
+
+    with progress(f"calibrating on {len(used)} prompt(s)", quiet=quiet) as show:
+        calibrated = find_thresholds(weights, prompt_inputs(processor, used, weights.device), settings)
+        measured = {}
+        for name, questions in (("calibration_prompts", used), ("held_out_prompts", held)):
+            if questions:
+                show(f"measuring on {len(questions)} prompt(s)")
+                inputs = prompt_inputs(processor, questions, weights.device)
+                measured[name] = measure_retention(weights, inputs, calibrated)
+    return calibrated, measured
+
+
+def _show(calibrated: PLPHPConfig, measured: dict[str, RetentionMeasurement], out: Path) -> None:
+    from plphp.show.measurement_tables import class_table, retention_line
+
     console().print(class_table(list(measured.values())[-1]))
-    print(f"attentive from {found.attentive_threshold:.4f}, indifferent below {found.indifferent_threshold:.4f}")
-    for name, one in measured.items():
-        print(f"{name.replace('_', ' ')}: {retention_line(one)}")
+    attentive, indifferent = calibrated.attentive_threshold, calibrated.indifferent_threshold
+    print(f"attentive from {attentive:.4f}, indifferent below {indifferent:.4f}")
+    for name, measurement in measured.items():
+        print(f"{name.replace('_', ' ')}: {retention_line(measurement)}")
     print(out)
 
 
@@ -115,7 +140,7 @@ def split(prompts: list[Prompt], holdout: float, seed: int) -> tuple[list[Prompt
     if holdout == 0:
         return prompts, []
     if len(prompts) < 2:
-        raise ConfigError("One prompt cannot be divided: give more, or --holdout 0 to measure on it, too.")
+        raise ConfigError("A single prompt cannot be divided: give more, or --holdout 0 to measure on it, too.")
     count = min(len(prompts) - 1, max(1, round(holdout * len(prompts))))
     held = set(random.Random(seed).sample(range(len(prompts)), count))
     return [p for i, p in enumerate(prompts) if i not in held], [prompts[i] for i in sorted(held)]

@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from ._app import app, loading_bars, note_on_bundled, print_json, progress
+from ._app import app, print_json, progress
 from ._checks import check_in_file, check_model, check_out_file
+from ._models import processor_for_prompts, weights_of
 from ._options import (
     AllowUrlsOption,
     DeviceOption,
@@ -18,7 +19,6 @@ from ._options import (
     SeedOption,
     option,
 )
-from ._prompts import fitting_processor
 
 
 @app.command()
@@ -38,29 +38,26 @@ def collect(
     check_in_file(prompts, "prompts")
     check_out_file(out, "query bank")
     check_model(model, dtype, device)
-    with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.inputs.loading import load_weights
+    with progress("loading plphp", quiet=as_json) as show:
         from plphp.inputs.prompts_file import prompt_inputs, read_prompts
         from plphp.studies.bank_collecting import collect_query_bank
 
-        given = read_prompts(prompts, allow_urls=allow_urls)
-        processor = fitting_processor(model, given, tell)
-    note_on_bundled(model, quiet=as_json)
-    with loading_bars(quiet=as_json):
-        weights = load_weights(model, dtype, device)
-    with progress("answering", quiet=as_json) as tell:
-        found = collect_query_bank(
+        questions = read_prompts(prompts, allow_urls=allow_urls)
+        processor = processor_for_prompts(model, questions, show)
+    weights = weights_of(model, dtype, device, quiet=as_json)
+    with progress("answering", quiet=as_json) as show:
+        bank = collect_query_bank(
             weights,
-            prompt_inputs(processor, given, weights.device),
+            prompt_inputs(processor, questions, weights.device),
             samples=samples,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            progress=lambda step: tell(f"{step} of {len(given)}"),
+            progress=lambda step: show(f"{step} of {len(questions)}"),
         )
-    found.save(out)
+    bank.save(out)
     if as_json:
-        print_json({"file": str(out), **found.record})
+        print_json({"file": str(out), **bank.record})
         return
-    tokens = f"{found.record['samples']} of {found.record['answer_tokens']} tokens"
-    print(f"queries of {tokens} in {found.record['prompts']} answer(s)")
+    tokens = f"{bank.record['samples']} of {bank.record['answer_tokens']} tokens"
+    print(f"queries of {tokens} in {bank.record['prompts']} answer(s)")
     print(out)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from plphp.errors import ConfigError
 from plphp.settings.config import PLPHPConfig
@@ -13,6 +13,10 @@ from plphp.studies.accelerators import ACCELERATORS, accelerator
 from ._app import app, console, print_json, progress
 from ._checks import check_model
 from ._options import DtypeOption, JsonOption, model_option, option
+
+if TYPE_CHECKING:
+    from plphp.studies.estimate import Estimate, Workload
+    from plphp.studies.model_cost import ModelCost
 
 
 def _number(text: str, **limits: Any) -> Any:
@@ -46,52 +50,56 @@ def estimate(
     device = None if gpu is None else accelerator(gpu)
     PLPHPConfig(target_retention=target_retention)  # refuses what is no retention
     check_model(model, dtype)
-    with progress("loading plphp", quiet=as_json) as tell:
+    with progress("loading plphp", quiet=as_json) as show:
         from plphp.inputs.loading import empty_model
         from plphp.show.tables import estimate_table
         from plphp.studies.estimate import Workload
         from plphp.studies.estimate import estimate as work_out
         from plphp.studies.model_cost import model_cost
 
-        tell("reading the configuration")
+        show("reading the configuration")
         empty = empty_model(model, dtype)
         if tokens_per_image is not None:
             vision_tokens = images * tokens_per_image
         else:
-            tell("loading the processor")
-            vision_tokens = _vision_tokens(model, empty.config, images, size)
+            show("loading the processor")
+            vision_tokens = _count_vision_tokens(model, empty.config, images, size)
         cost = model_cost(empty)
     workload = Workload(vision_tokens, text_tokens, new_tokens, batch)
-    both = [work_out(cost, workload, rate, device, reserve) for rate in (1.0, target_retention)]
+    unpruned, pruned = (work_out(cost, workload, rate, device, reserve) for rate in (1.0, target_retention))
     if as_json:
-        print_json(
-            {
-                "model": model or "the bundled model",
-                "dtype": str(empty.dtype).removeprefix("torch."),
-                "gpu": None if device is None else dataclasses.asdict(device),
-                "reserve": reserve,
-                "workload": dataclasses.asdict(workload),
-                "weight_bytes": cost.weight_bytes,
-                "step_weight_bytes": cost.step_weight_bytes,
-                "mixture_of_experts": cost.experts,
-                "unpruned": dataclasses.asdict(both[0]),
-                "pruned": dataclasses.asdict(both[1]),
-            }
-        )
+        shared = {
+            "model": model or "the bundled model",
+            "dtype": str(empty.dtype).removeprefix("torch."),
+            "gpu": None if device is None else dataclasses.asdict(device),
+            "reserve": reserve,
+        }
+        print_json({**shared, **_figures(cost, workload, unpruned, pruned)})
         return
     title = f"{workload.vision_tokens} vision, {text_tokens} text and {new_tokens} new tokens, batch {batch}"
-    console().print(estimate_table(title, both[0], both[1]))
+    console().print(estimate_table(title, unpruned, pruned))
     if cost.experts:
         print("All experts are counted as read in every step; a small batch reads fewer.")
 
 
+def _figures(cost: ModelCost, workload: Workload, unpruned: Estimate, pruned: Estimate) -> dict[str, Any]:
+    return {
+        "workload": dataclasses.asdict(workload),
+        "weight_bytes": cost.weight_bytes,
+        "step_weight_bytes": cost.step_weight_bytes,
+        "mixture_of_experts": cost.experts,
+        "unpruned": dataclasses.asdict(unpruned),
+        "pruned": dataclasses.asdict(pruned),
+    }
+
+
 def read_size(text: str) -> tuple[int, int]:
-    """Width and height from a text such as "640x480".
+    """Read width and height from a text such as "640x480".
 
     Raises
     ------
     ConfigError
-        If it is not of this form.
+        If the text is not of this form.
     """
     width, _, height = text.lower().partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
@@ -99,7 +107,8 @@ def read_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _vision_tokens(model: str | None, config: Any, images: int, size: tuple[int, int]) -> int:
+def _count_vision_tokens(model: str | None, config: Any, images: int, size: tuple[int, int]) -> int:
+    """Vision tokens that the model's processor makes of blank images of a size."""
     from PIL import Image
 
     from plphp.errors import LoadError

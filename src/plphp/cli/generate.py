@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,9 @@ from plphp.inputs.media import load_image, load_video
 from plphp.inputs.sources import is_bundled
 from plphp.settings.config import PLPHPConfig, checked_mode
 
-from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
+from ._app import app, console, print_json, progress
 from ._checks import check_in_file, check_model, check_out_file, check_text, sampling_options
+from ._models import weights_of
 from ._options import (
     ConfigFileOption,
     ConfigOption,
@@ -38,6 +40,18 @@ if TYPE_CHECKING:
     from plphp.pruning.report import PruneReport
 
 PROMPT, GENERATION, OUTPUT = "Prompt", "Generation", "Output"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A prompt that is ready for the model, and how the model is to answer it."""
+
+    processor: Any
+    inputs: dict[str, Any]
+    settings: PLPHPConfig
+    decode: str
+    options: dict[str, Any]
+    seed: int
 
 
 @app.command()
@@ -75,58 +89,50 @@ def generate(
     checked_mode(decode)
     options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling_options(temperature, top_p, seed)}
     check_out_file(report, "report")
-    if (prompt is None) == (chat is None):
-        raise ConfigError("Give either --prompt or --chat.")
-    check_text(prompt, "--prompt")
-    check_in_file(chat, "chat")
+    _check_question(prompt, chat)
     messages = None if chat is None else read_chat(chat, allow_urls=allow_urls)
     images = [load_image(source, allow_urls=allow_urls) for source in image or ()]
     videos = [load_video(video, frames=frames)] if video is not None else []
     check_model(model, dtype, device)
-    with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.inputs.loading import decoder_layers, load_processor, load_weights
+    with progress("loading plphp", quiet=as_json) as show:
+        from plphp.inputs.loading import decoder_layers, load_processor
         from plphp.inputs.prompt import build_inputs
         from plphp.methods.registry import chain_of
 
-        # Everything that can be wrong with prompt and settings comes before the weights, which may take minutes.
-        tell("loading the processor")
+        show("loading the processor")
         processor = load_processor(model)
         inputs = build_inputs(
             processor, prompt, messages=messages, images=images, videos=videos, system=system, frames=frames
         )
-        chain_of(settings, decoder_layers(model))
-    note_on_bundled(model, quiet=as_json)
-    with loading_bars(quiet=as_json):
-        weights = load_weights(model, dtype, device)
-    action = _compare if compare else _answer
-    extra = {"rounds": rounds} if compare else {}
-    found = action(weights, processor, inputs, settings, decode, options, seed or 0, as_json, **extra)
+        chain_of(settings, decoder_layers(model))  # refuses settings that do not fit the model, before its weights
+    request = _Request(processor, inputs, settings, decode, options, seed or 0)
+    weights = weights_of(model, dtype, device, quiet=as_json)
+    pruned = _compare(weights, request, rounds, as_json) if compare else _answer(weights, request, as_json)
     if report is not None:
-        found.to_json(report)
+        pruned.to_json(report)
 
 
-def _answer(
-    model: PreTrainedModel,
-    processor: Any,
-    inputs: dict[str, Any],
-    settings: PLPHPConfig,
-    decode: str,
-    options: dict[str, Any],
-    seed: int,
-    as_json: bool,
-) -> PruneReport:
+def _check_question(prompt: str | None, chat: Path | None) -> None:
+    if (prompt is None) == (chat is None):
+        raise ConfigError("Give either --prompt or --chat.")
+    check_text(prompt, "--prompt")
+    check_in_file(chat, "chat")
+
+
+def _answer(model: PreTrainedModel, request: _Request, as_json: bool) -> PruneReport:
     import torch
     from transformers import TextStreamer
 
     from plphp.engines.hf.session import prune
     from plphp.show.tables import report_values, summary
 
+    processor, options = request.processor, request.options
     streams = not as_json and options["num_beams"] == 1
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    torch.manual_seed(seed)
-    with prune(model, settings, decode=decode) as run, torch.no_grad():
-        output: Any = model.generate(**_on_device(inputs, model), **options, streamer=streamer)
-    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+    torch.manual_seed(request.seed)
+    with prune(model, request.settings, decode=request.decode) as run, torch.no_grad():
+        output: Any = model.generate(**_on_device(request.inputs, model), **options, streamer=streamer)
+    tokens = output[0, request.inputs["input_ids"].shape[1] :].tolist()
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
     if as_json:
         print_json({"answer": answer, "tokens": len(tokens), "report": report_values(run.report)})
@@ -137,29 +143,27 @@ def _answer(
     return run.report
 
 
-def _compare(
-    model: PreTrainedModel,
-    processor: Any,
-    inputs: dict[str, Any],
-    settings: PLPHPConfig,
-    decode: str,
-    options: dict[str, Any],
-    seed: int,
-    as_json: bool,
-    rounds: int,
-) -> PruneReport:
+def _compare(model: PreTrainedModel, request: _Request, rounds: int, as_json: bool) -> PruneReport:
     from plphp.show.tables import comparison_table, comparison_values, layer_tables
     from plphp.studies.compare import compare
 
-    with progress("comparing", quiet=as_json) as tell:
-        found = compare(
-            model, processor, inputs, settings, rounds=rounds, seed=seed, decode=decode, progress=tell, **options
+    with progress("comparing", quiet=as_json) as show:
+        comparison = compare(
+            model,
+            request.processor,
+            request.inputs,
+            request.settings,
+            rounds=rounds,
+            seed=request.seed,
+            decode=request.decode,
+            progress=show,
+            **request.options,
         )
     if as_json:
-        print_json(comparison_values(found))
+        print_json(comparison_values(comparison))
     else:
-        console().print(comparison_table(found), *layer_tables(found.report))
-    return found.report
+        console().print(comparison_table(comparison), *layer_tables(comparison.report))
+    return comparison.report
 
 
 def _on_device(inputs: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from plphp.errors import ConfigError
 from plphp.inputs.image_source import located_image
 
-from ._app import app, console, loading_bars, note_on_bundled, print_json, progress
+from ._app import app, console, print_json, progress
 from ._checks import check_in_file, check_model, check_out_folder, check_text
+from ._models import processor_for_prompts, weights_of
 from ._options import AllowUrlsOption, DeviceOption, DtypeOption, JsonOption, ModelOption, option
-from ._prompts import fitting_processor
 
 
 @app.command()
@@ -40,8 +40,7 @@ def profile(
     images = tuple(located_image(source, allow_urls=allow_urls) for source in image or ())
     check_out_folder(out)
     check_model(model, dtype, device)
-    with progress("loading plphp", quiet=as_json) as tell:
-        from plphp.inputs.loading import load_weights
+    with progress("loading plphp", quiet=as_json) as show:
         from plphp.inputs.prompts_file import Prompt, prompt_inputs, read_prompts
         from plphp.show.measurement_tables import profile_table
         from plphp.show.plots import new_figure
@@ -50,28 +49,27 @@ def profile(
 
         if plots:
             new_figure()  # says now, not after the measurement, that matplotlib is missing
-        given = [Prompt(images, question)] if prompts is None else read_prompts(prompts, allow_urls=allow_urls)
+        questions = [Prompt(images, question)] if prompts is None else read_prompts(prompts, allow_urls=allow_urls)
         out.mkdir(parents=True, exist_ok=True)
-        processor = fitting_processor(model, given, tell)
-    note_on_bundled(model, quiet=as_json)
-    with loading_bars(quiet=as_json):
-        weights = load_weights(model, dtype, device)
-    with progress("profiling", quiet=as_json) as tell:
-        inputs = prompt_inputs(processor, given, weights.device)
-        found = measure(weights, inputs, rows, progress=lambda step: tell(f"{step} of {len(given)}"))
+        processor = processor_for_prompts(model, questions, show)
+    weights = weights_of(model, dtype, device, quiet=as_json)
+    with progress("profiling", quiet=as_json) as show:
+        inputs = prompt_inputs(processor, questions, weights.device)
+        measured = measure(weights, inputs, rows, progress=lambda step: show(f"{step} of {len(questions)}"))
     files = [out / "profile.json"]
-    found.to_json(files[0])
+    measured.to_json(files[0])
     if plots:
-        for name, figure in (("vision-attention.png", plot_profile(found)), ("heads.png", plot_heads(found))):
+        for name, figure in (("vision-attention.png", plot_profile(measured)), ("heads.png", plot_heads(measured))):
             files.append(out / name)
             figure.savefig(files[-1], dpi=150)
     if as_json:
-        statements = {str(one): dataclasses.asdict(found.re_attention(one)) for one in rows}
-        print_json({"files": [str(file) for file in files], "prompts": len(found.prompts), "re_attention": statements})
+        statements = {str(choice): dataclasses.asdict(measured.re_attention(choice)) for choice in rows}
+        names = [str(file) for file in files]
+        print_json({"files": names, "prompts": len(measured.prompts), "re_attention": statements})
         return
-    console().print(profile_table(found))
-    for one in rows:
-        print(found.re_attention(one))
+    console().print(profile_table(measured))
+    for choice in rows:
+        print(measured.re_attention(choice))
     print(*files, sep="\n")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plphp inspect`` and ``plphp plot``: look at a report."""
+"""``plphp inspect`` and ``plphp plot``: show what a run kept, from its report."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def inspect(report: ReportArgument, row: RowOption = 0, as_json: JsonOption = Fa
     from plphp.pruning.report import PruneReport
     from plphp.show.tables import layer_tables, report_values, summary
 
-    found = PruneReport.from_json(report)
+    kept = PruneReport.from_json(report)
     if as_json:
-        print_json(report_values(found))
+        print_json(report_values(kept))
         return
-    tables = layer_tables(found, row)
-    print(f"{found.model_class} ({found.model_type})\n{summary(found)}")
+    tables = layer_tables(kept, row)
+    print(f"{kept.model_class} ({kept.model_type})\n{summary(kept)}")
     if tables:
         console().print(*tables)
 
@@ -39,7 +39,7 @@ def plot(
     out: Annotated[Path, option(None, "Folder for the PNG files; made if missing.")],
     image: Annotated[list[str] | None, option(None, "Image file of the prompt, in order.")] = None,
     allow_urls: AllowUrlsOption = False,
-    layer: Annotated[int | None, option(None, "Layer whose heads are drawn; default: the first one.")] = None,
+    layer: Annotated[int | None, option(None, "Layer whose heads are drawn; default: the first.")] = None,
     row: RowOption = 0,
     prompt: Annotated[int, option(None, "Prompt (turn of the chat); default 0.", min=0)] = 0,
     as_json: JsonOption = False,
@@ -52,12 +52,12 @@ def plot(
     from plphp.show.plots import plot_kept, plot_vision_attention
     from plphp.show.tables import layer_rows
 
-    found = PruneReport.from_json(report)
-    shown = layer_rows(found, prompt, row)[0][0] if layer is None else layer
+    kept = PruneReport.from_json(report)
+    shown = layer_rows(kept, prompt, row)[0][0] if layer is None else layer
     figures = {
-        "kept-per-layer.png": plot_kept(found, images, prompt=prompt, row=row),
-        f"kept-per-head-layer-{shown}.png": plot_kept(found, images, layer=shown, prompt=prompt, row=row),
-        "vision-attention.png": plot_vision_attention(found, prompt=prompt, row=row),
+        "kept-per-layer.png": plot_kept(kept, images, prompt=prompt, row=row),
+        f"kept-per-head-layer-{shown}.png": plot_kept(kept, images, layer=shown, prompt=prompt, row=row),
+        "vision-attention.png": plot_vision_attention(kept, prompt=prompt, row=row),
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():

@@ -34,11 +34,11 @@ def serve(
 
     All other options are those of `vllm serve`, such as --port 8000.
     """
-    given = (config, config_file, method, retention_rate, target_retention)
-    settings, for_bundled = (read_settings(*given, bundled=bundled) for bundled in (False, True))
+    values = (config, config_file, method, retention_rate, target_retention)
+    settings, for_bundled = (read_settings(*values, bundled=bundled) for bundled in (False, True))
     from plphp.engines.vllm.server import serve as run
     from plphp.engines.vllm.server import server_arguments
 
-    # Where an option comes first, it is what was taken for the model.
+    # Where an option of vLLM comes first, typer has taken it for the model.
     options = [*([] if model is None else [model]), *context.args]
     run(server_arguments(settings, options, for_bundled=for_bundled))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plphp methods``, ``plphp families`` and ``plphp doctor``: what there is, and what works here."""
+"""``plphp methods``, ``plphp families`` and ``plphp doctor``: what plphp supports, and what works here."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ UNUSABLE = 1
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
     """List the pruning methods."""
-    from plphp.methods.registry import available_methods as known
+    from plphp.methods.registry import available_methods
 
-    rows = [{"name": one.name, "summary": one.summary, "paper": one.paper} for one in known().values()]
+    known = available_methods().values()
+    rows = [{"name": method.name, "summary": method.summary, "paper": method.paper} for method in known]
     _print(rows, as_json)
 
 
 @app.command()
 def families(as_json: JsonOption = False) -> None:
     """List the model families that can be pruned."""
-    from plphp.families.registry import available_families as known
+    from plphp.families.registry import available_families
 
-    rows = [{"name": one.name, "model types": list(one.model_types), "notes": one.notes} for one in known().values()]
+    known = available_families().values()
+    rows = [{"name": family.name, "model types": list(family.model_types), "notes": family.notes} for family in known]
     _print(rows, as_json)
 
 
@@ -47,19 +49,19 @@ def doctor(
     with progress("looking around", quiet=as_json):
         from plphp.studies.doctor import diagnose
 
-        found = diagnose(model)
+        diagnosis = diagnose(model)
     if as_json:
-        print_json({**dataclasses.asdict(found), "usable": found.usable, "verdict": found.verdict})
+        print_json({**dataclasses.asdict(diagnosis), "usable": diagnosis.usable, "verdict": diagnosis.verdict})
     else:
         out = console()
-        for field in dataclasses.fields(found):
-            checks = getattr(found, field.name)
+        for field in dataclasses.fields(diagnosis):
+            checks = getattr(diagnosis, field.name)
             table = Table(title=field.name, title_justify="left", show_header=False, box=None)
             for check in checks if isinstance(checks, list) else [checks]:
                 table.add_row("yes" if check.ok else "no ", Text(check.name), Text(check.detail))
             out.print(table, "")
-        print(found.verdict)
-    if not found.usable:
+        print(diagnosis.verdict)
+    if not diagnosis.usable:
         raise typer.Exit(UNUSABLE)
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user gives: models, images, videos, chats, prompts in files."""
+"""From what a user names to what a model reads: models, images, videos, chats, and prompts in files."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chats as transformers and OpenAI's clients write them, brought to one form; what is not understood is refused."""
+"""Chats as transformers and OpenAI's clients write them, brought to a single form; unknown entries are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError, LoadError, PLPHPError, did_you_mean
-from plphp.io.json_lines import read_json
+from plphp.io.json_files import read_json
 from plphp.io.quoting import quoted
 
 from .image_source import find_video, located_image, named_source
@@ -16,6 +16,7 @@ from .image_source import find_video, located_image, named_source
 Messages = Sequence[Mapping[str, Any]]
 KINDS = ("image", "video")
 """What the entries of a message may be beside text."""
+
 _TYPES = {"text": "text", **{name: kind for kind in KINDS for name in (kind, f"{kind}_url")}}
 
 
@@ -27,17 +28,17 @@ def read_chat(path: str | Path, *, allow_urls: bool = False) -> list[dict[str, A
     path : str or Path
         The file. Its images are as in `normalized`; a relative path, under whatever key, starts at its folder.
     allow_urls : bool
-        Whether its http and https addresses may be fetched.
+        Whether http and https addresses in the chat may be fetched.
 
     Returns
     -------
     list of dict
-        See `chat_in`.
+        The messages, as `chat_in` returns them.
 
     Raises
     ------
     LoadError
-        If it cannot be read or is not a chat, or one of its images is not there.
+        If the file cannot be read or is not a chat, or there is no such image.
     """
     messages = read_json(path, "chat")
     if not isinstance(messages, list):
@@ -57,30 +58,30 @@ def chat_in(folder: Path, messages: Messages, *, allow_urls: bool = False) -> li
     folder : Path
         Where relative paths start.
     messages : sequence of mapping
-        See `normalized`.
+        The chat, see `normalized`.
     allow_urls : bool
-        Whether its http and https addresses may be fetched.
+        Whether http and https addresses in the chat may be fetched.
 
     Returns
     -------
     list of dict
-        In the form of `normalized`, every path a `Path`, every address that may be fetched a `WebAddress`.
+        Messages in the form of `normalized`, every path a `Path`, every address that may be fetched a `WebAddress`.
 
     Raises
     ------
     ConfigError
-        If it is not a chat.
+        If the messages are not a chat.
     LoadError
-        If one of its images or videos is not there, or is an address.
+        If there is no such image or video, or it is an address that may not be fetched.
     """
     chat = normalized(messages)
     for kind, find in (("image", located_image), ("video", find_video)):
-        for place, part in parts_of(chat, kind):
+        for origin, part in parts_of(chat, kind):
             if kind in part:
                 try:
                     part[kind] = find(part[kind], folder=folder, allow_urls=allow_urls)
                 except PLPHPError as error:
-                    raise type(error)(f"{place}: {error}") from error
+                    raise type(error)(f"{origin}: {error}") from error
     return chat
 
 
@@ -94,8 +95,8 @@ def normalized(messages: Messages) -> list[dict[str, Any]]:
         ``{"type": "text", "text": ...}``;
         ``{"type": "image"}``, alone or with "path", "url", "image" or "base64";
         ``{"type": "image_url", "image_url": ...}``, with text or ``{"url": ...}``; and the same with "video" for
-        "image", without base64. An entry without a type is of the type that its key says. Keys whose value is None
-        count as absent.
+        "image", without base64. Of an entry without a "type", its key says the type. Keys whose value is None count as
+        absent.
 
     Returns
     -------
@@ -106,8 +107,8 @@ def normalized(messages: Messages) -> list[dict[str, Any]]:
     Raises
     ------
     ConfigError
-        If it is not a chat or is empty, or an entry is of another kind, or has a key that is not known: the message
-        names it.
+        If the messages are not a chat or are empty, or an entry is of another kind or has an unknown key, which the
+        error names.
     """
     result: list[dict[str, Any]] = []
     if not messages:
@@ -124,38 +125,38 @@ def normalized(messages: Messages) -> list[dict[str, Any]]:
                 f'The content of message {number} of the chat must be text or a list of {{"type": ...}} '
                 f"entries, got {quoted(content)}."
             )
-        parts = [_part(entry, _place(number, index)) for index, entry in enumerate(entries, 1)]
+        parts = [_normalized_entry(entry, _origin(number, index)) for index, entry in enumerate(entries, 1)]
         result.append({**message, "content": parts})
     return result
 
 
 def parts_of(messages: Messages, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The entries of one kind of a normalized chat, each after its place, for messages."""
+    """Yield the entries of a kind in a normalized chat, each after its origin, which names the entry in errors."""
     for number, message in enumerate(messages, 1):
         for index, part in enumerate(message["content"], 1):
             if part["type"] == kind:
-                yield _place(number, index), part
+                yield _origin(number, index), part
 
 
-def _place(message: int, part: int) -> str:
+def _origin(message: int, part: int) -> str:
     return f"Message {message} of the chat, part {part}"
 
 
-def _part(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _normalized_entry(entry: Mapping[str, Any], origin: str) -> dict[str, Any]:
     values = {key: value for key, value in entry.items() if value is not None}
     name = values.pop("type") if "type" in values else next((key for key in _TYPES if key in values), None)
     if not isinstance(name, str) or name not in _TYPES:
         advice = f"{did_you_mean(str(name), _TYPES)} Sounds and files are not read." if name is not None else ""
-        raise ConfigError(f'{place}: plphp knows no "type" {quoted(name)}, got {quoted(dict(entry))}.{advice}')
+        raise ConfigError(f'{origin}: plphp knows no "type" {quoted(name)}, got {quoted(dict(entry))}.{advice}')
     kind = _TYPES[name]
     if kind == "text":
         if set(values) != {"text"} or not isinstance(values["text"], str):
-            raise ConfigError(f'{place}: expected {{"type": "text", "text": ...}}, got {quoted(dict(entry))}.')
+            raise ConfigError(f'{origin}: expected {{"type": "text", "text": ...}}, got {quoted(dict(entry))}.')
         return {"type": "text", "text": values["text"]}
     try:
         source = named_source(values, kind)
     except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from error
+        raise ConfigError(f"{origin}: {error}") from error
     if source is None and name != kind:
-        raise ConfigError(f"{place}: {name!r} is missing, got {quoted(dict(entry))}.")
+        raise ConfigError(f"{origin}: {name!r} is missing, got {quoted(dict(entry))}.")
     return {"type": kind} if source is None else {"type": kind, kind: source}

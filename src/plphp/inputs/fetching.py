@@ -28,8 +28,11 @@ MAX_BYTES = 64 * 2**20
 SECONDS = 30.0
 """Longest time that a fetch takes, redirects included; the system's look-up of a host name has its own limit."""
 MAX_REDIRECTS = 5
+"""Redirects that are followed, each to a public host."""
+
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""IPv6 addresses that stand for the IPv4 address in their last 32 bits (RFC 6052)."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ class WebAddress:
     Parameters
     ----------
     url : str
-        With the scheme http or https.
+        The address, with the scheme http or https.
 
     Raises
     ------
     LoadError
-        If it is not an address of a host.
+        If it names no host, or another scheme.
     """
 
     url: str
@@ -62,16 +65,16 @@ def fetch(address: WebAddress, *, max_bytes: int = MAX_BYTES, seconds: float = S
     Parameters
     ----------
     address : WebAddress
-        Where it is.
+        Where the file is.
     max_bytes : int
         Larger files are refused before they are read in full.
     seconds : float
-        For everything, redirects included.
+        Time limit for everything, redirects included.
 
     Raises
     ------
     LoadError
-        If it cannot be fetched, is too large, takes too long, or its host is not a public one.
+        If the file cannot be fetched, is too large, takes too long, or its host is not public.
     """
     deadline, url = time.monotonic() + seconds, address.url
     for _ in range(MAX_REDIRECTS + 1):
@@ -90,14 +93,14 @@ def fetch(address: WebAddress, *, max_bytes: int = MAX_BYTES, seconds: float = S
 
 
 def public_addresses(host: str, port: int) -> list[str]:
-    """Return the addresses of a host.
+    """Return the IP addresses of a host, after a check that each of them is public.
 
     Raises
     ------
     LoadError
-        If one of them is not on the public internet.
+        If an address of the host is not on the public internet.
     OSError
-        If the host has none.
+        If the host has no address.
     """
     entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
@@ -111,19 +114,22 @@ def public_addresses(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is one of the public internet, and not of this machine, its network or a group."""
+    """Return whether an IP address is on the public internet, and not of this machine, its network or a group."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None or ip in _NAT64:  # an IPv4 address in its last 32 bits
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        if ip.sixtofour is not None or ip.teredo is not None or ip.is_site_local:  # tunnels to one, and a former kind
+        if (
+            ip.sixtofour is not None or ip.teredo is not None or ip.is_site_local
+        ):  # tunnels to an IPv4 address, and a former kind of private ones
             return False
+    # is_global alone is true of multicast groups and of reserved IPv6 addresses.
     special = ip.is_private or ip.is_loopback or ip.is_link_local or ip.is_reserved or ip.is_multicast
     return ip.is_global and not special
 
 
 def _get(url: str, max_bytes: int, deadline: float) -> bytes | WebAddress:
-    """Ask for a file: its bytes, or where it has gone."""
+    """Ask for a file once: its bytes, or the address that the server redirects to."""
     parts = _split(url)
     host, port = str(parts.hostname), parts.port or _PORTS[parts.scheme]
     connection = _Connection(host, port, public_addresses(host, port), parts.scheme == "https", deadline)
@@ -149,7 +155,7 @@ def _body(response: http.client.HTTPResponse, url: str, max_bytes: int, deadline
         body += part
         if len(body) > max_bytes:
             raise too_large
-    if time.monotonic() >= deadline:  # what the deadline cut off looks like an end
+    if time.monotonic() >= deadline:  # a body that the deadline cut off looks like its end
         raise TimeoutError
     if response.length:
         raise LoadError(f"The file at {named(url)} ends {response.length:,} bytes early.")
@@ -161,10 +167,10 @@ class _Connection(http.client.HTTPConnection):
 
     def __init__(self, host: str, port: int, addresses: list[str], encrypted: bool, deadline: float) -> None:
         super().__init__(host, port)
-        self.default_port = _PORTS["https" if encrypted else "http"]  # which the server is not told
+        self.default_port = _PORTS["https" if encrypted else "http"]  # the port that "Host" leaves out
         self._addresses, self._encrypted, self._deadline = addresses, encrypted, deadline
         self._open: socket.socket | None = None  # http.client forgets its own while an answer is still being read
-        # A socket's own limit starts anew with every byte that arrives.
+        # A timer, as a socket's own limit starts anew with every byte that arrives.
         self._watch = threading.Timer(max(0.0, deadline - time.monotonic()), self._shut)
         self._watch.daemon = True
 
@@ -192,7 +198,7 @@ class _Connection(http.client.HTTPConnection):
     def _shut(self) -> None:
         if self._open is not None:
             with suppress(OSError):  # it is closed already
-                # not SSLSocket's own, which takes the encryption away under the reader
+                # not SSLSocket's own shutdown, which takes the encryption away under the reader
                 socket.socket.shutdown(self._open, socket.SHUT_RDWR)
 
     def _connected(self) -> socket.socket:
@@ -209,7 +215,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 def _split(url: str) -> SplitResult:
-    """Take an address apart, and refuse what is not one."""
+    """Take a web address apart, and refuse a text that is none, or that sends a user name."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an image is: what people and programs write to name one, without reading it yet.
+"""Where an image is: from what people and programs write to name it to a file, bytes or an address, not read yet.
 
-`plphp.inputs.media.load_image` lists what is understood. Everything that takes images, a chat, a data file or a data
-set, comes through here, so that all of them understand the same.
+`plphp.inputs.media.load_image` lists what is understood. The images of chats, data files and data sets all come through
+here, so that all of them understand the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from plphp.io.quoting import cut, named, quoted
 from .fetching import WebAddress
 
 SHORTEST = 64
-"""Characters of base64 that is no name of a file."""
+"""Characters from which a text in the alphabet of base64 may be an image and not the name of a file."""
+
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 _BASE64_OF_IMAGES = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 """How PNG, JPEG, GIF, WebP and TIFF begin."""
@@ -35,14 +36,14 @@ _BASE64_OF_IMAGES = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An image that has been found, and not been read.
+    """Where an image is, before it is read.
 
     Parameters
     ----------
     content : Path, bytes, WebAddress or Image
-        The file, its bytes, or the image itself.
+        The file, its bytes or address, or the image itself.
     name : str
-        For messages; short.
+        Short name of the image for messages.
     """
 
     content: Path | bytes | WebAddress | Image.Image
@@ -50,12 +51,12 @@ class ImageSource:
 
 
 def find_image(source: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> ImageSource:
-    """Find an image.
+    """Find out where an image is.
 
     Parameters
     ----------
     source : object
-        See `plphp.inputs.media.load_image`.
+        What names the image, see `plphp.inputs.media.load_image`.
     folder : str or Path, optional
         Where relative paths start; default: the current folder.
     allow_urls : bool
@@ -64,9 +65,9 @@ def find_image(source: Any, *, folder: str | Path | None = None, allow_urls: boo
     Raises
     ------
     LoadError
-        If there is no such file, or it is a kind of address, of text or of object that is not read.
+        If there is no such file, or images are not read from such an address, text or object.
     ConfigError
-        If it is a mapping, such as a part of a chat, that does not name one image.
+        If it is a mapping, such as an entry of a chat, that names no image or several.
     """
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or f"of {source.width} x {source.height} pixels in memory"
@@ -80,7 +81,7 @@ def find_image(source: Any, *, folder: str | Path | None = None, allow_urls: boo
         stored = source.get("bytes") is not None and isinstance(source.get("path"), str)
         return replace(image, name=named(source["path"])) if stored else image
     if isinstance(source, os.PathLike):
-        # a path has lost a slash of an address
+        # an address that was made a path has lost a slash
         source = re.sub(r"^(https?:)/(?=[^/])", r"\1//", os.fsdecode(source))
     if isinstance(source, str) and source.strip():
         return _find_text(source, Path(folder or ""), allow_urls)
@@ -88,12 +89,13 @@ def find_image(source: Any, *, folder: str | Path | None = None, allow_urls: boo
 
 
 def located_image(source: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> Any:
-    """Check a source without reading it, and free it of what it depends on: the folder and the leave to fetch.
+    """Check a source without reading it, and make it independent of the folder and of the leave to fetch.
 
     Returns
     -------
     object
-        What `find_image` takes and means the same: a `Path` or a `WebAddress` in the place of a text that names one.
+        A source of the same image for `find_image`: a text that names a file or an address has become a `Path` or a
+        `WebAddress`.
 
     Raises
     ------
@@ -107,23 +109,23 @@ def located_image(source: Any, *, folder: str | Path | None = None, allow_urls: 
 def located_images(
     values: Mapping[str, Any], *, folder: str | Path | None = None, allow_urls: bool = False
 ) -> tuple[Any, ...]:
-    """Images that a line of a file names, under ``"images"`` (a list), ``"image"`` or ``"file_name"`` (one).
+    """Locate the images that a line of a file names: ``"images"`` (a list), or a single ``"image"`` or ``"file_name"``.
 
     Raises
     ------
     PLPHPError
-        If two of the keys are there, or see `find_image`.
+        If there are two of these keys, or see `find_image`.
     """
     keys = [key for key in ("images", "image", "file_name") if values.get(key) is not None]
     if len(keys) > 1:
         raise ConfigError(f"The images are named twice, by {' and '.join(map(repr, keys))}: leave one of them out.")
-    named = values[keys[0]] if keys else []
-    sources = named if isinstance(named, list) else [named]
+    value = values[keys[0]] if keys else []
+    sources = value if isinstance(value, list) else [value]
     return tuple(located_image(source, folder=folder, allow_urls=allow_urls) for source in sources)
 
 
 def named_source(part: Mapping[str, Any], kind: str) -> Any:
-    """What an entry of a chat, or a cell of a hub's table, names as its image or video.
+    """Return the source that an entry of a chat, or a cell of a hub's table, names as its image or video.
 
     Parameters
     ----------
@@ -136,12 +138,12 @@ def named_source(part: Mapping[str, Any], kind: str) -> Any:
     Returns
     -------
     object
-        None if the entry names none.
+        None if the entry names no source.
 
     Raises
     ------
     ConfigError
-        If it has a key that is not known, or names two.
+        If the entry has an unknown key, or names two sources.
     """
     values = {key: value for key, value in part.items() if key != "type" and value is not None}
     known = (kind, "path", "url", f"{kind}_url", *(["base64", "bytes", "detail"] if kind == "image" else []))
@@ -168,12 +170,12 @@ def named_source(part: Mapping[str, Any], kind: str) -> Any:
 
 
 def find_file(text: str, folder: Path) -> Path | None:
-    """The file that a path or a ``file:`` address names; None if the text is another kind of address.
+    """Return the file that a path or a ``file:`` address names; None if the text is another kind of address.
 
     Raises
     ------
     LoadError
-        If the address is of a file of another machine.
+        If the address names a file of another machine.
     """
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(//)?", text)
     if scheme is None or not (scheme[2] or scheme[1].lower() in ("file", "data")):
@@ -193,7 +195,7 @@ def find_file(text: str, folder: Path) -> Path | None:
 
 
 def find_video(source: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> Path | list[Any]:
-    """Find a video: a file, a folder of frames, or a list of frames.
+    """Find out where a video is: a file, a folder of frames, or a list of frames.
 
     Parameters
     ----------
@@ -207,7 +209,7 @@ def find_video(source: Any, *, folder: str | Path | None = None, allow_urls: boo
     Raises
     ------
     LoadError
-        If there is none, or it is an address.
+        If there is no such video, or it is a web address.
     """
     if isinstance(source, (list, tuple)) and source:
         return [located_image(frame, folder=folder, allow_urls=allow_urls) for frame in source]
@@ -275,13 +277,13 @@ def _decoded(data: str, text: str) -> bytes:
 
 
 def _is_base64(text: str) -> bool:
-    """Whether a text that is no file is meant as base64: it begins as an image does, or is long and is no path."""
+    """Whether a text that names no file is meant as base64: it begins as an image does, or is long and is no path."""
     bare = "".join(text.split())
     if bare.startswith(_BASE64_OF_IMAGES):
         return True
     if len(bare) < SHORTEST or _BASE64.fullmatch(bare) is None:
         return False
-    return "/" not in bare or _is_image(bare)
+    return "/" not in bare or _is_image(bare)  # a path may be in the alphabet of base64, which has the slash
 
 
 def _is_image(encoded: str) -> bool:

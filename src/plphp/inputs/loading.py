@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model and its processor; every failure says in one line what is wrong."""
+"""Load a model and its processor; every failure says in a line what is wrong."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_model_config(name_or_folder: str | Path | None = None) -> dict[str, Any
     LoadError
         If there is no such model, or it cannot be reached.
     UnsupportedModelError
-        If it cannot be pruned.
+        If plphp cannot prune the model.
     """
     source = reachable_source(name_or_folder)
     with explained(source):
@@ -49,7 +49,7 @@ def load_processor(name_or_folder: str | Path | None = None) -> Any:
 
 
 def decoder_layers(name_or_folder: str | Path | None = None) -> int:
-    """Number of decoder layers of a model, by its configuration."""
+    """Return the number of decoder layers of a model, by its configuration."""
     source = model_source(name_or_folder)
     with explained(source):
         config = AutoConfig.from_pretrained(source)
@@ -62,9 +62,9 @@ def empty_model(name_or_folder: str | Path | None = None, dtype: str = "auto") -
     Parameters
     ----------
     name_or_folder : str or Path, optional
-        As for `load_model`; only the configuration is read.
+        The model, as for `load_model`; only its configuration is read.
     dtype : {"auto", "float32", "bfloat16", "float16"}
-        Of the weights; "auto" is what the configuration names.
+        Dtype of the weights; "auto" is what the configuration names.
 
     Raises
     ------
@@ -92,8 +92,8 @@ def load_weights(
     source = model_source(name_or_folder)
     with explained(source):
         pair: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    model, loaded = pair
-    missing = sorted(loaded["missing_keys"])
+    model, info = pair
+    missing = sorted(info["missing_keys"])
     if missing:  # transformers would fill them with random numbers
         raise LoadError(f"The weights of {source} are incomplete: {len(missing)} missing, such as {missing[0]!r}.")
     placed: PreTrainedModel = model.to(target).eval()
@@ -110,22 +110,23 @@ def load_model(
     name_or_folder : str or Path, optional
         A folder in the hub's format or a hub id; default: the bundled model.
     dtype : {"auto", "float32", "bfloat16", "float16"}
-        Of the weights; "auto" is what the checkpoint was saved in.
+        Dtype of the weights; "auto" is what the checkpoint was saved in.
     device : str, optional
-        Default: the first CUDA device, or the CPU where there is none.
+        Device of the weights; default: the first CUDA device, or the CPU where there is none.
 
     Returns
     -------
     model : PreTrainedModel
-        In evaluation mode.
+        The model in evaluation mode.
     processor : ProcessorMixin
+        Its processor.
 
     Raises
     ------
     LoadError
         If there is no such model, it cannot be reached, or its files are broken.
     UnsupportedModelError
-        If plphp cannot prune it; found out before any weights are read.
+        If plphp cannot prune the model, which is checked before any weights are read.
     BackendUnavailableError
         If the device or a package that the model needs is missing.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read images and videos, whatever their format and place, and say clearly what is wrong with the others."""
+"""Read images and videos, whatever their format and place, and say clearly why some cannot be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .pixels import decoded, upright_rgb
 MAX_PIXELS = 80_000_000
 """Largest image that is decoded; below the size from which Pillow itself suspects a decompression bomb."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What Pillow may try; some of its other formats start programs."""
+"""Formats that Pillow may try: not all it knows, as some of them start programs."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
@@ -41,7 +41,7 @@ def load_image(
         - the bytes of a file: as ``bytes``, as a ``data:`` URI, or as text in base64;
         - an http or https address, if these are allowed;
         - an image of Pillow;
-        - a mapping that names one of these: an entry of a chat (``{"type": "image", "path": ...}``, or with "url",
+        - a mapping that names any of these: an entry of a chat (``{"type": "image", "path": ...}``, or with "url",
           "image" or "base64" in the place of "path"; ``{"type": "image_url", "image_url": {"url": ...}}``), or
           ``{"bytes": ..., "path": ...}``, as data sets store images.
     folder : str or Path, optional
@@ -61,11 +61,11 @@ def load_image(
     LoadError
         If it is missing, not an image, broken or too large.
     ConfigError
-        If it is a mapping that does not name one image.
+        If it is a mapping that names no image or several.
     """
-    place = find_image(source, folder=folder, allow_urls=allow_urls)
-    with _opened(place, max_pixels) as image:
-        return upright_rgb(image, place.name)
+    located = find_image(source, folder=folder, allow_urls=allow_urls)
+    with _opened(located, max_pixels) as image:
+        return upright_rgb(image, located.name)
 
 
 def load_video(
@@ -83,12 +83,12 @@ def load_video(
     allow_urls : bool
         Whether http and https addresses of listed frames are fetched.
     max_pixels : int
-        As in `load_image`.
+        Larger frames are refused before they are decoded.
 
     Raises
     ------
     LoadError
-        If it cannot be read.
+        If the video cannot be read.
     BackendUnavailableError
         If it is a video file and PyAV is not installed.
     """
@@ -110,7 +110,7 @@ def load_video(
             try:
                 image.seek(index)
                 image.load()
-            except Exception as error:  # as in _opened
+            except Exception as error:  # readers raise whatever broken bytes make them raise
                 raise LoadError(f"Frame {index + 1} of the video {video} is broken: {one_line(error)}") from error
             result.append(upright_rgb(image.copy(), str(video)))
     return result
@@ -128,7 +128,7 @@ def _opened(source: ImageSource, max_pixels: int) -> Iterator[Image.Image]:
             content = fetch(content)
         file = BytesIO(content) if isinstance(content, bytes) else content
         with warnings.catch_warnings():
-            # the limit below is the stricter one, and has a better message
+            # the limit of _check_size is stricter, and has a better message
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             Image.init()
             image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
@@ -149,7 +149,7 @@ def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     _check_size(f"image {name}", *image.size, max_pixels)
     try:
         return decoded(image)
-    except Exception as error:  # as above
+    except Exception as error:  # readers raise whatever broken bytes make them raise
         raise LoadError(f"The image {name} is broken: {one_line(error)}") from error
 
 
@@ -160,11 +160,11 @@ def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
         raise LoadError(f"The {what} has {width} x {height} pixels: it is empty.")
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """Evenly spaced indices: the middle of each of ``wanted`` parts."""
-    if count <= wanted:
+def _spread(count: int, parts: int) -> list[int]:
+    """Evenly spaced indices below ``count``: the middle of each of as many parts; all indices if there are fewer."""
+    if count <= parts:
         return list(range(count))
-    return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
+    return [(2 * part + 1) * count // (2 * parts) for part in range(parts)]
 
 
 def _decode_video(path: Path, frames: int, max_pixels: int) -> list[Image.Image]:
@@ -179,10 +179,10 @@ def _decode_video(path: Path, frames: int, max_pixels: int) -> list[Image.Image]
         with av.open(str(path)) as container:
             for stream in container.streams.video:
                 _check_size(f"video {path}", stream.width, stream.height, max_pixels)
-            count = sum(1 for _ in container.decode(video=0))
+            count = sum(1 for _ in container.decode(video=0))  # decoded, as what a container says of it may be wrong
             container.seek(0)
-            wanted = set(_spread(count, frames))
-            result = [frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index in wanted]
+            indices = set(_spread(count, frames))
+            result = [frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index in indices]
     except LoadError:
         raise
     except Exception as error:  # decoders raise whatever broken bytes make them raise

@@ -31,9 +31,9 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     Parameters
     ----------
     image : Image
-        Of any mode.
+        Image of any mode.
     name : str
-        For messages.
+        Name of the image for messages.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def decoded(image: Image.Image) -> Image.Image:
-    """Decode an image that was opened; the same image, unless Pillow leaves it with a wrong transparent colour."""
+    """Decode an image that was opened; returns a copy where Pillow leaves it with a wrong transparent colour."""
     tile = getattr(image, "tile", None)
     stored = tile[0][3] if tile and image.format == "PNG" else None
     image.load()
@@ -83,7 +83,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_integers(image: Image.Image, sixteen_bits: bool, name: str) -> Image.Image:
-    """16-bit and 32-bit integers, which Pillow would clip at 255."""
+    """Make RGB of 16-bit and 32-bit integers, which Pillow would clip at 255."""
     import numpy as np  # the command line refuses what it can before numpy is there
 
     values = np.asarray(image)

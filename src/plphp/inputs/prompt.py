@@ -16,8 +16,11 @@ from plphp.families.registry import family_of
 from plphp.families.spans import find_spans
 from plphp.io.quoting import one_line, quoted
 
-from .chat import Messages, normalized, parts_of
+from .chat import KINDS, Messages, normalized, parts_of
 from .media import load_image, load_video
+
+Media = dict[str, list[Any]]
+"""Images and videos of a prompt, in its order, under the kinds of `plphp.inputs.chat.KINDS`."""
 
 
 def build_inputs(
@@ -36,13 +39,12 @@ def build_inputs(
     Parameters
     ----------
     processor : ProcessorMixin
-        Of the model.
+        Processor of the model.
     prompt : str, optional
-        One user turn. The images come first, unless it says itself where they stand with the processor's
-        image token, such as ``"<image>"``.
+        A single user turn; images come first, unless the processor's image token, such as ``"<image>"``, is in it.
     messages : sequence of mapping, optional
-        A chat in the place of ``prompt``, see `plphp.inputs.chat.normalized`; its image and video entries that name
-        none take ``images`` and ``videos`` in order.
+        A chat in the place of ``prompt``, see `plphp.inputs.chat.normalized`; its image and video entries without a
+        source take ``images`` and ``videos`` in order.
     images : sequence
         Images, or what `plphp.inputs.media.load_image` makes them of.
     videos : sequence
@@ -62,106 +64,114 @@ def build_inputs(
     Raises
     ------
     SpanError
-        If the prompt has no image slot, or not one for each image.
+        If the prompt has no image slot, or their number is not that of the images.
     ConfigError
         If the prompt or the chat is not usable.
     LoadError
         If an image or a video cannot be read.
     UnsupportedFeatureError
-        If videos are given and the processor takes none.
+        If there are videos and the processor takes none.
     """
-    if (prompt is None) == (messages is None):
-        raise ConfigError("Give either a prompt or a chat.")
-    if prompt is not None and not prompt.strip():
-        raise ConfigError(f"The prompt is empty, got {prompt!r}: write what is asked about the image.")
-    chat = None if messages is None else normalized(messages)
-    if (videos or any(parts_of(chat or (), "video"))) and getattr(processor, "video_processor", None) is None:
-        raise UnsupportedFeatureError(f"{type(processor).__name__} takes no videos: give some of its frames as images.")
-    read_image = partial(load_image, allow_urls=allow_urls)
-    read_video = partial(load_video, frames=frames, allow_urls=allow_urls)
-    images, videos = _all(images, "images", read_image), _all(videos, "videos", read_video)
+    chat = _checked_chat(prompt, messages)
+    _check_takes_videos(processor, videos, chat)
+    readers = _readers(frames, allow_urls)
+    media = {"image": _read(images, "images", readers["image"]), "video": _read(videos, "videos", readers["video"])}
     if chat is None:
-        chat = [_user_turn(processor, prompt or "", len(images), len(videos))]
+        chat = [_user_turn(processor, prompt or "", media)]
     else:
-        images = _filled(chat, "image", images, read_image)
-        videos = _filled(chat, "video", videos, read_video)
-    if not any(part["text"].strip() for _, part in parts_of(chat, "text")):
-        raise ConfigError("The chat has no text: write what is asked about the image.")
-    if system is not None:
-        if chat and chat[0]["role"] == "system":
-            raise ConfigError("The chat has a system message already: leave out the other one.")
-        chat = [{"role": "system", "content": [{"type": "text", "text": system}]}, *chat]
-    text = _rendered(processor, chat)
-    _check_slots(_slots(processor, "image", text), len(images), "image")
-    _check_slots(_slots(processor, "video", text), len(videos), "video")
-    if not images and not videos:
-        raise SpanError(
-            "The prompt has no image slot, so there is nothing to prune: give an image with it, or an image "
-            "entry in the chat."
-        )
-    bos = getattr(processor.tokenizer, "bos_token", None)
-    options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-    # Idefics asks for one list of images per prompt, and the others take it too.
-    features = {"images": [images] if images else None, "videos": videos or None}
-    inputs = processor(
-        text=[text], return_tensors="pt", **{k: v for k, v in features.items() if v is not None}, **options
-    )
-    return dict(inputs)
+        media = {kind: _filled(chat, kind, media[kind], readers[kind]) for kind in KINDS}
+    text = _rendered(processor, _with_system(chat, system))
+    _check_slots(processor, text, media)
+    return _processed(processor, text, media)
 
 
 def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> int:
-    """Vision tokens of the inputs of a prompt, under a model's config.
+    """Count the vision tokens in the inputs of a prompt, under a model's config.
 
     Raises
     ------
     SpanError
-        If they cannot be found.
+        If it cannot be said which tokens are vision tokens.
     UnsupportedModelError
         If the model is of no known family.
     """
     return int(find_spans(family_of(config), config, inputs).vision.sum())
 
 
-def _filled(messages: list[dict[str, Any]], kind: str, given: list[Any], load: Callable[[Any], Any]) -> list[Any]:
-    """Images or videos of a chat in prompt order: those it names, and the given ones for the entries that name none."""
-    left, result = list(given), []
-    for place, part in parts_of(messages, kind):
+def _checked_chat(prompt: str | None, messages: Messages | None) -> list[dict[str, Any]] | None:
+    """The chat in its normalized form, or None for a prompt, after a check that it is not empty."""
+    if (prompt is None) == (messages is None):
+        raise ConfigError("Give either a prompt or a chat.")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError(f"The prompt is empty, got {prompt!r}: write what is asked about the image.")
+    return None if messages is None else normalized(messages)
+
+
+def _check_takes_videos(processor: Any, videos: Sequence[Any], chat: list[dict[str, Any]] | None) -> None:
+    if (videos or any(parts_of(chat or (), "video"))) and getattr(processor, "video_processor", None) is None:
+        raise UnsupportedFeatureError(f"{type(processor).__name__} takes no videos: give some of its frames as images.")
+
+
+def _readers(frames: int, allow_urls: bool) -> dict[str, Callable[[Any], Any]]:
+    """By kind, the function that reads an image or a video from its source."""
+    return {
+        "image": partial(load_image, allow_urls=allow_urls),
+        "video": partial(load_video, frames=frames, allow_urls=allow_urls),
+    }
+
+
+def _read(sources: Any, name: str, reader: Callable[[Any], Any]) -> list[Any]:
+    # A text or a single image can be iterated over, too, and its letters or pixels are not meant.
+    if isinstance(sources, (str, bytes, PathLike, Mapping, Image.Image)) or not isinstance(sources, Iterable):
+        raise ConfigError(f"{name} must be a list, got {quoted(sources)} ({type(sources).__name__}).")
+    return [reader(source) for source in sources]
+
+
+def _filled(chat: list[dict[str, Any]], kind: str, unplaced: list[Any], reader: Callable[[Any], Any]) -> list[Any]:
+    """Images or videos of a chat in prompt order: those that entries name, and unplaced media where they do not.
+
+    The entries of the chat lose their sources, as the template is to see the slots alone.
+    """
+    left, result = list(unplaced), []
+    for origin, part in parts_of(chat, kind):
         if kind not in part and not left:
-            raise SpanError(f"The chat has more {kind} entries without a path than the {len(given)} {kind}s given.")
+            raise SpanError(f"The chat has more {kind} entries without a path than the {len(unplaced)} {kind}s given.")
         try:
-            # the template is to see the place alone
-            result.append(load(part.pop(kind)) if kind in part else left.pop(0))
+            result.append(reader(part.pop(kind)) if kind in part else left.pop(0))
         except PLPHPError as error:
-            raise type(error)(f"{place}: {error}") from error
+            raise type(error)(f"{origin}: {error}") from error
     if left:
         raise SpanError(
-            f"The chat has no {kind} slot for {len(left)} of the {len(given)} {kind}s: add an entry "
+            f"The chat has no {kind} slot for {len(left)} of the {len(unplaced)} {kind}s: add an entry "
             f'{{"type": "{kind}"}} for each.'
         )
     return result
 
 
-def _all(sources: Any, name: str, load: Callable[[Any], Any]) -> list[Any]:
-    if isinstance(sources, (str, bytes, PathLike, Mapping, Image.Image)) or not isinstance(sources, Iterable):
-        raise ConfigError(f"{name} must be a list, got {quoted(sources)} ({type(sources).__name__}).")
-    return [load(source) for source in sources]
+def _user_turn(processor: Any, prompt: str, media: Media) -> dict[str, Any]:
+    """A prompt as a message: images and videos first, unless the prompt has slots of that kind."""
+    slots = [{"type": kind} for kind in KINDS if not _count_slots(processor, kind, prompt) for _ in media[kind]]
+    return {"role": "user", "content": [*slots, {"type": "text", "text": prompt}]}
 
 
-def _user_turn(processor: Any, prompt: str, images: int, videos: int) -> dict[str, Any]:
-    placed = {kind: _slots(processor, kind, prompt) > 0 for kind in ("image", "video")}
-    parts = [{"type": "image"}] * (0 if placed["image"] else images)
-    parts += [{"type": "video"}] * (0 if placed["video"] else videos)
-    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+def _with_system(chat: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """A chat with its system message, after a check that anything is asked in it."""
+    if not any(part["text"].strip() for _, part in parts_of(chat, "text")):
+        raise ConfigError("The chat has no text: write what is asked about the image.")
+    if system is None:
+        return chat
+    if chat[0]["role"] == "system":
+        raise ConfigError("The chat has a system message already: leave out the other one.")
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *chat]
 
 
 def _rendered(processor: Any, chat: list[dict[str, Any]]) -> str:
     if getattr(processor, "chat_template", None) is None:
-        texts = [part["text"] for message in chat for part in message["content"] if part["type"] == "text"]
         if len(chat) > 1:
             raise ConfigError(
                 f"{type(processor).__name__} has no chat template: give one prompt, with its image tokens."
             )
-        return "".join(texts)
+        return "".join(part["text"] for _, part in parts_of(chat, "text"))
     try:
         text: str = processor.apply_chat_template(chat, add_generation_prompt=True)
     except Exception as error:  # templates raise what they like
@@ -169,8 +179,8 @@ def _rendered(processor: Any, chat: list[dict[str, Any]]) -> str:
     return text
 
 
-def _slots(processor: Any, kind: str, text: str) -> int:
-    """Count the places of images or videos in a prompt; Gemma 3 marks them by the begin token."""
+def _count_slots(processor: Any, kind: str, text: str) -> int:
+    """Count the slots of images or videos in a prompt; Gemma 3 marks them by the begin token."""
     tokens = (
         getattr(processor, f"{kind}_token", None),
         getattr(processor, "boi_token", None) if kind == "image" else None,
@@ -178,9 +188,27 @@ def _slots(processor: Any, kind: str, text: str) -> int:
     return max(text.count(str(token)) if token else 0 for token in tokens)
 
 
-def _check_slots(slots: int, given: int, kind: str) -> None:
-    if slots == given:
-        return
-    if slots == 0:
-        raise SpanError(f"The prompt has no {kind} slot for the {given} {kind}(s) given.")
-    raise SpanError(f"The prompt has {slots} {kind} slot(s), but {given} {kind}(s) are given.")
+def _check_slots(processor: Any, text: str, media: Media) -> None:
+    for kind in KINDS:
+        slots, count = _count_slots(processor, kind, text), len(media[kind])
+        if slots == 0 < count:
+            raise SpanError(f"The prompt has no {kind} slot for the {count} {kind}(s) given.")
+        if slots != count:
+            raise SpanError(f"The prompt has {slots} {kind} slot(s), but {count} {kind}(s) are given.")
+    if not any(media.values()):
+        raise SpanError(
+            "The prompt has no image slot, so there is nothing to prune: give an image with it, or an image "
+            "entry in the chat."
+        )
+
+
+def _processed(processor: Any, text: str, media: Media) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    if bos and text.startswith(bos):  # the template has written it, and the tokenizer would write it once more
+        options["add_special_tokens"] = False
+    if media["image"]:
+        options["images"] = [media["image"]]  # a list per prompt, as Idefics asks for and all processors take
+    if media["video"]:
+        options["videos"] = media["video"]
+    return dict(processor(text=[text], return_tensors="pt", **options))

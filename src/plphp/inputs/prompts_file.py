@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts from a file, one JSON object each: what ``plphp profile`` and ``plphp calibrate`` measure on."""
+"""Prompts from a file of JSON objects: what ``plphp profile``, ``calibrate`` and ``collect`` measure on."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .prompt import build_inputs
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a file.
+    """A prompt of a file.
 
     Parameters
     ----------
     images : tuple
-        What `plphp.inputs.media.load_image` takes, in prompt order.
+        Sources of the images for `plphp.inputs.media.load_image`, in prompt order.
     question : str, optional
-        One user turn, after the images.
+        A single user turn, after the images.
     turns : list of dict, optional
         A chat in the place of the question; see `plphp.inputs.prompt.build_inputs`.
     origin : str
-        Where it stands, for messages: file and line.
+        Where the prompt stands, for messages: file and line.
     """
 
     images: tuple[Any, ...]
@@ -48,7 +48,7 @@ class Prompt:
         Raises
         ------
         LoadError
-            If one cannot be read; the message names the prompt's origin.
+            If an image cannot be read; the message names the prompt's origin.
         """
         try:
             return [load_image(image) for image in self.images]
@@ -64,21 +64,21 @@ def read_prompts(path: str | Path, *, allow_urls: bool = False) -> list[Prompt]:
     path : str or Path
         JSON Lines: an object a line with ``"question"`` (text), or ``"turns"`` (a chat, a list of ``{"role": ...,
         "content": ...}``, see `plphp.inputs.chat.normalized`), and ``"images"`` (a list of what
-        `plphp.inputs.media.load_image` takes, paths relative to the file; ``"image"`` or ``"file_name"`` for one). A
-        JSON file that is one list of such objects will do, too. Other keys, such as ``"answer"``, are ignored, and so
-        are empty lines.
+        `plphp.inputs.media.load_image` takes, paths relative to the file; ``"image"`` or ``"file_name"`` for a single
+        image). A JSON file that is a list of such objects will do, too. Further keys, such as ``"answer"``, and empty
+        lines are ignored.
     allow_urls : bool
         Whether http and https addresses of images may be fetched, when they are needed.
 
     Returns
     -------
     list of Prompt
-        At least one; all image files are there.
+        A prompt or more, whose image files all exist.
 
     Raises
     ------
     LoadError
-        If the file cannot be read, or one of its entries is not a prompt; the message names the line.
+        If the file cannot be read, or an entry is not a prompt; the message names the line.
     """
     folder = Path(path).parent
     prompts = [_prompt(values, origin, folder, allow_urls) for _, origin, values in read_entries(path, "prompts")]
@@ -88,21 +88,21 @@ def read_prompts(path: str | Path, *, allow_urls: bool = False) -> list[Prompt]:
 
 
 def prompt_inputs(processor: Any, prompts: Iterable[Prompt], on: device | str = "cpu") -> Iterator[dict[str, Any]]:
-    """Make the inputs of ``generate`` for one prompt after the other, when it is asked for.
+    """Make the inputs of ``generate`` for prompt after prompt, each when the iterator comes to it.
 
     Parameters
     ----------
     processor : ProcessorMixin
-        Of the model.
+        Processor of the model.
     prompts : iterable of Prompt
-        See `read_prompts`.
+        Prompts as `read_prompts` returns them.
     on : device or str
-        Where the tensors go.
+        Device of the tensors.
 
     Yields
     ------
     dict
-        See `plphp.inputs.prompt.build_inputs`.
+        Inputs as `plphp.inputs.prompt.build_inputs` makes them.
 
     Raises
     ------

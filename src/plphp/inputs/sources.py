@@ -14,17 +14,18 @@ from plphp.io.quoting import one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "npu", "xla")
-"""Kinds of devices that torch knows; a package of its own may add others."""
+"""Kinds of devices that torch knows; installed packages may add more."""
 BUNDLED = Path(__file__).parents[1] / "reference_model"
+"""Folder of the small model that ships with plphp."""
 
 
 def bundled_model_path() -> Path:
-    """Folder of the small model that ships with plphp.
+    """Return the folder of the small model that ships with plphp.
 
     Raises
     ------
     LoadError
-        If this installation lacks it.
+        If this installation lacks the model.
     """
     if not (BUNDLED / "config.json").is_file():
         raise LoadError("This installation of plphp has no bundled model: name a model folder or a hub id.")
@@ -32,17 +33,17 @@ def bundled_model_path() -> Path:
 
 
 def is_bundled(name_or_folder: str | Path | None) -> bool:
-    """Whether a model is the bundled one, by default or by its folder."""
+    """Return whether this names the bundled model, by default or by its folder."""
     return name_or_folder is None or Path(name_or_folder).expanduser().resolve() == BUNDLED.resolve()
 
 
 def model_source(name_or_folder: str | Path | None) -> str:
-    """The folder or hub id of a model as text; what looks like a folder has to be one.
+    """Return the folder or hub id of a model as text, after a check of what looks like a folder.
 
     Raises
     ------
     LoadError
-        If there is no such folder, or it holds no model.
+        If there is no such folder, or the folder holds no model.
     """
     if name_or_folder is None:
         return str(bundled_model_path())
@@ -60,10 +61,10 @@ def model_source(name_or_folder: str | Path | None) -> str:
 
 
 def reachable_source(name_or_folder: str | Path | None) -> str:
-    """The same, after a check that a hub id can be had.
+    """Return the folder or hub id of a model as text, after a check that a hub id can be loaded.
 
-    A model that is not in the local cache is asked for once: transformers would ask again and again, for half a
-    minute, before it says that the hub cannot be reached.
+    The hub is asked once for a model that is not in the local cache: transformers would ask again and again, for half
+    a minute, before it says that the hub cannot be reached.
 
     Raises
     ------
@@ -80,7 +81,7 @@ def reachable_source(name_or_folder: str | Path | None) -> str:
             get_hf_file_metadata(hf_hub_url(source, "config.json"))
     except Exception as error:
         reason = _hub_reason(error)
-        if reason is not None:  # of the others, such as a busy hub, transformers may get the better with time
+        if reason is not None:  # transformers tries again on further errors, such as a busy hub, and may succeed
             raise LoadError(f"Cannot load the model {source}: {reason}") from error
     return source
 
@@ -92,7 +93,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_device_name(device: str | None) -> None:
-    """Raise BackendUnavailableError for what is no device on any machine; None is the default one."""
+    """Raise BackendUnavailableError for a name that is no device on any machine; None is the default device."""
     if device is None:
         return
     kind, _, _ = device.partition(":")
@@ -106,7 +107,7 @@ def check_device_name(device: str | None) -> None:
 
 @contextmanager
 def explained(source: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise for a model that cannot be loaded into one line."""
+    """Turn what transformers and the hub raise for a model that cannot be loaded into an error of a line."""
     try:
         yield
     except PLPHPError:
@@ -119,7 +120,8 @@ def explained(source: str) -> Iterator[None]:
 
 
 def _hub_reason(error: Exception) -> str | None:
-    """What the hub, or the way to it, has against a model; None for any other error."""
+    """Why the hub, or the way to it, does not hand over a model; None for an error of another kind."""
+    # By name, as the classes stand in packages that take long to import.
     names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
     if "GatedRepoError" in names:
         return "access to it is restricted: ask for it on the model's page, then log in (hf auth login)."

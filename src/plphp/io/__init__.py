@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that plphp reads and writes, and how messages quote what a user wrote; imports nothing but errors."""
+"""JSON files that plphp reads and writes, and how messages quote what a user wrote; imports nothing but errors."""

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON files that plphp writes: read one of a kind, and say what the wrong one is."""
+"""JSON files: those of a user, and those that plphp writes, of which a wrong file is named by what it is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from plphp.errors import ConfigError
+from plphp.errors import ConfigError, LoadError
+
+T = TypeVar("T")
 
 WITHOUT_POSITIONS = "which leaves out the positions that were kept"
 KINDS: tuple[tuple[set[str], str], ...] = (
@@ -24,21 +26,21 @@ KINDS: tuple[tuple[set[str], str], ...] = (
     ({"tasks", "groups", "variants"}, "figures of `plphp eval`"),
     ({"tasks", "settings", "variants"}, "the configuration of a run of `plphp eval`"),
 )
-"""Keys by which a file is known, with what it is; the first that fits counts."""
+"""Keys that tell what a file is, and its description; the first entry whose keys are all there counts."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file.
+    """A kind of file that plphp writes and reads.
 
     Parameters
     ----------
     name : str
-        Such as "report".
+        The kind in a word, such as "report".
     made_by : str
-        What writes it, for messages.
+        The command that writes such files, for messages.
     version : int
-        Its "format".
+        The "format" that such a file has to name.
     """
 
     name: str
@@ -46,32 +48,113 @@ class Kind:
     version: int
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises
+    ------
+    ValueError
+        If the text is not JSON, or its lists are nested too deep to be parsed.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    what : str
+        Content of the file, for messages: ``"chat"``.
+
+    Raises
+    ------
+    LoadError
+        If the file cannot be read or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise LoadError(f"Cannot read the {what} {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise LoadError(f"Cannot read the {what} {path}: not UTF-8 text ({error}).") from error
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Read a JSON file of a user, in UTF-8, with or without a byte order mark.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    what : str
+        Content of the file, for messages: ``"chat"``.
+
+    Raises
+    ------
+    LoadError
+        If the file cannot be read or is not JSON.
+    """
+    try:
+        return parse_json(read_text(path, what))
+    except ValueError as error:
+        raise LoadError(f"The {what} {path} is not JSON: {error}.") from error
+
+
 def describe(values: object) -> str | None:
-    """What a JSON value that plphp wrote is, such as "a profile of `plphp profile`"; None where it is not known."""
+    """Describe a JSON value that plphp wrote, such as "a profile of `plphp profile`"; None for an unknown value."""
     if not isinstance(values, Mapping):
         return None
     return next((text for keys, text in KINDS if keys <= values.keys()), None)
 
 
-def read_values(source: str | Path, kind: Kind) -> dict[str, Any]:
-    """Read a JSON object of a kind from a file (a `Path`) or from JSON text (a `str`), and check its format.
+def to_json(values: Mapping[str, Any], kind: Kind, path: str | Path | None = None, indent: int | None = None) -> str:
+    """Return an object of a kind as JSON text with its "format", and write the text to ``path`` if that is a file."""
+    text = json.dumps({"format": kind.version, **values}, indent=indent)
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
 
-    Returns
-    -------
-    dict
-        Without the "format".
+
+def from_json(source: str | Path, kind: Kind, build: Callable[[dict[str, Any]], T]) -> T:
+    """Read an object of a kind from a file (a `Path`) or from JSON text (a `str`).
+
+    Parameters
+    ----------
+    source : str or Path
+        JSON text, or the file that holds it.
+    kind : Kind
+        The kind of file to expect.
+    build : callable
+        Makes the object from the values of the file without the "format"; may raise the errors that values of a wrong
+        shape cause: AttributeError, KeyError, TypeError or ValueError.
 
     Raises
     ------
     ConfigError
-        If it cannot be read or is of another kind or format; the message says what it is and what writes the kind.
+        If it cannot be read or is of another kind or format, or ``build`` fails; the message says what the file is and
+        what writes the kind.
     """
+    values = _values(source, kind)
+    try:
+        return build(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"Not a plphp {kind.name}: {type(error).__name__} {error}.") from error
+
+
+def _values(source: str | Path, kind: Kind) -> dict[str, Any]:
+    """The values of an object of a kind without its "format", which is checked."""
     expected = f"expected what {kind.made_by} writes"
     try:
-        values = json.loads(source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source)
+        values = parse_json(source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source)
     except OSError as error:
         raise ConfigError(f"Cannot read the {kind.name} {source}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
+    except ValueError as error:  # no UTF-8, or no JSON
         name = f"{source} is not" if isinstance(source, Path) else "Not"
         raise ConfigError(f"{name} a JSON {kind.name}: {error}; {expected}.") from error
     where = f"{source} is" if isinstance(source, Path) else "This is"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quote what a user gave in a message, without repeating a whole image that is written out as text."""
+"""Quote a user's values in a message, without repeating a whole image that is written out as text."""
 
 from __future__ import annotations
 
@@ -27,34 +27,36 @@ def cut(text: str) -> str:
 
 def shortened(text: str) -> str:
     """Return a text in which data URIs and long runs of base64 are cut; everything else stays."""
-    # what has been cut already ends in three dots
+    # A text that was quoted by an inner error has been cut already, and ends in three dots.
     return _ENCODED.sub(lambda match: match[0] if match[0].endswith("...") else cut(match[0]), text)
 
 
 def named(text: str) -> str:
-    """Return a path or an address as a message has it: whole up to 255 characters, encoded images always cut."""
+    """Return a path or an address as messages show it: whole up to 255 characters, encoded images always cut."""
     return shortened(text) if len(text) <= LONGEST_NAME else cut(text)
 
 
 def quoted(value: Any) -> str:
-    """Return the ``repr`` of a value on one line, in which no text has more than 40 characters and no list many items.
+    """Return the ``repr`` of a value on a line, in which no text has more than 40 characters and no list many items.
 
     Parameters
     ----------
     value : object
-        What a user gave, such as a chat's message with images in it.
+        A user's value, such as a chat's message with images in it.
     """
     text = _QUOTES.repr(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the message of any exception as one line of at most ``limit`` characters, without whole data URIs."""
+    """Return the message of any exception as a line of at most ``limit`` characters, without whole data URIs."""
     text = " ".join(shortened(str(error)).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 class _Quotes(reprlib.Repr):
+    """Shortens texts and bytes at the limits of this module, and says how long they are."""
+
     def __init__(self) -> None:
         super().__init__()
         self.maxdict = self.maxlist = self.maxtuple = 8

@@ -4,16 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from plphp.errors import ConfigError
-from plphp.io.json_files import Kind, read_values
-
-if TYPE_CHECKING:
-    pass
+from plphp.io.json_files import Kind, from_json, to_json
 
 KIND = Kind("report", "`plphp generate --report`", 1)
 NUMBERS = ("batch", "tokens", "kv_bytes_full", "kv_bytes", "reserved_bytes", "pruning_seconds")
@@ -153,10 +148,7 @@ class PruneReport:
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = None) -> str:
         """Return the report as JSON, and write it to ``path`` if one is given."""
-        text = json.dumps({"format": KIND.version, **dataclasses.asdict(self)}, indent=indent)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return to_json(dataclasses.asdict(self), KIND, path, indent)
 
     @classmethod
     def from_json(cls, source: str | Path) -> PruneReport:
@@ -167,14 +159,14 @@ class PruneReport:
         ConfigError
             If it is not a report of this version's format.
         """
-        values = read_values(source, KIND)
-        try:
-            prompts = [_read_prompt(prompt) for prompt in values.pop("prompts")]
-            report = cls(prompts=prompts, **values)
-            _check_numbers(report, NUMBERS)
-            return report
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"Not a plphp report: {type(error).__name__} {error}.") from error
+        return from_json(source, KIND, _read_report)
+
+
+def _read_report(values: dict[str, Any]) -> PruneReport:
+    prompts = [_read_prompt(prompt) for prompt in values.pop("prompts")]
+    report = PruneReport(prompts=prompts, **values)
+    _check_numbers(report, NUMBERS)
+    return report
 
 
 def _check_numbers(report: object, names: tuple[str, ...]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Presets: settings where none are given, and settings with a record of how they were found, as a TOML file."""
+"""Presets: the default settings, and settings with a record of their calibration, as a TOML file."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ import tomli_w
 from .config import PLPHPConfig
 
 DEFAULT_TARGET = 0.4
-"""Target retention where no rate is given: thresholds that fit any model and prompt are not to be had."""
+"""Default target retention. A target and not a rate, as no thresholds fit every model and prompt."""
 BUNDLED_METHOD = "query_bank"
-"""Method for the bundled model where none is given: of its answers it keeps most (docs/quality.md)."""
+"""Default method of the bundled model: it keeps most of that model's answers (docs/quality.md)."""
 BUNDLED_OPTIONS = {"query_bank": {"bank": "bundled"}}
-"""Options of methods that need something of the model, and have it of the bundled one."""
+"""Options of methods that need something measured on the model, which ships with the bundled model."""
 HEADER = "# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml.\n\n"
 
 
 def default_settings(bundled: bool) -> PLPHPConfig:
-    """Settings of ``plphp generate`` where none are given: 40 % of the vision tokens kept.
+    """Return the settings of ``plphp generate`` without options: 40 % of the vision tokens are kept.
 
     Parameters
     ----------
     bundled : bool
-        Whether they are for the bundled model, which is pruned by its query bank; all other models are pruned by the
-        paper's method.
+        Whether the settings are for the bundled model, which is pruned by its query bank; every model besides is
+        pruned by the paper's method.
     """
     return PLPHPConfig.from_dict(with_defaults({}, bundled))
 
 
-def with_defaults(given: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
-    """Add to single settings those that are taken where they are left out.
+def with_defaults(explicit: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
+    """Add defaults to the settings that a user has set.
 
     Parameters
     ----------
-    given : mapping
-        Of ``method``, ``retention_rate`` and ``target_retention`` those that are set.
+    explicit : mapping
+        Those of ``method``, ``retention_rate`` and ``target_retention`` that are set.
     bundled : bool
-        Whether they are for the bundled model.
+        Whether the settings are for the bundled model.
 
     Returns
     -------
     dict
-        For `PLPHPConfig.from_dict`.
+        Values for `PLPHPConfig.from_dict`.
     """
-    values = dict(given) if "retention_rate" in given else {"target_retention": DEFAULT_TARGET, **given}
+    values = dict(explicit) if "retention_rate" in explicit else {"target_retention": DEFAULT_TARGET, **explicit}
     if not bundled:
         return values
     values = {"method": BUNDLED_METHOD, **values}
@@ -60,22 +60,22 @@ def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:
     Parameters
     ----------
     config : PLPHPConfig
-        Goes to the table ``[plphp]``.
+        Settings, for the table ``[plphp]``.
     calibration : mapping
-        Goes to the table ``[calibration]``, and nested mappings to tables under it. Nothing reads it but people:
-        what settings need to know of it, such as ``calibrated_layers``, is among them.
+        The record, for the table ``[calibration]``; nested mappings are tables under it. Nothing but people reads it:
+        what pruning needs to know of the calibration, such as ``calibrated_layers``, is among the settings.
 
     Returns
     -------
     str
-        TOML; None is left out, as TOML knows no such value.
+        TOML without the values that are None, which TOML cannot write.
     """
     tables = {"plphp": config.to_dict(), "calibration": calibration}
     return HEADER + tomli_w.dumps({name: _without_none(table) for name, table in tables.items()})
 
 
 def write_preset(path: str | Path, config: PLPHPConfig, calibration: Mapping[str, Any]) -> None:
-    """Write a preset file, see `preset_text`."""
+    """Write settings and the record of their calibration to a TOML file, see `preset_text`."""
     Path(path).write_text(preset_text(config, calibration), encoding="utf-8")
 
 

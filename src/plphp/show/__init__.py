@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports and measurements as tables and plots."""
+"""Reports and measurements as tables and plots; nothing is measured here."""

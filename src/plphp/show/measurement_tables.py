@@ -10,32 +10,32 @@ from rich.table import Table
 from plphp.policy.allocation import LayerClass
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from plphp.studies.calibration import RetentionMeasurement
     from plphp.studies.profile_report import AttentionProfile
 
 
 def profile_table(profile: AttentionProfile) -> Table:
-    """Per layer, the vision attention score of each choice of query rows: mean and spread over the prompts.
+    """Table of the vision attention score per layer and choice of query rows: mean and spread over the prompts.
 
     Parameters
     ----------
     profile : AttentionProfile
-        See `plphp.profile`.
+        What `plphp.profile` measured.
     """
     scores = [profile.layer_scores(rows) for rows in profile.query_rows]
     table = Table(title=f"vision attention score (mean ± std of {len(profile.prompts)})")
     table.add_column("layer", justify="right")
     for rows in profile.query_rows:
         table.add_column("text" if rows == "text" else f"last {rows}", justify="right")
-    for place, layer in enumerate(profile.layers):
-        spreads = [one[:, place].std(ddof=1) if len(one) > 1 else 0.0 for one in scores]
-        cells = (f"{one[:, place].mean():.3f} ± {spread:.3f}" for one, spread in zip(scores, spreads, strict=True))
-        table.add_row(str(layer), *cells)
+    for index, layer in enumerate(profile.layers):
+        table.add_row(str(layer), *(_mean_and_spread(choice[:, index]) for choice in scores))
     return table
 
 
 def class_table(measured: RetentionMeasurement) -> Table:
-    """Per layer, how many prompts put it in each class."""
+    """Table of how many prompts put each layer in each class."""
     known = [name for name in get_args(LayerClass) if any(name in counts for counts in measured.classes.values())]
     table = Table(title=f"classes of the layers over {len(measured.retentions)} prompt(s)")
     for heading in ("layer", *known):
@@ -46,7 +46,7 @@ def class_table(measured: RetentionMeasurement) -> Table:
 
 
 def retention_line(measured: RetentionMeasurement) -> str:
-    """One line: mean, spread and extremes of the retention over the prompts."""
+    """Line with the mean, spread and extremes of the retention over the prompts."""
     values = measured.summary()
     fewest, most = values["vision_tokens_min"], values["vision_tokens_max"]
     line = (
@@ -56,3 +56,9 @@ def retention_line(measured: RetentionMeasurement) -> str:
     )
     exempt = measured.retentions != measured.retentions_all_layers
     return line + (f"; {values['retention_mean_all_layers']:.3f} with the exempt layers" if exempt else "")
+
+
+def _mean_and_spread(scores: np.ndarray) -> str:
+    """Mean and standard deviation (of the sample) of the scores of prompts, float64 [prompt]."""
+    spread = scores.std(ddof=1) if len(scores) > 1 else 0.0
+    return f"{scores.mean():.3f} ± {spread:.3f}"

@@ -33,7 +33,9 @@ CLASS_MARKERS = {
 }
 """Marker and colour (Okabe and Ito's palette) of each layer class."""
 COLUMNS = 8
+"""Tiles side by side, at most."""
 THUMBNAIL = 256
+"""Pixels of the longer side of an image as it is drawn under its tokens."""
 
 
 def plot_kept(
@@ -49,11 +51,11 @@ def plot_kept(
     Parameters
     ----------
     report : PruneReport
-        Of a run.
+        Report of a run.
     images : sequence of Image, optional
         The images of the row, in prompt order; they are stretched over the grid of their tokens.
     layer : int, optional
-        A tile per KV head of this layer. Default: a tile per layer, with the fraction of heads that keep
+        Layer of which a tile per KV head is drawn. Default: a tile per layer, with the fraction of heads that keep
         each token.
     prompt, row : int
         Which prompt (turn) and which row of the batch.
@@ -89,7 +91,7 @@ def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0)
     Parameters
     ----------
     report : PruneReport
-        Of a run.
+        Report of a run.
     prompt, row : int
         Which prompt (turn) and which row of the batch.
 
@@ -107,19 +109,15 @@ def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0)
     layers = layer_rows(report, prompt, row)
     figure = new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(
-        [n for n, _ in layers],
-        [one.vision_score for _, one in layers],
-        color="#555555",
-        linewidth=1,
-        zorder=1,
-    )
+    numbers, scores = [number for number, _ in layers], [layer.vision_score for _, layer in layers]
+    axes.plot(numbers, scores, color="#555555", linewidth=1, zorder=1)
     for name, (marker, colour) in CLASS_MARKERS.items():
-        members = [(number, one.vision_score) for number, one in layers if one.layer_class == name]
+        members = [(number, layer.vision_score) for number, layer in layers if layer.layer_class == name]
         if members:
             x, y = zip(*members, strict=True)
             axes.scatter(x, y, marker=marker, color=colour, s=50, label=name, zorder=2)
-    by_threshold = any(one.layer_class in ("attentive", "balanced", "indifferent") for _, one in layers)
+    by_threshold = any(layer.layer_class in ("attentive", "balanced", "indifferent") for _, layer in layers)
+    # With a target retention the classes come from quantiles of the prompt, and the thresholds of the config lie idle.
     if by_threshold and report.config.get("target_retention") is None:
         for name, style in (("attentive_threshold", "--"), ("indifferent_threshold", ":")):
             label = f"{name.replace('_', ' ')} {report.config[name]:g}"
@@ -149,11 +147,11 @@ def new_figure(**options: Any) -> Figure:
 
 
 Tile = tuple[str, list[list[int]]]
-"""Title, and the kept positions of one or more heads."""
+"""Title, and the kept positions of each head that the tile stands for."""
 
 
 def _layer_tiles(rows: dict[int, RowReport]) -> list[Tile]:
-    return [(f"layer {number}\n{one.layer_class} {one.rate:.2f}", one.kept_positions) for number, one in rows.items()]
+    return [(f"layer {number}\n{row.layer_class} {row.rate:.2f}", row.kept_positions) for number, row in rows.items()]
 
 
 def _head_tiles(row: RowReport) -> list[Tile]:

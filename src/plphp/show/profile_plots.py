@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from plphp.studies.profile_report import AttentionProfile
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette."""
+"""Colours of the lines: Okabe and Ito's palette, safe for colour-blind eyes."""
 MARKERS = ("o", "^", "s", "D", "v", "P", "X")
+"""Markers of the lines, for prints in grey."""
 
 
 def plot_profile(profile: AttentionProfile) -> Figure:
@@ -28,7 +29,7 @@ def plot_profile(profile: AttentionProfile) -> Figure:
     Parameters
     ----------
     profile : AttentionProfile
-        See `plphp.profile`.
+        What `plphp.profile` measured.
 
     Returns
     -------
@@ -45,15 +46,15 @@ def plot_profile(profile: AttentionProfile) -> Figure:
     axes = figure.subplots()
     for number, rows in enumerate(profile.query_rows):
         colour = LINES[number % len(LINES)]
-        scores, found = profile.layer_scores(rows), profile.re_attention(rows)
+        scores, valley = profile.layer_scores(rows), profile.re_attention(rows)
         mean = scores.mean(0)
         spread = scores.std(0, ddof=1) if len(scores) > 1 else np.zeros_like(mean)
         marker = MARKERS[number % len(MARKERS)]
         axes.plot(profile.layers, mean, label=rows_name(rows), color=colour, marker=marker, markersize=4)
         low, high = np.clip(mean - spread, 0, 1), np.clip(mean + spread, 0, 1)
         axes.fill_between(profile.layers, low, high, color=colour, alpha=0.15, linewidth=0)
-        if found.appears:
-            axes.scatter([found.layer], [found.score], s=120, facecolors="none", edgecolors=colour, linewidths=1.5)
+        if valley.appears:
+            axes.scatter([valley.layer], [valley.score], s=120, facecolors="none", edgecolors=colour, linewidths=1.5)
     prompts = len(profile.prompts)
     axes.set(xlabel="layer", ylabel="vision attention score", ylim=(0, None))
     axes.set_title(f"mean and standard deviation over {prompts} prompt{'s' * (prompts > 1)}", fontsize="medium")
@@ -68,7 +69,7 @@ def plot_heads(profile: AttentionProfile) -> Figure:
     Parameters
     ----------
     profile : AttentionProfile
-        See `plphp.profile`.
+        What `plphp.profile` measured.
 
     Returns
     -------
@@ -89,15 +90,15 @@ def plot_heads(profile: AttentionProfile) -> Figure:
         drawn = axes.imshow(mean, cmap=COLOURS, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
         axes.set(title=rows_name(rows), xlabel="query head")
         axes.locator_params(axis="x", integer=True)
-    step = -(-len(profile.layers) // 16)
-    places = range(0, len(profile.layers), step)
-    grid[0, 0].set(ylabel="layer", yticks=places, yticklabels=[str(profile.layers[place]) for place in places])
+    step = -(-len(profile.layers) // 16)  # 16 ticks at most
+    ticks = range(0, len(profile.layers), step)
+    grid[0, 0].set(ylabel="layer", yticks=ticks, yticklabels=[str(profile.layers[tick]) for tick in ticks])
     figure.colorbar(drawn, ax=grid).set_label("attention to vision tokens")
     return figure
 
 
 def rows_name(rows: int | str) -> str:
-    """Name a choice of query rows.
+    """Name a choice of query rows in a legend.
 
     Examples
     --------

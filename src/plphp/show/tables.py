@@ -22,7 +22,7 @@ MAX_HEADS = 8
 
 
 def select_prompt(report: PruneReport, prompt: int = 0, row: int = 0) -> PromptReport:
-    """Return one prompt of a report, after a check that it has the row.
+    """Return a prompt of a report, after a check that the report has the row.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def select_prompt(report: PruneReport, prompt: int = 0, row: int = 0) -> PromptR
 
 
 def layer_rows(report: PruneReport, prompt: int = 0, row: int = 0) -> list[tuple[int, RowReport]]:
-    """Return layer numbers with what each layer kept of one row of one prompt.
+    """Return layer numbers with what each layer kept of a row of a prompt.
 
     Raises
     ------
@@ -50,17 +50,17 @@ def layer_rows(report: PruneReport, prompt: int = 0, row: int = 0) -> list[tuple
 
 
 def layer_tables(report: PruneReport, row: int = 0) -> list[Table]:
-    """A `layer_table` for each pruned prompt; none where no prompt had vision tokens."""
+    """Make a `layer_table` for each pruned prompt; an empty list where no prompt had vision tokens."""
     return [layer_table(report, prompt, row) for prompt in range(len(report.prompts))]
 
 
 def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
-    """Per-layer table: vision attention score, class, retention rate, tokens kept per KV head.
+    """Table of the layers: vision attention score, class, retention rate, tokens kept per KV head.
 
     Parameters
     ----------
     report : PruneReport
-        Of a run.
+        Report of a run.
     prompt, row : int
         Which prompt (turn) and which row of the batch.
 
@@ -73,14 +73,14 @@ def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
     table = Table(title=_layer_title(report, prompt, row, rows[0][1].vision_tokens if rows else 0))
     for heading in ("layer", "vision attention", "class", "rate", "kept per KV head"):
         table.add_column(heading, justify="left" if heading == "class" else "right", overflow="fold")
-    for number, one in rows:
-        score, rate = f"{one.vision_score:.3f}", f"{one.rate:.2f}"
-        table.add_row(str(number), score, one.layer_class, rate, _counts(one.kept))
+    for number, layer in rows:
+        score, rate = f"{layer.vision_score:.3f}", f"{layer.rate:.2f}"
+        table.add_row(str(number), score, layer.layer_class, rate, _counts(layer.kept))
     return table
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Both answers side by side, with KV bytes and decode time per token."""
+    """Table of both answers side by side, with KV bytes and decode time per token."""
     runs = (comparison.unpruned, comparison.pruned)
     speedup = comparison.speedup
     table = Table(show_lines=True)
@@ -131,7 +131,7 @@ def report_values(report: PruneReport) -> dict[str, Any]:
 
 
 def summary(report: PruneReport) -> str:
-    """One line on a report: KV bytes of the tokens seen so far, retention, time spent on pruning."""
+    """Line on a report: KV bytes of the tokens seen so far, retention, time spent on pruning."""
     reserved = f" and {human_bytes(report.reserved_bytes)} of reserved room" if report.reserved_bytes else ""
     kept = f"{report.retention:.0%} of the vision entries kept" if report.prompts else "no vision tokens"
     return (
@@ -142,7 +142,7 @@ def summary(report: PruneReport) -> str:
 
 
 def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
-    """Both estimates side by side, with the ratio."""
+    """Table of both estimates side by side, with their ratios."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for heading in ("everything kept", f"retention {pruned.retention:g}", "ratio"):
@@ -164,7 +164,7 @@ def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
         before, after = getattr(unpruned, name), getattr(pruned, name)
         table.add_row(text, shown(before), shown(after), f"{after / before:.2f}" if before else "")
     if unpruned.fits is not None:
-        table.add_row("the batch fits", *("yes" if one.fits else "no" for one in (unpruned, pruned)), "")
+        table.add_row("the batch fits", *("yes" if each.fits else "no" for each in (unpruned, pruned)), "")
     return table
 
 
@@ -206,6 +206,7 @@ def _layer_title(report: PruneReport, prompt: int, row: int, tokens: int) -> str
 
 
 def _counts(kept: list[int]) -> str:
+    """Tokens kept per KV head in a few words, as in "8 x 64" where all heads keep the same number."""
     if len(set(kept)) == 1 and len(kept) > 1:
         return f"{len(kept)} x {kept[0]}"
     if len(kept) <= MAX_HEADS:
@@ -218,4 +219,5 @@ def _milliseconds(run: Run) -> str:
 
 
 def _marked(values: list[str], mark: str) -> list[str]:
+    """The values of both runs, with a mark on the pruned run's."""
     return [values[0], values[1] + mark]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and bandwidth of accelerators, by name or as given."""
+"""Memory and bandwidth of accelerators, by name or from figures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from plphp.errors import ConfigError, did_you_mean
 
 _DATA_SHEETS = {
+    # name: memory in GB, bandwidth in GB/s
     "A10": (24, 600),
     "A100": (80, 2039),
     "A100-40GB": (40, 1555),
@@ -28,7 +29,7 @@ _DATA_SHEETS = {
     "V100": (32, 900),
 }
 _UNITS = {"GB": 1e9, "GIB": 2.0**30, "TB": 1e12, "MB": 1e6}
-_GIVEN = re.compile(r"([\d.]+) *(GB|GiB|TB|MB) *, *([\d.]+) *(GB|GiB|TB|MB) */ *s", re.IGNORECASE)
+_FIGURES = re.compile(r"([\d.]+) *(GB|GiB|TB|MB) *, *([\d.]+) *(GB|GiB|TB|MB) */ *s", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Accelerator:
     Parameters
     ----------
     name : str
-        As it was named.
+        Name, or the text with its figures.
     memory : float
-        Bytes.
+        Size of the memory in bytes.
     bandwidth : float
-        Bytes per second that memory can be read at; of a name, the peak in its data sheet, which no program reaches.
+        Bytes per second at which memory can be read; by name, the peak of the data sheet, which no program reaches.
     """
 
     name: str
@@ -62,12 +63,12 @@ def accelerator(text: str) -> Accelerator:
     Parameters
     ----------
     text : str
-        A key of `ACCELERATORS`, in any case, or such as ``"24GB,1008GB/s"``.
+        A key of `ACCELERATORS`, in any case, or figures such as ``"24GB,1008GB/s"``.
 
     Raises
     ------
     ConfigError
-        If it is neither.
+        If the text is neither.
 
     Examples
     --------
@@ -79,13 +80,13 @@ def accelerator(text: str) -> Accelerator:
     by_key = {_key(name): known for name, known in ACCELERATORS.items()}
     if _key(text) in by_key:
         return by_key[_key(text)]
-    given = _GIVEN.fullmatch(text.strip())
-    if given is None:
+    figures = _FIGURES.fullmatch(text.strip())
+    if figures is None:
         raise ConfigError(
             f"Unknown GPU {text!r}.{did_you_mean(text, ACCELERATORS)} Give one of {', '.join(ACCELERATORS)}, or memory "
             "and bandwidth, such as '24GB,1008GB/s'."
         )
-    memory, bandwidth = (_bytes(given[place], given[place + 1], text) for place in (1, 3))
+    memory, bandwidth = (_bytes(figures[group], figures[group + 1], text) for group in (1, 3))
     return Accelerator(text.strip(), memory, bandwidth)
 
 

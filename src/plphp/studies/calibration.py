@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thresholds from a few prompts, so that a target retention holds on others without seeing all layers first."""
+"""Thresholds from a few prompts, so that a target retention holds on further prompts layer by layer.
+
+A target retention alone waits for the scores of all layers; thresholds decide on each layer as soon as it is read.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,15 @@ import torch
 from transformers import PreTrainedModel
 
 from plphp.engines.hf.cache import PrunedCache
-from plphp.engines.hf.cache_argument import passed
 from plphp.errors import ConfigError
 from plphp.methods.registry import resolve
 from plphp.pruning.report import PruneReport, RowReport
 from plphp.settings.config import PLPHPConfig
 
+from .reading import read_prompt
+
 Rows = list[tuple[int, RowReport]]
-"""Layer numbers with what each layer did to one row."""
+"""Layer numbers with what each layer did to a row."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,14 @@ class RetentionMeasurement:
     Parameters
     ----------
     config : PLPHPConfig
-        The settings.
+        Settings that the prompts were pruned with.
     retentions : tuple of float
         Per prompt, vision entries kept as a fraction of all, over heads and all layers but the exempt ones: what
         ``target_retention`` is about.
     retentions_all_layers : tuple of float
-        The same with the exempt layers, which keep everything.
+        Per prompt, the fraction with the exempt layers, which keep everything.
     vision_tokens : tuple of int
-        Per prompt.
+        Per prompt, its vision tokens.
     classes : dict
         Per layer, how many prompts put it in each class.
     """
@@ -56,7 +60,7 @@ class RetentionMeasurement:
 
     @property
     def std(self) -> float:
-        """Standard deviation of ``retentions`` over the prompts (of the sample); 0 for one prompt."""
+        """Standard deviation of ``retentions`` over the prompts (of the sample); 0 for a single prompt."""
         return statistics.stdev(self.retentions) if len(self.retentions) > 1 else 0.0
 
     def summary(self) -> dict[str, float]:
@@ -95,17 +99,18 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     model : PreTrainedModel
         A supported vision-language model.
     prompts : iterable of mapping
-        Inputs of ``generate``, each with at least one image; each is read once, unpruned.
+        Inputs of ``generate``, each with an image or more; each is read once, unpruned.
     config : PLPHPConfig
         ``target_retention`` is the mean retention rate to reach; ``class_quantile`` of the scores over all layers
-        and prompts will be attentive, and as many indifferent. Other settings are taken over.
+        and prompts will be attentive, and as many indifferent. All further settings are taken over.
 
     Returns
     -------
     PLPHPConfig
         With ``retention_rate`` in the place of ``target_retention``, and its delta and both thresholds set: layers
-        are compacted one by one during prefill again. The mean retention of one prompt may be off the target; over
-        the prompts given it is met but for ties. `measure_retention` tells what it is on others.
+        are compacted during prefill again, each as soon as it is read. The mean retention of a single prompt may be
+        off the target; over the calibration prompts it is met but for ties. `measure_retention` measures it on
+        further prompts.
 
     Raises
     ------
@@ -113,7 +118,7 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
         If ``target_retention`` is not set, the method has no layer classes, or no prompt has a vision token.
     """
     target = check_calibratable(config)
-    # Rate 1 evicts nothing, and the method still looks at what it judges layers by.
+    # Rate 1 evicts nothing, and the method still scores the layers.
     observe = dataclasses.replace(
         config, retention_rate=1.0, retention_delta=None, target_retention=None, calibrated_layers=None
     )
@@ -127,11 +132,11 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
         del cache  # the model is as it was when no cache is left
     if not scores:
         raise ConfigError("No prompt with a vision token was given: calibrate needs at least one.")
-    ranked = torch.tensor(sorted(scores), dtype=torch.float64)
-    share = min(len(ranked) // 2, round(config.class_quantile * len(ranked)))
+    ordered = torch.tensor(sorted(scores), dtype=torch.float64)
+    share = min(len(ordered) // 2, round(config.class_quantile * len(ordered)))
     # Thresholds halfway between neighbours, so that float error does not move a layer to another class.
-    low = (ranked[max(share - 1, 0)] + ranked[share]) / 2 if share else ranked[0]
-    high = (ranked[-share - 1] + ranked[-share]) / 2 if share else ranked[-1] + 1e-6
+    low = (ordered[max(share - 1, 0)] + ordered[share]) / 2 if share else ordered[0]
+    high = (ordered[-share - 1] + ordered[-share]) / 2 if share else ordered[-1] + 1e-6
     return dataclasses.replace(
         config,
         retention_rate=target,
@@ -174,25 +179,26 @@ def measure_retention(
     prompts : iterable of mapping
         Inputs of ``generate``; each is read once. Rows without a vision token are left out.
     config : PLPHPConfig
-        Such as `calibrate` returns.
+        Settings, such as `calibrate` returns.
 
     Returns
     -------
     RetentionMeasurement
+        Retention and classes of the layers, per prompt.
 
     Raises
     ------
     ConfigError
         If no prompt has a vision token.
     """
-    judged, whole, tokens = [], [], []
+    retentions, of_all_layers, tokens = [], [], []
     classes: dict[int, Counter[str]] = {}
     for inputs in prompts:
         cache = PrunedCache.for_inputs(model, inputs, config)
         read_prompt(model, inputs, cache)
         for rows in _rows(cache.report()):
-            judged.append(_kept([row for _, row in rows if row.layer_class != "exempt"]))
-            whole.append(_kept([row for _, row in rows]))
+            retentions.append(_kept([row for _, row in rows if row.layer_class != "exempt"]))
+            of_all_layers.append(_kept([row for _, row in rows]))
             tokens.append(rows[0][1].vision_tokens)
             for layer, row in rows:
                 classes.setdefault(layer, Counter())[row.layer_class] += 1
@@ -200,17 +206,11 @@ def measure_retention(
     if not tokens:
         raise ConfigError("No prompt with a vision token was given: there is no retention to measure.")
     counts = {layer: dict(counter) for layer, counter in sorted(classes.items())}
-    return RetentionMeasurement(config, tuple(judged), tuple(whole), tuple(tokens), counts)
-
-
-def read_prompt(model: PreTrainedModel, inputs: Mapping[str, Any], cache: PrunedCache) -> None:
-    """Read a prompt into a cache that was made for it, and no more."""
-    generate: Any = model.generate
-    generate(**inputs, **passed(cache), max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1)
+    return RetentionMeasurement(config, tuple(retentions), tuple(of_all_layers), tuple(tokens), counts)
 
 
 def _rows(report: PruneReport) -> list[Rows]:
-    """Per row with vision tokens, what each layer did to it."""
+    """What each layer did to a row, for each row with vision tokens."""
     return [
         rows
         for prompt in report.prompts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unpruned beside pruned: the same prompt and settings, in turns, so that both meet the same machine."""
+"""Unpruned beside pruned: the same prompt and settings, in turns, so that load on the machine hits both alike."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig
 
 OWN_ARGUMENTS = (*NAMES, "logits_processor", "streamer", "return_dict_in_generate")
+"""Arguments of ``generate`` that are not for the caller of `compare` to set."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One way to answer a prompt.
+    """Answers to a prompt, unpruned or pruned, with what they took.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ class Run:
     prefill_seconds : float
         Median time to the first token.
     seconds_per_token : float, optional
-        Median time of a decode step, prefill excluded; None where the answer is one token.
+        Median time of a decode step, prefill excluded; None where the answer is a single token.
     """
 
     texts: list[str]
@@ -55,7 +56,7 @@ class Comparison:
     Parameters
     ----------
     unpruned, pruned : Run
-        Both ways.
+        The answers without and with pruning.
     report : PruneReport
         What the pruned run kept, right after the prompt was read: both caches held the same tokens then, however
         long the answers are.
@@ -67,7 +68,7 @@ class Comparison:
 
     @property
     def same_tokens(self) -> bool:
-        """Whether both generated the same tokens."""
+        """Whether both runs generated the same tokens."""
         return self.unpruned.tokens == self.pruned.tokens
 
     @property
@@ -102,21 +103,21 @@ def compare(
     model : PreTrainedModel
         A supported model, in evaluation mode, outside any plphp session.
     processor : ProcessorMixin
-        Decodes the answers.
+        Processor of the model, which decodes the answers.
     inputs : mapping
-        For ``generate``, see `plphp.inputs.prompt.build_inputs`.
+        Inputs of ``generate``, see `plphp.inputs.prompt.build_inputs`.
     config : PLPHPConfig, optional
-        Default: ``PLPHPConfig()``.
+        Settings of the pruned run; default: ``PLPHPConfig()``.
     rounds : int
         How often each of the two runs; times are medians over the steps of all rounds.
     seed : int
-        Of the sampling, the same for both; the random state of the caller is left alone.
+        Seed of the sampling, the same for both runs; the random state of the caller is left alone.
     decode : {"eager", "auto", "graph"}
         How the pruned run decodes, see `plphp.prune`.
     progress : callable
-        Told what is going on, in a few words.
+        Called with what is going on, in a few words.
     **generation
-        More arguments of ``generate``, the same for both.
+        Further arguments of ``generate``, the same for both runs.
 
     Returns
     -------
@@ -140,13 +141,16 @@ def compare(
         progress(f"round {number} of {rounds}, pruned")
         cache = PrunedCache.for_inputs(model, inputs, config, decode=decode)
         pruned.run(model, inputs, cache, seed, generation)
-        del cache, plain  # the next round starts from a model without plphp, and memory holds one cache only
+        del cache, plain  # the next round starts from a model without plphp, and memory holds a single cache
     assert pruned.report is not None
     return Comparison(unpruned.result(processor), pruned.result(processor), pruned.report)
 
 
 class _Meter(LogitsProcessor):
-    """Sees every step of ``generate``: notes the time, and after the prompt what the cache holds."""
+    """Sees every step of ``generate``: notes the time, and after the prompt what the cache holds.
+
+    A logits processor, as ``generate`` calls it right after each pass of the model and with any kind of cache.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -184,7 +188,7 @@ class _Meter(LogitsProcessor):
         if self._in_prompt:
             self._in_prompt = False
             self._look_at_cache()
-            now = self._now()
+            now = self._now()  # the look at the cache belongs to no step
         self._last = now
         return scores
 
@@ -206,7 +210,7 @@ class _Meter(LogitsProcessor):
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.device)  # what was launched so far belongs to the step
         return time.perf_counter()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What plphp finds on this machine: versions, devices, what it supports here, what it does not and why."""
+"""What works on this machine: versions, devices, what plphp supports here, what it does not and why."""
 
 from __future__ import annotations
 
@@ -29,33 +29,35 @@ from plphp.kernels import TRIALS, choice
 from plphp.settings.config import PLPHPConfig
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
+"""Packages whose versions are shown."""
 EXTRAS = {
     "matplotlib": "plots (pip install 'plphp[plots]')",
     "accelerate": "models that are spread over several devices",
     "torchvision": "video inputs, and the processors of some families",
     "av": "video files (pip install av)",
 }
+"""Packages that plphp does without, with what needs them."""
 BUNDLED_NAME = "the bundled model"
 HEAD_DIM = 128
 """Head dimension with which the kernels are tried."""
 _REASONS = {
-    "flex_attention": "compiles one mask for all layers, and pruned layers differ in length",
-    "paged": "shares one block table between all layers and heads",
+    "flex_attention": "compiles a single mask for all layers, and pruned layers differ in length",
+    "paged": "shares a block table between all layers and heads",
 }
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """Whether something can be used here.
 
     Parameters
     ----------
     name : str
-        What.
+        Name of a package, device, kernel, model type or model.
     ok : bool
         Whether it can be used.
     detail : str
-        Version, size, or the reason why not.
+        Version, size, or the reason why it cannot be used.
     """
 
     name: str
@@ -65,16 +67,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found.
+    """What works on a machine; made by `diagnose`.
 
     Parameters
     ----------
     versions, devices, attention, kernels, extras : list of Check
-        Of this machine. ``kernels`` are the ones of our own, with the reason where the reference takes their place.
+        What this machine has. ``kernels`` are those of plphp, with the reason where the reference takes their place.
     families, unsupported : list of Check
         Model types that plphp prunes, and those it refuses, with the reason.
     model : Check
-        The bundled model, or the one that was asked about.
+        The model that was asked about; by default the bundled model.
     """
 
     versions: list[Check]
@@ -93,19 +95,19 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """One line: whether plphp works here, where, and with how many of its kernels; or why not."""
+        """Line that says whether plphp works here, on what, and with how many of its kernels; or why not."""
         if not self.usable:
             return f"plphp cannot be used with {self.model.name}: {self.model.detail}"
-        places = ", ".join(check.name for check in self.devices if check.ok)
-        used = sum(check.ok for check in self.kernels)
+        devices = ", ".join(check.name for check in self.devices if check.ok)
+        kernels = f"{sum(check.ok for check in self.kernels)} of its {len(self.kernels)} kernels"
         return (
-            f"plphp works here with {self.model.name}, on {places}; {used} of its {len(self.kernels)} kernels are used "
-            "and torch stands in for the rest."
+            f"plphp works here with {self.model.name}, on {devices}; {kernels} are used and torch stands in for the "
+            "rest."
         )
 
 
 def diagnose(model: str | Path | None = None) -> Diagnosis:
-    """Look at this machine, and at one model.
+    """Look at this machine, and at a model.
 
     Parameters
     ----------
@@ -115,6 +117,7 @@ def diagnose(model: str | Path | None = None) -> Diagnosis:
     Returns
     -------
     Diagnosis
+        What works here, and what does not and why.
     """
     return Diagnosis(
         versions=[
@@ -214,7 +217,7 @@ def _kernels() -> list[Check]:
     cpu, gpus = torch.device("cpu"), [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     checks = []
     for ((operation, language), trial), dtype in itertools.product(TRIALS.items(), choice.TOLERANCE):
-        for device in [cpu] if language == "C++" else gpus or [cpu]:
+        for device in [cpu] if language == "C++" else gpus or [cpu]:  # without a GPU, Triton's answer is why not
             name = f"{operation}, {language}, {device}, {str(dtype).removeprefix('torch.')}"
             try:
                 states = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device)

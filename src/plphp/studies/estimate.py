@@ -26,11 +26,11 @@ class Workload:
     Parameters
     ----------
     vision_tokens, text_tokens : int
-        Of each prompt.
+        Tokens of each prompt.
     new_tokens : int
-        Of each answer.
+        Tokens of each answer.
     batch : int
-        Sequences.
+        Number of sequences.
     """
 
     vision_tokens: int
@@ -46,34 +46,34 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one sequence at the end of its answer."""
+        """Tokens of a sequence at the end of its answer."""
         return self.vision_tokens + self.text_tokens + self.new_tokens
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What decoding at one retention takes at the last token of the answers, where it takes most.
+    """What decoding at a retention takes at the last token of the answers, where it takes most.
 
     Parameters
     ----------
     retention : float
         Fraction of the vision tokens that every layer and KV head keeps.
     sequence_kv_bytes, kv_bytes : int
-        KV cache of one sequence, and of the batch.
+        Bytes of the KV cache of a sequence, and of the batch.
     memory_bytes : int
-        Weights and the KV cache of the batch.
+        Bytes of the weights and of the KV cache of the batch.
     step_bytes : int
-        What a decoding step reads.
+        Bytes that a decoding step reads.
     fits : bool, optional
         Whether the batch fits into the memory, less the reserve. None, as all that follows, without an accelerator.
     largest_batch : int, optional
         Sequences that fit.
     step_seconds : float, optional
-        Least time of a step of the batch.
+        Least time of a decoding step of the batch.
     tokens_per_second : float, optional
-        Most tokens per second, of the batch.
+        Most tokens per second that the batch can generate.
     most_tokens_per_second : float, optional
-        The same of the largest batch; 0 where none fits.
+        Most tokens per second that the largest batch can generate; 0 where not even a single sequence fits.
     """
 
     retention: float
@@ -97,19 +97,19 @@ def estimate(
 ) -> Estimate:
     """Work out what decoding takes.
 
-    Prompts are taken to be read one after the other: one that is being read holds one layer's full keys and values
-    beside what is kept, and its activations; both have to fit into the reserve.
+    Prompts are taken to be read in turn: a prompt that is being read holds the full keys and values of a layer beside
+    what is kept, and its activations; both have to fit into the reserve.
 
     Parameters
     ----------
     cost : ModelCost
-        See `plphp.studies.model_cost.model_cost`.
+        What the model takes, see `plphp.studies.model_cost.model_cost`.
     workload : Workload
-        What is decoded.
+        The sequences that are decoded.
     retention : float
         Fraction of the vision tokens to keep, in [0, 1]. 1 is what transformers holds without plphp.
     accelerator : Accelerator, optional
-        See `plphp.studies.accelerators.accelerator`.
+        Where they are decoded, see `plphp.studies.accelerators.accelerator`.
     reserve : float
         Part of the memory, in [0, 1), that neither weights nor keys and values take.
 
@@ -127,7 +127,7 @@ def estimate(
             raise ConfigError(f"{name} must be between 0 and {top:g}, got {value!r}.")
     each = cost.kv_bytes(workload.tokens, workload.vision_tokens, retention)
     batch = workload.batch
-    found = Estimate(
+    bytes_alone = Estimate(
         retention=retention,
         sequence_kv_bytes=each,
         kv_bytes=batch * each,
@@ -135,13 +135,13 @@ def estimate(
         step_bytes=cost.step_weight_bytes + batch * each,
     )
     if accelerator is None:
-        return found
+        return bytes_alone
     room = (1 - reserve) * accelerator.memory - cost.weight_bytes
     largest = max(0, math.floor(room / each))
-    seconds = found.step_bytes / accelerator.bandwidth
+    seconds = bytes_alone.step_bytes / accelerator.bandwidth
     at_largest = (cost.step_weight_bytes + largest * each) / accelerator.bandwidth
     return replace(
-        found,
+        bytes_alone,
         fits=batch <= largest,
         largest_batch=largest,
         step_seconds=seconds,

@@ -19,18 +19,18 @@ from plphp.policy.allocation import kept_count
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer's cache takes for one sequence.
+    """What a layer's cache takes for a sequence.
 
     Parameters
     ----------
     entry_bytes : int
-        Keys and values of one token, over all KV heads.
+        Bytes of the keys and values of a token, over all KV heads.
     window : int, optional
-        Most tokens that are held; None where all are.
+        Most tokens that the layer holds; None where it holds all.
     state_bytes : int
-        What does not grow with the tokens (linear attention).
+        Bytes of a state that does not grow with the tokens (linear attention).
     prunable : bool
-        Whether vision tokens are evicted from it.
+        Whether vision tokens are evicted from the layer.
     """
 
     entry_bytes: int
@@ -46,14 +46,14 @@ class ModelCost:
     Parameters
     ----------
     weight_bytes : int
-        All weights, the vision tower included.
+        Bytes of all weights, the vision tower included.
     step_weight_bytes : int
-        Weights that a decoding step reads: the text model and the output embeddings. Of a mixture of experts all of
-        them, as a batch of many tokens reads them.
+        Bytes of the weights that a decoding step reads: the text model and the output embeddings. All experts of a
+        mixture count, as a batch of many tokens reads them all.
     experts : bool
-        Whether it is a mixture of experts, where a small batch reads less.
+        Whether the model is a mixture of experts, where a small batch reads less.
     layers : tuple of LayerCost
-        The text model's.
+        The layers of the text model.
     """
 
     weight_bytes: int
@@ -62,14 +62,14 @@ class ModelCost:
     layers: tuple[LayerCost, ...]
 
     def kv_bytes(self, tokens: int, vision_tokens: int = 0, retention: float = 1.0) -> int:
-        """Bytes of the KV cache of one sequence, without room that a cache reserves for more tokens.
+        """Bytes of the KV cache of a sequence, without room that a cache reserves for more tokens.
 
         Parameters
         ----------
         tokens : int
             Length of the sequence, evicted tokens included.
         vision_tokens : int
-            How many of them are vision tokens.
+            Vision tokens among them.
         retention : float
             Fraction of the vision tokens that every layer and KV head keeps.
         """
@@ -82,12 +82,13 @@ class ModelCost:
 
 
 def model_cost(model: PreTrainedModel) -> ModelCost:
-    """Work out what a model takes; a pass over one token tells the shapes.
+    """Work out what a model takes, from the shapes in a pass over a single token.
 
     Parameters
     ----------
     model : PreTrainedModel
-        As `plphp.inputs.loading.empty_model` makes it, and of no other use afterwards.
+        A model as `plphp.inputs.loading.empty_model` makes it, which must not be used afterwards: the way it computes
+        its experts is changed.
 
     Raises
     ------
@@ -102,7 +103,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    # The others look at values, or at dtypes, that the meta device has not got.
+    # Every other implementation looks at values, or at dtypes, that the meta device does not have.
     model.set_experts_implementation("batched_mm")
     try:
         with torch.no_grad():
@@ -132,7 +133,11 @@ def _layer_cost(layer: Any) -> LayerCost:
 
 
 def _step_weights(model: PreTrainedModel) -> int:
-    """The text model reads one row of its input embeddings, unless they are the output embeddings, too."""
+    """Bytes of the weights that a decoding step reads.
+
+    Of the input embeddings that is a row for each sequence, which does not count, unless they are the output
+    embeddings, too.
+    """
     text = {id(weight): weight for weight in model.get_decoder().parameters()}
     for weight in model.get_input_embeddings().parameters():
         text.pop(id(weight), None)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,29 @@ from typing import Any
 import numpy as np
 
 from plphp.errors import ConfigError
-from plphp.io.json_files import Kind, read_values
+from plphp.io.json_files import Kind, from_json, to_json
 
 KIND = Kind("profile", "`plphp profile`", 1)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""Quantiles over the prompts that a summary holds."""
 MIN_PROMPTS = 8
 """Prompts below which nothing is said about re-attention: the layers are picked on the same prompts."""
 MIN_SHARE_OF_RANGE = 0.25
+"""Share of the range of the mean scores that the fall and the rise of re-attention have at least."""
 MIN_SHARE_OF_PROMPTS = 0.9
+"""Share of the prompts that show both, at least."""
 
 
 @dataclass(frozen=True)
 class ProfiledPrompt:
-    """One prompt.
+    """Scores of a prompt.
 
     Parameters
     ----------
     tokens, vision_tokens : int
         Tokens of the prompt without padding, and how many of them are vision tokens.
     scores : tuple
-        ``[query_rows][layer][head]``: attention of that query head to all vision tokens, in [0, 1].
+        Attention of each query head to all vision tokens, in [0, 1], ``[query_rows][layer][head]``.
     """
 
     tokens: int
@@ -50,15 +52,15 @@ class ReAttention:
     Parameters
     ----------
     query_rows : int or "text"
-        Whose attention it is.
+        Query rows whose attention it is.
     layer : int
         Layer of the minimum.
     depth : float
-        Its place among the layers, 0 (first) to 1 (last).
+        Depth of that layer, from 0 (first layer) to 1 (last layer).
     score : float
-        Mean vision attention score there.
+        Mean vision attention score in that layer.
     before, after : int
-        Layers of the maxima before and after it; the minimum's own where there is none.
+        Layers of the maxima before and after the minimum; its own layer where there is none.
     fall, rise : float
         Differences of the mean scores to these maxima.
     fall_spread, rise_spread : float
@@ -66,7 +68,7 @@ class ReAttention:
     range : float
         Largest minus smallest mean score of any layer.
     prompts, prompts_with_both : int
-        How many there are, and how many fall and rise between these layers.
+        All prompts, and those whose scores fall and rise between these layers.
     appears : bool, optional
         None with less than 8 prompts.
     """
@@ -94,7 +96,7 @@ class ReAttention:
             None: f"too few prompts to say whether re-attention appears ({MIN_PROMPTS} are needed)",
         }[self.appears]
         if self.fall == self.rise == 0:
-            return f"query rows {rows}: no layer lies below one before it and one after it: {verdict}"
+            return f"query rows {rows}: no layer lies below a layer before it and a layer after it: {verdict}"
         relative = f"{self.rise / self.rise_spread:.1f} times its spread" if self.rise_spread else "no spread"
         return (
             f"query rows {rows}: falls by {self.fall:.3f} from layer {self.before} to a minimum of {self.score:.3f} "
@@ -115,7 +117,7 @@ class AttentionProfile:
     layers : tuple of int
         Numbers of the decoder layers that can be pruned.
     prompts : tuple of ProfiledPrompt
-        At least one.
+        Scores of each prompt; there is a prompt or more.
     provenance : dict
         Model, versions, hardware and date.
     """
@@ -126,7 +128,7 @@ class AttentionProfile:
     provenance: dict[str, Any]
 
     def head_scores(self, query_rows: int | str) -> np.ndarray:
-        """Scores of one choice, float64 [prompt, layer, q_heads]; NaN where a layer has less heads than others.
+        """Scores of a choice of query rows, float64 [prompt, layer, q_heads]; NaN beyond the heads that a layer has.
 
         Raises
         ------
@@ -137,27 +139,28 @@ class AttentionProfile:
             raise ConfigError(f"The profile has the query rows {self.query_rows}, not {query_rows!r}.")
         choice = self.query_rows.index(query_rows)
         heads = max(len(layer) for layer in self.prompts[0].scores[choice])
-        found = np.full((len(self.prompts), len(self.layers), heads), np.nan)
+        scores = np.full((len(self.prompts), len(self.layers), heads), np.nan)
         for number, prompt in enumerate(self.prompts):
-            for place, layer in enumerate(prompt.scores[choice]):
-                found[number, place, : len(layer)] = layer
-        return found
+            for index, layer in enumerate(prompt.scores[choice]):
+                scores[number, index, : len(layer)] = layer
+        return scores
 
     def layer_scores(self, query_rows: int | str) -> np.ndarray:
-        """The vision attention score gamma of one choice, float64 [prompt, layer]: the mean over the heads."""
-        found: np.ndarray = np.nanmean(self.head_scores(query_rows), axis=2)
-        return found
+        """The vision attention score gamma of a choice, float64 [prompt, layer]: the mean over the heads."""
+        gamma: np.ndarray = np.nanmean(self.head_scores(query_rows), axis=2)
+        return gamma
 
     def re_attention(self, query_rows: int | str) -> ReAttention:
         """Find the deepest valley over the layers, see `ReAttention`."""
         scores = self.layer_scores(query_rows)
         mean, last = scores.mean(0), len(self.layers) - 1
+        # For each layer, the layers with the highest mean up to it and from it on; `at` is the bottom of the valley.
         before = [int(mean[: at + 1].argmax()) for at in range(last + 1)]
         after = [at + int(mean[at:].argmax()) for at in range(last + 1)]
         at = max(range(last + 1), key=lambda at: min(mean[before[at]], mean[after[at]]) - mean[at])
         falls, rises = scores[:, before[at]] - scores[:, at], scores[:, after[at]] - scores[:, at]
         both, extent = int(((falls > 0) & (rises > 0)).sum()), float(mean.max() - mean.min())
-        measured = [(float(one.mean()), float(one.std(ddof=1)) if len(one) > 1 else 0.0) for one in (falls, rises)]
+        measured = [(float(d.mean()), float(d.std(ddof=1)) if len(d) > 1 else 0.0) for d in (falls, rises)]
         large = all(size > 0 and size >= max(MIN_SHARE_OF_RANGE * extent, spread) for size, spread in measured)
         (fall, fall_spread), (rise, rise_spread) = measured
         return ReAttention(
@@ -192,16 +195,9 @@ class AttentionProfile:
         }
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = None) -> str:
-        """Return everything as JSON, with a summary for each choice, and write it to ``path`` if one is given."""
-        values = {
-            "format": KIND.version,
-            **dataclasses.asdict(self),
-            "summary": {str(rows): self.summary(rows) for rows in self.query_rows},
-        }
-        text = json.dumps(values, indent=indent)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        """Return everything as JSON, with a summary for each choice, and write it to the file ``path``, if not None."""
+        summaries = {str(rows): self.summary(rows) for rows in self.query_rows}
+        return to_json({**dataclasses.asdict(self), "summary": summaries}, KIND, path, indent)
 
     @classmethod
     def from_json(cls, source: str | Path) -> AttentionProfile:
@@ -210,33 +206,34 @@ class AttentionProfile:
         Raises
         ------
         ConfigError
-            If it is not a profile of this version's format.
+            If the source is not a profile of this version's format.
         """
-        values = read_values(source, KIND)
-        try:
-            layers, rows = tuple(values["layers"]), tuple(values["query_rows"])
-            prompts = tuple(_read_prompt(prompt, len(rows), len(layers)) for prompt in values["prompts"])
-            if not prompts or not layers:
-                raise ValueError("it holds no prompt or no layer")
-            return cls(rows, layers, prompts, dict(values["provenance"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"Not a plphp profile: {type(error).__name__} {error}.") from error
+        return from_json(source, KIND, _read_profile)
 
 
 def _statistics(scores: np.ndarray) -> dict[str, Any]:
-    """Over the first axis, the prompts; None where there is no such head."""
+    """Statistics over the prompts, the first axis; None where a layer has no such head."""
     spread = scores.std(axis=0, ddof=1) if len(scores) > 1 else np.zeros_like(scores[0])
-    found = {"mean": scores.mean(0), "std": spread, "min": scores.min(0), "max": scores.max(0)}
+    statistics = {"mean": scores.mean(0), "std": spread, "min": scores.min(0), "max": scores.max(0)}
     quantiles = dict(zip(map(str, QUANTILES), np.quantile(scores, QUANTILES, axis=0), strict=True))
     return {
-        **{name: _listed(values) for name, values in found.items()},
+        **{name: _listed(values) for name, values in statistics.items()},
         "quantiles": {name: _listed(values) for name, values in quantiles.items()},
     }
 
 
 def _listed(values: np.ndarray) -> Any:
+    """Lists for JSON, of [layer] or [layer, head]: six digits, and None for NaN, which JSON cannot write."""
     rounded = [[None if np.isnan(v) else float(f"{v:.6g}") for v in row] for row in np.atleast_2d(values)]
     return rounded if values.ndim == 2 else rounded[0]
+
+
+def _read_profile(values: dict[str, Any]) -> AttentionProfile:
+    layers, rows = tuple(values["layers"]), tuple(values["query_rows"])
+    prompts = tuple(_read_prompt(prompt, len(rows), len(layers)) for prompt in values["prompts"])
+    if not prompts or not layers:
+        raise ValueError("it holds no prompt or no layer")
+    return AttentionProfile(rows, layers, prompts, dict(values["provenance"]))
 
 
 def _read_prompt(values: dict[str, Any], choices: int, layers: int) -> ProfiledPrompt:

@@ -16,9 +16,9 @@ from plphp.pruning.reading import PromptReading
 from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig, QueryRows
 
-from .calibration import read_prompt
 from .profile_report import AttentionProfile, ProfiledPrompt
 from .provenance import provenance
+from .reading import read_prompt
 
 
 def profile(

@@ -17,7 +17,7 @@ from plphp.inputs.sources import BUNDLED
 
 
 def provenance(model: PreTrainedModel) -> dict[str, Any]:
-    """Describe the model and the place of a measurement.
+    """Describe the model of a measurement, and where and when it is made.
 
     Returns
     -------
