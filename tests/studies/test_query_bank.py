@@ -88,7 +88,7 @@ def test_turning_is_complex_multiplication(interleaved: bool) -> None:
     frequencies = torch.tensor([1.0, 0.3, 0.01]).double()
     vectors = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).double()  # 6 of 8 are turned
     position = torch.tensor([[0.0], [7.0]])
-    turned = Rotation(frequencies, interleaved).turned(vectors, position)
+    turned = Rotation(frequencies, interleaved).rotated(vectors, position)
     moved = vectors[..., :6]
     pairs = moved.unflatten(-1, (3, 2)) if interleaved else moved.unflatten(-1, (2, 3)).mT
     numbers = torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * position[..., None] * frequencies)
@@ -195,7 +195,7 @@ def test_kept_are_what_the_bank_looks_at(family: str, options: dict[str, Any], f
         group = q_heads // len(keys)
         mass = torch.zeros(q_heads, samples, keys.shape[1], dtype=torch.float64)
         for sample, ahead in enumerate(read.ahead.tolist()):
-            turn = own.rotation.turned(torch.eye(dim), float(begin + ahead)).double().T  # columns are the axes
+            turn = own.rotation.rotated(torch.eye(dim), float(begin + ahead)).double().T  # columns are the axes
             for head in range(q_heads):
                 query = turn @ own.queries[head, sample].double()
                 mass[head, sample] = (keys[head // group] @ query * scaling).softmax(-1)

@@ -52,12 +52,3 @@ def read_entries(path: str | Path, what: str) -> Iterator[tuple[int, str, Any]]:
             except ValueError as error:
                 raise LoadError(f"{path}, line {number}: not JSON: {error}.") from error
             yield number, f"{path}, line {number}", value
-
-
-def _text(path: str | Path, what: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise LoadError(f"Cannot read the {what} {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise LoadError(f"Cannot read the {what} {path}: not UTF-8 text ({error}).") from error

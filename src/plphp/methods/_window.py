@@ -30,10 +30,10 @@ def by_window(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     import torch
     from torch.nn.functional import avg_pool1d, max_pool1d
 
-    chosen = settings(OPTIONS, config.options)
+    options = settings(OPTIONS, config.options)
     in_window = scores.need("queries").cumsum(1) > 0
     # Pooling takes what is not there, at the ends and for padding, as zero attention.
     before = per_head(scores, config).masked_fill(in_window[:, None], 0)
-    pool = avg_pool1d if chosen["pool"] == "avg" else max_pool1d
-    rank = pool(before, chosen["kernel"], stride=1, padding=chosen["kernel"] // 2)
-    return rank.masked_fill(in_window[:, None], torch.inf)
+    pool = avg_pool1d if options["pool"] == "avg" else max_pool1d
+    score = pool(before, options["kernel"], stride=1, padding=options["kernel"] // 2)
+    return score.masked_fill(in_window[:, None], torch.inf)

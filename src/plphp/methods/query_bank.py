@@ -44,12 +44,12 @@ OPTIONS = {
 
 def evidence(config: PLPHPConfig) -> Evidence:
     """What the option ``reduce`` looks at, under the queries of the bank."""
-    chosen = settings(OPTIONS, config.options)
+    options = settings(OPTIONS, config.options)
     return Evidence(
-        bank=chosen["bank"],
-        peak=chosen["reduce"] == "peak",
-        best_position=chosen["reduce"] == "best_rank",
-        value_norm=chosen["value_norm"] == 1,
+        bank=options["bank"],
+        peak=options["reduce"] == "peak",
+        best_position=options["reduce"] == "best_rank",
+        value_norm=options["value_norm"] == 1,
     )
 
 
@@ -73,11 +73,11 @@ def check(config: PLPHPConfig, layers: int) -> None:
         )
     from plphp.policy.bank import bank_at
 
-    found = bank_at(name).decoder_layers
-    if found != layers:
+    of_bank = bank_at(name).decoder_layers
+    if of_bank != layers:
         raise ConfigError(
-            f"The query bank {name} is of a model with {found} decoder layers, and this one has {layers}: collect one "
-            "with this model."
+            f"The query bank {name} is of a model with {of_bank} decoder layers, and this one has {layers}: collect "
+            "one with this model."
         )
 
 

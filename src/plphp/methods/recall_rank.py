@@ -63,16 +63,16 @@ def allocate(layers: Layers, config: PLPHPConfig) -> Allocation:
 
 def mix(config: PLPHPConfig) -> Mix:
     """By the options ``random_share`` and ``floor``."""
-    chosen = settings(OPTIONS, config.options)
-    return Mix(random=chosen["random_share"], spread=chosen["floor"])
+    options = settings(OPTIONS, config.options)
+    return Mix(random=options["random_share"], spread=options["floor"])
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
     """The shares are parts of one whole."""
-    chosen = mix(config)
-    if chosen.random + chosen.spread > 1 + 1e-9:
+    parts = mix(config)
+    if parts.random + parts.spread > 1 + 1e-9:
         raise ConfigError(
-            f"recall_rank's floor and random_share must be at most 1 together, got {chosen.spread} and {chosen.random}."
+            f"recall_rank's floor and random_share must be at most 1 together, got {parts.spread} and {parts.random}."
         )
 
 

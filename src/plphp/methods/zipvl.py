@@ -49,9 +49,9 @@ def by_mass(layers: Layers, config: PLPHPConfig) -> Allocation:
     for row in range(len(layers[0].vision_score)):
         before = torch.stack([mass_before(layer.scores, row).cpu() for layer in layers])
         if tau is None:
-            wanted = math.floor(config.base_rate * before.numel() + 0.5)
+            count = math.floor(config.base_rate * before.numel() + 0.5)
             kept = torch.zeros(before.numel(), dtype=torch.bool)
-            kept[before.flatten().sort(stable=True).indices[:wanted]] = True
+            kept[before.flatten().sort(stable=True).indices[:count]] = True
             kept = kept.view_as(before)
         else:
             kept = before < tau

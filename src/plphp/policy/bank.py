@@ -28,11 +28,11 @@ _ADVICE = "Make it with plphp collect or plphp.collect_query_bank."
 
 @dataclass(frozen=True)
 class LayerBank:
-    """Queries of one layer, turned back to position 0.
+    """Queries of a layer, rotated back to position 0.
 
     Positions count the tokens of a row from 0, ahead by ``rope_deltas`` with m-RoPE. A model that counts from another
-    number (PaliGemma: 1) has its queries turned by a constant here, and the same constant is missing when they are
-    turned on, so that it cancels.
+    number (PaliGemma: 1) has its queries rotated by a constant here, and the same constant is missing when they are
+    rotated on, so that it cancels.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class LayerBank:
         """
         self.check(q_heads, dim)
         queries = self.queries.to(position.device).expand(len(position), -1, -1, -1)
-        return self.rotation.turned(queries, position[:, None])
+        return self.rotation.rotated(queries, position[:, None])
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,10 @@ class QueryBank:
             raise ConfigError(f"{path} is not a safetensors file: {error}. {_ADVICE}") from error
         try:
             layers = {
-                int(number): LayerBank(tensors[f"{number}.queries"], Rotation(tensors[f"{number}.frequencies"], turned))
-                for number, turned in json.loads(about["interleaved"]).items()
+                int(number): LayerBank(
+                    tensors[f"{number}.queries"], Rotation(tensors[f"{number}.frequencies"], interleaved)
+                )
+                for number, interleaved in json.loads(about["interleaved"]).items()
             }
             if not all(bool(layer.queries.isfinite().all()) for layer in layers.values()):
                 raise ValueError("it holds NaN or inf")
@@ -139,7 +141,7 @@ class QueryBank:
             raise ConfigError(f"The query bank {path} is broken ({error!r}). {_ADVICE}") from error
 
     def of(self, layer: int) -> LayerBank:
-        """That of a layer.
+        """The queries of a layer.
 
         Raises
         ------

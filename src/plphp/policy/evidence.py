@@ -77,7 +77,7 @@ class LayerScores:
     queries : Tensor, optional
         bool [batch, seq]; the query rows.
     evictable : Tensor, optional
-        bool [batch, seq]; the candidates, where they are others than the vision tokens.
+        bool [batch, seq]; the candidates, where text is among them.
     peak : Tensor, optional
         float32 [batch, q_heads, seq]; largest softmax mass that any query row gives to an entry.
     best_position : Tensor, optional
@@ -127,17 +127,17 @@ class LayerScores:
 
     def finite(self) -> Tensor:
         """bool [batch]; whether all that ranks a row is a finite number, as that of padding need not be."""
-        found = self.attention.isfinite().flatten(1).all(1)
+        finite = self.attention.isfinite().flatten(1).all(1)
         if self.value_norm is not None:
-            found &= (self.value_norm.isfinite() | ~self.real[:, None]).flatten(1).all(1)
-        return found
+            finite &= (self.value_norm.isfinite() | ~self.real[:, None]).flatten(1).all(1)
+        return finite
 
     def blanked(self, rows: Sequence[int]) -> LayerScores:
-        """The same with 0 in all evidence of some rows."""
+        """The scores with 0 in all evidence of some rows."""
         evidence = {name: getattr(self, name) for name in EVIDENCE}
-        copies: dict[str, Any] = {name: one.clone() for name, one in evidence.items() if one is not None}
-        for one in copies.values():
-            one[list(rows)] = 0
+        copies: dict[str, Any] = {name: tensor.clone() for name, tensor in evidence.items() if tensor is not None}
+        for tensor in copies.values():
+            tensor[list(rows)] = 0
         return replace(self, **copies)
 
     def first(self, entries: int) -> LayerScores:

@@ -24,7 +24,7 @@ def combined(values: Tensor, kv_heads: int, config: PLPHPConfig) -> Tensor:
 
 
 def per_head(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Each KV head ranks by the attention of its own query heads (head-level pruning of arXiv:2502.14504).
+    """Each KV head scores by the attention of its own query heads (head-level pruning of arXiv:2502.14504).
 
     Returns
     -------
@@ -35,19 +35,19 @@ def per_head(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
 
 def shared_by_heads(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """One ranking for all KV heads, the mean over all query heads: the ablation without the head level."""
+    """One score for all KV heads, the mean over all query heads: the ablation without the head level."""
     return scores.attention.mean(1, keepdim=True).expand(-1, scores.kv_heads, -1)
 
 
 def by_peak(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Each KV head ranks by the most attention that any query row gives."""
+    """Each KV head scores by the most attention that any query row gives."""
     return combined(scores.need("peak"), scores.kv_heads, config)
 
 
 def by_best_position(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Each KV head ranks by the best place that any query row gives, in (0, 1].
+    """Each KV head scores by the best position that any query row gives, in (0, 1].
 
-    Entries with the same best place, one for each query row, are told apart by their mean attention.
+    Each query row has an entry of its own at every position; entries of equal position go by their mean attention.
     """
     import torch
 
@@ -57,7 +57,7 @@ def by_best_position(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
 
 def by_value_norm(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Each KV head ranks by the norm of its values."""
+    """Each KV head scores by the norm of its values."""
     return scores.need("value_norm")
 
 
@@ -67,7 +67,7 @@ def times_value_norm(score: Tensor, scores: LayerScores) -> Tensor:
 
 
 def at_random(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """A random ranking per layer and KV head.
+    """A random score per layer and KV head.
 
     It depends on the seed, the layer and the number of vision tokens of a row, not on the other rows of the
     batch or on padding.
@@ -75,32 +75,32 @@ def at_random(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     import torch
 
     shape = scores.attention.shape[0], scores.kv_heads, scores.attention.shape[2]
-    rank = torch.zeros(shape, dtype=torch.float32)
+    score = torch.zeros(shape, dtype=torch.float32)
     for row, vision in enumerate(scores.vision.cpu()):
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + scores.layer) % 2**63)
-        rank[row, :, vision] = torch.rand(scores.kv_heads, int(vision.sum()), generator=generator, dtype=torch.float32)
-    return rank.to(scores.attention.device)
+        score[row, :, vision] = torch.rand(scores.kv_heads, int(vision.sum()), generator=generator, dtype=torch.float32)
+    return score.to(scores.attention.device)
 
 
-def pooled(rank: Tensor, scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """Average a ranking [batch, kv_heads, seq] over ``score_pool`` neighbouring vision tokens of the same image.
+def pooled(score: Tensor, scores: LayerScores, config: PLPHPConfig) -> Tensor:
+    """Average a score [batch, kv_heads, seq] over ``score_pool`` neighbouring vision tokens of the same image.
 
     At the ends of an image the neighbours that exist count.
     """
     if config.score_pool == 1:
-        return rank
+        return score
     from torch.nn.functional import avg_pool1d
 
-    rank = rank.clone()
+    score = score.clone()
     for row, segment in enumerate(scores.segment):
         for image in range(int(segment.max()) + 1):
             positions = (segment == image).nonzero()[:, 0]
             if len(positions):
-                rank[row][:, positions] = avg_pool1d(
-                    rank[row][:, positions],
+                score[row][:, positions] = avg_pool1d(
+                    score[row][:, positions],
                     config.score_pool,
                     stride=1,
                     padding=config.score_pool // 2,
                     count_include_pad=False,
                 )
-    return rank
+    return score

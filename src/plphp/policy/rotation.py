@@ -25,15 +25,15 @@ class Rotation:
     frequencies: Tensor
     interleaved: bool = False
 
-    def turned(self, vectors: Tensor, position: Tensor | float) -> Tensor:
-        """Turn vectors on by a number of positions.
+    def rotated(self, vectors: Tensor, position: Tensor | float) -> Tensor:
+        """Rotate vectors on by a number of positions.
 
         Parameters
         ----------
         vectors : Tensor
             float [..., dim].
         position : Tensor or float
-            Number of positions, broadcast over the axes before the last; negative turns back.
+            Number of positions, broadcast over the axes before the last; negative rotates back.
 
         Returns
         -------

@@ -24,14 +24,14 @@ from .rankers import at_random
 
 @dataclass(frozen=True)
 class Mix:
-    """Which part of each head's places goes by something else than rank.
+    """Which part of what a head keeps goes by something else than score.
 
     Parameters
     ----------
     random : float
-        Fraction of the places that is drawn at random from what the ranking leaves.
+        Fraction of it that is drawn at random from what the scores leave.
     spread : float
-        Fraction of the places that is spread evenly, in prompt order, over what is left then.
+        Fraction of it that is spread evenly, in prompt order, over what is left then.
     """
 
     random: float = 0.0
@@ -42,16 +42,16 @@ RANKED = Mix()
 
 
 def keep_mask(
-    rank: Tensor, scores: LayerScores, rates: Sequence[float], config: PLPHPConfig, mix: Mix = RANKED
+    score: Tensor, scores: LayerScores, rates: Sequence[float], config: PLPHPConfig, mix: Mix = RANKED
 ) -> Tensor:
-    """Decide what each KV head keeps: all that is no candidate, no padding, and its best-ranked candidates.
+    """Decide what each KV head keeps: all that is no candidate, no padding, and its best-scored candidates.
 
     As many entries are evicted as at the same rate with the vision tokens as candidates, whatever they are. Of two
-    candidates with the same rank the earlier one is kept.
+    candidates with equal scores the earlier is kept.
 
     Parameters
     ----------
-    rank : Tensor
+    score : Tensor
         float [batch, kv_heads, seq], higher is better.
     scores : LayerScores
         Gives the images, the candidates and the padding.
@@ -60,23 +60,29 @@ def keep_mask(
     config : PLPHPConfig
         ``image_quota`` and ``min_kept``; ``seed`` for a mix with a random part.
     mix : Mix
-        Part of the places that does not go by rank.
+        Part of what is kept that does not go by score.
 
     Returns
     -------
     Tensor
         bool [batch, kv_heads, seq].
     """
-    return keep_masks(rank, scores, [rates], config, mix)[0]
+    return keep_masks(score, scores, [rates], config, mix)[0]
 
 
 def keep_masks(
-    rank: Tensor, scores: LayerScores, rates: Sequence[Sequence[float]], config: PLPHPConfig, mix: Mix = RANKED
+    score: Tensor, scores: LayerScores, rates: Sequence[Sequence[float]], config: PLPHPConfig, mix: Mix = RANKED
 ) -> Tensor:
-    """The same for several lists of rates, which share the work of sorting: bool [lists, batch, kv_heads, seq]."""
+    """Decide for several lists of rates, which share the work of sorting, see `keep_mask`.
+
+    Returns
+    -------
+    Tensor
+        bool [lists, batch, kv_heads, seq].
+    """
     candidates = scores.candidates
-    keep = (scores.real & ~candidates)[:, None].repeat(len(rates), 1, rank.shape[1], 1)
-    drawn = at_random(scores, config) if mix.random else rank
+    keep = (scores.real & ~candidates)[:, None].repeat(len(rates), 1, score.shape[1], 1)
+    drawn = at_random(scores, config) if mix.random else score
     for row, segment in enumerate(scores.segment):
         if config.image_quota == "per_image":
             groups = [(segment == image).nonzero()[:, 0] for image in range(int(segment.max()) + 1)]
@@ -84,32 +90,31 @@ def keep_masks(
         else:
             groups, tokens = [candidates[row].nonzero()[:, 0]], [int((segment >= 0).sum())]
         for positions, vision in zip(groups, tokens, strict=True):
-            kept = [kept_count(one[row], vision, config.min_kept) for one in rates]
+            kept = [kept_count(row_rates[row], vision, config.min_kept) for row_rates in rates]
             counts = [max(0, len(positions) - vision + count) for count in kept]
-            chosen = _choose(rank[row][:, positions], drawn[row][:, positions], counts, mix)
-            keep[:, row][:, :, positions] = chosen
+            keep[:, row][:, :, positions] = _choose(score[row][:, positions], drawn[row][:, positions], counts, mix)
     return keep
 
 
-def _choose(rank: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Tensor:
-    """Choose each of some numbers of the entries of each head, bool [counts, kv_heads, entries]: first by rank, then
+def _choose(score: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Tensor:
+    """Choose each of some numbers of the entries of each head, bool [counts, kv_heads, entries]: first by score, then
     at random, then evenly spread."""
     import torch
 
     from plphp.kernels.ordering import positions_in_order
 
     def column(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=rank.device)[:, None, None]
+        return torch.tensor(values, device=score.device)[:, None, None]
 
     at_random, spread = ([math.floor(part * count + 0.5) for count in counts] for part in (mix.random, mix.spread))
     ranked = [max(0, count - a - b) for count, a, b in zip(counts, at_random, spread, strict=True)]
     at_random = [min(a, count - best) for count, a, best in zip(counts, at_random, ranked, strict=True)]
-    keep = positions_in_order(rank) < column(ranked)
+    keep = positions_in_order(score) < column(ranked)
     if any(at_random):
         keep |= positions_in_order(torch.where(keep, -torch.inf, drawn)) < column(at_random)
     done = [a + b for a, b in zip(ranked, at_random, strict=True)]
     if done != list(counts):
-        left, wanted = column([max(1, rank.shape[1] - n) for n in done]), column(counts) - column(done)
-        place = (~keep).cumsum(-1)  # 1 to left, over the entries that are left
-        keep |= ~keep & (place * wanted // left > (place - 1) * wanted // left)
+        left, missing = column([max(1, score.shape[1] - n) for n in done]), column(counts) - column(done)
+        index = (~keep).cumsum(-1)  # 1 to left, over the entries that are left
+        keep |= ~keep & (index * missing // left > (index - 1) * missing // left)
     return keep

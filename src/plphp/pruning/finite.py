@@ -23,22 +23,23 @@ SUSPECTS = "look for NaN in the model's weights, or for numbers that are too lar
 
 def features_of(inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
     """Image features and embeddings among the inputs of a model: what is floating and no mask, by name."""
-    found = {}
+    features = {}
     for name, value in inputs.items():
-        tensors = [one for one in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(one, Tensor)]
-        if tensors and "mask" not in name and all(one.is_floating_point() for one in tensors):
-            found[name] = tensors
-    return found
+        values = value if isinstance(value, (list, tuple)) else [value]
+        tensors = [part for part in values if isinstance(part, Tensor)]
+        if tensors and "mask" not in name and all(tensor.is_floating_point() for tensor in tensors):
+            features[name] = tensors
+    return features
 
 
 def damage(features: Mapping[str, Sequence[Tensor]]) -> str | None:
     """Say what holds NaN or inf, as in "pixel_values holds NaN"; None where all numbers are finite."""
     for name, tensors in features.items():
-        for one in tensors:
+        for tensor in tensors:
             # A sum is NaN or inf where a number is, and takes no memory.
-            if bool(one.sum(dtype=torch.float32).isfinite()) or bool(one.isfinite().all()):
+            if bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all()):
                 continue
-            return f"{name} holds {'NaN' if bool(one.isnan().any()) else 'inf'}"
+            return f"{name} holds {'NaN' if bool(tensor.isnan().any()) else 'inf'}"
     return None
 
 

@@ -44,7 +44,8 @@ class LayerRecord:
         evicted = None
         if any(record.evicted_text is not None for record in records):
             texts = [
-                torch.zeros_like(one.kept_vision) if one.evicted_text is None else one.evicted_text for one in records
+                torch.zeros_like(record.kept_vision) if record.evicted_text is None else record.evicted_text
+                for record in records
             ]
             evicted = torch.cat(texts)[order]
         rows = [row for record in records for row in record.allocation]
@@ -62,14 +63,14 @@ class LayerRecord:
         tokens = self.spans.vision.sum(1).tolist()
         rows = [
             RowReport(
-                vision_score=one.vision_score,
-                layer_class=one.layer_class,
-                rate=one.rate,
-                vision_tokens=tokens[row],
-                kept_positions=self._positions(self.kept_vision[row]),
-                evicted_text=[] if self.evicted_text is None else self._positions(self.evicted_text[row]),
+                vision_score=row.vision_score,
+                layer_class=row.layer_class,
+                rate=row.rate,
+                vision_tokens=tokens[number],
+                kept_positions=self._positions(self.kept_vision[number]),
+                evicted_text=[] if self.evicted_text is None else self._positions(self.evicted_text[number]),
             )
-            for row, one in enumerate(self.allocation)
+            for number, row in enumerate(self.allocation)
         ]
         return LayerReport(self.layer, rows)
 

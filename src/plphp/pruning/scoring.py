@@ -159,8 +159,8 @@ class Scoring:
         """The queries that ask, their weights, and their indices in the tail, see `plphp.kernels.window_scores`."""
         if self.evidence.bank is not None:
             return self._rows_of_bank(self.evidence.bank, attended.layer, own, keys.shape[2])
-        wanted = self.queries[:, position].float()
-        weight = (wanted / wanted.sum(1, keepdim=True)).to(keys.device)
+        asking = self.queries[:, position].float()
+        weight = (asking / asking.sum(1, keepdim=True)).to(keys.device)
         return own, weight, (position - attended.entries.prefix_length).to(keys.device)
 
     def _rows_of_bank(self, name: str, layer: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,7 +138,7 @@ class PLPHPConfig:
             )
         object.__setattr__(self, "exempt_layers", _int_tuple(self.exempt_layers))
         if self.query_rows not in (None, "text"):
-            _check_int("query_rows", self.query_rows, minimum=1, other="'text'")
+            _check_int("query_rows", self.query_rows, minimum=1, or_else="'text'")
         _check_choice("gqa_reduction", self.gqa_reduction, ("mean", "max"))
         _check_choice("image_quota", self.image_quota, ("pooled", "per_image"))
         _check_int("score_pool", self.score_pool, minimum=1)
@@ -148,7 +148,7 @@ class PLPHPConfig:
         _check_int("seed", self.seed, minimum=0)
         object.__setattr__(self, "options", Options(self.options))
         if self.calibrated_layers is not None:
-            _check_int("calibrated_layers", self.calibrated_layers, minimum=1, other="None")
+            _check_int("calibrated_layers", self.calibrated_layers, minimum=1, or_else="None")
         object.__setattr__(self, "earlier", _chained(self.earlier))
 
     @property
@@ -298,9 +298,9 @@ def _check_fraction(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be between 0 and 1, got {value}.")
 
 
-def _check_int(name: str, value: object, *, minimum: int, other: str = "") -> None:
+def _check_int(name: str, value: object, *, minimum: int, or_else: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        choices = f"an integer of at least {minimum}" + (f" or {other}" if other else "")
+        choices = f"an integer of at least {minimum}" + (f" or {or_else}" if or_else else "")
         raise ConfigError(f"{name} must be {choices}, got {value!r}.")
 
 

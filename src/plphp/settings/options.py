@@ -36,10 +36,10 @@ class Option:
     odd: bool = False
 
     def accepts(self, value: object) -> bool:
-        """Whether a value is one that the option can have."""
+        """Whether the option can have a value."""
         if value is None or isinstance(self.default, str):
-            chosen = isinstance(value, str) and (value in self.choices or not self.choices)
-            return chosen if value is not None else self.default is None
+            is_choice = isinstance(value, str) and (value in self.choices or not self.choices)
+            return is_choice if value is not None else self.default is None
         kinds = int if isinstance(self.default, int) else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
             return False
@@ -85,7 +85,7 @@ class Options(Mapping[str, Value]):
 
 
 def check_options(
-    method: str, declared: Mapping[str, Option], given: Mapping[str, Value], settings: Iterable[str] = ()
+    method: str, declared: Mapping[str, Option], values: Mapping[str, Value], settings: Iterable[str] = ()
 ) -> None:
     """Compare the options of a config with those that its method declares.
 
@@ -95,7 +95,7 @@ def check_options(
         Name of the method.
     declared : mapping of str to Option
         The options of the method.
-    given : mapping of str to int, float, str or None
+    values : mapping of str to int, float, str or None
         The options of the config.
     settings : iterable of str
         Names of the settings that every method has: what a misspelled name may have meant, too.
@@ -105,7 +105,7 @@ def check_options(
     ConfigError
         If an option is unknown or has a value that it cannot have.
     """
-    for name, value in given.items():
+    for name, value in values.items():
         if name not in declared:
             hint = did_you_mean(name, {*declared, *settings})
             raise ConfigError(f"Unknown setting {name!r}, which is no option of the method {method!r} either.{hint}")
@@ -113,6 +113,6 @@ def check_options(
             raise ConfigError(f"The option {name!r} of the method {method!r} must be {declared[name]}, got {value!r}.")
 
 
-def settings(declared: Mapping[str, Option], given: Mapping[str, Value]) -> dict[str, Any]:
-    """All options of a method by name: what was given, else the defaults."""
-    return {name: given.get(name, option.default) for name, option in declared.items()}
+def settings(declared: Mapping[str, Option], values: Mapping[str, Value]) -> dict[str, Any]:
+    """All options of a method by name: those of a config, else the defaults."""
+    return {name: values.get(name, option.default) for name, option in declared.items()}

@@ -67,7 +67,7 @@ class _Listener:
         delta = 0 if turn is None else int(turn.after[0])
         for column, position in enumerate(range(attended.begin, attended.entries.length)):
             query = attended.query[0, :, column]
-            unrotated = self.rotations[attended.layer].turned(query, -(position + delta))
+            unrotated = self.rotations[attended.layer].rotated(query, -(position + delta))
             self.reservoir.add(attended.layer, position - self.prompt_length, unrotated)
 
 

@@ -61,7 +61,7 @@ def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
     found = {}
     for layer, start in seen[0].items():
         errors = [
-            max(_difference(one.turned(start, p), seen[p][layer]) for p in POSITIONS)
+            max(_difference(one.rotated(start, p), seen[p][layer]) for p in POSITIONS)
             if 2 * len(one.frequencies) <= start.shape[-1]
             else torch.inf
             for one in candidates
