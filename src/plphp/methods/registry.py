@@ -67,17 +67,24 @@ def resolve(config: PLPHPConfig) -> Method:
     return method
 
 
-def chain_of(config: PLPHPConfig, layers: int) -> Chain:
-    """What a run with a config does at each stage, on a model with ``layers`` decoder layers.
+def chain_of(config: PLPHPConfig, layers: int | None = None) -> Chain:
+    """What a run with a config does at each stage.
+
+    Parameters
+    ----------
+    config : PLPHPConfig
+        With those before it in a chain.
+    layers : int, optional
+        Decoder layers of the model that all settings have to fit; None where it is not known yet.
 
     Raises
     ------
     ConfigError
-        If the config, or one of those before it in a chain, names a method, a layer, an option or a rate that cannot
-        be, or two methods act at the same stage.
+        If a config names a method, a layer, an option or a rate that cannot be, or two methods act at the same stage.
     """
-    methods = [(_method_for(part, layers), part) for part in (*config.earlier, config)]
-    return Chain.of(methods)
+    parts = (*config.earlier, config)
+    methods = [resolve(part) if layers is None else _method_for(part, layers) for part in parts]
+    return Chain.of(list(zip(methods, parts, strict=True)))
 
 
 def _method_for(config: PLPHPConfig, layers: int) -> Method:

@@ -53,7 +53,7 @@ class _Reservoir:
 
 
 class _Listener:
-    """Hears the queries that the answer to one prompt is written with, and turns them back to position 0."""
+    """Hears the queries that the answer to one prompt is written with, and rotates them back to position 0."""
 
     def __init__(self, cache: PrunedCache, reservoir: _Reservoir, rotations: Mapping[int, Rotation]) -> None:
         self.cache, self.reservoir, self.rotations = cache, reservoir, rotations

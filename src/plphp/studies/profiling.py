@@ -57,15 +57,15 @@ def profile(
 
     Examples
     --------
-    >>> found = plphp.profile(model, [inputs], query_rows=(1, 8, "text"))  # doctest: +SKIP
-    >>> found.layer_scores("text").mean(0)  # doctest: +SKIP
+    >>> measured = plphp.profile(model, [inputs], query_rows=(1, 8, "text"))  # doctest: +SKIP
+    >>> measured.layer_scores("text").mean(0)  # doctest: +SKIP
     """
     rows = tuple(query_rows) if isinstance(query_rows, (list, tuple)) else (query_rows,)
     if not rows or None in rows or len(set(rows)) != len(rows):
         raise ConfigError(f"query_rows must be different choices, at least one, got {query_rows!r}.")
     keep_all = PLPHPConfig(method="none")
     choices = [PLPHPConfig(method="none", query_rows=choice) for choice in rows]
-    found: list[ProfiledPrompt] = []
+    measured: list[ProfiledPrompt] = []
     layers: tuple[int, ...] = ()
     for number, inputs in enumerate(prompts, 1):
         progress(f"prompt {number}")
@@ -77,11 +77,11 @@ def profile(
             read_prompt(model, inputs, cache)
         if readings:
             layers = tuple(sorted(readings[0].kv.scores))
-            found += _measured(readings)
+            measured += _measured(readings)
         del cache  # the model is as it was when no cache is left
-    if not found:
+    if not measured:
         raise ConfigError("No prompt with a vision token was given: a profile needs at least one.")
-    return AttentionProfile(rows, layers, tuple(found), provenance(model))
+    return AttentionProfile(rows, layers, tuple(measured), provenance(model))
 
 
 def _observer(cache: PrunedCache, spans: VisionSpans, choice: PLPHPConfig) -> PromptReading:

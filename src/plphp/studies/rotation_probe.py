@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model turns its queries by their position, found out by looking at what it does."""
+"""How a model rotates its queries by their position: candidates are compared with what it does."""
 
 from __future__ import annotations
 
@@ -56,15 +56,17 @@ def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
         if name.endswith("inv_freq") and buffer.ndim == 1
     }
     candidates = [Rotation(torch.zeros(1, dtype=torch.float32))]
-    candidates += [Rotation(one, interleaved) for one in known.values() for interleaved in (False, True)]
+    candidates += [
+        Rotation(frequencies, interleaved) for frequencies in known.values() for interleaved in (False, True)
+    ]
     seen = {position: _queries(model, decoder, position) for position in (0, *POSITIONS)}
-    found = {}
+    rotations = {}
     for layer, start in seen[0].items():
         errors = [
-            max(_difference(one.rotated(start, p), seen[p][layer]) for p in POSITIONS)
-            if 2 * len(one.frequencies) <= start.shape[-1]
+            max(_difference(candidate.rotated(start, p), seen[p][layer]) for p in POSITIONS)
+            if 2 * len(candidate.frequencies) <= start.shape[-1]
             else torch.inf
-            for one in candidates
+            for candidate in candidates
         ]
         best = min(range(len(errors)), key=errors.__getitem__)
         if not errors[best] <= TOLERANCE:
@@ -72,8 +74,8 @@ def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
                 f"The queries of layer {layer} of this {model.config.model_type!r} model do not turn with their "
                 "position as any rotary embedding that plphp knows, so they cannot be foretold."
             )
-        found[layer] = candidates[best]
-    return found
+        rotations[layer] = candidates[best]
+    return rotations
 
 
 def _difference(expected: Tensor, seen: Tensor) -> float:
@@ -110,8 +112,8 @@ def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, T
 
 def _refuse_growing(model: PreTrainedModel) -> None:
     parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    nested = [one for one in parameters.values() if isinstance(one, Mapping)]
-    kinds = {str(one.get("rope_type", "default")) for one in (nested or [parameters])}
+    nested = [kind for kind in parameters.values() if isinstance(kind, Mapping)]
+    kinds = {str(kind.get("rope_type", "default")) for kind in (nested or [parameters])}
     for kind in kinds:
         if any(name in kind for name in GROWING):
             raise UnsupportedModelError(

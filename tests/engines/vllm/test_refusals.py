@@ -85,8 +85,9 @@ def test_two_ranks_pass() -> None:
 
 
 def test_the_rest_passes() -> None:
-    config, method = refuse_unsupported(engine_config())
-    assert (config.method, method.name) == ("plphp", "plphp")
+    chain = refuse_unsupported(engine_config())
+    assert list(chain.stages) == ["kv"]
+    assert chain.kv.method == "plphp"
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,10 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     _refuse_engine(vllm_config)
     _refuse_model(model)
     text, ranks = model.hf_text_config, vllm_config.parallel_config.tensor_parallel_size
+    named = chain_of(config)
+    named.refuse_unanswered()
+    named.refuse_all_but(STAGES, "vLLM")
     chain = chain_of(config, text.num_hidden_layers)
-    chain.refuse_unanswered()
-    chain.refuse_all_but(STAGES, "vLLM")
     bank = chain.kv.stage.evidence(chain.kv.config).bank
     refuse_ranks(ranks, model.get_total_num_kv_heads(), bank=bank is not None)
     if bank is not None:
