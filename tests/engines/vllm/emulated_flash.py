@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends import flash_attn
 
-import plphp.engines.vllm
+from plphp.engines.vllm import names
 from plphp.engines.vllm.flash_backend import PrunedFlashBackend
 
 
@@ -29,7 +29,7 @@ def install() -> None:
     flash_attn.flash_attn_supports_quant_query_input = lambda: False
     flash_attn.flash_attn_varlen_func = attend
     flash_attn.reshape_and_cache_flash = write
-    plphp.engines.vllm.BACKENDS["CPU_ATTN"] = "emulated_flash.FlashOnCPU"
+    names.BACKENDS["CPU_ATTN"] = "emulated_flash.FlashOnCPU"
 
 
 def attend(
