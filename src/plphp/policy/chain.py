@@ -86,6 +86,9 @@ class Chain:
             steps.get("kv") or Step(last.name, KEEP_WHAT_STAYED, config),
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        return self  # nothing in it changes, and copies of a cache are of the same methods
+
     @property
     def stages(self) -> dict[str, Step[Any]]:
         """The steps by the name of their stage, without a KV stage that keeps everything that stayed."""

@@ -160,6 +160,8 @@ class PrunedCache(GuardedCache):
             Factor on the logits.
         """
         self._guard.pending = None
+        if self.reading is None and not self._listeners:  # every layer of every decoding step comes by here
+            return
         attended = Attended(layer_idx, query, self._pruned[layer_idx], scaling)
         for listener in self._listeners:
             listener(attended)
