@@ -24,7 +24,8 @@ from plphp.settings.config import PLPHPConfig, checked, checked_mode
 
 from .attachment import Attachment, Lease
 from .contexts import Session
-from .generation import GenerateCall, generate
+from .generate_call import GenerateCall
+from .generation import generate
 from .guarded import GuardedCache
 from .refusals import refuse_stages
 

@@ -17,7 +17,7 @@ from plphp.settings.config import PLPHPConfig, checked, checked_mode
 from .attachment import Lease
 from .cache import PrunedCache
 from .cache_argument import NAME
-from .generation import GenerateCall
+from .generate_call import GenerateCall
 from .unwrapping import unwrapped
 
 APPLIED = "_plphp_applied"
