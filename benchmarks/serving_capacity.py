@@ -127,7 +127,7 @@ class Watch:
         self.running.append(len(self.scheduler.running))
 
     def note_pruned(self, request_id: str, prompt: Any, freed: int) -> None:
-        """After the blocks of a prompt, a `plphp.engines.vllm.news.PrunedPrompt`, were freed."""
+        """After the blocks of a prompt, a `plphp.engines.vllm.pruned_prompt.PrunedPrompt`, were freed."""
         self.retention.append(prompt.retention)
         self.freed += freed
 

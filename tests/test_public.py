@@ -63,7 +63,7 @@ STANDARD = {
     *("PreTrainedModel", "PretrainedConfig", "Tensor", "None", "True", "False"),
 }
 """Names in signatures that are those of Python, torch and transformers."""
-SHOWN_WITH_IT = {"PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value"}
+SHOWN_WITH_IT = {"PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value", "Kind"}
 """What public objects are made of: documented where they are reached from."""
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from plphp import PLPHPConfig
-from plphp.engines.vllm.ranks import Ranks
 from plphp.engines.vllm.reading import RequestReading, vision_spans
 from plphp.engines.vllm.rounding import evict_whole_blocks
+from plphp.engines.vllm.setup import Setup
 from plphp.engines.vllm.state import Pruning
 from plphp.engines.vllm.step import Row, Step
+from plphp.engines.vllm.tensor_parallel import TensorParallel
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.methods.registry import chain_of
 from plphp.policy.evidence import LayerScores
@@ -107,11 +108,11 @@ def states(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def pruning_of(**settings: Any) -> Pruning:
     config = PLPHPConfig.from_dict({"method": "uniform", "retention_rate": 0.3, **settings})
-    return Pruning(chain_of(config, LAYERS), LAYERS, BLOCK)
+    return Pruning(Setup(chain_of(config, LAYERS), LAYERS, BLOCK))
 
 
 def reading_of(pruning: Pruning) -> RequestReading:
-    return RequestReading.of(request(), pruning.chain, LAYERS, BLOCK, pruning.ranks)
+    return RequestReading.of(request(), pruning.setup)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -158,9 +159,9 @@ LEFT = TOKENS - 3 * BLOCK
 def test_what_is_kept_lies_behind_the_empty_blocks(chunks: list[int], settings: dict[str, Any]) -> None:
     pruning = pruning_of(**settings)
     caches, _ = run(pruning, request(), chunks, TABLE)
-    told = pruning.take_news()["one"]
+    told = pruning.take_pruned()["one"]
     assert told.vision_tokens == 22
-    assert pruning.take_news() == {}
+    assert pruning.take_pruned() == {}
     for layer, cache in enumerate(caches):
         empty = told.blocks[layer]
         if not settings:
@@ -182,7 +183,7 @@ def test_what_is_kept_lies_behind_the_empty_blocks(chunks: list[int], settings: 
 def test_tokens_behind_the_prompt_see_what_is_left_of_it() -> None:
     pruning = pruning_of()
     caches, outputs = run(pruning, request(), [16, 30], TABLE)
-    assert pruning.take_news()["one"].blocks == dict.fromkeys(range(LAYERS), 3)
+    assert pruning.take_pruned()["one"].blocks == dict.fromkeys(range(LAYERS), 3)
     for layer, (cache, output) in enumerate(zip(caches, outputs, strict=True)):
         query, _, _ = states(46, layer)
         position = torch.arange(3 * BLOCK, 46)
@@ -204,13 +205,13 @@ def test_requests_that_have_ended_are_forgotten() -> None:
     run(pruning, request(), [20], TABLE)
     pruning.forget_all_but([])
     assert not pruning._readings
-    assert pruning.take_news() == {}
+    assert pruning.take_pruned() == {}
 
 
 def test_text_is_left_alone() -> None:
     pruning = pruning_of()
     caches, _ = run(pruning, request(images=()), [40], TABLE)
-    assert pruning.take_news() == {}
+    assert pruning.take_pruned() == {}
     assert pruning.reading("one", request(), TOKENS).dropped == {}
     assert len(caches[0].keys.isnan().any(-1).any(-1).nonzero()) == 32 * BLOCK - TOKENS
 
@@ -231,18 +232,19 @@ def test_a_request_that_cannot_be_pruned_is_kept(caplog: pytest.LogCaptureFixtur
         raise ConfigError("no rank for this")
 
     pruning = pruning_of()
-    kv = pruning.chain.kv
+    kv = pruning.setup.chain.kv
     broken = dataclasses.replace(kv, stage=dataclasses.replace(kv.stage, score=fail))
-    pruning.chain = dataclasses.replace(pruning.chain, kv=broken)
+    chain = dataclasses.replace(pruning.setup.chain, kv=broken)
+    pruning.setup = dataclasses.replace(pruning.setup, chain=chain)
     run(pruning, request(), [16, 24], TABLE)
-    assert pruning.take_news() == {}
+    assert pruning.take_pruned() == {}
     assert pruning.reading("one", request(), TOKENS).dropped == {}
     assert "no rank for this" in caplog.text
 
 
 def test_block_tables_begin_behind_the_empty_blocks() -> None:
     pruning = pruning_of()
-    rows = [Row(str(n), RequestReading(40, BLOCK, Ranks(), None, {0: n}), n, 1, 40) for n in (2, 0)]
+    rows = [Row(str(n), RequestReading(40, pruning.setup, None, {0: n}), n, 1, 40) for n in (2, 0)]
     step = Step(pruning, rows)
     made: dict[str, Tensor] = {}
     table = torch.tensor([[4, 5, 6, 7], [8, 9, 1, 2]], dtype=torch.int32)
@@ -260,15 +262,15 @@ def test_block_tables_begin_behind_the_empty_blocks() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "shared"}, {"method": "zipvl", "retention_rate": 0.5}], ids=str)
-def test_ranks_choose_as_one_would(settings: dict[str, Any]) -> None:
-    """Two ranks with a KV head each, which wait for each other as those of tensor parallelism do."""
+def test_two_processes_decide_as_one_would(settings: dict[str, Any]) -> None:
+    """With a KV head each, and waiting for each other, as the processes of tensor parallelism do."""
     alone = pruning_of(**settings)
     expected, _ = run(alone, request(), [16, 24], TABLE)
-    told = alone.take_news()
+    reported = alone.take_pruned()
     meeting = Barrier(2, timeout=60)
     brought: list[Tensor] = [torch.empty(0)] * 2
 
-    def rank(own: int) -> tuple[list[Paged], Any]:
+    def process(own: int) -> tuple[list[Paged], Any]:
         def gather(part: Tensor) -> Tensor:
             brought[own] = part
             meeting.wait()
@@ -277,14 +279,15 @@ def test_ranks_choose_as_one_would(settings: dict[str, Any]) -> None:
             return whole
 
         pruning = pruning_of(**settings)
-        pruning.ranks = Ranks(2, own, gather)
-        caches, _ = run(pruning, request(), [16, 24], TABLE, heads=pruning.ranks.part)
-        return caches, pruning.take_news()
+        shared = TensorParallel(2, own, gather)
+        pruning.setup = dataclasses.replace(pruning.setup, tensor_parallel=shared)
+        caches, _ = run(pruning, request(), [16, 24], TABLE, heads=shared.own_heads)
+        return caches, pruning.take_pruned()
 
-    with ThreadPoolExecutor(2) as ranks:
-        found = list(ranks.map(rank, range(2)))
-    for own, (caches, news) in enumerate(found):
-        assert news == told
+    with ThreadPoolExecutor(2) as processes:
+        found = list(processes.map(process, range(2)))
+    for own, (caches, pruned) in enumerate(found):
+        assert pruned == reported
         for cache, whole in zip(caches, expected, strict=True):
             assert torch.equal(cache.keys.nan_to_num(9), whole.keys[:, own : own + 1].nan_to_num(9))
             assert torch.equal(cache.values.nan_to_num(9), whole.values[:, own : own + 1].nan_to_num(9))

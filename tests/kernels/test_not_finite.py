@@ -68,7 +68,7 @@ def test_a_bad_request_is_kept_beside_one_that_is_pruned(bad: float, caplog: pyt
     pruning = pruning_of()
     readings = [reading_of(pruning) for _ in range(2)]
     step = Step(pruning, [Row(str(n), one, n * TOKENS, TOKENS, 0) for n, one in enumerate(readings)])
-    layers = pruning.layers
+    layers = pruning.setup.layers
     for layer in range(layers):
         table = torch.arange(32)[None].repeat(2, 1).int()
         table[1] += 32
@@ -83,4 +83,4 @@ def test_a_bad_request_is_kept_beside_one_that_is_pruned(bad: float, caplog: pyt
     (told,) = [record.getMessage() for record in caplog.records]
     assert "request 1 whole: the attention of layer 0 is NaN or inf" in told
     assert "look at how the images were loaded and normalised" in told
-    assert set(pruning.take_news()) == {"0"}
+    assert set(pruning.take_pruned()) == {"0"}

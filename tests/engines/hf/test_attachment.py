@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 import plphp
 from invariants import assert_same_generation, generate
 from plphp import CacheStateError, ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError
-from plphp.engines.hf import attachment
+from plphp.engines.hf import wrappers
 from plphp.engines.hf.attachment import Lease
 from plphp.engines.hf.cache_argument import cache_among
 from tiny_models import TINY, tiny_model
@@ -109,11 +109,11 @@ def test_each_thread_uses_its_own_session(llava: Any) -> None:
 
 def test_a_failure_in_the_middle_of_attaching_changes_nothing(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before, signature = state(llava), inspect.signature
-    monkeypatch.setattr(attachment.inspect, "signature", lambda method: 1 / 0)
+    monkeypatch.setattr(wrappers.inspect, "signature", lambda method: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         plphp.apply(llava)
     assert state(llava) == before
-    monkeypatch.setattr(attachment.inspect, "signature", signature)
+    monkeypatch.setattr(wrappers.inspect, "signature", signature)
     with plphp.prune(llava):
         assert names(llava) == {"plphp_sdpa"}
     assert state(llava) == before

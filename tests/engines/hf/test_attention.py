@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plphp.engines.hf.attention import hide
+from plphp.engines.hf.hiding import hide
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())

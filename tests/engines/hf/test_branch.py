@@ -194,7 +194,7 @@ def test_under_inference_mode(llava: Any) -> None:
 
 def test_rows_are_merged_on_the_device_of_the_model(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another device as default: the CPU stands for a GPU, so that what is made without a device is elsewhere."""
-    merged = branching._merged
+    merged = branching.merged_rows
 
     def elsewhere(*args: Any) -> PrunedCache:
         with torch.device("meta"):
@@ -202,5 +202,5 @@ def test_rows_are_merged_on_the_device_of_the_model(llava: Any, monkeypatch: pyt
 
     inputs, configs = TINY["llava"].inputs(llava), [*CONFIGS[:4], PLPHPConfig.parse(STAGE[0])]
     expected = draft_logits(llava, plphp.branch(llava, inputs, configs).cache, len(configs))
-    monkeypatch.setattr(branching, "_merged", elsewhere)
+    monkeypatch.setattr(branching, "merged_rows", elsewhere)
     assert torch.equal(draft_logits(llava, plphp.branch(llava, inputs, configs).cache, len(configs)), expected)

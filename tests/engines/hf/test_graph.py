@@ -240,7 +240,7 @@ def test_a_position_that_a_capture_holds_fast_is_found_out(
     taken = captured.CapturedStep.__call__
 
     def stale(self: Any, kwargs: dict[str, Any]) -> Tensor:
-        return taken(self, {**kwargs, "position_ids": self._given["position_ids"].clone()})
+        return taken(self, {**kwargs, "position_ids": self._inputs["position_ids"].clone()})
 
     monkeypatch.setattr(captured.CapturedStep, "__call__", stale)
     monkeypatch.setitem(graph.TOLERANCE, dtype, 1e9)

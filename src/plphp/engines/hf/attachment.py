@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model carries while plphp is in use, counted by leases: the attention name and the ``generate`` wrapper.
 
-Nothing is patched at import and nothing is global. The last lease to end leaves the model as it was.
+Nothing is patched at import and nothing is global. Sessions and caches hold a `Lease` each; the last lease to end
+leaves the model as it was. References run one way: a lease holds its `Attachment`, an attachment knows its model
+weakly, and the model holds the attachment while there are leases. So a model that its user drops is freed at once, and
+a cache that is dropped without a word gives its lease back.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -24,25 +23,21 @@ from plphp.families.registry import family_of
 from .attention import PREFIX, register, unwatch, watch
 from .contexts import OpenSessions, is_generating
 from .unwrapping import unwrapped
+from .wrappers import ATTRIBUTE, NO_COPY, MethodWrapper, generate_with_plphp, refuse_batch
 
-ATTRIBUTE = "_plphp_attachment"
-_NO_COPY = (
-    "A model cannot be copied or pickled while plphp is in use on it: leave the session, call plphp.remove, or free "
-    "the PrunedCache first. save_pretrained works at any time."
-)
 WRAPPED = ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Methods of a model that are stood in for."""
 
-_lock = threading.RLock()
+_lock = threading.RLock()  # of all models, and reentrant: a lease may be freed, and finalized, inside of it
 
 
 class Attachment:
-    """The changes to one model.
+    """The changes to one model, made by the first lease and undone by the last.
 
     Attributes
     ----------
     sessions : OpenSessions
-        Those that are open on the model.
+        The sessions that are open on the model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -53,7 +48,7 @@ class Attachment:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model.
+        """The model that is changed.
 
         Raises
         ------
@@ -75,7 +70,7 @@ class Attachment:
         return self
 
     def __reduce__(self) -> Any:
-        raise UnsupportedFeatureError(_NO_COPY)
+        raise UnsupportedFeatureError(NO_COPY)
 
     def retain(self) -> None:
         """Count one more lease; the first one changes the model."""
@@ -96,7 +91,11 @@ class Attachment:
         return any(module.config is config for config, _ in self._originals)
 
     def note_unpruned(self) -> None:
-        """Note a pass over the layers without a `PrunedCache`, while a session is open."""
+        """Note a pass over the layers without a `PrunedCache`, while a session is open.
+
+        Inside a ``generate`` that plphp runs they are not counted: at its end it checks by itself that its cache was
+        used, and raises.
+        """
         session = None if is_generating() else self.sessions.here_or_none()
         if session is not None:
             session.note_unpruned()
@@ -112,7 +111,7 @@ class Attachment:
             model.__dict__[ATTRIBUTE] = self
             for name in WRAPPED:
                 if hasattr(model, name):
-                    _Wrapper(model, name, _generate if name == "generate" else _refuse_batch)
+                    MethodWrapper(model, name, generate_with_plphp if name == "generate" else refuse_batch)
         except BaseException:
             self._detach()
             raise
@@ -120,6 +119,7 @@ class Attachment:
     def _detach(self) -> None:
         model = self._model()
         for config, name in self._originals:
+            # A user who called set_attn_implementation meanwhile keeps what was asked for.
             if (config._attn_implementation or "").startswith(PREFIX):
                 config._attn_implementation = name
         self._originals = []
@@ -127,7 +127,7 @@ class Attachment:
             unwatch(_first_prunable(model))
             for name in WRAPPED:
                 wrapper = model.__dict__.get(name)
-                if isinstance(wrapper, _Wrapper):
+                if isinstance(wrapper, MethodWrapper):  # else somebody put another method on top of it
                     wrapper.take_off(model)
             model.__dict__.pop(ATTRIBUTE, None)
 
@@ -138,11 +138,12 @@ class Lease:
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
         attachment.retain()
+        # Runs once, at `end` or when the lease is freed, whichever comes first.
         self._finalizer = weakref.finalize(self, attachment.release)
 
     @classmethod
     def of(cls, model: Any) -> Lease:
-        """Attach a model, or the one inside of a wrapper (see `plphp.engines.hf.unwrapping`), or join those that have.
+        """Attach a model, or the model inside of a wrapper (`plphp.engines.hf.unwrapping`); join what is attached.
 
         Raises
         ------
@@ -170,12 +171,13 @@ def _text_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     text_config = model.config.get_text_config(decoder=True)
     if decoder is None or decoder is model or text_config is model.config:
         raise UnsupportedModelError(f"{type(model).__name__} has no text model with a config of its own.")
-    found = [text_config]
+    configs = [text_config]
     for module in decoder.modules():
         config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig) and not any(config is other for other in found):
-            found.append(config)
-    return found
+        # By identity: configs are equal that are not the same object, and each has its own attention name.
+        if isinstance(config, PretrainedConfig) and not any(config is known for known in configs):
+            configs.append(config)
+    return configs
 
 
 def _first_prunable(model: PreTrainedModel) -> list[nn.Module]:
@@ -183,66 +185,3 @@ def _first_prunable(model: PreTrainedModel) -> list[nn.Module]:
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     first = next((number for number, layer in enumerate(layers) if type(layer) is DynamicLayer), -1)
     return [module for module in model.get_decoder().modules() if getattr(module, "layer_idx", None) == first]
-
-
-class _Wrapper:
-    """Stands in for a method of one model, as an attribute of the instance.
-
-    It holds the model weakly: a strong reference would be a cycle, which keeps weights in memory for a while after
-    the model is deleted.
-    """
-
-    def __init__(self, model: PreTrainedModel, name: str, wrapper: Callable[..., Any]) -> None:
-        method = getattr(model, name)
-        functools.update_wrapper(self, method)
-        del self.__wrapped__  # type: ignore[attr-defined]
-        self.__signature__ = inspect.signature(method)
-        self.before = model.__dict__.get(name)
-        self._model = weakref.ref(model)
-        self._name = name
-        self._wrapper = wrapper
-        model.__dict__[name] = self
-
-    @torch.compiler.disable  # of its own; a compiled model stays compiled inside
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        if model is None:
-            raise CacheStateError(f"The model of this {self._name} was freed.")
-        original = self.before or getattr(type(model), self._name).__get__(model)
-        attachment = model.__dict__.get(ATTRIBUTE)
-        if attachment is None:  # taken from the model inside a session that is over
-            return original(*args, **kwargs)
-        return self._wrapper(attachment, original, *args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        raise UnsupportedFeatureError(_NO_COPY)
-
-    def take_off(self, model: PreTrainedModel) -> None:
-        """Give the model its own method back."""
-        if self.before is None:
-            del model.__dict__[self._name]
-        else:
-            model.__dict__[self._name] = self.before
-
-
-def _generate(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Hand a call of ``generate`` to the `PrunedCache` among its arguments, else to the session, else to the model.
-
-    Both are known by their method ``run_generate``: this module stands below them.
-    """
-    cache = next((value for value in kwargs.values() if hasattr(value, "run_generate")), None)
-    session = attachment.sessions.here() if cache is None else attachment.sessions.here_or_none()
-    if cache is not None:
-        return cache.run_generate(attachment, session, original, args, kwargs)
-    if session is not None:
-        return session.run_generate(original, args, kwargs)
-    return original(*args, **kwargs)
-
-
-def _refuse_batch(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if attachment.sessions.here() is None:
-        return original(*args, **kwargs)
-    raise UnsupportedFeatureError(
-        "plphp does not prune continuous batching: its paged cache has one block table for all "
-        "layers. Call generate, or leave the plphp session."
-    )

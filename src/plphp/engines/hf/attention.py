@@ -3,6 +3,10 @@
 
 With a `PrunedCache` it attends, then lets the cache score, allocate, select and compact. With any other cache it
 is the attention that the model had before.
+
+Transformers hands an attention function keys and values, and no cache. So the cache marks the keys that it returns for
+a layer (`plphp.engines.hf.guarded.PendingUpdate`), and here the mark is read. A model that copies its keys in between
+loses the mark and attends without the prefix, which the cache notices at its next update.
 """
 
 from __future__ import annotations
@@ -23,20 +27,22 @@ from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 from plphp.kernels import decode_attention
 
 from .cache_argument import NAME, NAMES
+from .hiding import Attention, attend_among_shown, hide
 
 PREFIX = "plphp_"
 SUPPORTED_BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 UNSUPPORTED_TERMS = ("softcap", "s_aux", "position_bias", "cache")
 """Keyword arguments that change the softmax or the keys, so that scores without them would be wrong."""
 
-Result = tuple[Tensor, Tensor | None]
-
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod[Callable[[], None]]] = weakref.WeakKeyDictionary()
-"""By a module of a model, what wants to know when it attends without a `PrunedCache`."""
+"""By an attention module, the method to call when it attends without a `PrunedCache`.
+
+Both are weak: the function is registered for the life of the process and must keep no model alive.
+"""
 
 
 def register(base: str) -> str:
-    """Register plphp's attention on top of one of transformers' and return its name.
+    """Register plphp's attention on top of an attention implementation of transformers, and return its name.
 
     Parameters
     ----------
@@ -46,7 +52,7 @@ def register(base: str) -> str:
     Raises
     ------
     UnsupportedFeatureError
-        If the attention is one that plphp cannot stand in for.
+        If plphp cannot stand in for this attention.
     """
     if base.startswith(PREFIX):
         raise UnsupportedFeatureError(
@@ -66,12 +72,12 @@ def register(base: str) -> str:
     return name
 
 
-def _attention_over(base: str) -> Callable[..., Result]:
+def _attention_over(base: str) -> Attention:
     """Make the attention function that stands in for ``base``."""
 
     def plphp_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> Result:
+    ) -> tuple[Tensor, Tensor | None]:
         pending = getattr(key, "plphp_pending", None)
         if pending is None:
             if _watched:
@@ -84,13 +90,15 @@ def _attention_over(base: str) -> Callable[..., Result]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         attend = partial(_stock(base, module), module, **kwargs)
         prefix = pending.cache.layers[pending.layer].prefix
-        if prefix is None:  # in a dynamic cache values have no fewer bits than keys
+        if prefix is None:
+            # Under autocast keys may be wider than values; a dynamic cache would have widened the values to them.
             value = value.to(torch.promote_types(key.dtype, value.dtype))
         hidden = pending.cache.hidden(pending.layer)
         if pending.cache.tail_bias is not None:
+            # In a CUDA graph the tail comes with the room behind it, which only this mask hides.
             attention_mask = pending.cache.tail_bias
         if hidden is not None and prefix is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
-            output = _among_shown(attend, query, key, value, attention_mask, hidden.to(key.device))
+            output = attend_among_shown(attend, query, key, value, attention_mask, hidden.to(key.device))
         else:
             if hidden is not None:
                 attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2])
@@ -117,7 +125,7 @@ def unwatch(modules: Iterable[nn.Module]) -> None:
         _watched.pop(module, None)
 
 
-@torch.compiler.disable  # what was compiled before the session would not see it
+@torch.compiler.disable  # a compiled model would go on with what was watched when it was compiled
 def _note_stock(module: nn.Module) -> None:
     method = _watched.get(module)
     note = None if method is None else method()
@@ -134,61 +142,18 @@ def _refuse_stray_cache(kwargs: dict[str, Any]) -> None:
             )
 
 
-def hide(mask: Tensor | None, hidden: Tensor, query_length: int) -> Tensor:
-    """Hide entries of the tail from every query but their own.
-
-    Parameters
-    ----------
-    mask : Tensor, optional
-        What transformers made, bool or additive [batch or 1, q_heads or 1, query, tail]; None is causal.
-    hidden : Tensor
-        bool [batch, tail]. A hidden token sees itself, or its attention would be that of an empty row.
-    query_length : int
-        The queries are the last ``query_length`` positions of the tail.
-
-    Returns
-    -------
-    Tensor
-        bool or additive [batch, q_heads or 1, query, tail].
-    """
-    tail = hidden.shape[1]
-    place = torch.arange(tail, device=hidden.device)
-    query = place[tail - query_length :, None]
-    shown = ~hidden[:, None, None] | (place == query)
-    if mask is None:
-        return shown & (place <= query)
-    if mask.dtype is torch.bool:
-        return mask & shown
-    return torch.where(shown, mask, torch.finfo(mask.dtype).min)
-
-
-def _among_shown(
-    attend: Callable[..., Result], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, hidden: Tensor
-) -> Tensor:
-    """The same as with the mask of `hide` for one whole prompt, but for hidden tokens, which cost nothing here."""
-    shown = (~hidden[0]).nonzero()[:, 0]
-    mask = None if mask is None else mask[..., shown, :][..., shown]
-    found, _ = attend(*(states[:, :, shown] for states in (query, key, value)), mask)
-    # A hidden token sees itself alone and gets its own value; nobody reads what becomes of it.
-    own = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
-    output = own.to(found.dtype).contiguous()
-    output[:, shown] = found
-    return output
-
-
-def _stock(base: str, module: nn.Module) -> Callable[..., Result]:
+def _stock(base: str, module: nn.Module) -> Attention:
     """The attention function that the module would call without plphp."""
     if base != "eager":
-        function: Callable[..., Result] = ALL_ATTENTION_FUNCTIONS[base]
+        function: Attention = ALL_ATTENTION_FUNCTIONS[base]
         return function
     # Transformers keeps eager attention in the modeling file of each model, not in the registry.
-    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if found is None:
+    eager: Attention | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
         raise UnsupportedFeatureError(
             f"{type(module).__name__} has no eager_attention_forward in its modeling file: call "
             "model.set_attn_implementation('sdpa') first."
         )
-    eager: Callable[..., Result] = found
     return eager
 
 

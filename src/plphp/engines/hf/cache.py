@@ -24,7 +24,8 @@ from plphp.settings.config import PLPHPConfig, checked, checked_mode
 
 from .attachment import Attachment, Lease
 from .contexts import Session
-from .generation import GenerateCall, generate
+from .generate_call import GenerateCall
+from .generation import generate
 from .guarded import GuardedCache
 from .refusals import refuse_stages
 
@@ -100,7 +101,7 @@ class PrunedCache(GuardedCache):
         return cache
 
     def plan(self, inputs: Mapping[str, Any], *, vision_mask: Tensor | None = None) -> dict[str, Any]:
-        """Say what the next prompt is, so that its vision tokens are pruned at its end.
+        """Announce the next prompt, so that its vision tokens are pruned at its end.
 
         ``generate`` calls it by itself; call it before a later turn that is given to ``model(...)`` directly.
 
@@ -130,7 +131,7 @@ class PrunedCache(GuardedCache):
             raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
         spans, turn = self.begin_turn(inputs, vision_mask)
         self.reading = None
-        # Text alone: nothing to evict, so nothing to compact either.
+        # A turn of text alone has nothing to evict: it is read like an answer, into the tail.
         if spans.vision.any():
             self.reading = self._reading_of(spans, features_of(turn), custom=vision_mask is not None)
         return turn
@@ -159,7 +160,7 @@ class PrunedCache(GuardedCache):
         scaling : float
             Factor on the logits.
         """
-        self._guard.pending = None
+        self._guard.pending = None  # plphp's attention function has read the layer, prefix and tail
         if self.reading is None and not self._listeners:  # every layer of every decoding step comes by here
             return
         attended = Attended(layer_idx, query, self._pruned[layer_idx], scaling)
@@ -175,6 +176,7 @@ class PrunedCache(GuardedCache):
                 layer = self._pruned[part.scores.layer]
                 self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
                 layer.place(part.placement)
+            # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None
         self.pruning_seconds += time.perf_counter() - started
@@ -192,11 +194,11 @@ class PrunedCache(GuardedCache):
             self._listeners.remove(listener)
 
     def leave_whole(self) -> None:
-        """Read the prompt that was planned as it is, with nothing placed and so nothing packed; listeners hear it."""
+        """Read the prompt that was planned as it is: no layer is placed or packed, and listeners hear of each."""
         self.reading = None
 
     def hidden(self, layer_idx: int) -> Tensor | None:
-        """Which entries of a layer's tail have left the prompt before it, bool [batch, tail]; None if none has."""
+        """Entries of a layer's tail that have left the prompt before the layer, bool [batch, tail], or None."""
         hidden = None if self.reading is None else self.reading.hidden_at(layer_idx)
         return None if hidden is None else hidden[:, self._pruned[layer_idx].prefix_length :]
 
@@ -222,7 +224,10 @@ class PrunedCache(GuardedCache):
         )
 
     def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Plan what ``generate`` is given, or compare it with what was planned from a ``vision_mask``; see `plan`."""
+        """Plan the inputs of ``generate``, or compare them with what was planned from a ``vision_mask``; see `plan`.
+
+        ``generate`` takes no ``vision_mask``: a plan that was made with one is all that knows the vision tokens.
+        """
         if self.reading is None or not self.reading.custom:
             return self.plan(inputs)
         self.check_alive()
@@ -238,7 +243,7 @@ class PrunedCache(GuardedCache):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run the ``generate`` of an attached model that was given this cache, see `plphp.engines.hf.generation`."""
+        """Run the ``generate`` of an attached model with this cache, see `plphp.engines.hf.generation`."""
         call = GenerateCall.of(attachment.model, original, args, kwargs)
         if self.attachment is not attachment:
             self.check_alive()
@@ -269,7 +274,7 @@ class PrunedCache(GuardedCache):
 
     @contextmanager
     def _ended_by_errors(self) -> Iterator[None]:
-        """End the cache with an error in a prompt's flow: some layers are placed by then, and others are not."""
+        """End the cache with an error in a prompt's flow: by then some layers are placed and the rest are not."""
         try:
             yield
         except PLPHPError as error:

@@ -24,12 +24,12 @@ def passed(cache: Cache | None) -> dict[str, Any]:
 
 
 def cache_in(output: Any) -> Any:
-    """The cache that a model's output, or that of ``generate``, carries."""
+    """The cache that the output of a model, or of its ``generate``, carries."""
     return getattr(output, NAME)
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a model, under any of its names; None without one."""
+    """The cache among the arguments of a model, under any of its names; None where no cache is passed."""
     return next((arguments[name] for name in NAMES if arguments.get(name) is not None), None)
 
 
@@ -39,27 +39,28 @@ def take_cache(arguments: MutableMapping[str, Any]) -> tuple[str, Any]:
     Parameters
     ----------
     arguments : dict
-        As the user passed them. A cache under a name that is none of a cache is taken, too: transformers would
-        ignore it, or pass it on to the model.
+        As the user passed them. A cache under a name that is not in `NAMES` is taken, too: transformers would ignore
+        it, or pass it on to the model.
 
     Returns
     -------
     name : str
-        The name that it had; the one to use where there is none.
+        The name that it had; `NAME` where there is no cache.
     cache : object or None
+        The cache that was passed.
 
     Raises
     ------
     ConfigError
         If there are several.
     """
-    found = {
+    caches = {
         name: value
         for name, value in arguments.items()
         if value is not None and (name in NAMES or isinstance(value, Cache))
     }
-    if len({id(value) for value in found.values()}) > 1:
-        raise ConfigError(f"generate takes one cache, got several: {', '.join(found)}. Pass one of them, as {NAME}.")
-    for name in (*NAMES, *found):
+    if len({id(value) for value in caches.values()}) > 1:
+        raise ConfigError(f"generate takes one cache, got several: {', '.join(caches)}. Pass one of them, as {NAME}.")
+    for name in (*NAMES, *caches):
         arguments.pop(name, None)
-    return next(iter(found.items()), (NAME, None))
+    return next(iter(caches.items()), (NAME, None))

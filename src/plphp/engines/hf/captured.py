@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoding step of one cache, captured to be replayed with other tokens."""
+"""One decoding step of one cache, captured to be replayed with other tokens.
+
+A CUDA graph replays the very launches that were captured, on the very addresses. So all that changes from step to step
+has to be read from tensors that stay where they are: the arguments of the model, and the position in the tail (`slot`)
+where the new keys and values are written. A tail that grows by a token would be another tensor each time; here it keeps
+its capacity, attention reads all of it, and `tail_bias` hides what is behind the slot. Nothing is counted while a step
+is captured: the numbers of Python (`tail_length`, the guard of passes) are moved by `CapturedStep.__call__`.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +25,12 @@ from .attachment import Attachment
 from .layer import PrunedLayer
 
 Capture = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
-"""Makes, of a function that runs a step and gives its logits, one that replays the same on a device.
+"""Turns a function that runs a step and returns its logits into a function that replays the step on a device.
 
-What the function reads has to stay alive as long as the result is used.
+What the step reads has to stay alive as long as the result is used: a graph knows addresses and holds no tensor.
 """
 
-_lock = threading.Lock()
+_lock = threading.Lock()  # the sync debug mode is of the whole process, so captures of threads take turns
 
 
 class DecodedCache(Protocol):
@@ -43,19 +50,23 @@ class DecodedCache(Protocol):
 def capture_cuda(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Capture in a CUDA graph, after one run that compiles and allocates what is needed once.
 
-    In that run whatever waits for the device raises, as a capture would be broken by it, and torch with it.
+    In that run whatever waits for the device raises: a wait inside a capture is an error of CUDA that leaves torch
+    unusable, and one in the debug mode is an exception of Python that leaves everything as it was.
     """
     graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
     with _lock, torch.cuda.device(device):
         current = torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # gives the stream back where the capture does not
+        side.wait_stream(current)  # what the step reads may still be written there
+        with torch.cuda.stream(
+            side
+        ):  # CUDA captures no default stream; a failed capture does not give it back, this does
             mode = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")  # of the whole process, for this one step
+            torch.cuda.set_sync_debug_mode("error")
             try:
                 run()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
+            # "thread_local": other threads, with other models, may go on allocating memory meanwhile.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 logits = run()
         current.wait_stream(side)
@@ -67,13 +78,29 @@ def capture_cuda(run: Callable[[], Tensor], device: torch.device) -> Callable[[]
     return replay
 
 
-@cache
+@cache  # one for all captures of a device: torch keeps blocks of memory by stream
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 class CapturedStep:
-    """A captured step of one cache."""
+    """A captured step of one cache.
+
+    Parameters
+    ----------
+    cache : PrunedCache
+        The cache that is decoded.
+    forward : callable
+        The model's own forward.
+    first : dict
+        Arguments of an earlier step: what has another shape by now is not captured.
+    kwargs : dict
+        Arguments of this step.
+    room : int
+        Tokens for which the tails get room.
+    capture : callable
+        See `Capture`.
+    """
 
     def __init__(
         self,
@@ -86,34 +113,38 @@ class CapturedStep:
     ) -> None:
         self._layers = _pruned(cache)
         self._capacity = reserve(cache, room)
-        self._buffers = self._held()
+        self._buffers = self._graph_memory()
         # What changes its shape from step to step says what the prompt was, and does not matter any more.
-        given = {name: one.clone() for name, one in _tensors(kwargs).items() if _same_shape(first.get(name), one)}
-        others = {name: kwargs[name] for name in kwargs if name not in (*given, "attention_mask")}
-        device = given["input_ids"].device
+        inputs = {
+            name: tensor.clone() for name, tensor in _tensors(kwargs).items() if _same_shape(first.get(name), tensor)
+        }
+        rest = {name: kwargs[name] for name in kwargs if name not in (*inputs, "attention_mask")}
+        device = inputs["input_ids"].device
         slot = torch.full((1,), self._layers[0].tail_length, device=device)
-        place = torch.arange(self._capacity, device=device)
+        position = torch.arange(self._capacity, device=device)
         lowest = torch.finfo(torch.float32).min
 
         def run() -> Tensor:
-            bias = torch.where(place <= slot, 0.0, lowest)[None, None, None]
+            # Inside of the captured step, so that every replay makes it anew from the slot.
+            bias = torch.where(position <= slot, 0.0, lowest)[None, None, None]
             with _written_at(cache, slot, bias):
-                logits: Tensor = forward(**given, **others, attention_mask=None).logits
+                logits: Tensor = forward(**inputs, **rest, attention_mask=None).logits
             return logits
 
-        self._given, self._settings, self._slot = given, _settings(kwargs), slot
-        self._run = run  # keeps alive what the graph reads
+        self._inputs, self._settings, self._slot = inputs, _settings(kwargs), slot
+        self._run = run  # keeps alive what the graph reads: its closure holds positions, inputs and the rest
         self._replay = capture(run, device)
 
     @property
     def has_room(self) -> bool:
         """Whether the tail has room for one token more, in the memory that was captured."""
-        same = all(one is other for one, other in zip(self._held(), self._buffers, strict=True))
+        # A tail that grew, a turn that was placed or beams that were moved put other tensors in the layers.
+        same = all(now is then for now, then in zip(self._graph_memory(), self._buffers, strict=True))
         return same and self._layers[0].tail_length < self._capacity
 
     def takes(self, kwargs: dict[str, Any]) -> bool:
         """Whether a step has these arguments, but for what is in its tensors."""
-        same_shapes = all(_same_shape(kwargs.get(name), tensor) for name, tensor in self._given.items())
+        same_shapes = all(_same_shape(kwargs.get(name), tensor) for name, tensor in self._inputs.items())
         return same_shapes and _settings(kwargs) == self._settings
 
     def written(self) -> list[Tensor]:
@@ -122,7 +153,7 @@ class CapturedStep:
 
     def __call__(self, kwargs: dict[str, Any]) -> Tensor:
         """Replay; the logits [batch, 1, vocabulary] are those of the newest replay."""
-        for name, tensor in self._given.items():
+        for name, tensor in self._inputs.items():
             tensor.copy_(kwargs[name])
         self._slot.fill_(self._layers[0].tail_length)
         logits = self._replay()
@@ -130,9 +161,9 @@ class CapturedStep:
             layer.tail_length += 1
         return logits
 
-    def _held(self) -> list[Any]:
+    def _graph_memory(self) -> list[Any]:
         """What the graph reads of the layers and writes to them."""
-        return [held for layer in self._layers for held in (layer.prefix, layer.keys, layer.values)]
+        return [part for layer in self._layers for part in (layer.prefix, layer.keys, layer.values)]
 
 
 def reserve(cache: DecodedCache, room: int) -> int:
@@ -147,7 +178,7 @@ def reserve(cache: DecodedCache, room: int) -> int:
     try:
         return min(layer.reserve(room) for layer in layers)
     except CacheMemoryError:
-        with suppress(CacheMemoryError):
+        with suppress(CacheMemoryError):  # gives back the room that some layers have got already
             for layer in layers:
                 layer.reserve(0)
         raise
@@ -177,15 +208,15 @@ def _pruned(cache: DecodedCache) -> list[PrunedLayer]:
 
 def _tensors(kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a step, but for the mask: there is nothing for it to hide."""
-    return {name: one for name, one in kwargs.items() if isinstance(one, Tensor) and name != "attention_mask"}
+    return {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name != "attention_mask"}
 
 
 def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a step that are no tensors, as what can be compared."""
+    """The arguments of a step that are no tensors, in a form that can be compared: objects by their identity."""
     plain = (bool, int, float, str, type(None))
-    others = {name: one for name, one in kwargs.items() if not isinstance(one, Tensor)}
-    return {name: one if isinstance(one, plain) else id(one) for name, one in others.items()}
+    settings = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    return {name: value if isinstance(value, plain) else id(value) for name, value in settings.items()}
 
 
-def _same_shape(one: Any, other: Tensor) -> bool:
-    return isinstance(one, Tensor) and one.shape == other.shape
+def _same_shape(argument: Any, tensor: Tensor) -> bool:
+    return isinstance(argument, Tensor) and argument.shape == tensor.shape

@@ -2,9 +2,13 @@
 """Which of the sessions on a model a call belongs to.
 
 A session belongs to the context (`contextvars`) that opened it, and to all that inherit it: tasks of an event loop and
-``asyncio.to_thread`` do, plain threads and executors do not. A plain thread that was started while one session is open
-joins it, as ``generate`` runs in a thread beside a streamer. Whatever else runs outside of the contexts of the open
-sessions could be meant for one of them or for none, and is refused.
+``asyncio.to_thread`` do, plain threads and executors do not. A plain thread that was started while a single session is
+open joins it, as ``generate`` runs in a thread beside a streamer. Whatever else runs outside of the contexts of the
+open sessions could be meant for one of them or for none, and is refused: a guess may prune with a stranger's settings.
+
+A thread-local would not do: coroutines that share a thread would share it. A context variable alone would not do
+either: a session is closed in the context that opened it, while copies of that context still list it. So the variable
+says which sessions a context has seen, and `OpenSessions`, which the model's attachment holds, which of them are open.
 """
 
 from __future__ import annotations
@@ -21,11 +25,11 @@ from typing import Any, Protocol
 from plphp.errors import CacheStateError
 
 POOLS = ("concurrent.futures.thread", "multiprocessing.pool", "anyio._backends._asyncio")
-"""Modules whose threads work for whoever comes, so that when they were started says nothing."""
+"""Modules whose threads work for whoever comes, so that the time at which they were started says nothing."""
 
 
 class Session(Protocol):
-    """What is known here of an open session (`plphp.engines.hf.session.Session`)."""
+    """What this module needs of a `plphp.engines.hf.session.Session`, which stands above it."""
 
     closed: bool
 
@@ -36,7 +40,7 @@ class Session(Protocol):
         """Count a pass of the model that no `PrunedCache` took part in."""
 
     def warn_unpruned(self, frames: int) -> None:
-        """Warn, at a place so many frames above, if the model ran inside the session without plphp."""
+        """Warn, at the caller so many frames above, if the model ran inside the session without plphp."""
 
     def close(self) -> None:
         """End the session."""
@@ -51,7 +55,7 @@ _generating: ContextVar[bool] = ContextVar("plphp_generating", default=False)
 
 @contextmanager
 def generating() -> Iterator[None]:
-    """While open, what the model runs belongs to a ``generate`` that plphp looks after."""
+    """While open, every pass of the model belongs to a ``generate`` that plphp runs."""
     token = _generating.set(True)
     try:
         yield
@@ -60,7 +64,7 @@ def generating() -> Iterator[None]:
 
 
 def is_generating() -> bool:
-    """Whether a ``generate`` that plphp looks after is running in this context."""
+    """Whether a ``generate`` that plphp runs is going on in this context."""
     return _generating.get()
 
 
@@ -70,12 +74,16 @@ class OpenSessions:
     def __init__(self) -> None:
         self._applied: weakref.ref[Session] | None = None
         self._lock = threading.Lock()
+        # By open session, the thread and task that opened it, and the threads that ran already.
         self._openers: dict[Session, tuple[int, Any]] = {}
         self._threads: dict[Session, weakref.WeakSet[threading.Thread]] = {}
 
     @property
     def applied(self) -> Session | None:
-        """That of `plphp.apply`, which counts for every caller without a session of its own; the model holds it."""
+        """The session of `plphp.apply`, which counts for every caller without a session of its own.
+
+        It is held weakly: the model holds it, and it goes when the model goes.
+        """
         return None if self._applied is None else self._applied()
 
     @applied.setter
@@ -105,7 +113,7 @@ class OpenSessions:
         CacheStateError
             If sessions are open, and it cannot be told whether this call is meant for one of them.
         """
-        session, doubt = self._find()
+        session, doubt = self._session_or_doubt()
         if doubt:
             raise CacheStateError(
                 f"{doubt}, so plphp cannot tell whose settings count here. Run the call in the context of its session "
@@ -116,11 +124,11 @@ class OpenSessions:
         return session
 
     def here_or_none(self) -> Session | None:
-        """The same; None where it cannot be told."""
-        return self._find()[0]
+        """The session of this context or thread, or the applied one; None also where it cannot be told."""
+        return self._session_or_doubt()[0]
 
-    def _find(self) -> tuple[Session | None, str]:
-        """The session of this call, and why it cannot be told."""
+    def _session_or_doubt(self) -> tuple[Session | None, str]:
+        """The session of this call, and "" or the reason for which it cannot be told."""
         with self._lock:
             innermost = self._innermost()
             if innermost is not None:
@@ -138,8 +146,8 @@ class OpenSessions:
 
     def _innermost(self) -> Session | None:
         """The newest open session of this context on this model."""
-        mine = [session for session in _opened.get() if session in self._openers]
-        return mine[-1] if mine else None
+        opened_here = [session for session in _opened.get() if session in self._openers]
+        return opened_here[-1] if opened_here else None
 
 
 def _task() -> Any:
@@ -155,6 +163,7 @@ def _is_plain_thread() -> bool:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
+        # A pool's thread has a function of the pool at the bottom of its stack; nothing else tells it from others.
         frame = sys._getframe()
         modules = set()
         while frame is not None:

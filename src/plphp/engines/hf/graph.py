@@ -4,6 +4,10 @@
 A small model, or a large one at batch 1, decodes more slowly than the memory allows because every kernel is launched
 from Python. A graph launches all of a step at once. It holds for one cache: it reads the prefix where it lies, writes
 new keys and values to a slot of the tail that a tensor names, and masks the room behind it.
+
+A model may hold fast what it should not: a number of Python's that a step works out is a constant of the graph. Nothing
+says so, and the replayed logits are merely wrong. That is why the first replays of every graph are compared with the
+same steps done eagerly.
 """
 
 from __future__ import annotations
@@ -36,15 +40,17 @@ FEWEST_STEPS = 48
 MOST_ROOM = 512
 """Tokens of room that are masked at most; a longer answer is captured anew."""
 COMPARED = 2
-"""Replays of a graph that are compared: what it holds fast, and should not, shows in the second one."""
+"""Replays of a graph that are compared: the first has the numbers of the capture, so that a constant shows in the
+second."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference between replayed and eager logits, as a share of the largest logit."""
 FIRST_LAYER = 0.01
-"""The same of the keys and values of the first layer, which depend on the token and its position alone."""
+"""Largest difference between replayed and eager keys and values of the first layer, as a share of the largest; they
+depend on the token and its position alone, so that no noise of other layers is in them."""
 
 _failed: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 """Models of which a capture failed, and why: it would again."""
-_lock = threading.RLock()
+_lock = threading.RLock()  # threads that share a model put dispatchers on it
 
 
 def graph_obstacle(model: PreTrainedModel, beams: int = 1) -> str | None:
@@ -59,7 +65,7 @@ def graph_obstacle(model: PreTrainedModel, beams: int = 1) -> str | None:
 
 
 def refusal(reason: str) -> UnsupportedFeatureError:
-    """Make the error for what was to be replayed from a graph and cannot be."""
+    """Make the error for ``decode='graph'`` where steps cannot be replayed."""
     return UnsupportedFeatureError(
         f"decode='graph' cannot be done here: {reason}. Use decode='auto' or 'eager' instead."
     )
@@ -96,19 +102,19 @@ class GraphedDecoding:
     ) -> None:
         self.cache = cache
         self._forward, self._capture = forward, capture
-        self._left, self._required = steps, required
-        self._first: dict[str, Any] | None = None
-        self._template: Any = None
+        self._steps_left, self._required = steps, required
+        self._first: dict[str, Any] | None = None  # arguments of the first step
+        self._template: Any = None  # what the model returned for it
         self._step: CapturedStep | None = None
-        self._off, self._compared = False, 0
+        self._gave_up, self._compared = False, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One call of the model."""
+        """Run a call of the model: a decoding step of the cache by its graph, all else by the model's own forward."""
         ids = kwargs.get("input_ids")
         of_cache = not args and cache_among(kwargs) is self.cache
-        if self._off or not of_cache or ids is None or ids.shape[1] != 1 or not self.cache.is_read:
+        if self._gave_up or not of_cache or ids is None or ids.shape[1] != 1 or not self.cache.is_read:
             return self._forward(*args, **kwargs)
-        self._left -= 1
+        self._steps_left -= 1
         if self._first is None:
             reason = self._obstacle(kwargs)
             if reason is not None:
@@ -145,7 +151,7 @@ class GraphedDecoding:
     def _prepare(self, first: dict[str, Any], kwargs: dict[str, Any]) -> str | None:
         """Make room and capture; say why if it cannot be done."""
         self._step, self._compared = None, 0  # frees the graph before
-        room = max(1, min(self._left, MOST_ROOM))
+        room = max(1, min(self._steps_left, MOST_ROOM))
         try:
             self._step = CapturedStep(self.cache, self._forward, first, kwargs, room, self._capture)
         except CacheMemoryError as error:
@@ -157,31 +163,35 @@ class GraphedDecoding:
         return None
 
     def _compare(self, step: CapturedStep, kwargs: dict[str, Any]) -> Any:
-        """Replay a step that is also done eagerly."""
+        """Do a step eagerly, take its token back, and replay the step; after a difference go on eagerly."""
         expected = self._forward(**kwargs)
         written = step.written()
         self.cache.crop(-1)
         logits = step(kwargs)
         try:
-            off = _difference(logits, expected.logits) > self._tolerance(logits.dtype)
-            off |= any(_difference(now, then) > FIRST_LAYER for now, then in zip(step.written(), written, strict=True))
+            differs = _difference(logits, expected.logits) > self._tolerance(logits.dtype)
+            differs |= any(
+                _difference(now, then) > FIRST_LAYER for now, then in zip(step.written(), written, strict=True)
+            )
         except BaseException:
             self.cache.crop(-1)
             raise
         self._compared += 1
-        if not off:
+        if not differs:
             return self._output(logits)
+        # The caller gets an eager step, which appends the token once more.
         self.cache.crop(-1)
         _failed[self.cache.attachment.model] = reason = "a replayed step differs from an eager one"
         return self._give_up(reason, kwargs)
 
-    def _tolerance(self, of_logits: torch.dtype) -> float:
-        """That of the coarsest dtype: under autocast values have fewer bits than logits may show."""
-        dtypes = {of_logits, *(dtype for layer in self.cache.layers for dtype in layer.dtypes)}
+    def _tolerance(self, dtype_of_logits: torch.dtype) -> float:
+        """The tolerance of the coarsest dtype: under autocast values have fewer bits than logits may show."""
+        dtypes = {dtype_of_logits, *(dtype for layer in self.cache.layers for dtype in layer.dtypes)}
         return max(TOLERANCE.get(dtype, 1e-3) for dtype in dtypes)
 
     def _give_up(self, reason: str, kwargs: dict[str, Any]) -> Any:
-        self._off, self._step, self._first = True, None, None
+        """Decode eagerly from this step on, and say why; raise where the user asked for graphs alone."""
+        self._gave_up, self._step, self._first = True, None, None
         if self._required:
             raise refusal(reason)
         log.warning("Decoding without a CUDA graph: %s.", reason)
@@ -191,14 +201,14 @@ class GraphedDecoding:
         return self._forward(**kwargs)
 
     def _output(self, logits: Tensor) -> Any:
-        """What the model would return."""
+        """Logits in the form that the model returns: its output of the first step, with these in their place."""
         output = copy.copy(self._template)
         output["logits"] = logits.clone()  # the next replay writes to the same memory
         return output
 
 
 class _Dispatcher:
-    """Stands in for a model's forward while some of its caches are decoded from graphs, each by its own."""
+    """Stands in for a model's forward while some of its caches are decoded from graphs, each by a graph of its own."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.before = model.__dict__.get("forward")
@@ -215,7 +225,7 @@ class _Dispatcher:
 def replayed(
     model: PreTrainedModel, cache: DecodedCache, steps: int, *, required: bool, capture: Capture = capture_cuda
 ) -> Iterator[None]:
-    """Decode a cache from graphs while the context is open, see `GraphedDecoding`; threads may share the model."""
+    """While open, decode a cache from graphs, see `GraphedDecoding`; threads may share the model."""
     with _lock:
         dispatcher = model.__dict__.get("forward")
         if not isinstance(dispatcher, _Dispatcher):
@@ -227,20 +237,20 @@ def replayed(
     finally:
         with _lock:
             del dispatcher.decodings[id(cache)]
-            # Where somebody put something on top of it meanwhile, it stays and calls the model.
+            # A forward that somebody put on top meanwhile calls the dispatcher, which then stays and calls the model.
             if not dispatcher.decodings and model.__dict__.get("forward") is dispatcher:
                 del model.__dict__["forward"]
                 if dispatcher.before is not None:
                     model.__dict__["forward"] = dispatcher.before
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def _difference(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, as a share of the largest number that is expected.
 
-    A row of NaN is compared, too, and hides nothing of the others.
+    NaN and inf have to stand in the same places; the finite numbers beside them are compared as ever.
     """
-    found, expected = found.float(), expected.float()
-    if not torch.equal(found.isfinite(), expected.isfinite()):
+    actual, expected = actual.float(), expected.float()
+    if not torch.equal(actual.isfinite(), expected.isfinite()):
         return math.inf
-    found, expected = (one.where(one.isfinite(), 0) for one in (found, expected))
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+    actual, expected = (values.where(values.isfinite(), 0) for values in (actual, expected))
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache that follows the passes of its model, and is whole or ended: never half-updated in silence.
 
-How a pass is followed: `update` appends to a layer and marks the keys that it returns with a `PendingUpdate`; plphp's
-attention function finds the cache by it, reads the layer, and takes the mark off (`PassGuard.pending`). A layer whose
-mark is still there when the next one is updated was read by somebody else, without its prefix. A layer that is updated
-again before the pass came to its end follows an error: while decoding, the tokens of that pass can be taken back, as
-they are the last of every tail; of a prompt, whose layers are placed one by one, they cannot.
+How a pass is followed: `update` appends to a layer, notes it as pending (`PassGuard.pending`) and marks the keys that
+it returns with a `PendingUpdate`. By that mark plphp's attention function finds the cache; it reads the layer and calls
+``after_attention``, after which nothing is pending. A layer that is still pending when the next is updated was read by
+another attention function, without its prefix. An update of an early layer before the pass came to its end follows an
+error: while decoding, the tokens of that pass can be taken back, as they are the last of every tail; the tokens of a
+prompt cannot, as its layers are placed one by one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class PendingUpdate:
     """Rides on the keys that `GuardedCache.update` returns, so that the attention function finds its cache.
 
     Transformers hands an attention function the keys and values and no cache: an attribute of the tensor is the only
-    way from one to the other that needs no global state.
+    way from the cache to the function that needs no global state, and threads that share a model cannot mix it up. The
+    keys are a view that is made anew at every update, so that no tensor which the cache keeps holds the cache.
     """
 
     cache: GuardedCache
@@ -44,7 +46,8 @@ class GuardedCache(ConversationCache):
     Attributes
     ----------
     reading : PromptReading or None
-        The prompt that was planned and has not been read to its end.
+        The prompt that was planned and has not been read to its end. None says that everything planned is read: what
+        comes now is an answer, which no layer scores or evicts.
     tail_bias : Tensor or None
         Additive mask, float32 [1, 1, 1, room], in the place of the model's; set while a CUDA graph is captured or
         replayed, which reads the tail with the room behind it.
@@ -61,13 +64,16 @@ class GuardedCache(ConversationCache):
                 "sliding window, chunks or no KV cache), so there is nothing to prune."
             )
         self._first, self._last = min(self._pruned), max(self._pruned)
+        # Layers without attention, or with the keys and values of an earlier layer, have a dummy that no pass updates.
         dummy = getattr(self, "is_dummy", [False] * len(layers))
         updated = [i for i in range(len(layers)) if not dummy[i]]
         self._guard = PassGuard(max(updated))
+        # A sliding window has overwritten entries, and a recurrent state has mixed them: neither can go back.
         self._can_take_back = all(i in self._pruned for i in updated)
-        self._before = 0
+        self._before = 0  # tokens at the beginning of the pass
         self._lease: Lease | None = None
-        self._dead = self._spent = ""
+        self._dead = ""  # why nothing can be done with the cache any more
+        self._spent = ""  # why it takes no further turn
         self.reading: PromptReading | None = None
         self.tail_bias: Tensor | None = None
 
@@ -93,6 +99,7 @@ class GuardedCache(ConversationCache):
             if not self._take_back():
                 self._end_by(str(error), CacheMemoryError)
             raise CacheMemoryError(f"{error} The cache holds {self._before} tokens as before.") from error
+        # Two notes of one fact: the mark goes to the attention function, `pending` stays here in case it never arrives.
         keys.plphp_pending = PendingUpdate(self, layer_idx)  # type: ignore[attr-defined]
         self._guard.pending = layer_idx
         return keys, values
@@ -116,7 +123,7 @@ class GuardedCache(ConversationCache):
         return self.reading is None
 
     def forget_pass(self) -> None:
-        """Be between two passes again, after one that was not counted."""
+        """Stand between two passes again: while a CUDA graph is captured, a pass runs that no token comes of."""
         self._guard.reset()
 
     @property
@@ -126,7 +133,7 @@ class GuardedCache(ConversationCache):
 
     @property
     def reserved_nbytes(self) -> int:
-        """Those of them that hold no entry yet: room for tokens to come."""
+        """Bytes among `nbytes` that hold no entry yet: room for tokens to come."""
         return sum(layer.reserved_nbytes for layer in self._pruned.values())
 
     @property
@@ -180,6 +187,7 @@ class GuardedCache(ConversationCache):
         self._guard.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardedCache:
+        # By hand, as copy.deepcopy would go through `__reduce_ex__`, which refuses.
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -192,24 +200,26 @@ class GuardedCache(ConversationCache):
         )
 
     def _end_by(self, reason: str, error: type[Exception] = CacheStateError) -> NoReturn:
+        """Invalidate the cache and raise ``error`` with the reason."""
         reason = reason.rstrip(".")
         self._invalidate(reason)
         raise error(f"{reason[0].upper()}{reason[1:]}; this PrunedCache cannot be used any more.")
 
     def _invalidate(self, reason: str) -> None:
-        """Mark the cache as dead and free its entries."""
+        """Mark the cache as dead and free its entries: half-updated they are wrong, and nobody can use them."""
         self.reset()
         self._dead = reason
 
     def _begin(self, layer_idx: int) -> None:
-        """Look before the update of a layer whether the last one was read, and the last pass came to its end."""
+        """Before a layer is updated, check that the last layer was read and that the last pass came to its end."""
         self.check_alive()
-        if self._guard.begins_anew(layer_idx):  # too late to take it back: the mask of this pass is made
+        if self._guard.begins_anew(layer_idx):
+            # Too late to take the last pass back: the mask and the positions of this pass count its tokens already.
             self._end_by("an error stopped the model in the middle of a step")
         self.check_read()
 
     def _take_back(self) -> bool:
-        """Forget the tokens of a pass that was cut off; return whether it can be done, as while decoding."""
+        """Forget the tokens of a pass that was cut off; return whether that can be done, as while decoding."""
         if self.reading is not None or not self._can_take_back:
             return False
         for layer in self._pruned.values():

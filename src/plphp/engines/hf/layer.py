@@ -17,7 +17,8 @@ from plphp.pruning.entries import LayerEntries
 class PrunedLayer(LayerEntries, CacheLayerMixin):
     """Keys and values of one decoder layer, under the names that transformers calls.
 
-    Masks that transformers makes for it have to cover the tail alone: attention sees the prefix without a mask.
+    Masks that transformers makes for it have to cover the tail alone: attention sees the prefix without a mask. So
+    `get_seq_length` gives the logical length, which positions follow, and `get_mask_sizes` that of the tail.
     """
 
     is_sliding = False
@@ -32,10 +33,10 @@ class PrunedLayer(LayerEntries, CacheLayerMixin):
         """Bytes that all tokens seen would take in a dynamic cache."""
         if not self.is_initialized:
             return 0
-        of_keys, of_values = self.dtypes
+        key_dtype, value_dtype = self.dtypes
         if not values_keep_their_dtype():
-            of_values = torch.promote_types(self.dtype, of_values)
-        return self.nbytes_unpruned((of_keys, of_values))
+            value_dtype = torch.promote_types(self.dtype, value_dtype)
+        return self.nbytes_unpruned((key_dtype, value_dtype))
 
     def begin(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the dtypes, the sizes and the device of the first keys and values."""

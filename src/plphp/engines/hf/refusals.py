@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers and a model have no place for."""
+"""Methods that transformers, or a model in it, cannot run rightly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STAGES = ("prefill", "kv")
 
 
 def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
-    """Raise for a step of a chain that cannot be done on a model.
+    """Raise for a stage of a chain that cannot be done on a model.
 
     Parameters
     ----------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions: prune whatever a model generates, within a block or until told otherwise."""
+"""Sessions: prune whatever a model generates, within a block or until `remove`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from plphp.settings.config import PLPHPConfig, checked, checked_mode
 from .attachment import Lease
 from .cache import PrunedCache
 from .cache_argument import NAME
-from .generation import GenerateCall
+from .generate_call import GenerateCall
 from .unwrapping import unwrapped
 
 APPLIED = "_plphp_applied"
-"""Where a model holds the session of `apply`, which goes when the model goes."""
+"""Attribute in which a model holds the session of `apply`; nothing else does, so that it goes when the model goes."""
 WHY_UNPRUNED = (
     "generate was taken from the model, or compiled, before the session, or called as type(model).generate(model, "
     f"...), or the model was called directly. Call model.generate inside the session, or pass {NAME}="
@@ -39,7 +39,7 @@ class Session:
     decode : str
         How decoding steps run with these caches, see `prune`.
     closed : bool
-        Whether it is over.
+        Whether the session is over.
     """
 
     def __init__(self, model: Any, config: PLPHPConfig | None, decode: str = "eager") -> None:
@@ -47,6 +47,7 @@ class Session:
         resolve(self.config)
         self.closed = False
         self._report: PruneReport | None = None
+        # Passes without plphp in the whole session, and since the newest report.
         self._unpruned = 0
         self._unpruned_since = 0
         _refuse_without_generate(model)
@@ -104,7 +105,7 @@ class Session:
         self._lease.end()
 
     def warn_unpruned(self, frames: int) -> None:
-        """Warn, at a place so many frames above, if the model ran inside the session without plphp."""
+        """Warn, at the caller so many frames above, if the model ran inside the session without plphp."""
         if self._unpruned:
             text = f"In a plphp session {self._what_ran()} {WHY_UNPRUNED}"
             warnings.warn(text, UnprunedWarning, stacklevel=frames + 1)
@@ -137,7 +138,7 @@ def prune(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
     ----------
     model : PreTrainedModel
         A supported vision-language model, in evaluation mode, or what `torch.compile`, ``DataParallel`` or PEFT (LoRA)
-        made of one.
+        made of such a model.
     config : PLPHPConfig, optional
         Default: ``PLPHPConfig()``.
     decode : {"eager", "auto", "graph"}
@@ -175,7 +176,7 @@ def prune(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
 def apply(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager") -> Session:
     """Prune whatever the model generates from now on, for every caller, until `remove`; pipelines work unchanged.
 
-    A second ``apply`` takes the place of the first.
+    A second ``apply`` on a model takes the place of the first.
 
     Parameters
     ----------

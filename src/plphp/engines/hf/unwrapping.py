@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what wraps a model of transformers to the model itself."""
+"""From a wrapper of torch or PEFT to the transformers model inside of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
     Raises
     ------
     UnsupportedModelError
-        If there is none; where an attribute holds one, the message names it.
+        If there is no model; where an attribute holds a model, the message names it.
     UnsupportedFeatureError
         If the wrapper puts entries into the cache that are no tokens of the prompt.
     """
@@ -42,7 +42,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
             inner = getattr(inner, INNER[name])
         elif hasattr(inner, "peft_config") and hasattr(inner, "base_model"):
             refuse_adapters(inner)
-            # a model with adapters of several kinds has no get_base_model
+            # A model with adapters of several kinds has no get_base_model.
             inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
         else:
             raise UnsupportedModelError(
@@ -69,7 +69,7 @@ def refuse_adapters(wrapper: Any) -> None:
 
 
 def _hint(holder: Any) -> str:
-    """Where a model is held, for those who passed what holds it: a pipeline, a trainer."""
+    """Name the attribute that holds the model, for users who passed a pipeline or a trainer."""
     for name in ("model", "module", "base_model"):
         if isinstance(getattr(holder, name, None), PreTrainedModel):
             return f": pass its attribute {name!r}, the {type(getattr(holder, name)).__name__}"

@@ -4,16 +4,16 @@
 How it works, for every decoder layer by itself:
 
 - The cache of each layer is a group of its own with its own block tables (`plphp.engines.vllm.specs`), so that its
-blocks can
-  be returned alone. All groups draw from one pool.
+  blocks can be returned alone. All groups draw from one pool.
 - The attention backend reads a prompt as usual. In the chunk that ends it, the library's own scoring, allocation and
   selection say what each KV head keeps (`plphp.engines.vllm.reading`). What is kept moves to the *end* of the prompt's
   slots, so that every later token stands where vLLM expects it, and whole blocks at the head of the prompt fall empty.
-- From then on the layer's block table begins behind the empty blocks (`plphp.engines.vllm.step`). No other number
-changes.
-- The worker tells the scheduler which blocks are empty, and the scheduler frees them (`plphp.engines.vllm.connector`).
+- From then on the layer's block table begins behind the empty blocks, and its sequence is shorter by so many tokens
+  (`plphp.engines.vllm.step`). No other number changes.
+- The worker reports to the scheduler which blocks are empty, and the scheduler frees them
+  (`plphp.engines.vllm.connector`).
 
-Nothing of it does anything unless vLLM is started with the connector and with settings, see docs/serving.md.
+All of it is idle unless vLLM is started with the connector and with settings, see docs/serving.md.
 """
 
 from __future__ import annotations

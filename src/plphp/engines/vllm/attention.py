@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pruning adds to an attention backend of vLLM; ``cpu_backend`` and ``flash_backend`` mix it into one."""
+"""What pruning adds to an attention backend of vLLM; ``cpu_backend`` and ``flash_backend`` mix it into a backend.
+
+A backend of vLLM is three classes: the backend itself, the attention of a layer, and the builder of a layer's metadata.
+Each gets an addition that is mixed in before it; where the plugin is not configured the latter two are vLLM's own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class PrunedBackend:
     """Stands in for a backend of vLLM, and is that backend where the plugin is not configured; mixed in before it."""
 
     configured: ClassVar[bool] = False
-    """Of the model that was built last; vLLM asks for the specs of its layers without saying whose they are."""
+    """Whether the model that was built last is pruned: vLLM asks for the specs of layers and names no model."""
 
     @classmethod
     def get_impl_cls(cls) -> type:
@@ -53,7 +57,7 @@ class PrunedBackend:
 
 @cache
 def _mixed(addition: type, own: type) -> type:
-    """One class of the plugin and one of vLLM in one."""
+    """A class with an addition of the plugin before a class of vLLM: the same object however often vLLM asks."""
     return type(f"Pruned{own.__name__}", (addition, own), {})
 
 
@@ -72,7 +76,7 @@ class PrunedMetadataBuilder:
         layer_idx = extract_layer_index(self.layer_names[0])
         common = step.shortened(layer_idx, self.block_size, common_attn_metadata)
         metadata = make(common_prefix_len, common, fast_build)
-        metadata.plphp_step = step
+        metadata.plphp_step = step  # rides to `PrunedAttention.forward`, which runs after the context variable is reset
         return metadata
 
 
@@ -91,7 +95,7 @@ class PrunedAttention:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
         refuse_unsupported(config)
-        given = {
+        unsupported = {
             "a sliding window": self.sliding_window not in (-1, (-1, -1)),
             "ALiBi slopes": self.alibi_slopes is not None,
             "a soft cap on its logits": bool(self.logits_soft_cap),
@@ -99,7 +103,7 @@ class PrunedAttention:
             "the KV cache of another layer": self.kv_sharing_target_layer_name is not None,
             f"attention of type {self.attn_type!r}": self.attn_type != AttentionType.DECODER,
         }
-        for what in (name for name, present in given.items() if present):
+        for what in (name for name, present in unsupported.items() if present):
             raise UnsupportedModelError(
                 f"plphp does not prune {config.model_config.model!r} in vLLM: a layer has {what}. Serve it without "
                 "plphp."
@@ -117,7 +121,7 @@ class PrunedAttention:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend, see vLLM's own."""
+        """Attend as vLLM's own ``forward`` does, then let the pass take in the prompts that it holds."""
         attend = super().forward  # type: ignore[misc]
         result: Tensor = attend(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         step: Step | None = getattr(attn_metadata, "plphp_step", None)
@@ -128,4 +132,5 @@ class PrunedAttention:
 
 
 def _write(attention: Any, layer: Any, kv_cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Write entries by the backend's own kernel, which knows the layout of its paged cache."""
     attention.do_kv_cache_update(layer, keys, values, kv_cache, slots)

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way from the worker to the scheduler: which blocks of which request are empty and go back to the pool."""
+"""The way from the worker to the scheduler: which blocks of which request are empty and go back to the pool.
+
+Why a KV connector, which is made to move keys and values between servers: the worker knows which blocks fell empty, the
+scheduler owns the pool, and they may be processes of their own. A connector has a half in both, and is the only object
+whose messages vLLM carries from a worker to the scheduler. It moves no keys and values here.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +24,30 @@ from vllm.model_executor.models.utils import extract_layer_index
 from plphp.errors import CacheStateError, UnsupportedModelError
 
 from .metrics import PruneMetrics, PruneStats
-from .news import PrunedPrompt
-from .ranks import ranks_of
+from .pruned_prompt import PrunedPrompt
 from .refusals import refuse_unsupported
 from .runner import attach_to_runner
+from .setup import Setup
 from .specs import PrunedLayerSpec
 from .state import Pruning
+from .tensor_parallel import tensor_parallel_of
 
 _logger = init_logger("vllm.plphp")
 
 
-class Nothing(KVConnectorMetadata):
-    """The scheduler tells the worker nothing."""
+class EmptyMetadata(KVConnectorMetadata):
+    """What goes from the scheduler to the worker: nothing, but vLLM wants an object."""
 
 
 @dataclass
-class News(KVConnectorWorkerMetadata):
+class PrunedPrompts(KVConnectorWorkerMetadata):
     """The prompts that were pruned in a pass, by request."""
 
     prompts: dict[str, PrunedPrompt] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Join the news of two workers, who must agree."""
-        if not isinstance(other, News) or other.prompts != self.prompts:
+        """Join the reports of two workers of tensor parallelism, which must be equal: a block is freed in both."""
+        if not isinstance(other, PrunedPrompts) or other.prompts != self.prompts:
             raise CacheStateError(
                 "Two workers pruned the same prompts differently, so that their blocks cannot be freed: start the "
                 "server again with --tensor-parallel-size 1, and please report this."
@@ -50,9 +56,9 @@ class News(KVConnectorWorkerMetadata):
 
 
 class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
-    """Carries no keys and values: vLLM's connectors are its only way from a worker to the scheduler.
+    """In the worker it holds the state of pruning; in the scheduler it frees blocks and keeps the statistics.
 
-    In the worker it holds the state of pruning. In the scheduler it frees blocks.
+    ``SupportsHMA`` is the promise that it knows KV cache groups, without which vLLM puts all layers into one group.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -65,13 +71,12 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
         self.pruning: Pruning | None = None
         self._stats = PruneStats()
         if role == KVConnectorRole.WORKER:
-            ranks = ranks_of(vllm_config)
-            self.pruning = Pruning(chain, len(self._groups), sizes.pop(), ranks)
+            self.pruning = Pruning(Setup(chain, len(self._groups), sizes.pop(), tensor_parallel_of(vllm_config)))
             attach_to_runner()
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Nothing is handed on."""
+        """False: no keys and values are handed on."""
         return False
 
     # In the worker.
@@ -88,23 +93,23 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """Nothing is saved."""
 
-    def build_connector_worker_meta(self) -> News | None:
-        """What was pruned in the pass that has ended."""
-        prompts = {} if self.pruning is None else self.pruning.take_news()
-        return News(prompts) if prompts else None
+    def build_connector_worker_meta(self) -> PrunedPrompts | None:
+        """Report the prompts that were pruned in the pass that has ended."""
+        prompts = {} if self.pruning is None else self.pruning.take_pruned()
+        return PrunedPrompts(prompts) if prompts else None
 
     # In the scheduler.
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """Nothing is found elsewhere."""
+        """No tokens of a request are held elsewhere."""
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Nothing is to be loaded."""
 
-    def build_connector_meta(self, scheduler_output: Any) -> Nothing:
-        """Nothing is told."""
-        return Nothing()
+    def build_connector_meta(self, scheduler_output: Any) -> EmptyMetadata:
+        """Send the worker no message."""
+        return EmptyMetadata()
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
@@ -114,18 +119,20 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Free the blocks that fell empty in a pass."""
-        news = connector_output.kv_connector_worker_meta
-        for request_id, prompt in news.prompts.items() if isinstance(news, News) else ():
+        report = connector_output.kv_connector_worker_meta
+        for request_id, prompt in report.prompts.items() if isinstance(report, PrunedPrompts) else ():
             self._free(request_id, prompt)
 
     def _free(self, request_id: str, prompt: PrunedPrompt) -> None:
+        """Give the empty blocks of a request back, and count and log them."""
         if self._kv_cache_manager is None:
             raise CacheStateError("The scheduler told its KV connector of a pruned prompt before its KV cache manager.")
         managers = self._kv_cache_manager.coordinator.single_type_managers
         pool = self._kv_cache_manager.block_pool
         before = pool.get_num_free_blocks()
         for layer, blocks in prompt.blocks.items():
-            # A request that has ended meanwhile has given all of its blocks back.
+            # The way in which vLLM frees what slides out of a window: null blocks take the place of those removed. For
+            # a request that has ended meanwhile, and given all of its blocks back, it does nothing.
             managers[self._groups[layer]]._remove_blocks_in_range(request_id, 0, blocks)
         freed = pool.get_num_free_blocks() - before
         self._stats.add(prompt, freed)
@@ -141,13 +148,13 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
     # Of the metrics.
 
     def get_kv_connector_stats(self) -> PruneStats | None:
-        """What was pruned since the last call; the scheduler's connector alone knows."""
+        """Statistics since the last call; those of the worker's half are always empty."""
         stats, self._stats = self._stats, PruneStats()
         return None if stats.is_empty() else stats
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PruneStats | None:
-        """Read what `get_kv_connector_stats` gave in another process."""
+        """Rebuild the statistics that `get_kv_connector_stats` sent from another process."""
         return None if data is None else PruneStats(data)
 
     @classmethod

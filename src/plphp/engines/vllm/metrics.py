@@ -8,7 +8,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from .news import PrunedPrompt
+from .pruned_prompt import PrunedPrompt
 
 RETENTION_BUCKETS = tuple(tenth / 10 for tenth in range(1, 11))
 
@@ -16,15 +16,15 @@ RETENTION_BUCKETS = tuple(tenth / 10 for tenth in range(1, 11))
 class PruneStats(KVConnectorStats):
     """The prompts that were pruned in an interval.
 
-    ``data["prompts"]`` holds for each of them its ``vision_tokens``, the vision tokens ``kept`` in each layer by a KV
-    head (the mean over the heads) and the blocks ``freed`` in all layers.
+    ``data["prompts"]`` holds for each prompt its ``vision_tokens``, the vision tokens ``kept`` in each layer by a KV
+    head (the mean over the heads), its ``retention`` and the blocks ``freed`` in all layers.
     """
 
     def add(self, prompt: PrunedPrompt, freed: int) -> None:
         """Note down a prompt."""
         kept = {str(layer): prompt.kept[layer] for layer in sorted(prompt.kept)}
-        told = {"vision_tokens": prompt.vision_tokens, "kept": kept, "retention": prompt.retention, "freed": freed}
-        self._prompts.append(told)
+        entry = {"vision_tokens": prompt.vision_tokens, "kept": kept, "retention": prompt.retention, "freed": freed}
+        self._prompts.append(entry)
 
     @property
     def _prompts(self) -> list[dict[str, Any]]:
@@ -45,9 +45,9 @@ class PruneStats(KVConnectorStats):
         prompts = self._prompts
         return {
             "plphp prompts": len(prompts),
-            "plphp vision tokens": sum(one["vision_tokens"] for one in prompts),
-            "plphp mean retention": round(sum(one["retention"] for one in prompts) / max(1, len(prompts)), 4),
-            "plphp blocks freed": sum(one["freed"] for one in prompts),
+            "plphp vision tokens": sum(prompt["vision_tokens"] for prompt in prompts),
+            "plphp mean retention": round(sum(prompt["retention"] for prompt in prompts) / max(1, len(prompts)), 4),
+            "plphp blocks freed": sum(prompt["freed"] for prompt in prompts),
         }
 
     def is_empty(self) -> bool:

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request in the worker: the flow of `plphp.pruning.reading` over a prompt on its way into the paged cache.
 
-What is vLLM's own about it: where the vision tokens are (`vision_spans`), that what leaves is rounded to whole blocks,
-and that what is kept moves to the end of the prompt's slots, so that blocks fall empty at its head.
+Three things are vLLM's own about it: where the vision tokens are (`vision_spans`), that evicted entries are rounded to
+whole blocks (`plphp.engines.vllm.rounding`), and that kept entries move to the end of the prompt's slots.
+
+Why right-aligned: vLLM finds the slot of a token by its position, and the tokens behind the prompt have theirs already.
+Kept entries at the end of the prompt's slots leave whole blocks empty at its head, which a block table that begins
+later simply skips. Left-aligned they would leave a gap in the middle, which no block table can express. Attention does
+not care where an entry lies, as rotary positions are in the keys.
 """
 
 from __future__ import annotations
@@ -19,14 +24,13 @@ from plphp.families.spans import VisionSpans
 from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
 from plphp.policy.allocation import RowAllocation
-from plphp.policy.chain import Chain
 from plphp.pruning.entries import LayerEntries
 from plphp.pruning.placement import held_whole
 from plphp.pruning.reading import PlacedLayer, PromptReading
 from plphp.pruning.scoring import Attended
 
-from .ranks import Ranks
 from .rounding import evict_whole_blocks
+from .setup import Setup
 
 VISUAL = ("image", "video")
 """Modalities of vLLM whose tokens are vision tokens."""
@@ -43,11 +47,11 @@ class PrunedPart:
     allocation : RowAllocation
         What the layer level decided.
     kept : float
-        Vision tokens that a KV head keeps, those included that fill up a block; the mean over the heads.
+        Vision tokens that a KV head keeps, with those that fill up a block; the mean over the heads.
     blocks : int
         Blocks at the head of the prompt that fall empty.
     entries : PackedKV, optional
-        What this rank keeps, text included; None where no block falls empty.
+        What this process keeps in its heads, text included; None where no block falls empty.
     """
 
     layer: int
@@ -65,10 +69,8 @@ class RequestReading:
     ----------
     tokens : int
         Length of the prompt.
-    block_size : int
-        Tokens of a block of the pool.
-    ranks : Ranks
-        Who shares the heads of a layer.
+    setup : Setup
+        How the worker prunes.
     prompt : PromptReading, optional
         None where nothing is to be pruned: without vision tokens, or when all layers are done.
     dropped : dict of int to int
@@ -76,44 +78,37 @@ class RequestReading:
     """
 
     tokens: int
-    block_size: int
-    ranks: Ranks
+    setup: Setup
     prompt: PromptReading | None
     dropped: dict[int, int] = field(default_factory=dict)
     _layers: dict[int, LayerEntries] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: Any, chain: Chain, layers: int, block_size: int, ranks: Ranks) -> RequestReading:
+    def of(cls, request: Any, setup: Setup) -> RequestReading:
         """Plan the prompt of a request.
 
         Parameters
         ----------
         request : vllm.v1.worker.gpu_input_batch.CachedRequestState
-            Gives the length of the prompt and the places of its images.
-        chain : Chain
-            What is done at each stage.
-        layers : int
-            Decoder layers of the model.
-        block_size : int
-            Tokens of a block of the pool.
-        ranks : Ranks
-            Who shares the heads of a layer.
+            Has the length of the prompt and the positions of its images.
+        setup : Setup
+            How the worker prunes.
         """
         tokens = request.num_prompt_tokens
         spans = vision_spans(request.mm_features, tokens)
         if not bool(spans.vision.any()):
-            return cls(tokens, block_size, ranks, None)
+            return cls(tokens, setup, None)
         delta = getattr(request, "mrope_position_delta", None)
         prompt = PromptReading(
             spans,
-            chain,
-            range(layers),
-            layers,
+            setup.chain,
+            range(setup.layers),
+            setup.layers,
             rope_delta=None if delta is None else torch.tensor([[delta]]),
-            join_heads=ranks.whole,
-            round_up=partial(evict_whole_blocks, block_size=block_size),
+            join_heads=setup.tensor_parallel.all_heads,
+            round_up=partial(evict_whole_blocks, block_size=setup.block_size),
         )
-        return cls(tokens, block_size, ranks, prompt)
+        return cls(tokens, setup, prompt)
 
     @property
     def vision_tokens(self) -> int:
@@ -142,7 +137,7 @@ class RequestReading:
         keys, values = _with_batch(keys), _with_batch(values)
         if entries is None:
             entries = self._layers[layer] = LayerEntries()
-            # It holds its first entries as they come, and the engine may write others into their memory later.
+            # `LayerEntries` holds the first entries without a copy, and vLLM reuses the memory of a pass.
             keys, values = keys.clone(), values.clone()
         entries.append(keys, values)
         for part in self.prompt.read(Attended(layer, _with_batch(query), entries, scaling)):
@@ -151,16 +146,16 @@ class RequestReading:
     def _compacted(self, part: PlacedLayer) -> PrunedPart:
         """What a layer keeps, and how many blocks fall empty by it."""
         layer, keep = part.scores.layer, held_whole(part.placement)
-        blocks = int((~keep[0, 0]).sum()) // self.block_size
+        blocks = int((~keep[0, 0]).sum()) // self.setup.block_size
         kept = (keep[0] & part.scores.vision[0]).sum().item() / part.scores.kv_heads
         entries = self._layers.pop(layer)
-        packed = compact_kv(*entries.tail(), self.ranks.part(keep)) if blocks else None
+        packed = compact_kv(*entries.tail(), self.setup.tensor_parallel.own_heads(keep)) if blocks else None
         self.dropped[layer] = blocks
         [allocation] = part.allocation
         return PrunedPart(layer, allocation, kept, blocks, packed)
 
     def finish(self) -> None:
-        """Let go of what was held for the scores."""
+        """Free the keys, values and queries that were held until the prompt was decided."""
         self.prompt = None
         self._layers.clear()
 
@@ -168,10 +163,12 @@ class RequestReading:
 def vision_spans(features: Sequence[Any], tokens: int) -> VisionSpans:
     """Find the vision tokens of a prompt in vLLM's list of its images, videos and sounds.
 
+    An item may cover text, such as row separators: only tokens that get an embedding of its are vision tokens.
+
     Parameters
     ----------
     features : sequence of vllm.multimodal.inputs.MultiModalFeatureSpec
-        In any order.
+        The items, in any order.
     tokens : int
         Length of the prompt.
     """
@@ -180,8 +177,8 @@ def vision_spans(features: Sequence[Any], tokens: int) -> VisionSpans:
     for number, feature in enumerate(visual):
         for first, last in feature.mm_position.extract_embeds_range():
             segment[0, first : last + 1] = number
-    real = torch.ones(1, tokens, dtype=torch.bool)
-    return VisionSpans(segment=segment, real=real, start=0, grids=((None,) * len(visual),))
+    valid = torch.ones(1, tokens, dtype=torch.bool)
+    return VisionSpans(segment=segment, real=valid, start=0, grids=((None,) * len(visual),))
 
 
 def _with_batch(states: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plugin cannot do right, told when the engine starts."""
+"""What the plugin cannot do right, refused when the engine starts: a server must not find out at its first request."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from plphp.policy.bank import bank_at
 from plphp.policy.chain import Chain
 
 from .names import CONNECTOR
-from .ranks import refuse_ranks
 from .settings import ENVIRONMENT, KEY, settings_of
+from .tensor_parallel import refuse_shared_heads
 
 TESTED = ("0.32.",)
 """Beginnings of the versions that the tests have run with: what is built on here is no public interface of vLLM."""
@@ -32,12 +32,12 @@ def tested_version() -> bool:
 
 
 def untested_allowed() -> bool:
-    """Whether somebody asked to try what has never been run."""
+    """Whether the environment asks to try what has never been run."""
     return os.environ.get(UNTESTED) == "1"
 
 
 def refuse_unsupported(vllm_config: Any) -> Chain:
-    """Look at the configuration of an engine that is to be pruned.
+    """Check the configuration of an engine that is to be pruned.
 
     Parameters
     ----------
@@ -71,13 +71,13 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     model = vllm_config.model_config
     _refuse_engine(vllm_config)
     _refuse_model(model)
-    text, ranks = model.hf_text_config, vllm_config.parallel_config.tensor_parallel_size
-    named = chain_of(config)
+    text, processes = model.hf_text_config, vllm_config.parallel_config.tensor_parallel_size
+    named = chain_of(config)  # what is refused for its stage is refused before its settings are held against the model
     named.refuse_unanswered()
     named.refuse_all_but(STAGES, "vLLM")
     chain = chain_of(config, text.num_hidden_layers)
     bank = chain.kv.stage.evidence(chain.kv.config).bank
-    refuse_ranks(ranks, model.get_total_num_kv_heads(), bank=bank is not None)
+    refuse_shared_heads(processes, model.get_total_num_kv_heads(), bank=bank is not None)
     if bank is not None:
         for layer in range(text.num_hidden_layers):
             bank_at(bank).of(layer).check(text.num_attention_heads, model.get_head_size())
@@ -85,6 +85,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
 
 
 def _refuse_engine(vllm_config: Any) -> None:
+    """Raise for a KV connector other than the plugin's own, and for the first obstacle among the engine's features."""
     from vllm.platforms import current_platform
 
     transfer = vllm_config.kv_transfer_config
@@ -154,6 +155,7 @@ def _obstacles(vllm_config: Any, platform: Any) -> dict[str, tuple[bool, str]]:
 
 
 def _refuse_model(model: Any) -> None:
+    """Raise for a model whose attention or tokens the plugin cannot prune rightly."""
     text = model.hf_text_config
     reasons = {
         "it takes no images or videos, so there is nothing to prune": not model.is_multimodal_model,
@@ -167,8 +169,8 @@ def _refuse_model(model: Any) -> None:
         "its attention has a soft cap": bool(getattr(text, "attn_logit_softcapping", None)),
         "its prompt is read in both directions": model.is_mm_prefix_lm,
     }
-    for reason, given in reasons.items():
-        if given:
+    for reason, applies in reasons.items():
+        if applies:
             raise UnsupportedModelError(
                 f"plphp does not prune {model.model!r} ({text.model_type}) in vLLM: {reason}. Serve it without plphp."
             )

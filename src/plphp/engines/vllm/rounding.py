@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a method keeps to what leaves in whole blocks."""
+"""Eviction in whole blocks: what a method would evict is rounded down to a multiple of the block size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def evict_whole_blocks(keep: Tensor, score: Tensor, scores: LayerScores, block_s
     score : Tensor
         float [1, kv_heads, seq]; the method's scores, higher is better.
     scores : LayerScores
-        Gives the candidates.
+        Scores of the layer, with the candidates for eviction.
     block_size : int
         Tokens of a block.
 
@@ -47,6 +47,6 @@ def evict_whole_blocks(keep: Tensor, score: Tensor, scores: LayerScores, block_s
     extra = evicted.pop() % block_size
     if extra:
         left = scores.candidates[:, None] & ~keep
-        score = score.clamp(min=torch.finfo(score.dtype).min)  # above all that is no candidate
+        score = score.clamp(min=torch.finfo(score.dtype).min)  # candidates of score -inf come before the rest of a head
         keep = keep | (left & (positions_in_order(score.masked_fill(~left, -torch.inf)) < extra))
     return keep

@@ -35,19 +35,19 @@ def settings_of(vllm_config: Any) -> PLPHPConfig | None:
         If the settings are given in both places, cannot be read, or are not valid.
     """
     additional = getattr(vllm_config, "additional_config", None)
-    given = additional.get(KEY) if isinstance(additional, dict) else None
+    table = additional.get(KEY) if isinstance(additional, dict) else None
     text = os.environ.get(ENVIRONMENT)
-    if text is not None and given is not None:
+    if text is not None and table is not None:
         raise ConfigError(f"plphp is configured by --additional-config and by {ENVIRONMENT}: leave one of them out.")
     source = f'the key "{KEY}" of --additional-config'
     if text is not None:
         source = ENVIRONMENT
         try:
-            given = json.loads(text)
+            table = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"{ENVIRONMENT} must hold a JSON object, got {text!r}: {one_line(error)}.") from error
-    if given is None:
+    if table is None:
         return None
-    if not isinstance(given, dict):
-        raise ConfigError(f"{source} must be a table of settings, got {given!r}.")
-    return PLPHPConfig.from_dict(given)
+    if not isinstance(table, dict):
+        raise ConfigError(f"{source} must be a table of settings, got {table!r}.")
+    return PLPHPConfig.from_dict(table)

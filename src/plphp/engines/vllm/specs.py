@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV cache of one layer as a group of its own."""
+"""The KV cache of one layer as a group of its own.
+
+vLLM gives blocks back by group: layers that share a block table share every block number, so that a block is free only
+when it is empty in all of them, and layers evict different numbers of tokens. Layers whose specs are equal or can be
+merged are put into one group. So each spec carries a number that no other spec has, and specs never merge.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +22,19 @@ _number = itertools.count()
 class PrunedLayerSpec(FullAttentionSpec):
     """Full attention whose blocks are shared with no other layer.
 
-    vLLM puts layers whose specs can be merged into one group with one block table. These never can, as each has a
-    number of its own; all of them still have pages of one size, so that they draw from one pool.
+    Pages still have one size in all layers, so that the groups draw from one pool.
+
+    Parameters
+    ----------
+    number : int
+        Tells this spec from all others; it says nothing of the layer.
     """
 
     number: int
 
     @classmethod
     def of(cls, spec: FullAttentionSpec) -> PrunedLayerSpec:
-        """Make the spec of a further layer from that which vLLM made."""
+        """Make the spec of a further layer from the spec that vLLM made for it."""
         values = {field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec) if field.init}
         return cls(**values, number=next(_number))
 

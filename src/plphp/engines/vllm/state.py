@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the worker holds from pass to pass: the settings, the requests that it knows, and what is to be reported."""
+"""What the worker holds from pass to pass: its setup, the requests that it knows, and the prompts to be reported.
+
+A prompt is reported once all its layers are done and not layer by layer: the scheduler frees its blocks and logs one
+line. Requests have no end here: a request is forgotten when the model runner no longer lists it, and read anew when it
+starts again from its first token, as after a preemption.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,9 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from plphp.policy.chain import Chain
-
-from .news import PrunedPrompt
-from .ranks import Ranks
+from .pruned_prompt import PrunedPrompt
 from .reading import PrunedPart, RequestReading
+from .setup import Setup
 
 _logger = logging.getLogger("vllm.plphp")
 
@@ -23,36 +26,25 @@ class Pruning:
 
     Parameters
     ----------
-    chain : Chain
-        What is done at each stage.
-    layers : int
-        Decoder layers of the model.
-    block_size : int
-        Tokens of a block of the pool.
-    ranks : Ranks
-        Who shares the heads of a layer.
+    setup : Setup
+        How the worker prunes.
     """
 
-    chain: Chain
-    layers: int
-    block_size: int
-    ranks: Ranks = field(default_factory=Ranks)
+    setup: Setup
     _readings: dict[str, RequestReading] = field(default_factory=dict)
     _pending: dict[str, PrunedPrompt] = field(default_factory=dict)
-    _news: dict[str, PrunedPrompt] = field(default_factory=dict)
+    _done: dict[str, PrunedPrompt] = field(default_factory=dict)
 
     def reading(self, request_id: str, request: Any, computed: int) -> RequestReading:
-        """What is known of a request; nothing where it begins anew, as after a preemption."""
+        """The reading of a request; a new one where it is unknown or begins anew, as after a preemption."""
         known = self._readings.get(request_id)
         if known is None or computed == 0:
             self._pending.pop(request_id, None)
-            known = self._readings[request_id] = RequestReading.of(
-                request, self.chain, self.layers, self.block_size, self.ranks
-            )
+            known = self._readings[request_id] = RequestReading.of(request, self.setup)
         return known
 
     def forget_all_but(self, alive: Container[str]) -> None:
-        """Let go of requests that have ended."""
+        """Free what is held of requests that have ended."""
         for request_id in [request_id for request_id in self._readings if request_id not in alive]:
             del self._readings[request_id]
             self._pending.pop(request_id, None)
@@ -67,14 +59,14 @@ class Pruning:
         """Report a prompt whose layers are all done."""
         reading.finish()
         if request_id in self._pending:
-            self._news[request_id] = self._pending.pop(request_id)
+            self._done[request_id] = self._pending.pop(request_id)
 
     def give_up(self, request_id: str, reading: RequestReading, reason: str) -> None:
-        """Keep the rest of a prompt whole that cannot be pruned."""
+        """Keep the undecided layers of a prompt whole, and log the reason: a request must not end the server."""
         _logger.error("plphp keeps what is left of the prompt of request %s whole: %s.", request_id, reason)
         self.done(request_id, reading)
 
-    def take_news(self) -> dict[str, PrunedPrompt]:
-        """The prompts that were pruned since the last call."""
-        news, self._news = self._news, {}
-        return news
+    def take_pruned(self) -> dict[str, PrunedPrompt]:
+        """Hand over the prompts that were pruned since the last call."""
+        prompts, self._done = self._done, {}
+        return prompts

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forward pass of the worker: whose tokens stand where, and what becomes of the prompts that end in it."""
+"""One forward pass of the worker: which request has which tokens, and what becomes of the prompts that end in it.
+
+The life of a `Step`: the model runner makes it (`step_of`); the builder of each layer's metadata shifts the block table
+of the layer (`shortened`); then the layers run in order, and each hands its queries, keys and values to
+`after_attention`. The step keeps the block table of each layer as vLLM made it, because kept entries are written into
+the old slots of the prompt, before the next pass begins its tables behind the empty blocks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +28,7 @@ _current: ContextVar[Step | None] = ContextVar("plphp_step", default=None)
 
 
 class Writer(Protocol):
-    """Writes keys and values [tokens, kv_heads, dim] into slots, int64 [tokens], of a layer's paged cache."""
+    """Writes keys and values [tokens, kv_heads, dim] into the slots, int64 [tokens], of a layer's paged cache."""
 
     def __call__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None: ...
 
@@ -34,15 +40,15 @@ class Row:
     Parameters
     ----------
     request : str
-        Its id.
+        Id of the request.
     reading : RequestReading
-        What is known of it.
+        Its prompt.
     start : int
-        Where its tokens begin in the pass.
+        Index in the pass of its first token.
     tokens : int
-        Number of its tokens.
+        Number of its tokens in the pass.
     computed : int
-        Position of the first of them.
+        Position in the request of its first token in the pass.
     """
 
     request: str
@@ -53,28 +59,28 @@ class Row:
 
     @property
     def of_prompt(self) -> int:
-        """How many of the tokens are of the prompt; those behind it are recomputed after a preemption."""
+        """How many of the tokens belong to the prompt. After a preemption vLLM recomputes the answer with it."""
         return max(0, min(self.tokens, self.reading.tokens - self.computed))
 
     def prompt_part(self, states: Tensor) -> Tensor:
-        """Those of the prompt among states [tokens of the pass, ...]."""
+        """The states of the prompt's tokens, out of those of the pass, [tokens of the pass, ...]."""
         return states[self.start : self.start + self.of_prompt]
 
     def answer_part(self, states: Tensor) -> Tensor:
-        """Those behind the prompt among states [tokens of the pass, ...]."""
+        """The states of the tokens behind the prompt, out of those of the pass, [tokens of the pass, ...]."""
         return states[self.start + self.of_prompt : self.start + self.tokens]
 
 
 @dataclass
 class Step:
-    """One pass; made before the metadata of the layers are built.
+    """One pass of the worker, made before the metadata of the layers are built.
 
     Parameters
     ----------
     pruning : Pruning
         The state of the worker.
     rows : list of Row
-        In the order of the pass.
+        The requests, in the order of the pass.
     """
 
     pruning: Pruning
@@ -97,22 +103,31 @@ class Step:
         Returns
         -------
         CommonAttentionMetadata
+            With shorter sequences and shifted tables for the rows that were pruned. Query lengths, positions and the
+            slots of new tokens stay: they count from the beginning of the request.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If the kernel's blocks are not those of the pool.
         """
-        if block_size != self.pruning.block_size:
+        pool_block_size = self.pruning.setup.block_size
+        if block_size != pool_block_size:
             raise UnsupportedFeatureError(
                 f"The attention kernel reads blocks of {block_size} tokens and the pool holds blocks of "
-                f"{self.pruning.block_size}: start with --block-size {block_size}."
+                f"{pool_block_size}: start with --block-size {block_size}."
             )
         table = self._tables[layer_idx] = common.block_table_tensor
         dropped = [row.reading.dropped.get(layer_idx, 0) for row in self.rows]
         if not any(dropped):
             return common
+        # A table has as many rows as the largest pass; those behind the requests are not shifted.
         shift = torch.zeros(table.shape[0], dtype=torch.int64)
         shift[: len(dropped)] = torch.tensor(dropped)
         shift = shift.to(table.device)
         columns = torch.arange(table.shape[1], device=table.device) + shift[:, None]
         lengths = common.seq_lens - (shift * block_size).to(common.seq_lens.dtype)
-        # What stands behind the end of a table is never read.
+        # The last columns repeat the last block: they are behind the end of the shortened sequence and never read.
         table = table.gather(1, columns.clamp(max=table.shape[1] - 1))
         return common.replace(seq_lens=lengths, block_table_tensor=table)
 
@@ -128,8 +143,8 @@ class Step:
         states : tuple of Tensor
             Queries, keys and values of the pass, [tokens, heads, dim].
         output : Tensor
-            [tokens, q_heads * dim] or [tokens, q_heads, dim]; the attention of the pass. Tokens behind the end of a
-            prompt see the pruned one here, as when they were made.
+            [tokens, q_heads * dim] or [tokens, q_heads, dim]; the attention of the pass, changed in place for tokens
+            behind the end of a prompt: they see the pruned prompt, as when they were generated.
         scaling : float
             Factor on the logits.
         write : callable
@@ -147,7 +162,7 @@ class Step:
     def _read(
         self, row_idx: int, layer_idx: int, states: tuple[Tensor, Tensor, Tensor], output: Tensor, scaling: float
     ) -> None:
-        """Take in the prompt of one request, and write what the layers that are decided now keep of it."""
+        """Take in the prompt of a request; write what is kept of it in the layers that can be decided now."""
         row, pruning = self.rows[row_idx], self.pruning
         query, keys, values = map(row.prompt_part, states)
         for part in row.reading.read(layer_idx, query, keys, values, scaling):
@@ -163,7 +178,9 @@ class Step:
         if part.entries is None or part.entries.dense is None:
             return
         keys, values = (states[0].transpose(0, 1).contiguous() for states in part.entries.dense)
-        size, table = self.pruning.block_size, self._tables[part.layer]
+        # From the first block that stays to the end of the prompt: as many slots as entries, by `evict_whole_blocks`.
+        # The layer may be an earlier one, if all layers were awaited: then its table and writer are kept from its turn.
+        size, table = self.pruning.setup.block_size, self._tables[part.layer]
         position = torch.arange(part.blocks * size, self.rows[row_idx].reading.tokens, device=table.device)
         slots = table[row_idx, position // size].long() * size + position % size
         self._writers[part.layer](keys, values, slots)
@@ -174,15 +191,15 @@ class Step:
         """Let the tokens behind the prompt see what is kept of it."""
         if part.entries is None:
             return
-        query, keys, values = (row.answer_part(one).transpose(0, 1)[None] for one in states)
-        seen = decode_attention(query, part.entries, keys, values, None, scaling)
+        query, keys, values = (row.answer_part(state).transpose(0, 1)[None] for state in states)
+        attended = decode_attention(query, part.entries, keys, values, None, scaling)
         target = row.answer_part(output)
-        target.copy_(seen[0].reshape(target.shape))
+        target.copy_(attended[0].reshape(target.shape))
 
 
 @contextmanager
 def running(step: Step) -> Iterator[None]:
-    """While it lasts, `current` is ``step``."""
+    """While open, `current` is ``step``."""
     token = _current.set(step)
     try:
         yield
@@ -201,7 +218,7 @@ def step_of(runner: Any, pruning: Pruning, tokens: dict[str, int]) -> Step:
     Parameters
     ----------
     runner : vllm.v1.worker.gpu_model_runner.GPUModelRunner
-        Knows its requests and their order.
+        Knows the requests of the pass and their order.
     pruning : Pruning
         The state of the worker.
     tokens : dict

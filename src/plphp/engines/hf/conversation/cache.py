@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache that knows the conversation that it has read: what a later turn adds, and whether it goes on from it."""
+"""A cache that knows the conversation it has read: what a later turn adds, and whether that turn goes on from it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from .history import History
 from .mrope import TurnPositions, turn_positions
 from .turns import SentImage, new_features
 
+NOWHERE = -1
+"""Start of a turn whose rows were changed after it was read: no plan begins there, so that the next goes on behind."""
+
 
 class ConversationCache(Cache):
     """A cache with the `History` of its tokens and images, and the rotary positions of its newest turn."""
@@ -33,7 +36,7 @@ class ConversationCache(Cache):
 
     @property
     def turn(self) -> TurnPositions | None:
-        """Positions of the newest turn of a model with m-RoPE."""
+        """Positions of the newest turn, for a model with m-RoPE; None for other models."""
         return self._turn
 
     @property
@@ -41,10 +44,10 @@ class ConversationCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, PrunedLayer)]
 
     def follow_turn(self, conversation: ConversationCache, rows: int) -> None:
-        """Go on where a conversation of one row is, with several copies of that row."""
+        """Go on from the end of a conversation of one row, with several copies of that row."""
         if conversation.turn is not None:
             after = conversation.turn.after.expand(rows, -1)
-            self._turn = replace(conversation.turn, after=after, before=None, start=-1)
+            self._turn = replace(conversation.turn, after=after, before=None, start=NOWHERE)
 
     def begin_turn(
         self, inputs: Mapping[str, Any], vision_mask: Tensor | None = None
@@ -54,7 +57,7 @@ class ConversationCache(Cache):
         Returns
         -------
         spans : VisionSpans
-            Of the new tokens.
+            Where the vision tokens among the new tokens are.
         turn : dict
             The inputs with the features of new images alone.
 
@@ -64,25 +67,27 @@ class ConversationCache(Cache):
             The cache is as before.
         """
         model, past_length = self.attachment.model, self.get_seq_length()
-        turn, real, sent = self._compared(inputs, vision_mask)
+        turn, valid, sent = self._compared(inputs, vision_mask)
         spans = find_spans(
             family_of(model.config), model.config, turn, past_length=past_length, vision_mask=vision_mask
         )
         has_vision = bool(spans.vision.any())
-        if has_vision and len(real) == 1:
+        # In a batch the rows with sound images can still be read and pruned, see `plphp.pruning.finite`.
+        if has_vision and len(valid) == 1:
             refuse_damaged(features_of(turn))
         before = None
         if self._turn is not None:
+            # A turn may be planned twice before it is read, by the user and by `generate`.
             before = self._turn.before if self._turn.start == past_length else self._turn.after
-        self._turn = turn_positions(model, turn, real, past_length, before, has_vision)
-        self.history.note_prompt(inputs.get("input_ids"), real, past_length, sent)
+        self._turn = turn_positions(model, turn, valid, past_length, before, has_vision)
+        self.history.note_prompt(inputs.get("input_ids"), valid, past_length, sent)
         return spans, turn
 
     def read_turn(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The inputs of a planned turn with the features of new images alone, and the conversation's padding mask."""
-        turn, real, sent = self._compared(inputs, None)
-        self.history.note_prompt(inputs.get("input_ids"), real, self.get_seq_length(), sent)
-        return turn, real
+        turn, valid, sent = self._compared(inputs, None)
+        self.history.note_prompt(inputs.get("input_ids"), valid, self.get_seq_length(), sent)
+        return turn, valid
 
     def _compared(
         self, inputs: Mapping[str, Any], vision_mask: Tensor | None
@@ -91,20 +96,20 @@ class ConversationCache(Cache):
         model, past_length = self.attachment.model, self.get_seq_length()
         self.history.cut(past_length)
         packed = max(layer.prefix_length for layer in self._pruned_layers)
-        # First, as a history that lost a part may be shorter than what was read.
+        # Before `real_tokens`, which knows only that a history that lost a part is too short, and not where it differs.
         self.history.check_tokens(inputs.get("input_ids"), padding_mask(inputs, past_length, vision_mask), packed)
-        real = real_tokens(inputs, past_length, vision_mask)
-        turn, sent = new_features(family_of(model.config), model.config, inputs, past_length, real.shape[1])
-        self.history.check_images(sent, len(real))
-        return turn, real, sent
+        valid = real_tokens(inputs, past_length, vision_mask)
+        turn, sent = new_features(family_of(model.config), model.config, inputs, past_length, valid.shape[1])
+        self.history.check_images(sent, len(valid))
+        return turn, valid, sent
 
     def model_inputs(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``model(...)`` has to be given to read a turn that has been planned.
+        """Make the arguments of ``model(...)`` that read a turn which has been planned.
 
         Parameters
         ----------
         turn : mapping
-            What `PrunedCache.plan` returned.
+            The dict that `PrunedCache.plan` returned.
 
         Returns
         -------
@@ -113,18 +118,18 @@ class ConversationCache(Cache):
             positions where the model cannot work them out from these; to be passed with this cache.
         """
         past_length = self.get_seq_length()
-        real, inputs = real_tokens(turn, past_length), dict(turn)
-        if self._turn is None and not real.all():
-            inputs.setdefault("position_ids", (real.long().cumsum(1) - 1).clamp(min=0).to(turn["input_ids"].device))
+        valid, inputs = real_tokens(turn, past_length), dict(turn)
+        if self._turn is None and not valid.all():
+            inputs.setdefault("position_ids", (valid.long().cumsum(1) - 1).clamp(min=0).to(turn["input_ids"].device))
         elif self._turn is not None and self._turn.positions is not None:
             inputs["position_ids"] = self._turn.positions
-        new = real.shape[1] - past_length if past_length else None
+        new = valid.shape[1] - past_length if past_length else None
         # As `generate` does it: whether token types are those of the whole depends on the model and the release.
         prepare: Any = self.attachment.model.prepare_inputs_for_generation
         return dict(prepare(next_sequence_length=new, is_first_iteration=True, **inputs))
 
     def note_answer(self, output: Any) -> None:
-        """Note the tokens that ``generate`` returned, in either form."""
+        """Note the tokens that ``generate`` returned, as a tensor or in the field ``sequences`` of its output."""
         sequences = output if isinstance(output, Tensor) else output.sequences
         self.history.note_answer(sequences, self.get_seq_length())
 
@@ -145,7 +150,7 @@ class ConversationCache(Cache):
         super().batch_select_indices(indices)
         if self._turn is not None:
             after = self._turn.after
-            self._turn = replace(self._turn, after=after[indices.to(after.device)], before=None, start=-1)
+            self._turn = replace(self._turn, after=after[indices.to(after.device)], before=None, start=NOWHERE)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -160,5 +165,6 @@ class ConversationCache(Cache):
     def _select_history(self, indices: Tensor) -> None:
         if len(self.history.ids) == self._pruned_layers[0].batch_size:
             self.history.select(indices.nonzero()[:, 0] if indices.dtype is torch.bool else indices)
-        else:  # several sequences of each prompt are in the making
+        else:
+            # Beams or several sequences of each prompt are in the making: these rows are none of the conversation.
             self.history.clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of image features: what was read is recognised later, without keeping it."""
+"""Fingerprints of image features: an image that was read is recognised later, without keeping it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fingerprint = dict[tuple[str, torch.dtype], Tensor]
 """Name and dtype of a tensor -> its mark, an int64 scalar on the tensor's device."""
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes of an element, the integer that is read in its place."""
+"""By the bytes of an element, the integer dtype that its bits are read as."""
 BLOCK = 1 << 20
 """Elements that are worked on at a time, so that no copy of a long video is made."""
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -23,14 +23,14 @@ _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293
 def fingerprint(item: Mapping[str, Any]) -> Fingerprint:
     """Mark the tensors of one image.
 
-    A mark is a sum over the bits of all elements, each with an odd random factor that depends on its place, modulo
-    2^64: one changed element always changes it. Zeros count nothing, so that an image that a processor pads to the
-    size of larger ones keeps its mark. It is worked out where the tensor is, and nothing waits for it.
+    A mark is a sum over the bits of all elements, each with an odd random factor that depends on its index, modulo
+    2^64: a change of a single element always changes it. Zeros count nothing, so that an image that a processor pads to
+    the size of larger images keeps its mark. It is worked out on the tensor's device, and nothing waits for it.
 
     Parameters
     ----------
     item : mapping
-        Name -> tensor of any shape and dtype; what is no tensor is left out.
+        Name -> tensor of any shape and dtype; values that are no tensors are left out.
 
     Returns
     -------
@@ -41,11 +41,12 @@ def fingerprint(item: Mapping[str, Any]) -> Fingerprint:
 
 
 def same_image(known: Fingerprint, sent: Fingerprint) -> bool:
-    """Whether two fingerprints agree on the tensors that both have; in another dtype there is nothing to compare."""
+    """Whether two fingerprints agree on the tensors that both have; tensors of different dtypes are not compared."""
     return all(int(known[key]) == int(sent[key]) for key in known.keys() & sent.keys())
 
 
 def _mark(value: Tensor) -> Tensor:
+    """Sum a tensor up axis by axis, from the last to the first; an int64 scalar."""
     if value.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=value.device)
     value = torch.atleast_1d(value.detach()).contiguous()
@@ -59,7 +60,7 @@ def _mark(value: Tensor) -> Tensor:
 
 
 def _factors(count: int, axis: int, device: torch.device) -> Tensor:
-    """Odd numbers int64 [count] by SplitMix64; those of a longer axis begin with those of a shorter one."""
+    """Odd numbers int64 [count] by SplitMix64; the factors of a longer axis begin with those of a shorter axis."""
     state = (torch.arange(1, count + 1, device=device) + (axis << 32)) * _STEP
     state = (state ^ (state >> 30)) * _FIRST
     state = (state ^ (state >> 27)) * _SECOND

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache has read, so that a later turn that does not go on from it is refused with the place."""
+"""What a cache has read, so that a later turn that does not go on from it is refused, with the token that differs.
+
+A cache cannot be checked by its keys: other tokens give other keys, and the answer would merely be wrong. So the tokens
+themselves are kept, on the CPU, with their padding and the fingerprints of their images.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,9 @@ from .fingerprints import same_image
 from .turns import SentImage
 
 UNKNOWN = -1
-"""In the place of a token that was read without the cache being told."""
+"""Stands for a token whose id never passed through plphp: given to ``model(...)`` directly, or as an embedding."""
 AROUND = 3
-"""Tokens shown before and after the place of a difference."""
+"""Tokens that a message shows before and after the one that differs."""
 IN_ANSWER = (
     "Usual causes: the decoded answer was tokenized to other tokens than were generated, or the chat template leaves "
     "out a part of it, such as its reasoning."
@@ -35,18 +39,18 @@ WHAT_TO_DO = (
 
 
 class History:
-    """Tokens, padding and images that a cache has read, as far as it was told; what it was not is not checked.
+    """Tokens, padding and images that a cache has read, as far as they are known; the unknown is not checked.
 
     Attributes
     ----------
     ids : Tensor
         int64 [rows, seq]; `UNKNOWN` where a token is not known.
-    real : Tensor
+    valid : Tensor
         bool [rows, seq]; False on padding.
     prompts : list of tuple of int
         Begin and end of each prompt; answers stand between them.
     images : list of SentImage
-        Those whose features were sent.
+        The images whose features were sent.
     """
 
     def __init__(self) -> None:
@@ -55,24 +59,24 @@ class History:
     def clear(self) -> None:
         """Know nothing."""
         self.ids = torch.zeros(0, 0, dtype=torch.long)
-        self.real = torch.zeros(0, 0, dtype=torch.bool)
+        self.valid = torch.zeros(0, 0, dtype=torch.bool)
         self.prompts: list[tuple[int, int]] = []
         self.images: list[SentImage] = []
 
     def cut(self, length: int) -> None:
         """Forget what stands behind the first ``length`` tokens."""
-        self.ids, self.real = self.ids[:, :length], self.real[:, :length]
+        self.ids, self.valid = self.ids[:, :length], self.valid[:, :length]
         self.prompts = [prompt for prompt in self.prompts if prompt[0] < length]
         self.images = [image for image in self.images if image.last < length]
 
-    def check_tokens(self, ids: Tensor | None, real: Tensor, packed: int) -> None:
+    def check_tokens(self, ids: Tensor | None, valid: Tensor, packed: int) -> None:
         """Compare a conversation with what was read of it.
 
         Parameters
         ----------
         ids : Tensor, optional
             int64 [batch, seq]; the whole conversation or its end.
-        real : Tensor
+        valid : Tensor
             bool [batch, seq]; padding mask of the whole conversation.
         packed : int
             Tokens of which the cache holds what was no padding when they were read, whatever a later mask says.
@@ -82,18 +86,20 @@ class History:
         HistoryError
             If they differ.
         """
-        times = self._times(len(real))
+        times = self._times(len(valid))
         if times == 0:
             return
-        known = min(self.ids.shape[1], real.shape[1])
-        now, before = real.repeat_interleave(times, dim=0)[:, :known], self.real[:, :known]
+        # Only the tokens that both have: a conversation may be longer, or shorter, than what was read.
+        known = min(self.ids.shape[1], valid.shape[1])
+        now, before = valid.repeat_interleave(times, dim=0)[:, :known], self.valid[:, :known]
         changed = now & ~before
+        # A tail is masked anew at every step; the packed entries of a token are read whatever a mask says.
         changed[:, :packed] |= (before & ~now)[:, :packed]
         if changed.any():
             self._refuse_padding(changed, now, times)
         if ids is None:
             return
-        offset = real.shape[1] - ids.shape[1]
+        offset = valid.shape[1] - ids.shape[1]
         sent = pad(ids.cpu(), (offset, 0), value=UNKNOWN).repeat_interleave(times, dim=0)
         again, read = sent[:, :known], self.ids[:, :known]
         differs = (again != read) & (again != UNKNOWN) & (read != UNKNOWN) & now & before
@@ -106,13 +112,13 @@ class History:
         Raises
         ------
         HistoryError
-            If an image was read that is another one.
+            If an image differs from the image that was read at the same tokens.
         """
         times = self._times(rows)
         for image in sent if times else ():
             for known in self.images:
-                same_place = (known.row // times, known.first, known.last) == (image.row, image.first, image.last)
-                if same_place and not same_image(known.marks, image.marks):
+                same_tokens = (known.row // times, known.first, known.last) == (image.row, image.first, image.last)
+                if same_tokens and not same_image(known.marks, image.marks):
                     raise HistoryError(
                         f"Image {image.number} of {image.name} is not the one that this cache has read at tokens "
                         f"{image.first} to {image.last} of row {image.row}. Send the images of the conversation in the "
@@ -121,30 +127,31 @@ class History:
                         "the whole conversation."
                     )
 
-    def note_prompt(self, ids: Tensor | None, real: Tensor, begin: int, sent: Iterable[SentImage]) -> None:
+    def note_prompt(self, ids: Tensor | None, valid: Tensor, begin: int, sent: Iterable[SentImage]) -> None:
         """Note a prompt that the cache will read.
 
         Parameters
         ----------
         ids : Tensor, optional
             int64 [batch, seq]; the whole conversation or its end.
-        real : Tensor
+        valid : Tensor
             bool [batch, seq]; padding mask of the whole conversation.
         begin : int
             Tokens that the cache holds.
         sent : iterable of SentImage
-            The images of ``ids``; those of earlier turns are known already.
+            The images of ``ids``; images of earlier turns are known already and are passed over.
         """
-        batch, length = real.shape
+        batch, length = valid.shape
         self.cut(begin)
         if begin == 0 or not self._times(batch):
             self.clear()
+        # A turn that returned several sequences of each prompt leaves as many rows of each row of the conversation.
         times = self._times(batch) or 1
         ids = torch.full((batch, 0), UNKNOWN) if ids is None else ids.cpu()
         new = pad(ids, (length - ids.shape[1], 0), value=UNKNOWN).repeat_interleave(times, dim=0)
         before = self._padded(len(new), begin)
         self.ids = torch.cat([before, new[:, begin:]], dim=1)
-        self.real = real.repeat_interleave(times, dim=0)
+        self.valid = valid.repeat_interleave(times, dim=0)
         self.prompts.append((begin, length))
         self.images += [
             replace(image, row=image.row * times + copy)
@@ -162,12 +169,12 @@ class History:
         self.select(torch.arange(len(self.ids)).repeat_interleave(times))
         before = self._padded(len(sequences), offset)
         self.ids = torch.cat([before, sequences[:, :-1].cpu()], dim=1)
-        self.real = pad(self.real, (0, length - self.real.shape[1]), value=True)
+        self.valid = pad(self.valid, (0, length - self.valid.shape[1]), value=True)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
         numbers = rows.tolist()
-        self.ids, self.real = self.ids[numbers], self.real[numbers]
+        self.ids, self.valid = self.ids[numbers], self.valid[numbers]
         self.images = [
             replace(image, row=row)
             for row, number in enumerate(numbers)
@@ -181,43 +188,44 @@ class History:
         return 0 if rest else times
 
     def _padded(self, rows: int, length: int) -> Tensor:
-        """The first ``length`` tokens that are known, [rows, length]."""
+        """The first ``length`` tokens, `UNKNOWN` where they are not known, int64 [rows, length]."""
         known = self.ids[:, :length] if len(self.ids) else torch.full((rows, 0), UNKNOWN)
         return pad(known, (0, length - known.shape[1]), value=UNKNOWN)
 
     def _refuse_padding(self, changed: Tensor, now: Tensor, times: int) -> NoReturn:
-        row, place = changed.nonzero()[0].tolist()
-        read, sent = (int((~mask[row]).cumprod(0).sum()) for mask in (self.real, now))
+        row, position = changed.nonzero()[0].tolist()
+        read, sent = (int((~mask[row]).cumprod(0).sum()) for mask in (self.valid, now))
         number = row // times
         raise HistoryError(
             f"Row {number} of the conversation begins with {sent} tokens of padding and was read with {read}: the "
             "cache cannot move what it holds. Leave the padding of the earlier turns as it is and pad the new part of "
             "each row on its left, with an attention_mask over the whole; or keep a cache for each conversation."
             if read != sent
-            else f"Token {place} of row {number} {'is masked' if self.real[row, place] else 'is not masked'} in "
+            else f"Token {position} of row {number} {'is masked' if self.valid[row, position] else 'is not masked'} in "
             "the attention_mask, unlike when this cache read it: pass the mask of the earlier turns with the new part "
             "behind it."
         )
 
     def _refuse_tokens(self, differs: Tensor, sent: Tensor, times: int) -> NoReturn:
-        row, place = differs.nonzero()[0].tolist()
-        where, cause = self._place(place)
+        row, position = differs.nonzero()[0].tolist()
+        where, cause = self._turn_of(position)
         raise HistoryError(
-            f"Row {row // times} of the conversation differs from what this cache has read at token {place}, {where}: "
-            f"the cache has read {_around(self.ids[row], place)}, the conversation has {_around(sent[row], place)}. "
-            f"{cause} {WHAT_TO_DO}"
+            f"Row {row // times} of the conversation differs from what this cache has read at token {position}, "
+            f"{where}: the cache has read {_around(self.ids[row], position)}, the conversation has "
+            f"{_around(sent[row], position)}. {cause} {WHAT_TO_DO}"
         )
 
-    def _place(self, position: int) -> tuple[str, str]:
+    def _turn_of(self, position: int) -> tuple[str, str]:
+        """In which turn a token stands, in its prompt or its answer, and why it may differ there."""
         turn = sum(begin <= position for begin, _ in self.prompts)
         if turn and position < self.prompts[turn - 1][1]:
             return f"in the prompt of turn {turn}", IN_PROMPT
         return f"in the answer of turn {turn}", IN_ANSWER
 
 
-def _around(ids: Tensor, place: int) -> str:
-    """The tokens around a place, which is marked."""
-    begin = max(0, place - AROUND)
-    shown = [str(token) if token != UNKNOWN else "?" for token in ids[begin : place + AROUND + 1].tolist()]
-    shown[place - begin] = f"*{shown[place - begin]}*"
+def _around(ids: Tensor, position: int) -> str:
+    """The tokens around a position, whose own token is marked with stars."""
+    begin = max(0, position - AROUND)
+    shown = [str(token) if token != UNKNOWN else "?" for token in ids[begin : position + AROUND + 1].tolist()]
+    shown[position - begin] = f"*{shown[position - begin]}*"
     return f"[{', '.join(shown)}]"

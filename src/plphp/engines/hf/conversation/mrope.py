@@ -2,9 +2,9 @@
 """Multimodal rotary positions over several turns.
 
 Models with m-RoPE place the tokens of an image in frame, row and column, so that positions run behind the number of
-tokens by ``rope_deltas``. Transformers keeps that number on the model, where the next prompt of anybody overwrites it,
-and cannot place a new image in a later turn: 5.17 gives it wrong positions, 5.23 stops. Here it is worked out from the
-inputs of every turn and belongs to the cache.
+tokens by ``rope_deltas``. Transformers keeps that number on the model, where the next prompt of any caller overwrites
+it, and cannot place a new image in a later turn: 5.17 gives it wrong positions, 5.23 stops. Here it is worked out from
+the inputs of every turn and belongs to the cache.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class TurnPositions:
     Parameters
     ----------
     start : int
-        Tokens of the turns before.
+        Tokens of the earlier turns.
     before, after : Tensor
         int64 [batch, 1]; ``rope_deltas`` before and after the turn.
     positions : Tensor, optional
-        int64 [4, batch, seq]; text, frame, row and column of the whole conversation. Those of earlier turns are not
-        read any more. None in the first turn, which transformers places by itself.
+        int64 [4, batch, seq]; text, frame, row and column of the whole conversation. Frames, rows and columns of
+        earlier turns are not read any more, and 0. None in the first turn, which transformers places by itself.
     """
 
     start: int
@@ -46,7 +46,7 @@ class TurnPositions:
 
 
 def turn_positions(
-    model: PreTrainedModel, inputs: Inputs, real: Tensor, start: int, before: Tensor | None, has_vision: bool
+    model: PreTrainedModel, inputs: Inputs, valid: Tensor, start: int, before: Tensor | None, has_vision: bool
 ) -> TurnPositions | None:
     """Place the tokens of a turn.
 
@@ -55,13 +55,13 @@ def turn_positions(
     model : PreTrainedModel
         The model.
     inputs : mapping
-        Of ``generate``; ``mm_token_type_ids`` and the grids where the turn has vision tokens.
-    real : Tensor
+        Inputs of ``generate``, with ``mm_token_type_ids`` and the grids where the turn has vision tokens.
+    valid : Tensor
         bool [batch, seq]; padding mask of the whole conversation.
     start : int
         Tokens that the cache holds.
     before : Tensor, optional
-        ``rope_deltas`` of the turn before.
+        int64 [batch, 1]; ``rope_deltas`` of the turn before.
     has_vision : bool
         Whether there are vision tokens among the new ones.
 
@@ -80,14 +80,14 @@ def turn_positions(
         return None
     if start == 0 and has_vision and (inputs.get("input_ids") is None or inputs.get("mm_token_type_ids") is None):
         return None  # transformers refuses such a prompt, or places embeddings as text
-    mask = real.to(model.device).long()
+    mask = valid.to(model.device).long()
     if before is not None and len(before) != len(mask):
         # The turn before returned several sequences of each prompt.
         before = before.repeat_interleave(len(mask) // len(before), dim=0)
     offset = mask[:, :start].sum(1, keepdim=True) + (0 if before is None else before.to(mask.device))
-    given = inputs.get("position_ids")
-    if given is not None:
-        new = given[-3:, :, start - given.shape[2] :] if start else given[-3:]
+    of_caller = inputs.get("position_ids")
+    if of_caller is not None:
+        new = of_caller[-3:, :, start - of_caller.shape[2] :] if start else of_caller[-3:]
     elif has_vision:
         new = _placed(holder, inputs, mask[:, start:]) + offset
     else:
@@ -103,11 +103,11 @@ def turn_positions(
 def position_holder(model: PreTrainedModel) -> Any:
     """The module that keeps ``rope_deltas``, or None for a model without m-RoPE."""
     holders = (model, getattr(model, "model", None))
-    return next((one for one in holders if hasattr(one, "rope_deltas") and hasattr(one, "get_rope_index")), None)
+    return next((part for part in holders if hasattr(part, "rope_deltas") and hasattr(part, "get_rope_index")), None)
 
 
 def _placed(holder: Any, inputs: Inputs, mask: Tensor) -> Tensor:
-    """Positions [3, batch, new] of the new tokens, from 0."""
+    """Positions [3, batch, new] of the new tokens by the model's own rule, as if the turn began at 0."""
     ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
     if ids is None or types is None:
         raise UnsupportedFeatureError(
@@ -116,6 +116,6 @@ def _placed(holder: Any, inputs: Inputs, mask: Tensor) -> Tensor:
         )
     new = mask.shape[1]
     names = inspect.signature(holder.get_rope_index).parameters
-    more = {name: inputs[name] for name in names if name in POSITION_INPUTS and inputs.get(name) is not None}
-    positions, _ = holder.get_rope_index(ids[:, -new:], types[:, -new:], **more, attention_mask=mask)
+    grids = {name: inputs[name] for name in names if name in POSITION_INPUTS and inputs.get(name) is not None}
+    positions, _ = holder.get_rope_index(ids[:, -new:], types[:, -new:], **grids, attention_mask=mask)
     return positions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a turn adds to a conversation: its images are told apart from those that the cache holds already."""
+"""What a turn adds to a conversation: its new images are separated from the images that the cache holds already."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def new_features(
     Parameters
     ----------
     family : Family
-        Says how its features are taken apart.
+        Knows how its features are taken apart by image.
     config : PretrainedConfig
         The model's config.
     inputs : mapping
-        Of a turn; the features of all images of the conversation, or of the new ones alone.
+        Inputs of a turn, with the features of all images of the conversation or of the new images alone.
     past_length : int
         Tokens that the cache holds.
     length : int
@@ -72,7 +72,7 @@ def new_features(
     inputs : dict
         With the features of new images alone. Features whose number fits neither are left as they are.
     sent : list of SentImage
-        All images that were sent and can be told apart, old ones too.
+        The images that were sent, old and new, as far as their positions can be told.
 
     Raises
     ------
@@ -94,29 +94,30 @@ def new_features(
 def with_features(arguments: Mapping[str, Any], turn: Inputs, family: Family) -> dict[str, Any]:
     """The arguments of a call with the features of ``turn`` in the place of their own."""
     names = feature_names(family)
-    others = {name: value for name, value in arguments.items() if name not in names}
-    return {**others, **{name: turn[name] for name in names if name in turn}}
+    rest = {name: value for name, value in arguments.items() if name not in names}
+    return {**rest, **{name: turn[name] for name in names if name in turn}}
 
 
 def _sent(
     family: Family, features: Features, config: PretrainedConfig, inputs: Inputs, past_length: int, length: int
 ) -> list[SentImage]:
-    """The images of one kind with their places, empty where these cannot be told."""
+    """The images of one kind of features with their positions; empty where the positions cannot be told."""
     items = features.items(inputs) if isinstance(inputs.get("input_ids"), Tensor) else []
     segments = [family.segments(config, item) for item in items]
-    tokens = [sum(segment.tokens for segment in found or ()) for found in segments]
+    tokens = [sum(segment.tokens for segment in of_image or ()) for of_image in segments]
     if not items or not all(tokens):
         return []
     mask = features.placeholders(config, inputs)
     # A later turn's input_ids may leave out what the cache holds.
-    places = pad(mask, (length - mask.shape[1], 0)).nonzero().cpu()
-    new = places[places[:, 1] >= past_length]
-    places = new if len(new) == sum(tokens) else places
-    if len(places) != sum(tokens):
+    positions = pad(mask, (length - mask.shape[1], 0)).nonzero().cpu()
+    new = positions[positions[:, 1] >= past_length]
+    # Features of the new images alone fill the new placeholders, features of all images fill all.
+    positions = new if len(new) == sum(tokens) else positions
+    if len(positions) != sum(tokens):
         return []
     images, name = [], features.pixels[0]
     for number, (begin, end) in enumerate(pairwise(accumulate(tokens, initial=0))):
-        (row, first), (last_row, last) = places[begin].tolist(), places[end - 1].tolist()
+        (row, first), (last_row, last) = positions[begin].tolist(), positions[end - 1].tolist()
         if row != last_row:
             return []
         if first < past_length <= last:

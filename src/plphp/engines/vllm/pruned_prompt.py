@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the worker tells the scheduler of a prompt that was pruned."""
+"""What the worker reports to the scheduler of a prompt that was pruned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PrunedPrompt:
     Parameters
     ----------
     tokens, vision_tokens : int
-        Of the prompt.
+        Length of the prompt, and how many of its tokens are vision tokens.
     allocation : dict of int to RowAllocation
         By decoder layer, what the layer level decided.
     kept : dict of int to float
