@@ -109,7 +109,7 @@ def collect_query_bank(
     ConfigError
         If a prompt has several rows or no vision token, or no answer has a second token.
     UnsupportedModelError
-        If it is not known how the model turns its queries, see `plphp.studies.rotation_probe.find_rotations`.
+        If it is not known how the model rotates its queries, see `plphp.studies.rotation_probe.find_rotations`.
 
     Examples
     --------
@@ -119,6 +119,27 @@ def collect_query_bank(
         raise ConfigError(f"samples must be at least 1, got {samples}.")
     rotations = find_rotations(model)
     reservoir = _Reservoir(samples, seed)
+    count = _answer_all(model, prompts, max_new_tokens, reservoir, rotations, progress)
+    record = {
+        **provenance(model),
+        "prompts": count,
+        "answer_tokens": reservoir.seen,
+        "samples": len(reservoir.queries),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    return _bank_of(reservoir, rotations, record)
+
+
+def _answer_all(
+    model: PreTrainedModel,
+    prompts: Iterable[Mapping[str, Any]],
+    max_new_tokens: int,
+    reservoir: _Reservoir,
+    rotations: Mapping[int, Rotation],
+    progress: Callable[[str], None],
+) -> int:
+    """Let the model answer the prompts, and sample the queries of the answers; how many prompts there were."""
     count = 0
     lease = Lease.of(model)
     try:
@@ -133,15 +154,7 @@ def collect_query_bank(
             f"{count} prompt(s) gave no answer of more than one token, so no query of an answer: give others, or a "
             "larger max_new_tokens."
         )
-    record = {
-        **provenance(model),
-        "prompts": count,
-        "answer_tokens": reservoir.seen,
-        "samples": len(reservoir.queries),
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
-    return _bank_of(reservoir, rotations, record)
+    return count
 
 
 def _answer(

@@ -63,25 +63,31 @@ def profile(
     rows = tuple(query_rows) if isinstance(query_rows, (list, tuple)) else (query_rows,)
     if not rows or None in rows or len(set(rows)) != len(rows):
         raise ConfigError(f"query_rows must be different choices, at least one, got {query_rows!r}.")
-    keep_all = PLPHPConfig(method="none")
     choices = [PLPHPConfig(method="none", query_rows=choice) for choice in rows]
     measured: list[ProfiledPrompt] = []
     layers: tuple[int, ...] = ()
     for number, inputs in enumerate(prompts, 1):
         progress(f"prompt {number}")
-        cache = PrunedCache.for_inputs(model, inputs, keep_all)
-        readings = (
-            [] if cache.reading is None else [_observer(cache, cache.reading.spans, choice) for choice in choices]
-        )
-        with cache.listening(_all_of(readings)):
-            read_prompt(model, inputs, cache)
+        readings = _read(model, inputs, choices)
         if readings:
             layers = tuple(sorted(readings[0].kv.scores))
             measured += _measured(readings)
-        del cache  # the model is as it was when no cache is left
     if not measured:
         raise ConfigError("No prompt with a vision token was given: a profile needs at least one.")
     return AttentionProfile(rows, layers, tuple(measured), provenance(model))
+
+
+def _read(model: PreTrainedModel, inputs: Mapping[str, Any], choices: Sequence[PLPHPConfig]) -> list[PromptReading]:
+    """Read a prompt once, and score it by each choice; nothing for a prompt without a vision token.
+
+    The cache is gone when this returns, and with it all that the model carries for it.
+    """
+    cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig(method="none"))
+    spans = None if cache.reading is None else cache.reading.spans
+    readings = [] if spans is None else [_observer(cache, spans, choice) for choice in choices]
+    with cache.listening(_all_of(readings)):
+        read_prompt(model, inputs, cache)
+    return readings
 
 
 def _observer(cache: PrunedCache, spans: VisionSpans, choice: PLPHPConfig) -> PromptReading:
