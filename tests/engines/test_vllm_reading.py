@@ -55,7 +55,7 @@ def test_vision_spans() -> None:
     spans = vision_spans([feature(20, 3), feature(9, 5, "audio"), feature(2, 4)], 30)
     assert [(spans.segment == number).nonzero()[:, 1].tolist() for number in (0, 1)] == [[2, 3, 4, 5], [20, 21, 22]]
     assert spans.vision.sum() == 7
-    assert spans.real.all()
+    assert spans.valid.all()
 
 
 @pytest.mark.parametrize(("kept", "stays", "blocks"), [(20, 20, 0), (17, 20, 0), (16, 16, 1), (9, 12, 2), (1, 4, 4)])

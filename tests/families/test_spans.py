@@ -66,7 +66,7 @@ def batches(draw: st.DrawFn) -> list[list[int]]:
 def test_each_run_of_vision_tokens_is_an_image(rows: list[list[int]]) -> None:
     spans = spans_of(rows)
     assert spans.segment.tolist() == [naive_segments(row, 0) for row in rows]
-    assert spans.real.tolist() == [[token != PAD for token in row] for row in rows]
+    assert spans.valid.tolist() == [[token != PAD for token in row] for row in rows]
     assert (spans.start, spans.end) == (0, len(rows[0]))
     assert spans.grids == tuple((None,) * (max(naive_segments(row, 0)) + 1) for row in rows)
     assert torch.equal(spans.vision, torch.tensor(rows) == IMAGE)
@@ -86,7 +86,7 @@ def test_later_turn_as_the_whole_and_as_the_new_part(rows: list[list[int]], data
     left_out = data.draw(st.integers(0, past))
     part = spans_of([row[left_out:] for row in rows], past_length=past, attention_mask=mask)
     assert torch.equal(part.segment, whole.segment)
-    assert torch.equal(part.real, whole.real)
+    assert torch.equal(part.valid, whole.valid)
     assert (part.start, part.end, part.grids) == (whole.start, whole.end, whole.grids)
 
 
@@ -182,7 +182,7 @@ def test_one_vision_token_and_a_row_without_images() -> None:
 def test_repeated_rows() -> None:
     spans = spans_of([[PAD, IMAGE, TEXT], [TEXT, TEXT, TEXT]]).repeated(2)
     assert spans.segment.tolist() == [[-1, 0, -1]] * 2 + [[-1] * 3] * 2
-    assert spans.real.tolist() == [[False, True, True]] * 2 + [[True] * 3] * 2
+    assert spans.valid.tolist() == [[False, True, True]] * 2 + [[True] * 3] * 2
     assert spans.grids == ((None,), (None,), (), ())
 
 

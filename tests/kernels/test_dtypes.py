@@ -139,20 +139,20 @@ def test_attention_is_the_same_under_autocast(dtype: torch.dtype, mixes: bool, b
 @ALL
 def test_scores_are_float32_under_autocast(backend: str) -> None:
     case = make(6, 3, length=3, tail=9)
-    weight, position, real = window(case)
+    weight, position, valid = window(case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
+        found = window_scores(case.query, weight, position, case.tail_keys, valid, case.prefix, SCALING).attention
     assert found.dtype == FLOAT32
-    assert (found.double() - naive_scores(case, weight, position, real, True)).abs().max() < 1e-6
+    assert (found.double() - naive_scores(case, weight, position, valid, True)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("of_query", "of_keys"), [(FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32), (FLOAT32, FLOAT16)])
 @pytest.mark.parametrize("of_prefix", [FLOAT32, BFLOAT16], ids=str)
 def test_scores_of_different_dtypes(of_query: torch.dtype, of_keys: torch.dtype, of_prefix: torch.dtype) -> None:
     case = mixed(make(7, 3, length=3, tail=9), (of_query, of_prefix, BFLOAT16, of_keys, BFLOAT16))
-    weight, position, real = window(case)
-    found = window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
-    assert (found.double() - naive_scores(case, weight, position, real, True)).abs().max() < 1e-6
+    weight, position, valid = window(case)
+    found = window_scores(case.query, weight, position, case.tail_keys, valid, case.prefix, SCALING).attention
+    assert (found.double() - naive_scores(case, weight, position, valid, True)).abs().max() < 1e-6
 
 
 @ALL

@@ -41,10 +41,10 @@ def test_other_rows_attend_as_ever(kept: str, names: tuple[str, ...], bad: float
 @pytest.mark.parametrize("names", [("query",), ("tail_keys",), ("keys",)], ids=str)
 def test_other_rows_are_scored_as_ever(names: tuple[str, ...], backend: str) -> None:
     case = make(2, 3, length=3, tail=9, kept="dense")
-    weight, position, real = window(case)
+    weight, position, valid = window(case)
 
     def scored() -> torch.Tensor:
-        return window_scores(case.query, weight, position, case.tail_keys, real, case.prefix, SCALING).attention
+        return window_scores(case.query, weight, position, case.tail_keys, valid, case.prefix, SCALING).attention
 
     expected = scored()
     spoiled(case, torch.nan, names)

@@ -28,11 +28,11 @@ def test_scores_of_a_later_prompt_are_naive_softmax_mass(rows: int | str, cuts: 
     entries = LayerEntries()
     entries.append(keys[:, :, :PAST], values[:, :, :PAST])
     entries.place(placed(keep))
-    real = torch.ones(2, END, dtype=torch.bool)
-    real[1, PAST : PAST + 2] = False
+    valid = torch.ones(2, END, dtype=torch.bool)
+    valid[1, PAST : PAST + 2] = False
     segment = torch.full((2, END), -1)
     segment[:, 6:8] = 0
-    spans = VisionSpans(segment, real, PAST, ((None,), (None,)))
+    spans = VisionSpans(segment, valid, PAST, ((None,), (None,)))
     scoring = Scoring.of(spans, PLPHPConfig(query_rows=rows), Evidence())  # type: ignore[arg-type]
     for begin, end in zip([PAST, *cuts], [*cuts, END], strict=True):
         entries.append(keys[:, :, begin:end], values[:, :, begin:end])
@@ -42,7 +42,7 @@ def test_scores_of_a_later_prompt_are_naive_softmax_mass(rows: int | str, cuts: 
     (scores,) = scoring.scores.values()
 
     wanted = [10] if rows == 1 else [8, 9, 10]
-    seen_before = torch.cat([keep[:, 0], real[:, PAST:]], dim=1)
+    seen_before = torch.cat([keep[:, 0], valid[:, PAST:]], dim=1)
     for row in range(2):
         for head in range(2):
             expected = torch.zeros(END, dtype=torch.float64)
@@ -53,4 +53,4 @@ def test_scores_of_a_later_prompt_are_naive_softmax_mass(rows: int | str, cuts: 
             assert_exact(scores.attention[row, head], expected[PAST:])
     assert (scores.layer, scores.kv_heads) == (3, 1)
     assert torch.equal(scores.segment, segment[:, PAST:])
-    assert torch.equal(scores.real, real[:, PAST:])
+    assert torch.equal(scores.valid, valid[:, PAST:])

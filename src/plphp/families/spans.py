@@ -30,7 +30,7 @@ class VisionSpans:
     ----------
     segment : Tensor
         int64 [batch, seq]; number of the image within its row, -1 where there is no vision token to prune.
-    real : Tensor
+    valid : Tensor
         bool [batch, seq]; False on padding.
     start : int
         First position of the new prompt: what the cache held before it was planned.
@@ -39,7 +39,7 @@ class VisionSpans:
     """
 
     segment: Tensor
-    real: Tensor
+    valid: Tensor
     start: int
     grids: tuple[tuple[Grid, ...], ...]
 
@@ -57,7 +57,7 @@ class VisionSpans:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
         return VisionSpans(
             segment=self.segment.repeat_interleave(times, dim=0),
-            real=self.real.repeat_interleave(times, dim=0),
+            valid=self.valid.repeat_interleave(times, dim=0),
             start=self.start,
             grids=tuple(grid for grid in self.grids for _ in range(times)),
         )
@@ -99,7 +99,7 @@ def find_spans(
     SpanError
         If the vision tokens cannot be found, or their number is not what the features fill.
     """
-    valid = real_tokens(inputs, past_length, vision_mask)
+    valid = valid_tokens(inputs, past_length, vision_mask)
     if vision_mask is None:
         vision, segments = _placeholders_and_segments(family, config, inputs, valid, past_length)
     else:
@@ -107,7 +107,7 @@ def find_spans(
     segment, grids = _number_segments(vision, segments)
     segment[~valid] = -1
     segment[:, :past_length] = -1  # a vision_mask marks earlier turns, too
-    return VisionSpans(segment=segment, real=valid, start=past_length, grids=grids)
+    return VisionSpans(segment=segment, valid=valid, start=past_length, grids=grids)
 
 
 def query_mask(spans: VisionSpans, rows: QueryRows) -> Tensor:
@@ -124,7 +124,7 @@ def query_mask(spans: VisionSpans, rows: QueryRows) -> Tensor:
     Tensor
         bool [batch, seq]; at least one token in each row, whatever the row ends with.
     """
-    valid = spans.real.clone()
+    valid = spans.valid.clone()
     valid[:, : spans.start] = False
     from_end = valid.flip(1).cumsum(1).flip(1)
     if rows == "text":
@@ -135,7 +135,7 @@ def query_mask(spans: VisionSpans, rows: QueryRows) -> Tensor:
     return valid & (from_end <= rows)
 
 
-def real_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = None) -> Tensor:
+def valid_tokens(inputs: Inputs, past_length: int, vision_mask: Tensor | None = None) -> Tensor:
     """Mark the tokens of the whole conversation that are not padding.
 
     Returns

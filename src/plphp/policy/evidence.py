@@ -68,7 +68,7 @@ class LayerScores:
         float32 [batch, q_heads, seq]; softmax mass over *all* keys, averaged over the query rows (DESIGN: A).
     segment : Tensor
         int64 [batch, seq]; image number of each entry, -1 on text and padding.
-    real : Tensor
+    valid : Tensor
         bool [batch, seq]; False on padding.
     layer : int
         Number of the decoder layer.
@@ -92,7 +92,7 @@ class LayerScores:
 
     attention: Tensor
     segment: Tensor
-    real: Tensor
+    valid: Tensor
     layer: int
     kv_heads: int
     queries: Tensor | None = None
@@ -129,7 +129,7 @@ class LayerScores:
         """bool [batch]; whether all that ranks a row is a finite number, as that of padding need not be."""
         finite = self.attention.isfinite().flatten(1).all(1)
         if self.value_norm is not None:
-            finite &= (self.value_norm.isfinite() | ~self.real[:, None]).flatten(1).all(1)
+            finite &= (self.value_norm.isfinite() | ~self.valid[:, None]).flatten(1).all(1)
         return finite
 
     def blanked(self, rows: Sequence[int]) -> LayerScores:

@@ -81,7 +81,7 @@ def keep_masks(
         bool [lists, batch, kv_heads, seq].
     """
     candidates = scores.candidates
-    keep = (scores.real & ~candidates)[:, None].repeat(len(rates), 1, score.shape[1], 1)
+    keep = (scores.valid & ~candidates)[:, None].repeat(len(rates), 1, score.shape[1], 1)
     drawn = at_random(scores, config) if mix.random else score
     for row, segment in enumerate(scores.segment):
         if config.image_quota == "per_image":

@@ -262,7 +262,7 @@ class PromptReading:
 
     def check_shape(self, rows: int, tokens: int) -> None:
         """Raise `SpanError` unless a prompt has the shape of this one."""
-        planned = self.spans.real.shape
+        planned = self.spans.valid.shape
         if (rows, tokens) != planned:
             raise SpanError(
                 f"The cache was planned for {planned[0]} rows of {planned[1]} tokens, got {rows} rows of {tokens}: "

@@ -124,7 +124,7 @@ class Scoring:
     def _scored(self, attended: Attended, own: Tensor, position: Tensor, hidden: Tensor | None) -> LayerScores:
         keys, values = attended.entries.tail()
         tail = slice(attended.entries.prefix_length, self.spans.end)
-        valid, segment = self.spans.real[:, tail], self.spans.segment[:, tail]
+        valid, segment = self.spans.valid[:, tail], self.spans.segment[:, tail]
         if hidden is not None:
             valid, segment = valid & ~hidden[:, tail], segment.masked_fill(hidden[:, tail], -1)
         valid, segment = valid.to(keys.device), segment.to(keys.device)
@@ -166,7 +166,7 @@ class Scoring:
     def _rows_of_bank(self, name: str, layer: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of answers behind the prompt, in the place of the prompt's ``own`` [batch, q_heads, window, dim]."""
         bank = bank_at(name)
-        begin = self.spans.real.sum(1, keepdim=True)
+        begin = self.spans.valid.sum(1, keepdim=True)
         if self.rope_delta is not None:
             begin = begin + self.rope_delta.to(begin.device)
         position = (begin + bank.ahead).to(own.device)

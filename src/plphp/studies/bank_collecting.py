@@ -195,5 +195,5 @@ def _check_prompt(cache: PrunedCache, number: int) -> None:
     reading = cache.reading
     if reading is None:
         raise ConfigError(f"Prompt {number} has no vision token: collect from prompts like those that will be pruned.")
-    if reading.batch != 1 or not reading.spans.real.all():
+    if reading.batch != 1 or not reading.spans.valid.all():
         raise ConfigError(f"Prompt {number} has {reading.batch} rows or padding: give one prompt at a time, unpadded.")

@@ -107,7 +107,7 @@ def _all_of(readings: Sequence[PromptReading]) -> Callable[[Attended], None]:
 def _measured(readings: Sequence[PromptReading]) -> list[ProfiledPrompt]:
     """The vision attention scores of each row of a batch that has vision tokens."""
     spans = readings[0].spans
-    vision, real = spans.vision.sum(1).tolist(), spans.real.sum(1).tolist()
+    vision, valid = spans.vision.sum(1).tolist(), spans.valid.sum(1).tolist()
     # [choice][layer], each [row][head]
     heads = [
         [
@@ -118,7 +118,7 @@ def _measured(readings: Sequence[PromptReading]) -> list[ProfiledPrompt]:
     ]
     return [
         ProfiledPrompt(
-            tokens=real[row],
+            tokens=valid[row],
             vision_tokens=vision[row],
             # Six digits are more than float32 attention has to say, and keep the file small.
             scores=tuple(tuple(tuple(float(f"{s:.6g}") for s in layer[row]) for layer in choice) for choice in heads),

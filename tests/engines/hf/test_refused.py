@@ -44,13 +44,15 @@ def test_soft_capped_text_model() -> None:
 
 @pytest.mark.parametrize("rate", [float("nan"), -0.5, 1.5])
 def test_a_method_with_impossible_rates(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(scores: Any, settings: Any) -> Any:
-        return [[RowAllocation(one, "uniform", rate) for one in layer.vision_score] for layer in scores]
+    def allocate(scored: Any, settings: Any) -> Any:
+        return [[RowAllocation(score, "uniform", rate) for score in layer.vision_score] for layer in scored]
 
     monkeypatch.setattr(METHODS_BY_NAME, "registered", {})
     uniform = plphp.available_methods()["uniform"]
-    broken = dataclasses.replace(uniform, name="broken", kv=dataclasses.replace(uniform.kv, allocate=allocate))
-    plphp.register_method(broken)
+    assert uniform.kv is not None
+    plphp.register_method(
+        dataclasses.replace(uniform, name="broken", kv=dataclasses.replace(uniform.kv, allocate=allocate))
+    )
     model = tiny_model("llava")
     with pytest.raises(plphp.ConfigError, match="'broken' gave retention rates"):
         pruned(model, TINY["llava"].inputs(model), plphp.PLPHPConfig(method="broken"))

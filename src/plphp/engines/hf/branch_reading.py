@@ -40,10 +40,10 @@ def plan_whole(reader: PrunedCache, inputs: Mapping[str, Any]) -> VisionSpans:
     if reader.reading is None:
         raise SpanError("branch needs a prompt with at least one vision token: there is nothing to prune in this one.")
     spans = reader.reading.spans
-    if len(spans.real) != 1 or not spans.real.all():
+    if len(spans.valid) != 1 or not spans.valid.all():
         raise SpanError(
-            f"branch reads one prompt without padding, got {len(spans.real)} rows of which "
-            f"{int((~spans.real).sum())} tokens are padding: call it for each row by itself."
+            f"branch reads one prompt without padding, got {len(spans.valid)} rows of which "
+            f"{int((~spans.valid).sum())} tokens are padding: call it for each row by itself."
         )
     reader.leave_whole()
     return spans
@@ -156,5 +156,5 @@ def _answer_tokens(answer_ids: Tensor) -> int:
 
 def _with_text_behind(spans: VisionSpans, tokens: int) -> VisionSpans:
     """The spans of a prompt with so many text tokens behind it."""
-    segment, valid = pad(spans.segment, (0, tokens), value=-1), pad(spans.real, (0, tokens), value=True)
+    segment, valid = pad(spans.segment, (0, tokens), value=-1), pad(spans.valid, (0, tokens), value=True)
     return VisionSpans(segment, valid, spans.start, spans.grids)

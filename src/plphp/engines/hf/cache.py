@@ -231,8 +231,8 @@ class PrunedCache(GuardedCache):
         if self.reading is None or not self.reading.custom:
             return self.plan(inputs)
         self.check_alive()
-        turn, real = self.read_turn(inputs)
-        self.reading.check_shape(*real.shape)
+        turn, valid = self.read_turn(inputs)
+        self.reading.check_shape(*valid.shape)
         return turn
 
     def run_generate(

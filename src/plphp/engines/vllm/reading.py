@@ -145,6 +145,7 @@ class RequestReading:
 
     def _compacted(self, part: PlacedLayer) -> PrunedPart:
         """What a layer keeps, and how many blocks fall empty by it."""
+        # All heads evict as many entries, in whole blocks (`evict_whole_blocks`): the first head speaks for all.
         layer, keep = part.scores.layer, held_whole(part.placement)
         blocks = int((~keep[0, 0]).sum()) // self.setup.block_size
         kept = (keep[0] & part.scores.vision[0]).sum().item() / part.scores.kv_heads
@@ -178,7 +179,7 @@ def vision_spans(features: Sequence[Any], tokens: int) -> VisionSpans:
         for first, last in feature.mm_position.extract_embeds_range():
             segment[0, first : last + 1] = number
     valid = torch.ones(1, tokens, dtype=torch.bool)
-    return VisionSpans(segment=segment, real=valid, start=0, grids=((None,) * len(visual),))
+    return VisionSpans(segment=segment, valid=valid, start=0, grids=((None,) * len(visual),))
 
 
 def _with_batch(states: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from plphp.engines.hf.attachment import Attachment
 from plphp.engines.hf.layer import PrunedLayer
 from plphp.families.registry import family_of
-from plphp.families.spans import VisionSpans, find_spans, padding_mask, real_tokens
+from plphp.families.spans import VisionSpans, find_spans, padding_mask, valid_tokens
 from plphp.pruning.finite import features_of, refuse_damaged
 
 from .history import History
@@ -96,9 +96,9 @@ class ConversationCache(Cache):
         model, past_length = self.attachment.model, self.get_seq_length()
         self.history.cut(past_length)
         packed = max(layer.prefix_length for layer in self._pruned_layers)
-        # Before `real_tokens`, which knows only that a history that lost a part is too short, and not where it differs.
+        # Before `valid_tokens`, which knows of a history that lost a part only that it is too short, and not where.
         self.history.check_tokens(inputs.get("input_ids"), padding_mask(inputs, past_length, vision_mask), packed)
-        valid = real_tokens(inputs, past_length, vision_mask)
+        valid = valid_tokens(inputs, past_length, vision_mask)
         turn, sent = new_features(family_of(model.config), model.config, inputs, past_length, valid.shape[1])
         self.history.check_images(sent, len(valid))
         return turn, valid, sent
@@ -118,7 +118,7 @@ class ConversationCache(Cache):
             positions where the model cannot work them out from these; to be passed with this cache.
         """
         past_length = self.get_seq_length()
-        valid, inputs = real_tokens(turn, past_length), dict(turn)
+        valid, inputs = valid_tokens(turn, past_length), dict(turn)
         if self._turn is None and not valid.all():
             inputs.setdefault("position_ids", (valid.long().cumsum(1) - 1).clamp(min=0).to(turn["input_ids"].device))
         elif self._turn is not None and self._turn.positions is not None:
