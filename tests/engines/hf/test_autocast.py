@@ -23,7 +23,7 @@ from transformers import DynamicCache
 import plphp
 from invariants import evicted_entries_masked, generate, live_bytes, pruned
 from plphp import PLPHPConfig, PrunedCache
-from plphp.engines.hf import generation, graph
+from plphp.engines.hf import dispatch, generation, graph
 from plphp.engines.hf.cache_argument import NAME, cache_in, passed
 from plphp.kernels import _decode_cpp
 from tiny_models import TINY, tiny_model
@@ -253,7 +253,7 @@ def test_a_step_is_captured_under_autocast(monkeypatch: pytest.MonkeyPatch) -> N
         return without
 
     graph._failed.clear()
-    monkeypatch.setattr(generation, "replayed", lambda *a, **k: graph.replayed(*a, **k, capture=capture))
+    monkeypatch.setattr(generation, "replayed", lambda *a, **k: dispatch.replayed(*a, **k, capture=capture))
     monkeypatch.setattr(generation, "graph_obstacle", lambda *_: None)
     inputs = TINY["llava"].inputs(model, (1, 2))
     draft = draft_for(inputs)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import plphp
 from invariants import assert_same_generation, generate, pruned
 from plphp import PLPHPConfig, PrunedCache
-from plphp.engines.hf import captured, generation, graph
+from plphp.engines.hf import captured, dispatch, generation, graph
 from plphp.engines.hf.cache_argument import cache_among, passed
 from plphp.engines.hf.layer import PrunedLayer
 from plphp.errors import CacheMemoryError, ConfigError, UnsupportedFeatureError
@@ -76,7 +76,7 @@ class Recorder(TorchDispatchMode):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(generation, "replayed", partial(graph.replayed, capture=made.capture))
+    monkeypatch.setattr(generation, "replayed", partial(dispatch.replayed, capture=made.capture))
     monkeypatch.setattr(
         generation, "graph_obstacle", lambda _, beams: "beams are moved between steps" if beams > 1 else None
     )
@@ -268,7 +268,7 @@ def test_what_a_graph_reads_stays_alive(recorder: Recorder, monkeypatch: pytest.
         return lambda: logits
 
     monkeypatch.setattr(captured.CapturedStep, "__init__", watched)
-    monkeypatch.setattr(generation, "replayed", partial(graph.replayed, capture=capture))
+    monkeypatch.setattr(generation, "replayed", partial(dispatch.replayed, capture=capture))
     model, inputs = setup("llava")
     graphed(model, inputs, config("plphp"), "auto", max_new_tokens=50)
     gc.collect()
@@ -314,7 +314,7 @@ def test_two_caches_of_one_model(recorder: Recorder) -> None:
     """One begins and ends inside the other, or they overlap, as threads do."""
     model, inputs = setup("llava")
     caches = [PrunedCache.for_inputs(model, inputs, config("plphp"), decode="graph") for _ in range(2)]
-    first, second = (graph.replayed(model, cache, 8, required=True, capture=recorder.capture) for cache in caches)
+    first, second = (dispatch.replayed(model, cache, 8, required=True, capture=recorder.capture) for cache in caches)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)

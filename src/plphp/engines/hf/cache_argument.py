@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from plphp.errors import ConfigError
 
 NAMES = ("cache", "past_key_values", "cache_params")
-"""All names that transformers 5 knows; an older one warns at every call in newer versions."""
+"""All names that transformers 5 knows; an older name warns at every call in newer versions."""
 NAME = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else NAMES[1]
 """The name in the version that is installed."""
 

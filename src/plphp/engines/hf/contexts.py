@@ -106,12 +106,12 @@ class OpenSessions:
             _opened.set(tuple(opened for opened in _opened.get() if opened is not session))
 
     def here(self) -> Session | None:
-        """The session of this context or thread, or the applied one.
+        """The session of this context or thread, or the applied session.
 
         Raises
         ------
         CacheStateError
-            If sessions are open, and it cannot be told whether this call is meant for one of them.
+            If sessions are open, and it is unclear whether this call is meant for any of them.
         """
         session, doubt = self._session_or_doubt()
         if doubt:
@@ -124,11 +124,11 @@ class OpenSessions:
         return session
 
     def here_or_none(self) -> Session | None:
-        """The session of this context or thread, or the applied one; None also where it cannot be told."""
+        """The session of this context or thread, or the applied session; None also where that is unclear."""
         return self._session_or_doubt()[0]
 
     def _session_or_doubt(self) -> tuple[Session | None, str]:
-        """The session of this call, and "" or the reason for which it cannot be told."""
+        """The session of this call, if any, and "" or the reason for which it is unclear."""
         with self._lock:
             innermost = self._innermost()
             if innermost is not None:

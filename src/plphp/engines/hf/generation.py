@@ -19,8 +19,9 @@ from plphp.families.registry import family_of
 from .cache_argument import NAME, passed
 from .captured import DecodedCache
 from .contexts import generating
+from .dispatch import replayed
 from .generate_call import GenerateCall
-from .graph import FEWEST_STEPS, graph_obstacle, refusal, replayed
+from .graph import FEWEST_STEPS, graph_obstacle, refusal
 
 
 class GeneratingCache(DecodedCache, Protocol):

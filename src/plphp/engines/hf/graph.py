@@ -13,12 +13,10 @@ same steps done eagerly.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,7 +48,6 @@ depend on the token and its position alone, so that no noise of other layers is 
 
 _failed: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 """Models of which a capture failed, and why: it would again."""
-_lock = threading.RLock()  # threads that share a model put dispatchers on it
 
 
 def graph_obstacle(model: PreTrainedModel, beams: int = 1) -> str | None:
@@ -205,43 +202,6 @@ class GraphedDecoding:
         output = copy.copy(self._template)
         output["logits"] = logits.clone()  # the next replay writes to the same memory
         return output
-
-
-class _Dispatcher:
-    """Stands in for a model's forward while some of its caches are decoded from graphs, each by a graph of its own."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.before = model.__dict__.get("forward")
-        self.forward = model.forward
-        self.__signature__ = inspect.signature(model.forward)  # generate checks arguments by it
-        self.decodings: dict[int, GraphedDecoding] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        decoding = self.decodings.get(id(cache_among(kwargs)))
-        return (decoding or self.forward)(*args, **kwargs)
-
-
-@contextmanager
-def replayed(
-    model: PreTrainedModel, cache: DecodedCache, steps: int, *, required: bool, capture: Capture = capture_cuda
-) -> Iterator[None]:
-    """While open, decode a cache from graphs, see `GraphedDecoding`; threads may share the model."""
-    with _lock:
-        dispatcher = model.__dict__.get("forward")
-        if not isinstance(dispatcher, _Dispatcher):
-            model.__dict__["forward"] = dispatcher = _Dispatcher(model)
-        decoding = GraphedDecoding(cache, dispatcher.forward, steps, required=required, capture=capture)
-        dispatcher.decodings[id(cache)] = decoding
-    try:
-        yield
-    finally:
-        with _lock:
-            del dispatcher.decodings[id(cache)]
-            # A forward that somebody put on top meanwhile calls the dispatcher, which then stays and calls the model.
-            if not dispatcher.decodings and model.__dict__.get("forward") is dispatcher:
-                del model.__dict__["forward"]
-                if dispatcher.before is not None:
-                    model.__dict__["forward"] = dispatcher.before
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:

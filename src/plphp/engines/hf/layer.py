@@ -98,6 +98,7 @@ class PrunedLayer(LayerEntries, CacheLayerMixin):
 @cache
 def values_keep_their_dtype() -> bool:
     """Whether a dynamic cache holds values in their own dtype: before 5.24 they are joined to the first keys' dtype."""
+    # Tried on a layer and not read off the version: it is the behaviour that the bytes of a full cache depend on.
     layer = DynamicLayer()
     layer.lazy_initialization(torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.bfloat16))
     return layer.values.dtype is torch.bfloat16

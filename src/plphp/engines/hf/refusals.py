@@ -32,6 +32,7 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
     if chain.prefill is None:
         return
     method = chain.prefill.method
+    # A layer with a window or a recurrent state makes its entries while it reads: nothing can be hidden from it later.
     if not all_full:
         raise UnsupportedModelError(
             f"{method} takes tokens out of all later layers, and some text layers of this "

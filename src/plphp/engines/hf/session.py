@@ -102,7 +102,7 @@ class Session:
         """End the session; the model is restored when nothing else uses plphp on it."""
         self.closed = True
         self._lease.attachment.sessions.close(self)
-        self._lease.end()
+        self._lease.end()  # not left to the garbage collector: a user may keep the session for its report
 
     def warn_unpruned(self, frames: int) -> None:
         """Warn, at the caller so many frames above, if the model ran inside the session without plphp."""
@@ -131,8 +131,8 @@ def prune(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
 
     Sessions may be nested, the innermost counts. A session belongs to the context (`contextvars`) that opens it:
     coroutines and threads that share a model open one each. A thread that is started inside a session joins it, so that
-    ``generate`` may run in a thread beside a streamer, as long as it is the only one on the model; what cannot be told
-    apart is refused, see `plphp.engines.hf.contexts`.
+    ``generate`` may run in a thread beside a streamer, as long as it is the only session on the model; calls whose
+    session is unclear are refused, see `plphp.engines.hf.contexts`.
 
     Parameters
     ----------
@@ -194,6 +194,7 @@ def apply(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
     """
     session = Session(model, config, decode)
     sessions = session._lease.attachment.sessions
+    # The new session holds its lease by now, so that closing the previous one does not detach the model in between.
     previous, sessions.applied = sessions.applied, session
     unwrapped(model).__dict__[APPLIED] = session
     if previous is not None:

@@ -22,6 +22,7 @@ class PruneStats(KVConnectorStats):
 
     def add(self, prompt: PrunedPrompt, freed: int) -> None:
         """Note down a prompt."""
+        # Names in the place of numbers: they are the labels of a metric, and may travel as JSON.
         kept = {str(layer): prompt.kept[layer] for layer in sorted(prompt.kept)}
         entry = {"vision_tokens": prompt.vision_tokens, "kept": kept, "retention": prompt.retention, "freed": freed}
         self._prompts.append(entry)

@@ -145,6 +145,7 @@ class RequestReading:
 
     def _compacted(self, part: PlacedLayer) -> PrunedPart:
         """What a layer keeps, and how many blocks fall empty by it."""
+        # All heads evict as many entries, in whole blocks (`evict_whole_blocks`): the first head speaks for all.
         layer, keep = part.scores.layer, held_whole(part.placement)
         blocks = int((~keep[0, 0]).sum()) // self.setup.block_size
         kept = (keep[0] & part.scores.vision[0]).sum().item() / part.scores.kv_heads

@@ -56,6 +56,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     """
     import vllm
 
+    # First of all: what follows reads attributes that another version may not have.
     if not tested_version():
         versions = ", ".join(f"{version}x" for version in TESTED)
         raise BackendUnavailableError(
@@ -76,6 +77,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     named.refuse_unanswered()
     named.refuse_all_but(STAGES, "vLLM")
     chain = chain_of(config, text.num_hidden_layers)
+    # A bank holds the queries of a model's heads: one of another model is refused here, not at the first request.
     bank = chain.kv.stage.evidence(chain.kv.config).bank
     refuse_shared_heads(processes, model.get_total_num_kv_heads(), bank=bank is not None)
     if bank is not None:
@@ -128,10 +130,12 @@ def _obstacles(vllm_config: Any, platform: Any) -> dict[str, tuple[bool, str]]:
             "add --no-enable-prefix-caching",
         ),
         "speculative decoding": (vllm_config.speculative_config is not None, "leave --speculative-config out"),
+        # A worker would have some of the layers, and the flow of a prompt needs them all: budgets are shared by layers.
         f"pipeline parallelism of {parallel.pipeline_parallel_size}": (
             parallel.pipeline_parallel_size > 1,
             "use --pipeline-parallel-size 1",
         ),
+        # The tokens of a prompt would be spread over processes, and so its scores and blocks.
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "use a decode and a prefill context parallel size of 1",
@@ -142,6 +146,7 @@ def _obstacles(vllm_config: Any, platform: Any) -> dict[str, tuple[bool, str]]:
             bool(scheduler.disable_hybrid_kv_cache_manager),
             "leave --disable-hybrid-kv-cache-manager out",
         ),
+        # It lacks the method that `attach_to_runner` wraps.
         "vLLM's second model runner": (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
         f"blocks of {cache.block_size} tokens on a CPU": (
             platform.is_cpu() and cache.block_size is not None and cache.block_size % 32 != 0,

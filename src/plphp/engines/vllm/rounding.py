@@ -31,7 +31,7 @@ def evict_whole_blocks(keep: Tensor, score: Tensor, scores: LayerScores, block_s
     Returns
     -------
     Tensor
-        bool [1, kv_heads, seq]; what stays.
+        bool [1, kv_heads, seq]; the entries that stay in the cache.
 
     Raises
     ------

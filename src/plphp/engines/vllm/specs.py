@@ -45,6 +45,7 @@ class PrunedLayerSpec(FullAttentionSpec):
             raise AssertionError("Layers that are pruned have a KV cache group each.")
         return specs[0]
 
+    # vLLM also puts layers of one type and different sizes into one group: that grouping asks here and not `merge`.
     def is_uniform_with_collection(self, kv_cache_specs: Mapping[str, Any]) -> bool:
         """Whether all layers may share one group: only if there is one."""
         return len(kv_cache_specs) == 1

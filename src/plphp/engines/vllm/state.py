@@ -39,6 +39,7 @@ class Pruning:
         """The reading of a request; a new one where it is unknown or begins anew, as after a preemption."""
         known = self._readings.get(request_id)
         if known is None or computed == 0:
+            # What was noted belongs to blocks that vLLM has taken back with the preemption.
             self._pending.pop(request_id, None)
             known = self._readings[request_id] = RequestReading.of(request, self.setup)
         return known

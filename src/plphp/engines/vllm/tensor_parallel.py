@@ -41,6 +41,7 @@ class TensorParallel:
         """Scores of all heads of a layer, the same in every process, from the scores of this process' heads."""
         if self.all_gather is None:
             return scores
+        # Only evidence has an axis of heads; masks over tokens are the same in every process.
         joined: dict[str, Any] = {
             field.name: self.all_gather(value.contiguous())
             for field in fields(scores)

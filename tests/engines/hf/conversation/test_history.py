@@ -27,7 +27,7 @@ from transformers import DynamicCache
 import plphp
 from invariants import generate
 from plphp import HistoryError, PrunedCache, SpanError
-from plphp.engines.hf import generation, graph
+from plphp.engines.hf import dispatch, generation
 from plphp.engines.hf.cache_argument import cache_in, passed
 from plphp.engines.hf.conversation.turns import new_features
 from plphp.families.base import Family, Features, VisionSegment
@@ -408,7 +408,7 @@ def test_an_answer_that_failed_is_not_compared() -> None:
 
 def test_an_answer_that_was_replayed_from_a_graph_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(generation, "replayed", functools.partial(graph.replayed, capture=recorder.capture))
+    monkeypatch.setattr(generation, "replayed", functools.partial(dispatch.replayed, capture=recorder.capture))
     monkeypatch.setattr(generation, "graph_obstacle", lambda *_: None)
     model, tiny = model_of("llava"), TINY["llava"]
     rows = tiny.rows(model, [2, 1])

@@ -183,7 +183,7 @@ class History:
         ]
 
     def _times(self, batch: int) -> int:
-        """How many rows were read of each row of a conversation; 0 where that cannot be told."""
+        """How many rows were read of each row of a conversation; 0 where the rows do not fit."""
         times, rest = divmod(len(self.ids), batch)
         return 0 if rest else times
 

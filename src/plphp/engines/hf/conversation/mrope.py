@@ -73,7 +73,7 @@ def turn_positions(
     Raises
     ------
     UnsupportedFeatureError
-        If the positions of an image cannot be told.
+        If the inputs say too little to place an image.
     """
     holder = position_holder(model)
     if holder is None or (start and before is None):

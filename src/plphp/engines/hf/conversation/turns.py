@@ -72,7 +72,7 @@ def new_features(
     inputs : dict
         With the features of new images alone. Features whose number fits neither are left as they are.
     sent : list of SentImage
-        The images that were sent, old and new, as far as their positions can be told.
+        The images that were sent, old and new, as far as their positions are known.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def with_features(arguments: Mapping[str, Any], turn: Inputs, family: Family) ->
 def _sent(
     family: Family, features: Features, config: PretrainedConfig, inputs: Inputs, past_length: int, length: int
 ) -> list[SentImage]:
-    """The images of one kind of features with their positions; empty where the positions cannot be told."""
+    """The images of one kind of features with their positions; empty where features and placeholders do not fit."""
     items = features.items(inputs) if isinstance(inputs.get("input_ids"), Tensor) else []
     segments = [family.segments(config, item) for item in items]
     tokens = [sum(segment.tokens for segment in of_image or ()) for of_image in segments]
