@@ -49,8 +49,8 @@ class GuardedCache(ConversationCache):
         The prompt that was planned and has not been read to its end. None says that everything planned is read: what
         comes now is an answer, which no layer scores or evicts.
     tail_bias : Tensor or None
-        Additive mask, float32 [1, 1, 1, room], in the place of the model's; set while a CUDA graph is captured or
-        replayed, which reads the tail with the room behind it.
+        Additive mask, float32 [1, 1, 1, room], in the place of the model's; set while a step is captured for a CUDA
+        graph, which reads the tail with the room behind it (`plphp.engines.hf.captured`).
     """
 
     def __init__(self, attachment: Attachment) -> None:
