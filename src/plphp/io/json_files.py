@@ -48,13 +48,13 @@ class Kind:
     version: int
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Parse JSON.
 
     Raises
     ------
     ValueError
-        If the text is not JSON, or its lists are nested too deep to be parsed.
+        If the text is no JSON or no UTF-8, or its lists are nested too deep to be parsed.
     """
     try:
         return json.loads(text)

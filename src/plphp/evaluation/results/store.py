@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError, LoadError
-from plphp.io.json_files import describe
+from plphp.io.json_files import describe, parse_json
 from plphp.io.quoting import one_line
 
 FORMAT = 1
@@ -131,7 +131,7 @@ def _read_lines(folder: Path, task: str) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 index, _ = record["index"], record["outcomes" if "skipped" not in record else "id"]
                 records[index] = record
             except (ValueError, KeyError, TypeError) as error:
@@ -163,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
         If there is no such file, or it holds no JSON object of this version's format.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise LoadError(f"Cannot read {path} ({error.strerror or error}): is it the folder of a run?") from error
     except ValueError as error:
