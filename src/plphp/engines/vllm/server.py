@@ -66,7 +66,7 @@ def server_arguments(
     arguments.additional_config = {**(arguments.additional_config or {}), KEY: config.to_dict()}
     # A consumer's clients could send embeddings in the place of images; a producer's cannot.
     arguments.kv_transfer_config = vllm.KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
-    # Where the user is silent, the only values that the plugin can work with; where not, `refuse_unsupported` checks.
+    # Only where the user is silent: what the user asks for is kept, and `refuse_unsupported` says if it cannot be.
     if arguments.enable_prefix_caching is None:
         arguments.enable_prefix_caching = False
     if arguments.block_size is None and vllm.current_platform.is_cpu():
