@@ -27,10 +27,13 @@ from serving_load import OFF, load, server
 from shapes import SHAPES, build_model
 from transformers import AutoConfig, AutoProcessor, LlavaProcessor, SiglipImageProcessor
 
-from plphp.engines.vllm.weights import publish_names
 from plphp.inputs.sources import bundled_model_path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from training.weights import publish_names  # noqa: E402 - a folder beside this one, and no part of the package
+
 QUESTIONS = HERE.parent / "examples" / "images" / "questions.json"
 """Those of the bundled model, with up to three images each."""
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
-from plphp.engines.vllm.weights import publish_names
 from training import model as models
 from training import rows, tokenizer
 from training.train import CHECKPOINT
+from training.weights import publish_names
 
 
 def new_model(seed: int = 0, *, small: bool = False) -> LlavaForConditionalGeneration:
