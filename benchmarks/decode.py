@@ -30,7 +30,7 @@ import plphp
 from plphp.engines.hf.attachment import Lease
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.graph import GraphedDecoding
-from plphp.pruning.placement import placed
+from plphp.pruning.placement import whole_or_dropped
 from plphp.show.tables import human_bytes
 from plphp.studies.compare import kv_bytes
 from plphp.studies.model_cost import model_cost
@@ -85,7 +85,9 @@ def pruned_cache(lease: Lease, batch: int, vision: int, rate: float) -> Cache:
     for number, layer in enumerate(cache.layers):
         keys, values = entries(model, batch, vision + TEXT_TOKENS, number)
         layer.update(keys, values)
-        layer.place(placed(kept(rate, number, len(cache.layers), batch, keys.shape[1], vision).to(keys.device)))
+        layer.compact(
+            whole_or_dropped(kept(rate, number, len(cache.layers), batch, keys.shape[1], vision).to(keys.device))
+        )
     return cache
 
 

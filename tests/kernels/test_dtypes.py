@@ -30,7 +30,7 @@ from plphp.errors import CacheMemoryError
 from plphp.kernels import choice, compact_kv, decode, window_scores
 from plphp.kernels.decode import cpp_trial, decode_attention, triton_trial
 from plphp.kernels.precision import as_written
-from plphp.pruning.placement import placed
+from plphp.pruning.placement import whole_or_dropped
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 MIXES = [
@@ -192,7 +192,7 @@ def test_a_layer_holds_what_a_dynamic_one_does(
         ours.update(*new)
         stock.update(*new)
         if compacted and number == 0:
-            ours.place(placed(torch.ones(2, 2, tokens, dtype=torch.bool)))
+            ours.compact(whole_or_dropped(torch.ones(2, 2, tokens, dtype=torch.bool)))
     assert ours.dtypes == (FLOAT32, torch.promote_types(*dtypes))
     assert ours.full_nbytes == stock.keys.nbytes + stock.values.nbytes
     keys, values = ours.tail()
@@ -207,7 +207,7 @@ def test_a_layer_holds_what_a_dynamic_one_does(
 def test_no_memory_for_wider_states_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = PrunedLayer()
     layer.update(draw(1, 2, 4, 8, dtype=FLOAT32), draw(1, 2, 4, 8, dtype=BFLOAT16))
-    layer.place(placed(torch.ones(1, 2, 4, dtype=torch.bool)))
+    layer.compact(whole_or_dropped(torch.ones(1, 2, 4, dtype=torch.bool)))
     before = layer.prefix, layer.dtypes
 
     def fail(*_: Any) -> None:

@@ -10,7 +10,7 @@ from plphp import PLPHPConfig
 from plphp.families.spans import VisionSpans
 from plphp.policy.evidence import Evidence
 from plphp.pruning.entries import LayerEntries
-from plphp.pruning.placement import placed
+from plphp.pruning.placement import whole_or_dropped
 from plphp.pruning.scoring import Attended, Scoring
 from precision import assert_exact
 
@@ -27,7 +27,7 @@ def test_scores_of_a_later_prompt_are_naive_softmax_mass(rows: int | str, cuts: 
     keep = torch.rand(2, 1, PAST, generator=generator) < 0.5
     entries = LayerEntries()
     entries.append(keys[:, :, :PAST], values[:, :, :PAST])
-    entries.place(placed(keep))
+    entries.compact(whole_or_dropped(keep))
     valid = torch.ones(2, END, dtype=torch.bool)
     valid[1, PAST : PAST + 2] = False
     segment = torch.full((2, END), -1)

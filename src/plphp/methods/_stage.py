@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods of the prompt stage have in common."""
+"""What methods of the prefill stage have in common."""
 
 from __future__ import annotations
 

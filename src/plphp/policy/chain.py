@@ -24,7 +24,7 @@ KEEP_WHAT_STAYED = KVStage(allocate=keep_all, score=per_head)
 
 
 @dataclass(frozen=True)
-class Step(Generic[StageT]):
+class Link(Generic[StageT]):
     """What one method does at one stage.
 
     Parameters
@@ -44,21 +44,21 @@ class Step(Generic[StageT]):
 
 @dataclass(frozen=True)
 class Chain:
-    """The steps of a run; each hands on what it leaves to the next.
+    """The links of a run; each hands on what it leaves to the next.
 
     Parameters
     ----------
-    encoder : Step of EncoderStage, optional
+    encoder : Link of EncoderStage, optional
         What leaves before the text model.
-    prefill : Step of PrefillStage, optional
+    prefill : Link of PrefillStage, optional
         What leaves inside prefill.
-    kv : Step of KVStage
+    kv : Link of KVStage
         What leaves the KV cache; nothing where no method acts on it.
     """
 
-    encoder: Step[EncoderStage] | None
-    prefill: Step[PrefillStage] | None
-    kv: Step[KVStage]
+    encoder: Link[EncoderStage] | None
+    prefill: Link[PrefillStage] | None
+    kv: Link[KVStage]
 
     @classmethod
     def of(cls, methods: Sequence[tuple[Method, PLPHPConfig]]) -> Chain:
@@ -74,29 +74,29 @@ class Chain:
         ConfigError
             If two act at the same stage, or a later one acts at an earlier stage.
         """
-        steps: dict[str, Step[Any]] = {}
+        links: dict[str, Link[Any]] = {}
         for method, config in methods:
             for name, stage in method.stages.items():
-                _check_order(steps, name, method.name)
-                steps[name] = Step(method.name, stage, config)
+                _check_order(links, name, method.name)
+                links[name] = Link(method.name, stage, config)
         last, config = methods[-1]
         return cls(
-            steps.get("encoder"),
-            steps.get("prefill"),
-            steps.get("kv") or Step(last.name, KEEP_WHAT_STAYED, config),
+            links.get("encoder"),
+            links.get("prefill"),
+            links.get("kv") or Link(last.name, KEEP_WHAT_STAYED, config),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         return self  # nothing in it changes, and copies of a cache are of the same methods
 
     @property
-    def stages(self) -> dict[str, Step[Any]]:
-        """The steps by the name of their stage, without a KV stage that keeps everything that stayed."""
-        steps: dict[str, Step[Any] | None] = {name: getattr(self, name) for name in STAGES}
-        return {name: step for name, step in steps.items() if step is not None and step.stage is not KEEP_WHAT_STAYED}
+    def stages(self) -> dict[str, Link[Any]]:
+        """The links by the name of their stage, without a KV stage that keeps everything that stayed."""
+        links: dict[str, Link[Any] | None] = {name: getattr(self, name) for name in STAGES}
+        return {name: link for name, link in links.items() if link is not None and link.stage is not KEEP_WHAT_STAYED}
 
     def refuse_all_but(self, supported: Iterable[str], engine: str) -> None:
-        """Raise `UnsupportedFeatureError` for a step that an engine cannot do.
+        """Raise `UnsupportedFeatureError` for a link that an engine cannot do.
 
         Parameters
         ----------
@@ -105,10 +105,10 @@ class Chain:
         engine : str
             Its name, for the message.
         """
-        for name, step in self.stages.items():
+        for name, link in self.stages.items():
             if name not in supported:
                 raise UnsupportedFeatureError(
-                    f"The method {step.method!r} takes tokens out {WHERE[name]}, which {engine} has no place for: "
+                    f"The method {link.method!r} takes tokens out {WHERE[name]}, which {engine} has no place for: "
                     "choose one that prunes the KV cache after prefill, such as 'plphp'."
                 )
 
@@ -121,16 +121,16 @@ class Chain:
             )
 
 
-def _check_order(steps: dict[str, Step[Any]], name: str, method: str) -> None:
-    """Raise `ConfigError` unless every step so far is of an earlier stage than ``name``."""
-    for earlier, step in steps.items():
+def _check_order(links: dict[str, Link[Any]], name: str, method: str) -> None:
+    """Raise `ConfigError` unless every link so far is of an earlier stage than ``name``."""
+    for earlier, link in links.items():
         if earlier == name:
             raise ConfigError(
-                f"{step.method} and {method} both act at the {name} stage, and a run has one method at each stage: "
+                f"{link.method} and {method} both act at the {name} stage, and a run has one method at each stage: "
                 "leave one of them out."
             )
         if STAGES.index(earlier) > STAGES.index(name):
             raise ConfigError(
-                f"{method} acts at the {name} stage, before {step.method} at the {earlier} stage: name them in the "
+                f"{method} acts at the {name} stage, before {link.method} at the {earlier} stage: name them in the "
                 f"order in which a prompt passes them, {', '.join(STAGES)}."
             )

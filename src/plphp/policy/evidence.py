@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of a layer's attention before anything is decided: `Evidence` asks for it, `LayerScores` holds it.
 
-Axis names: batch, layer, q_heads, kv_heads, seq, dim, kept. A *row* is one prompt of the batch.
+Axis names: batch, layer, q_heads, kv_heads, seq, dim, kept. A *row* is a prompt of the batch; a *query row* is a row of
+its attention matrix, that of one query.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class LayerScores:
     Parameters
     ----------
     attention : Tensor
-        float32 [batch, q_heads, seq]; softmax mass over *all* keys, averaged over the query rows (DESIGN: A).
+        float32 [batch, q_heads, seq]; softmax mass over *all* keys, averaged over the query rows.
     segment : Tensor
         int64 [batch, seq]; image number of each entry, -1 on text and padding.
     valid : Tensor
@@ -81,7 +82,7 @@ class LayerScores:
     peak : Tensor, optional
         float32 [batch, q_heads, seq]; largest softmax mass that any query row gives to an entry.
     best_position : Tensor, optional
-        int64 [batch, kv_heads, seq]; the best place (0 is the first) that any query row gives to an entry among
+        int64 [batch, kv_heads, seq]; the best position (0 is the first) that any query row gives to an entry among
         the vision tokens, after the query heads of a KV head were combined. ``seq`` where no query row sees it.
     density : Tensor, optional
         float32 [batch, q_heads]; share of the entries seen by a query row that get at least a given fraction of

@@ -16,10 +16,10 @@ from plphp.settings.config import PLPHPConfig
 
 from .allocation import kept_count
 from .evidence import LayerScores
+from .rankers import at_random
 
 if TYPE_CHECKING:
     from torch import Tensor
-from .rankers import at_random
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ class LayerEntries:
     keys, values : Tensor or None
         [batch, kv_heads, room, dim]; the tail, with room behind it.
     prefix : PackedKV or None
-        What `place` kept so far.
+        What `compact` kept so far.
     prefix_length : int
-        Tokens seen up to the last `place`.
+        Tokens seen up to the last `compact`.
     tail_length : int
         Tokens seen since.
     dtypes : tuple of torch.dtype
@@ -173,7 +173,7 @@ class LayerEntries:
         self.keys, self.values = [_grown(states, self.tail_length, needed) for states in (keys, values)]
         return needed
 
-    def place(self, placement: Tensor) -> None:
+    def compact(self, placement: Tensor) -> None:
         """Move the entries of the tail that are held into the prefix, and free the tail.
 
         Parameters

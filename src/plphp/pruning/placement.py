@@ -25,7 +25,7 @@ class Placement(IntEnum):
     """Held in the dtype of the model."""
 
 
-def placed(keep: Tensor) -> Tensor:
+def whole_or_dropped(keep: Tensor) -> Tensor:
     """The placement of what is either kept whole or dropped.
 
     Parameters

@@ -19,7 +19,7 @@ from plphp.errors import ConfigError, SpanError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.kernels.precision import as_written
 from plphp.policy.allocation import RowAllocation, ScoredLayer
-from plphp.policy.chain import Chain, Step
+from plphp.policy.chain import Chain, Link
 from plphp.policy.evidence import LayerScores
 from plphp.policy.rankers import pooled
 from plphp.policy.selection import keep_masks
@@ -27,7 +27,7 @@ from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 
 from .finite import UnrankedRows
-from .placement import placed
+from .placement import whole_or_dropped
 from .scoring import Attended, Scoring
 
 Allocated = tuple[LayerScores, list[list[RowAllocation]]]
@@ -35,7 +35,7 @@ Allocated = tuple[LayerScores, list[list[RowAllocation]]]
 
 
 @dataclass(frozen=True)
-class PlacedLayer:
+class LayerPlacement:
     """What becomes of the entries of one layer.
 
     Parameters
@@ -115,7 +115,7 @@ class PromptReading:
         self.hidden_from = layers
         self._whole_rows: list[int] = []
 
-    def read(self, attended: Attended) -> Iterator[PlacedLayer]:
+    def read(self, attended: Attended) -> Iterator[LayerPlacement]:
         """Take in what a layer has attended to, and place the entries of the layers that can be decided now.
 
         Parameters
@@ -125,7 +125,7 @@ class PromptReading:
 
         Yields
         ------
-        PlacedLayer
+        LayerPlacement
             Nothing before the layer has read the whole prompt. Then this layer, or at the last layer all of them
             where the rates of each depend on the scores of all.
 
@@ -143,9 +143,9 @@ class PromptReading:
         self.hide_tokens(attended.layer)
         if self._waits_for_all and attended.layer != self.last_layer:
             return
-        step = self.chain.kv
-        for scores, [allocation] in self.allocate(step, [step.config]):
-            [keep] = self.select(step, scores, [allocation])
+        link = self.chain.kv
+        for scores, [allocation] in self.allocate(link, [link.config]):
+            [keep] = self.select(link, scores, [allocation])
             yield self.place(scores, allocation, keep)
         self.kv.scores.clear()
 
@@ -171,12 +171,12 @@ class PromptReading:
 
     def hide_tokens(self, layer: int) -> None:
         """Let vision tokens leave at the prefill stage, once the layer before the first one without them is scored."""
-        step = self.chain.prefill
-        if step is None or layer != self._first_without - 1:
+        link = self.chain.prefill
+        if link is None or layer != self._first_without - 1:
             return
         self._whole_rows = self._unranked.set_aside(self._prefill, layer)
         scores = self._prefill.scores[layer]
-        leaving = scores.vision & ~step.stage.kept_tokens(scores, step.config, self.layers)
+        leaving = scores.vision & ~link.stage.kept_tokens(scores, link.config, self.layers)
         leaving[self._whole_rows] = False
         # The answer goes on from the last token, whatever it is.
         leaving &= ~query_mask(self.spans, 1)[:, -leaving.shape[1] :].to(leaving.device)
@@ -184,12 +184,12 @@ class PromptReading:
         self.hidden = torch.nn.functional.pad(leaving, (held_before, 0)).cpu()
         self.hidden_from = layer + 1
 
-    def allocate(self, step: Step[KVStage], configs: Sequence[PLPHPConfig]) -> Iterator[Allocated]:
+    def allocate(self, link: Link[KVStage], configs: Sequence[PLPHPConfig]) -> Iterator[Allocated]:
         """Layer level: how much each row of each scored layer keeps.
 
         Parameters
         ----------
-        step : Step of KVStage
+        link : Link of KVStage
             Gives the rates.
         configs : sequence of PLPHPConfig
             Its settings, one or several that differ in how much is kept alone.
@@ -207,14 +207,14 @@ class PromptReading:
             for layer, gamma in gammas.items()
             if layer in budget
         ]
-        by_config = [_allocated(step, scored, config) for config in configs]
+        by_config = [_allocated(link, scored, config) for config in configs]
         for layer, gamma in gammas.items():
             exempt = [RowAllocation(score, "exempt", 1.0) for score in gamma]
             rows = [self._whole_where_needed(layers.get(layer, exempt), unranked[layer]) for layers in by_config]
             yield self.kv.scores[layer], rows
 
     def select(
-        self, step: Step[KVStage], scores: LayerScores, allocations: Sequence[Sequence[RowAllocation]]
+        self, link: Link[KVStage], scores: LayerScores, allocations: Sequence[Sequence[RowAllocation]]
     ) -> Tensor:
         """Head level: what each KV head of a layer keeps, by several allocations.
 
@@ -223,15 +223,15 @@ class PromptReading:
         Tensor
             bool [allocations, batch, kv_heads, seq].
         """
-        config = step.config
-        score = pooled(step.stage.score(scores, config), scores, config)
+        config = link.config
+        score = pooled(link.stage.score(scores, config), scores, config)
         rates = [[row.rate for row in rows] for rows in allocations]
-        keep = keep_masks(score, scores, rates, config, step.stage.mix(config))
+        keep = keep_masks(score, scores, rates, config, link.stage.mix(config))
         return torch.stack([self._round_up(part, score, scores) for part in keep])
 
-    def place(self, scores: LayerScores, allocation: Sequence[RowAllocation], keep: Tensor) -> PlacedLayer:
+    def place(self, scores: LayerScores, allocation: Sequence[RowAllocation], keep: Tensor) -> LayerPlacement:
         """What becomes of the entries of a layer, bool [batch, kv_heads, seq] of which are kept."""
-        return PlacedLayer(scores, self._of_whole_prompt(scores.layer, allocation), placed(keep))
+        return LayerPlacement(scores, self._of_whole_prompt(scores.layer, allocation), whole_or_dropped(keep))
 
     def budget_layers(self, config: PLPHPConfig) -> list[int]:
         """The layers that share the budget of a config: those that are pruned and not exempt."""
@@ -284,8 +284,8 @@ class PromptReading:
     @property
     def _first_without(self) -> int:
         """The first decoder layer without the vision tokens that leave inside prefill."""
-        step = self.chain.prefill
-        return self.layers + 1 if step is None else step.stage.first(step.config, self.layers)
+        link = self.chain.prefill
+        return self.layers + 1 if link is None else link.stage.first(link.config, self.layers)
 
     def _scorings(self, layer: int) -> list[Scoring]:
         """What is asked of a layer: by the KV stage of every layer, by the prefill stage of one."""
@@ -308,10 +308,10 @@ class PromptReading:
 
     def _of_whole_prompt(self, layer: int, rows: Sequence[RowAllocation]) -> list[RowAllocation]:
         """Rates as fractions of all vision tokens of the prompt, where some have left inside prefill."""
-        step = self.chain.prefill
-        if step is None or self.hidden_at(layer) is None:
+        link = self.chain.prefill
+        if link is None or self.hidden_at(layer) is None:
             return list(rows)
-        rate = step.stage.rate(step.config, self.layers)
+        rate = link.stage.rate(link.config, self.layers)
         return [
             row if number in self._whole_rows or row.layer_class == "no-vision" else replace(row, rate=row.rate * rate)
             for number, row in enumerate(rows)
@@ -319,11 +319,11 @@ class PromptReading:
 
 
 def _allocated(
-    step: Step[KVStage], scored: Sequence[ScoredLayer], config: PLPHPConfig
+    link: Link[KVStage], scored: Sequence[ScoredLayer], config: PLPHPConfig
 ) -> dict[int, list[RowAllocation]]:
     """The rates of the layers that share a budget, by their numbers."""
-    layers = step.stage.allocate(scored, config) if scored else []
+    layers = link.stage.allocate(scored, config) if scored else []
     rates = [row.rate for rows in layers for row in rows]
     if not all(0 <= rate <= 1 for rate in rates):
-        raise ConfigError(f"the method {step.method!r} gave retention rates outside of [0, 1]: {rates}")
+        raise ConfigError(f"the method {link.method!r} gave retention rates outside of [0, 1]: {rates}")
     return {layer.scores.layer: rows for layer, rows in zip(scored, layers, strict=True)}

@@ -13,7 +13,7 @@ from plphp.families.spans import VisionSpans
 from plphp.policy.allocation import RowAllocation
 
 from .placement import Placement
-from .reading import PlacedLayer
+from .reading import LayerPlacement
 from .report import ImageReport, LayerReport, PromptReport, RowReport
 
 
@@ -29,7 +29,7 @@ class LayerRecord:
     evicted_text: Tensor | None = None
 
     @classmethod
-    def of(cls, spans: VisionSpans, start: int, part: PlacedLayer) -> LayerRecord:
+    def of(cls, spans: VisionSpans, start: int, part: LayerPlacement) -> LayerRecord:
         """Note down what became of a layer's tail, which begins at the logical position ``start``."""
         scores, dropped = part.scores, part.placement == Placement.DROPPED
         evicted = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plphp import UnsupportedFeatureError
 from plphp.engines.hf.layer import PrunedLayer
-from plphp.pruning.placement import placed
+from plphp.pruning.placement import whole_or_dropped
 
 KEY_DIM, VALUE_DIM = 3, 2
 
@@ -63,7 +63,7 @@ class LayerMachine(RuleBasedStateMachine):
                 heads[head] = []
         self.prefix_length += shape[2]
         self.compacted = True
-        self.layer.place(placed(keep))
+        self.layer.compact(whole_or_dropped(keep))
         assert self.layer.keys is None
         assert self.layer.values is None
 
@@ -174,7 +174,7 @@ def test_a_prompt_is_held_without_a_copy() -> None:
 
 def test_the_tail_grows_rarely() -> None:
     layer, storages = filled(), set()
-    layer.place(placed(torch.ones(1, 1, 3, dtype=torch.bool)))
+    layer.compact(whole_or_dropped(torch.ones(1, 1, 3, dtype=torch.bool)))
     for _ in range(200):
         layer.update(torch.randn(1, 1, 1, 2), torch.randn(1, 1, 1, 2))
         assert layer.keys is not None

@@ -175,7 +175,7 @@ class PrunedCache(GuardedCache):
             for part in reading.read(attended):
                 layer = self._pruned[part.scores.layer]
                 self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
-                layer.place(part.placement)
+                layer.compact(part.placement)
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None

@@ -26,7 +26,7 @@ from plphp.kernels.packed import PackedKV
 from plphp.policy.allocation import RowAllocation
 from plphp.pruning.entries import LayerEntries
 from plphp.pruning.placement import held_whole
-from plphp.pruning.reading import PlacedLayer, PromptReading
+from plphp.pruning.reading import LayerPlacement, PromptReading
 from plphp.pruning.scoring import Attended
 
 from .rounding import evict_whole_blocks
@@ -143,7 +143,7 @@ class RequestReading:
         for part in self.prompt.read(Attended(layer, _with_batch(query), entries, scaling)):
             yield self._compacted(part)
 
-    def _compacted(self, part: PlacedLayer) -> PrunedPart:
+    def _compacted(self, part: LayerPlacement) -> PrunedPart:
         """What a layer keeps, and how many blocks fall empty by it."""
         # All heads evict as many entries, in whole blocks (`evict_whole_blocks`): the first head speaks for all.
         layer, keep = part.scores.layer, held_whole(part.placement)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError, did_you_mean
 from plphp.evaluation.settings import FULL
-from plphp.methods.registry import available_methods, get_method, resolve
+from plphp.methods.registry import available_methods, chain_of, get_method
 from plphp.policy.rankers import at_random
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.grammar import Line, keys_of, read_chain, read_line, split_lines
@@ -148,8 +148,7 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
         if name not in available_methods():
             raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, [*available_methods(), *CONTROLS])}")
     config = PLPHPConfig.parse(line.chain)
-    for part in (*config.earlier, config):
-        resolve(part)
+    chain_of(config)  # names, options and stages; what depends on the model's layers comes when it is there
     if keys_of(line.chain) & set(FIXED_BY):
         return [Variant(line.label, None, config)]
     if not retention:
