@@ -36,7 +36,7 @@ from plphp.studies.compare import kv_bytes
 PARTS = {
     "pruning": (plphp.PrunedCache, "after_attention"),
     "scoring": (Scoring, "score"),
-    "compaction": (LayerEntries, "place"),
+    "compaction": (LayerEntries, "compact"),
 }
 """Pruning and steps of it, with the method that does each once a layer."""
 
