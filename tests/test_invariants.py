@@ -30,7 +30,7 @@ FAMILIES = sorted(TINY)
 STAGED = ("fastv", "vtw")
 """Methods that act inside prefill."""
 METHODS = tuple(sorted(plphp.available_methods().keys() - {"oracle", "query_bank", *STAGED}))
-"""Those that need nothing but a prompt; tests/test_query_bank.py has the invariants of that method."""
+"""Those that need nothing but a prompt; tests/studies/test_query_bank.py has the invariants of that method."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 4},
     "snapkv_vision": {"window": 4},

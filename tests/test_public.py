@@ -51,7 +51,7 @@ SURFACE = {
         ),
         *("by_vision_attention", "keep_all", "kept_count", "proportional", "uniform", "with_rates"),
         *("at_random", "by_best_position", "by_peak", "by_value_norm", "combined", "per_head", "pooled"),
-        *("Ranker", "keep_mask", "shared_by_heads", "times_value_norm"),
+        *("ConfigError", "Ranker", "SpanError", "keep_mask", "shared_by_heads", "times_value_norm"),
         *("Family", "Features", "Inputs", "VisionSegment", "register_family"),
     ),
     "plphp.kernels": ("WindowScores", "compact_kv", "decode_attention", "merge_states", "window_scores"),
@@ -63,7 +63,9 @@ STANDARD = {
     *("PreTrainedModel", "PretrainedConfig", "Tensor", "None", "True", "False"),
 }
 """Names in signatures that are those of Python, torch and transformers."""
-SHOWN_WITH_IT = {"PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value", "Kind"}
+CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"}
+"""Methods of public classes that other parts of plphp call, and nobody else."""
+SHOWN_WITH_IT = {"PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value", "Kind", "ReAttention"}
 """What public objects are made of: documented where they are reached from."""
 
 
@@ -81,12 +83,17 @@ def public() -> list[tuple[str, Any]]:
 
 
 def annotations(item: Any) -> dict[str, str]:
-    """The annotations of a function, of the fields of a dataclass or of what makes another class, as text."""
-    if dataclasses.is_dataclass(item):
-        return {field.name: str(field.type) for field in dataclasses.fields(item) if not field.name.startswith("_")}
-    if inspect.isclass(item):
-        return {}
-    return {name: str(value) for name, value in getattr(item, "__annotations__", {}).items()}
+    """The annotations of a function, or of the fields and public methods of a class, as text."""
+    if not inspect.isclass(item):
+        return {name: str(value) for name, value in getattr(item, "__annotations__", {}).items()}
+    fields = dataclasses.fields(item) if dataclasses.is_dataclass(item) else ()
+    shown = {field.name: str(field.type) for field in fields if not field.name.startswith("_")}
+    for name, member in vars(item).items():
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if not name.startswith("_") and name not in CALLED_BY_ENGINES:
+            notes = getattr(function, "__annotations__", {})
+            shown |= {f"{name}.{parameter}": str(value) for parameter, value in notes.items()}
+    return shown
 
 
 def test_no_public_object_shows_internals() -> None:
@@ -102,7 +109,9 @@ def test_no_public_object_shows_internals() -> None:
 
 
 def test_every_public_object_says_what_it_is() -> None:
-    undocumented = [name for name, item in public() if isinstance(item, type | FunctionType) and not item.__doc__]
+    items = [(name, item) for name, item in public() if isinstance(item, type | FunctionType)]
+    # A dataclass without a docstring is given one by Python: its signature.
+    undocumented = [name for name, item in items if not item.__doc__ or item.__doc__.startswith(f"{item.__name__}(")]
     assert undocumented == []
 
 

@@ -5,6 +5,7 @@ Nothing here imports torch: an installed package is looked at to list its method
 model is loaded. A method's own file imports torch in the functions that compute.
 """
 
+from plphp.errors import ConfigError, SpanError
 from plphp.families.base import Family, Features, Inputs, VisionSegment
 from plphp.families.registry import register_family
 from plphp.methods.registry import register_method
@@ -44,6 +45,7 @@ from plphp.settings.options import Option, settings
 __all__ = [
     "Allocation",
     "Allocator",
+    "ConfigError",
     "EncoderStage",
     "Evidence",
     "Family",
@@ -61,6 +63,7 @@ __all__ = [
     "Ranker",
     "RowAllocation",
     "ScoredLayer",
+    "SpanError",
     "VisionSegment",
     "at_random",
     "by_best_position",

@@ -246,5 +246,5 @@ def test_candidates_of_text_compete_and_as_many_leave() -> None:
 
 @pytest.mark.parametrize("name", ["peak", "best_position", "density", "value_norm", "queries"])
 def test_evidence_that_was_not_asked_for(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"ranks by '{name}', which its evidence does not ask for"):
+    with pytest.raises(ConfigError, match=f"scores by '{name}', which its evidence does not ask for"):
         make_scores([[0]]).need(name)

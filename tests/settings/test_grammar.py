@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from plphp import ConfigError, PLPHPConfig
 from plphp.settings.grammar import Line, read_chain, read_line, split_lines
+from plphp.settings.presets import write_preset
 
 METHODS = ("plphp", "uniform", "random", "fastv", "query_bank")
 
@@ -57,6 +60,24 @@ def test_a_line_has_a_label_and_rates() -> None:
     assert read_line("fastv+uniform") == Line("fastv+uniform", "fastv+uniform", None)
     with pytest.raises(ConfigError, match="Expected label=method"):
         read_line("=plphp")
+
+
+def test_a_plus_inside_a_file_name_is_no_chain() -> None:
+    config = PLPHPConfig.parse("query_bank:bank=my+bank.safetensors,retention_rate=0.2+uniform")
+    assert config.earlier[0].options == {"bank": "my+bank.safetensors"}
+    assert config.method == "uniform"
+
+
+def test_a_preset_of_a_chain_reads_back_the_same(tmp_path: Path) -> None:
+    config = PLPHPConfig.parse("fastv:layer=3,retention_rate=0.5+plphp:target_retention=0.4")
+    write_preset(tmp_path / "preset.toml", config, {"prompts": [{"file": "a", "seed": None}]})
+    assert PLPHPConfig.from_toml(tmp_path / "preset.toml") == config
+
+
+@pytest.mark.parametrize("values", [[3], ["fastv"], [None]])
+def test_what_is_no_method_of_a_chain_is_refused(values: list[object]) -> None:
+    with pytest.raises(ConfigError, match="earlier must be a list of tables of settings, got"):
+        PLPHPConfig.from_dict({"earlier": values})
 
 
 @pytest.mark.parametrize("values", ["plphp", {"method": "plphp"}, 3])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError
-from plphp.methods.registry import resolve
+from plphp.methods.registry import chain_of
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.presets import with_defaults
 
@@ -54,5 +54,5 @@ def read_settings(
         settings = PLPHPConfig.from_toml(config_file)
     else:
         settings = PLPHPConfig.from_dict(with_defaults(explicit, bundled))
-    resolve(settings)  # refuses unknown methods and options now, before anything is loaded
+    chain_of(settings)  # refuses unknown methods and options now, before anything is loaded
     return settings

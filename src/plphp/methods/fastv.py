@@ -29,7 +29,7 @@ from plphp.policy.stages import PrefillStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
-from ._stage import refuse_exempt_layers
+from ._prefill import refuse_exempt_layers
 
 if TYPE_CHECKING:
     from torch import Tensor

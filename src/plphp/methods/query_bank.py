@@ -7,7 +7,7 @@ head, without their rotary position. Turned to the places behind a new prompt, t
 there yet. With A the softmax attention of a KV head (query heads combined by ``gqa_reduction``) for the queries t of
 the bank, and v_j the value of entry j:
 
-    best[j] = min over t of the place of j among the vision tokens by A[t, j], from 0
+    best[j] = min over t of the position of j in the order among the vision tokens by A[t, j], from 0
     s[j]    = 1 / (2 + best[j] - mean[j] / max(mean))        times ||v_j|| with ``value_norm=1``
 
 as in `plphp.methods.recall_rank`, with the mean of A over the bank. ``reduce`` may be the largest attention that any

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Better evidence than the last row: the best place that any row of the question gives a token. Our own; no paper.
+"""Better evidence than the last row: the best position that any row of the question gives a token. Our own; no paper.
 
 The last prompt token ranks what the answer says *first*. Over the rows t of the text after the last image, the last
 one among them, with A the softmax attention of a KV head (query heads combined by ``gqa_reduction``):
 
-    best[j] = min over t of the place of j among the vision tokens by A[t, j], from 0
+    best[j] = min over t of the position of j in the order among the vision tokens by A[t, j], from 0
     s[j]    = 1 / (1 + best[j])        times ||v_j|| with ``value_norm=1``
 
 so a token that one word of the question looks for is kept, however little the others attend to it. Tokens with the
-same best place are told apart by their mean attention: ``1 + best`` becomes ``2 + best - mean[j] / max(mean)``.
+same best position are told apart by their mean attention: ``1 + best`` becomes ``2 + best - mean[j] / max(mean)``.
 
 Options: ``floor`` is the share of each head's places that is spread evenly over what the ranking leaves of the
 images, ``random_share`` the share that is drawn from it at random (before the spread), ``layers`` how rates are
@@ -41,7 +41,7 @@ OPTIONS = {
 
 
 def evidence(config: PLPHPConfig) -> Evidence:
-    """Best ranks over the question, and norms if they are to count."""
+    """Best positions over the question, and norms if they are to count."""
     weighted = settings(OPTIONS, config.options)["value_norm"] == 1
     return Evidence(rows="text", best_position=True, value_norm=weighted)
 

@@ -20,7 +20,7 @@ from plphp.policy.method import Method
 from plphp.policy.stages import PrefillStage
 from plphp.settings.config import PLPHPConfig
 
-from ._stage import refuse_exempt_layers
+from ._prefill import refuse_exempt_layers
 
 if TYPE_CHECKING:
     from torch import Tensor

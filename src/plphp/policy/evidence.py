@@ -49,10 +49,6 @@ class Evidence:
     bank: str | None = None
 
 
-PLAIN = Evidence()
-"""The mean attention of the last row, and nothing beside it."""
-
-
 EVIDENCE = ("attention", "peak", "best_position", "density", "value_norm")
 """The tensors of `LayerScores` that say something of heads, which are their second dimension."""
 
@@ -123,7 +119,7 @@ class LayerScores:
         """
         value: Tensor | None = getattr(self, name)
         if value is None:
-            raise ConfigError(f"The method ranks by {name!r}, which its evidence does not ask for: see Evidence.")
+            raise ConfigError(f"The method scores by {name!r}, which its evidence does not ask for: see Evidence.")
         return value
 
     def finite(self) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from plphp.errors import ConfigError
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -46,6 +47,10 @@ class Method:
     kv: KVStage | None = None
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     check: Callable[[PLPHPConfig, int], None] = lambda config, layers: None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError(f"The method {self.name!r} acts at no stage: give it one of {', '.join(STAGES)}.")
 
     @property
     def stages(self) -> dict[str, Stage]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.errors import ConfigError, SpanError, UnsupportedFeatureError
+from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.kernels.precision import as_written
 from plphp.policy.allocation import RowAllocation, ScoredLayer
@@ -70,8 +70,6 @@ class PromptReading:
         The decoder layers that can be pruned: those with full attention.
     layers : int
         Decoder layers of the model.
-    custom : bool
-        Whether the caller named the vision tokens with a mask.
     rope_delta : Tensor, optional
         int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
     features : mapping of str to sequence of Tensor, optional
@@ -95,13 +93,12 @@ class PromptReading:
         pruned_layers: Sequence[int],
         layers: int,
         *,
-        custom: bool = False,
         rope_delta: Tensor | None = None,
         features: Mapping[str, Sequence[Tensor]] | None = None,
         join_heads: Callable[[LayerScores], LayerScores] = _as_it_is,
         round_up: Callable[[Tensor, Tensor, LayerScores], Tensor] = _as_it_is,
     ) -> None:
-        self.spans, self.chain, self.custom = spans, chain, custom
+        self.spans, self.chain = spans, chain
         self.pruned_layers, self.layers = list(pruned_layers), layers
         self._join_heads, self._round_up = join_heads, round_up
         self._unranked = UnrankedRows(spans, features)
@@ -218,6 +215,8 @@ class PromptReading:
     ) -> Tensor:
         """Head level: what each KV head of a layer keeps, by several allocations.
 
+        The scores are those of the link's own config: configs that are allocated together differ in rates alone.
+
         Returns
         -------
         Tensor
@@ -260,23 +259,6 @@ class PromptReading:
         if self._prefill is not self.kv:
             self._prefill.repeat(times)
 
-    def check_shape(self, rows: int, tokens: int) -> None:
-        """Raise `SpanError` unless a prompt has the shape of this one."""
-        planned = self.spans.valid.shape
-        if (rows, tokens) != planned:
-            raise SpanError(
-                f"The cache was planned for {planned[0]} rows of {planned[1]} tokens, got {rows} rows of {tokens}: "
-                "pass the inputs that it was made for, or make a new one."
-            )
-
-    def check_length(self, tokens: int) -> None:
-        """Raise `SpanError` if more tokens are read than the prompt has."""
-        if tokens > self.spans.end:
-            raise SpanError(
-                f"The cache was planned for a prompt of {self.spans.end} tokens and would hold {tokens}: pass the "
-                "inputs that it was made for, or call cache.plan(inputs) first."
-            )
-
     @property
     def _waits_for_all(self) -> bool:
         return self.chain.kv.stage.needs_all_layers(self.chain.kv.config)
@@ -295,7 +277,8 @@ class PromptReading:
     def _refuse_chunks(self) -> None:
         if self.chain.prefill is not None:
             raise UnsupportedFeatureError(
-                f"{self.chain.prefill.method} ranks inside prefill and needs the prompt in one piece: leave out chunks"
+                f"{self.chain.prefill.method} scores inside prefill and needs the prompt in one piece: pass all of it "
+                "in one call"
             )
 
     def _whole_where_needed(self, rows: Sequence[RowAllocation], unranked: Sequence[int]) -> list[RowAllocation]:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a run: the config, the options of methods, presets."""
+"""The settings of a run: the config, the options of methods, the grammar of a line, presets."""

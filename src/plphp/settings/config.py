@@ -184,7 +184,7 @@ class PLPHPConfig:
             if key not in known:
                 raise ConfigError(f"Unknown setting {key!r}.{did_you_mean(str(key), known)}")
         earlier = values.get("earlier", ())
-        if not isinstance(earlier, (list, tuple)):
+        if not isinstance(earlier, (list, tuple)) or not all(isinstance(part, (cls, Mapping)) for part in earlier):
             raise ConfigError(f"earlier must be a list of tables of settings, got {earlier!r}.")
         chained = tuple(part if isinstance(part, cls) else cls.from_dict(part) for part in earlier)
         return cls(**{**values, "earlier": chained})

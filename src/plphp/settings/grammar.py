@@ -9,8 +9,10 @@
     part      = method [":" key "=" value {"," key "=" value}]
 
 A chain names methods in the order in which a prompt passes their stages, each with settings of its own, as in
-``fastv:retention_rate=0.5+query_bank:bank=bundled,retention_rate=0.2``. Several numbers of one value are joined by
-``+`` too, as in ``exempt_layers=0+1``: a ``+`` before a letter begins a part, and one before a digit goes on.
+``fastv:retention_rate=0.5+query_bank:bank=bundled,retention_rate=0.2``. A ``+`` begins a part where a whole name
+follows it, with nothing or one of ``: + @ ,`` behind: ``exempt_layers=0+1`` and ``bank=my+bank.safetensors`` are
+values. A value that holds a comma, an ``@``, or a ``+`` before a bare name is for a TOML file or
+`PLPHPConfig.from_dict`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 
 from plphp.errors import ConfigError
 
-_NEXT_PART = re.compile(r"\+(?=\s*[A-Za-z_])")
+_NEXT_PART = re.compile(r"\+(?=\s*[A-Za-z_][\w-]*\s*(?:[:+@,]|$))")
 
 
 @dataclass(frozen=True)

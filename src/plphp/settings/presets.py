@@ -80,5 +80,11 @@ def write_preset(path: str | Path, config: PLPHPConfig, calibration: Mapping[str
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    nested = ((key, _without_none(value) if isinstance(value, Mapping) else value) for key, value in values.items())
-    return {key: value for key, value in nested if value is not None}
+    """The tables without what is None, inside nested tables and lists of tables, too."""
+    return {key: _table(value) for key, value in values.items() if value is not None}
+
+
+def _table(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _without_none(value)
+    return [_table(part) for part in value] if isinstance(value, (list, tuple)) else value

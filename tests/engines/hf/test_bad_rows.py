@@ -139,7 +139,7 @@ def test_every_method_keeps_the_bad_row_and_prunes_the_others(method: str, tmp_p
     assert_others_are_answered(found, expected, generate(model, inputs))
     for layer, before in zip(report.prompts[0].layers, whole.prompts[0].layers, strict=True):
         assert [layer.rows[row] for row in GOOD] == [before.rows[row] for row in GOOD]
-        assert layer.rows[BAD].layer_class == "non-finite"
+        assert (layer.rows[BAD].layer_class, layer.rows[BAD].rate) == ("non-finite", 1.0)
         assert layer.rows[BAD].kept == [layer.rows[BAD].vision_tokens] * 2
         assert not any(layer.rows[BAD].evicted_text)
 

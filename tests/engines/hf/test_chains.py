@@ -12,7 +12,9 @@ import torch
 import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate, pruned
 from plphp import ConfigError, PLPHPConfig, UnsupportedFeatureError
+from plphp.cli._settings import read_settings
 from plphp.engines.hf.cache_argument import passed
+from plphp.evaluation import make_variants
 from plphp.extend import EncoderStage, KVStage, Method, keep_all, per_head, register_method
 from plphp.methods.registry import METHODS_BY_NAME, chain_of
 from tiny_models import TINY, tiny_model
@@ -134,3 +136,20 @@ def test_chains_that_cannot_be(text: str, message: str) -> None:
     model, inputs = tiny_model("llava"), TINY["llava"].inputs(tiny_model("llava"))
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         plphp.PrunedCache.for_inputs(model, inputs, PLPHPConfig.parse(text))
+
+
+def test_a_wrong_chain_is_refused_before_anything_runs() -> None:
+    with (
+        pytest.raises(ConfigError, match="both act at the kv stage"),
+        plphp.prune(tiny_model("llava"), PLPHPConfig.parse("uniform+plphp")),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="both act at the kv stage"):
+        make_variants(["uniform:retention_rate=0.5+plphp"], [0.4])
+    with pytest.raises(ConfigError, match="before plphp at the kv stage"):
+        read_settings("plphp+vtw", None, None, None, None)
+
+
+def test_a_method_without_a_stage_is_none() -> None:
+    with pytest.raises(ConfigError, match="'empty' acts at no stage: give it one of encoder, prefill, kv"):
+        Method("empty", "an example", "an example")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plphp.errors import PLPHPError, UnsupportedFeatureError
+from plphp.errors import PLPHPError, SpanError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of
@@ -50,6 +50,7 @@ class PrunedCache(GuardedCache):
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
         self._listeners: list[Callable[[Attended], None]] = []
+        self._by_mask = False  # whether the caller named the vision tokens of the plan with a mask
 
     @classmethod
     def for_inputs(
@@ -133,17 +134,17 @@ class PrunedCache(GuardedCache):
         self.reading = None
         # A turn of text alone has nothing to evict: it is read like an answer, into the tail.
         if spans.vision.any():
-            self.reading = self._reading_of(spans, features_of(turn), custom=vision_mask is not None)
+            self.reading = self._reading_of(spans, features_of(turn))
+            self._by_mask = vision_mask is not None
         return turn
 
-    def _reading_of(self, spans: VisionSpans, features: Mapping[str, Sequence[Tensor]], custom: bool) -> PromptReading:
+    def _reading_of(self, spans: VisionSpans, features: Mapping[str, Sequence[Tensor]]) -> PromptReading:
         delta = None if self._turn is None else self._turn.after
         return PromptReading(
             spans,
             self.chain,
             list(self._pruned),
             len(self.layers),
-            custom=custom,
             rope_delta=delta,
             features=features,
         )
@@ -228,11 +229,16 @@ class PrunedCache(GuardedCache):
 
         ``generate`` takes no ``vision_mask``: a plan that was made with one is all that knows the vision tokens.
         """
-        if self.reading is None or not self.reading.custom:
+        if self.reading is None or not self._by_mask:
             return self.plan(inputs)
         self.check_alive()
         turn, valid = self.read_turn(inputs)
-        self.reading.check_shape(*valid.shape)
+        planned = tuple(self.reading.spans.valid.shape)
+        if tuple(valid.shape) != planned:
+            raise SpanError(
+                f"The cache was planned for {planned[0]} rows of {planned[1]} tokens, got {valid.shape[0]} rows of "
+                f"{valid.shape[1]}: pass the inputs that it was made for, or make a new one."
+            )
         return turn
 
     def run_generate(

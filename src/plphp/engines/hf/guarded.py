@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from plphp.errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.errors import CacheMemoryError, CacheStateError, SpanError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.pruning.reading import PromptReading
 
 from .attachment import Attachment, Lease
@@ -86,7 +86,7 @@ class GuardedCache(ConversationCache):
         if layer is not None and layer_idx == self._first:
             self._before = layer.get_seq_length()
             if self.reading is not None:
-                self.reading.check_length(self._before + key_states.shape[2])
+                self._check_length(self.reading.spans.end, self._before + key_states.shape[2])
         self._guard.enter(layer_idx)
         if layer is None:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -209,6 +209,14 @@ class GuardedCache(ConversationCache):
         """Mark the cache as dead and free its entries: half-updated they are wrong, and nobody can use them."""
         self.reset()
         self._dead = reason
+
+    def _check_length(self, planned: int, tokens: int) -> None:
+        """Raise `SpanError` if more tokens are read than the prompt has."""
+        if tokens > planned:
+            raise SpanError(
+                f"The cache was planned for a prompt of {planned} tokens and would hold {tokens}: pass the inputs that "
+                "it was made for, or call cache.plan(inputs) first."
+            )
 
     def _begin(self, layer_idx: int) -> None:
         """Before a layer is updated, check that the last layer was read and that the last pass came to its end."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from plphp.errors import CacheStateError, UnprunedWarning, UnsupportedFeatureError, UnsupportedModelError
 from plphp.families.registry import family_of
-from plphp.methods.registry import resolve
+from plphp.methods.registry import chain_of
 from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 
@@ -44,7 +44,7 @@ class Session:
 
     def __init__(self, model: Any, config: PLPHPConfig | None, decode: str = "eager") -> None:
         self.config, self.decode = checked(config), checked_mode(decode)
-        resolve(self.config)
+        chain_of(self.config)
         self.closed = False
         self._report: PruneReport | None = None
         # Passes without plphp in the whole session, and since the newest report.

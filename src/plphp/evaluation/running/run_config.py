@@ -13,7 +13,7 @@ from plphp.evaluation.settings import EvalSettings
 from plphp.evaluation.tasks.built_in import Task
 from plphp.evaluation.tasks.data_lines import METADATA
 from plphp.evaluation.tasks.task import AnyTask
-from plphp.methods.registry import get_method
+from plphp.methods.registry import chain_of
 from plphp.policy.bank import bank_file
 
 from .variants import Variant
@@ -76,8 +76,8 @@ def run_config(
 
 def _query_banks(variants: Sequence[Variant]) -> dict[str, str]:
     """SHA-256 of the query banks that methods rank by: a bank that was made again makes another evaluation."""
-    stages = [(get_method(variant.config.method).kv, variant.config) for variant in variants]
-    named = {stage.evidence(config).bank for stage, config in stages if stage is not None}
+    links = [link for variant in variants for link in chain_of(variant.config).stages.values()]
+    named = {link.stage.evidence(link.config).bank for link in links if hasattr(link.stage, "evidence")}
     files = {name: bank_file(name) for name in sorted(filter(None, named))}
     return {name: _hash(file.read_bytes()) for name, file in files.items()}
 

@@ -59,8 +59,8 @@ class Variant:
     @property
     def draws(self) -> bool:
         """Whether chance has a part in what is kept."""
-        stage = get_method(self.config.method).kv
-        return stage is not None and (stage.score is at_random or stage.mix(self.config).random > 0)
+        link = chain_of(self.config).kv
+        return link.stage.score is at_random or link.stage.mix(link.config).random > 0
 
     def for_sample(self, sample: Sample) -> Variant:
         """Return the variant with a seed of its own for a sample.
