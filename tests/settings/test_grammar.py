@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,12 @@ def test_a_chain_of_three_keeps_its_order() -> None:
         (
             ["plphp:seed=1,query_rows=text+uniform:seed=1,min_kept=2"],
             ["plphp:seed=1,query_rows=text+uniform:seed=1,min_kept=2"],
+        ),
+        (["plphp,best=plphp:seed=1,random:seed=1"], ["plphp", "best=plphp:seed=1", "random:seed=1"]),
+        (["uniform:seed=8,fastv:layer=3"], ["uniform:seed=8", "fastv:layer=3"]),
+        (
+            ["both=fastv:layer=1+plphp,fastv:layer=2+uniform:seed=3,seed=4"],
+            ["both=fastv:layer=1+plphp", "fastv:layer=2+uniform:seed=3,seed=4"],
         ),
         (["plphp:seed=1,mine=uniform:seed=2"], ["plphp:seed=1", "mine=uniform:seed=2"]),
         (["plphp:exempt_layers=0+1,fastv@0.5+0.25"], ["plphp:exempt_layers=0+1", "fastv@0.5+0.25"]),
@@ -92,3 +99,21 @@ def test_a_method_of_a_chain_has_no_chain() -> None:
     first = PLPHPConfig(method="fastv")
     with pytest.raises(ConfigError, match="names no chain of its own"):
         PLPHPConfig(earlier=(PLPHPConfig(earlier=(first,)),))
+
+
+def test_settings_beside_the_table_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[plphp]\nmethod = "plphp"\n[[earlier]]\nmethod = "vtw"\n')
+    with pytest.raises(ConfigError, match=r"earlier in .* stands beside the table \[plphp\].*\[\[plphp.earlier\]\]"):
+        PLPHPConfig.from_toml(path)
+    path.write_text('[plphp]\nmethod = "plphp"\n[[plphp.earlier]]\nretention_rate = 0.5\n')
+    with pytest.raises(ConfigError, match=r"A table of earlier names its method, got .*retention_rate"):
+        PLPHPConfig.from_toml(path)
+    path.write_text('[plphp]\nmethod = "plphp"\n[[plphp.earlier]]\nmethod = "vtw"\n[calibration]\nprompts = 3\n')
+    assert PLPHPConfig.from_toml(path) == PLPHPConfig.parse("vtw+plphp")
+
+
+@pytest.mark.parametrize("values", [None, "plphp", 3])
+def test_what_is_no_mapping_is_no_config(values: Any) -> None:
+    with pytest.raises(ConfigError, match="Expected a mapping of settings, got"):
+        PLPHPConfig.from_dict(values)

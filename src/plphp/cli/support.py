@@ -23,7 +23,10 @@ def methods(as_json: JsonOption = False) -> None:
     from plphp.methods.registry import available_methods
 
     known = available_methods().values()
-    rows = [{"name": method.name, "summary": method.summary, "paper": method.paper} for method in known]
+    rows = [
+        {"name": method.name, "stage": ", ".join(method.stages), "summary": method.summary, "paper": method.paper}
+        for method in known
+    ]
     _print(rows, as_json)
 
 

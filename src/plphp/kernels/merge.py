@@ -87,6 +87,9 @@ def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             f"Each part has an output and a log-sum-exp, and there is at least one part: got {len(outputs)} outputs "
             f"and {len(lses)} log-sum-exps."
         )
+    kinds = {tensor.dtype for tensor in (*outputs, *lses) if not tensor.is_floating_point()}
+    if kinds:
+        raise ValueError(f"Outputs and log-sum-exps are floating-point tensors, got {', '.join(map(str, kinds))}.")
     shape = outputs[0].shape
     if any(output.shape != shape for output in outputs) or any(lse.shape != shape[:-1] for lse in lses):
         raise ValueError(

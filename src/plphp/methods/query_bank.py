@@ -64,7 +64,7 @@ def check(config: PLPHPConfig, layers: int) -> None:
     if not name:
         raise ConfigError(
             "The method 'query_bank' needs queries of the model's answers: collect them with `plphp collect` and "
-            "give their file, as in 'query_bank:bank=bank.safetensors'."
+            "give their file, as in 'query_bank:bank=bank.safetensors'; the bundled model's is 'bank=bundled'."
         )
     if config.query_rows is not None:
         raise ConfigError(

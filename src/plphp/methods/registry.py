@@ -50,7 +50,8 @@ def get_method(name: str) -> Method:
     """
     known = available_methods()
     if name not in known:
-        raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, known)}")
+        chain = " Chains of methods are for --config and PLPHPConfig.parse." if "+" in name else ""
+        raise ConfigError(f"Unknown method {name!r}.{chain or did_you_mean(name, known)}")
     return known[name]
 
 

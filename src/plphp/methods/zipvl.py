@@ -47,15 +47,17 @@ def by_mass(layers: Layers, config: PLPHPConfig) -> Allocation:
     tau = settings(OPTIONS, config.options)["tau"]
     rows = []
     for row in range(len(layers[0].vision_score)):
-        before = torch.stack([mass_before(layer.scores, row).cpu() for layer in layers])
+        # Of different lengths where tokens have left inside prefill.
+        of_layers = [mass_before(layer.scores, row).cpu() for layer in layers]
+        before = torch.cat(of_layers)
         if tau is None:
-            count = math.floor(config.base_rate * before.numel() + 0.5)
-            kept = torch.zeros(before.numel(), dtype=torch.bool)
-            kept[before.flatten().sort(stable=True).indices[:count]] = True
-            kept = kept.view_as(before)
+            count = math.floor(config.base_rate * len(before) + 0.5)
+            kept = torch.zeros(len(before), dtype=torch.bool)
+            kept[before.sort(stable=True).indices[:count]] = True
         else:
             kept = before < tau
-        rows.append([count / max(1, before.shape[1]) for count in kept.sum(1).tolist()])
+        parts = kept.split([len(mass) for mass in of_layers])
+        rows.append([int(part.sum()) / max(1, len(part)) for part in parts])
     return with_rates(layers, list(zip(*rows, strict=True)))
 
 

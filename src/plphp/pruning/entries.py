@@ -183,11 +183,16 @@ class LayerEntries:
 
         Raises
         ------
-        UnsupportedFeatureError
-            If an entry is to be held in few bits; the layer is as before.
+        UnsupportedFeatureError, CacheStateError
+            If an entry is to be held in few bits, or the placement is not that of the tail; the layer is as before.
         """
-        keep = held_whole(placement)
         keys, values = self.tail()
+        if placement.shape != keys.shape[:3]:
+            raise CacheStateError(
+                f"The placement of a layer covers its tail, {tuple(keys.shape[:3])} rows, KV heads and tokens, got "
+                f"{tuple(placement.shape)}."
+            )
+        keep = held_whole(placement)
         # Without no_grad the graph would keep the full keys and values alive.
         block = compact_kv(keys.detach(), values.detach(), keep)
         self.prefix = block if self.prefix is None else self.prefix.appended(block)

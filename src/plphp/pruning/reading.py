@@ -108,6 +108,11 @@ class PromptReading:
             own = chain.prefill.stage.evidence(chain.prefill.config)
             asked = Scoring.of(spans, chain.prefill.config, own, rope_delta)
             self._prefill = self.kv if asked.asks_as(self.kv) else asked
+            if not 1 <= self._first_without <= layers:
+                raise ConfigError(
+                    f"The method {chain.prefill.method!r} lets tokens leave from layer {self._first_without} on, which "
+                    f"must be between 1 and {layers}."
+                )
         self.hidden: Tensor | None = None
         self.hidden_from = layers
         self._whole_rows: list[int] = []

@@ -179,6 +179,10 @@ class PLPHPConfig:
             If a key is unknown or a value is not valid. The options of a method are checked where it is looked up
             (`plphp.methods.registry.resolve`).
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"Expected a mapping of settings, got {type(values).__name__}: PLPHPConfig.parse reads text."
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
@@ -186,6 +190,9 @@ class PLPHPConfig:
         earlier = values.get("earlier", ())
         if not isinstance(earlier, (list, tuple)) or not all(isinstance(part, (cls, Mapping)) for part in earlier):
             raise ConfigError(f"earlier must be a list of tables of settings, got {earlier!r}.")
+        for part in earlier:
+            if not isinstance(part, cls) and "method" not in part:
+                raise ConfigError(f"A table of earlier names its method, got {dict(part)!r}.")
         chained = tuple(part if isinstance(part, cls) else cls.from_dict(part) for part in earlier)
         return cls(**{**values, "earlier": chained})
 
@@ -206,6 +213,12 @@ class PLPHPConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not a valid TOML file: {error}.") from error
         table = values.get("plphp", values)
+        beside = [] if table is values else sorted({*SETTINGS, "options", "earlier"} & values.keys())
+        if beside:
+            raise ConfigError(
+                f"{', '.join(beside)} in {path} stands beside the table [plphp], which holds the settings: move it "
+                "there, as in [[plphp.earlier]]."
+            )
         if not isinstance(table, dict):
             raise ConfigError(f"[plphp] in {path} must be a table of settings, got {table!r}.")
         return cls.from_dict(table)
@@ -321,6 +334,6 @@ def _chained(values: object) -> tuple[PLPHPConfig, ...]:
     for config in values:
         if config.earlier:
             raise ConfigError(
-                f"A method of a chain names no chain of its own: list all of them in one, got {config!r}."
+                f"A method of a chain names no chain of its own: list all of them in one; {config.method!r} has one."
             )
     return tuple(values)

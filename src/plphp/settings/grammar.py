@@ -65,14 +65,15 @@ def split_lines(texts: Iterable[str], methods: Collection[str]) -> list[str]:
     for text in texts:
         in_settings = False
         for piece in filter(None, (piece.strip() for piece in text.split(","))):
-            _, equals, value = piece.partition("=")
-            value, *parts = _NEXT_PART.split(value)
-            if in_settings and equals and ":" not in value and value.strip() not in methods:
+            first, *later = _NEXT_PART.split(piece)
+            _, equals, value = first.partition("=")
+            if in_settings and equals and ":" not in first and value.strip() not in methods:
                 lines[-1] += f",{piece}"
             else:
                 lines.append(piece)
-                in_settings = ":" in piece
-            in_settings = in_settings or any(":" in part for part in parts)
+                in_settings = ":" in first
+            if later:  # of a chain the settings behind a comma are those of its last method
+                in_settings = ":" in later[-1]
     return lines
 
 
@@ -102,7 +103,10 @@ def read_chain(text: str) -> list[tuple[str, dict[str, Any]]]:
     ConfigError
         If a setting is no ``key=value``, or one is given twice.
     """
-    return [_read_part(part, text) for part in _NEXT_PART.split(text.strip())]
+    parts = _NEXT_PART.split(text.strip())
+    if (len(parts) > 1 and not all(parts)) or any(part.rstrip().endswith("+") for part in parts):
+        raise ConfigError(f"Expected a method on both sides of each + in {text!r}.")
+    return [_read_part(part, text) for part in parts]
 
 
 def keys_of(text: str) -> set[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -199,7 +199,7 @@ def _row_values(row: RowReport) -> dict[str, Any]:
 
 
 def _layer_title(report: PruneReport, prompt: int, row: int, tokens: int) -> str:
-    parts = [f"{report.config.get('method', '')}: {tokens} vision tokens"]
+    parts = [f"{_methods(report.config)}: {tokens} vision tokens"]
     parts += [f"prompt {prompt}"] if len(report.prompts) > 1 else []
     parts += [f"row {row}"] if report.batch > 1 else []
     return ", ".join(parts)
@@ -221,3 +221,8 @@ def _milliseconds(run: Run) -> str:
 def _marked(values: list[str], mark: str) -> list[str]:
     """The values of both runs, with a mark on the pruned run's."""
     return [values[0], values[1] + mark]
+
+
+def _methods(config: Mapping[str, Any]) -> str:
+    """The methods of a run in their order, as they are written on a line."""
+    return "+".join(part.get("method", "") for part in (*config.get("earlier", ()), config))

@@ -28,6 +28,8 @@ KV = (
     "recall_rank:retention_rate=0.4",
     "snapkv:window=3,retention_rate=0.4",
     "vl_cache:retention_rate=0.5",
+    "zipvl:retention_rate=0.5",
+    "zipvl:tau=0.7",
     "uniform:retention_rate=0.4,image_quota=per_image,score_pool=3,exempt_layers=-1",
 )
 
@@ -129,6 +131,9 @@ def test_what_no_engine_runs_is_refused_by_name(encoder_method: str) -> None:
         ("vtw+fastv:layer=1+plphp", "vtw and fastv both act at the prefill stage"),
         ("vtw:windw=3+plphp", "'windw', which is no option of the method 'vtw' either"),
         ("fastv:layer=1,retention_rate=0.1+plphp", "the least retention_rate is 0.3334"),
+        ("fastv:layer=1,retention_rate=0.7++plphp", "Expected a method on both sides of each +"),
+        ("+plphp", "Expected a method on both sides of each +"),
+        ("plphp+", "Expected a method on both sides of each +"),
         ("vtv+plphp", "Unknown method 'vtv'. Did you mean 'vtw'?"),
     ],
 )
@@ -146,6 +151,8 @@ def test_a_wrong_chain_is_refused_before_anything_runs() -> None:
         pass
     with pytest.raises(ConfigError, match="both act at the kv stage"):
         make_variants(["uniform:retention_rate=0.5+plphp"], [0.4])
+    with pytest.raises(ConfigError, match="'full' is no method and stands alone, got 'full\\+plphp'"):
+        make_variants(["full+plphp"], [0.4])
     with pytest.raises(ConfigError, match="before plphp at the kv stage"):
         read_settings("plphp+vtw", None, None, None, None)
 

@@ -64,10 +64,15 @@ def readings_of(
     by_question: dict[Any, PromptReading] = {}
     readings: list[PromptReading | None] = []
     for chain in chains:
+        of_answer = chain.kv.stage.needs_answer
         if chain.prefill is not None:
+            if of_answer:
+                raise ConfigError(
+                    f"The method {chain.kv.method!r} asks with the answer's queries over the whole prompt: no method "
+                    f"can act before it, got {chain.prefill.method!r}."
+                )
             readings.append(None)
             continue
-        of_answer = chain.kv.stage.needs_answer
         if of_answer and not answer_tokens:
             raise ConfigError(f"The method {chain.kv.method!r} ranks by the answer: pass answer_ids.")
         own_spans = _with_text_behind(spans, answer_tokens) if of_answer else spans

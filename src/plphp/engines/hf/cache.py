@@ -192,7 +192,13 @@ class PrunedCache(GuardedCache):
         try:
             yield
         finally:
-            self._listeners.remove(listener)
+            # By identity: callables may compare equal.
+            self._listeners = [other for other in self._listeners if other is not listener]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
+        copied: Any = super().__deepcopy__(memo)
+        copied._listeners = []  # who listens to this cache has not asked for another one
+        return copied
 
     def leave_whole(self) -> None:
         """Read the prompt that was planned as it is: no layer is placed or packed, and listeners hear of each."""
@@ -286,4 +292,8 @@ class PrunedCache(GuardedCache):
         except PLPHPError as error:
             if not self._dead:
                 self._end_by(str(error), type(error))
+            raise
+        except BaseException:
+            if not self._dead:
+                self._invalidate("an error stopped the reading of a prompt")
             raise

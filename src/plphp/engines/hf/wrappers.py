@@ -74,10 +74,10 @@ class MethodWrapper:
 def generate_with_plphp(attachment: AttachedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Hand a call of ``generate`` to the `PrunedCache` among its arguments, else to the session, else to the model.
 
-    Both are known by their method ``run_generate``, as this module stands below them. A cache goes before the session:
-    it was made for this very prompt, with settings of its own.
+    Both are known by the ``run_generate`` of their class, as this module stands below them. A cache goes before the
+    session: it was made for this very prompt, with settings of its own.
     """
-    cache = next((value for value in kwargs.values() if hasattr(value, "run_generate")), None)
+    cache = next((value for value in kwargs.values() if hasattr(type(value), "run_generate")), None)
     session = attachment.sessions.here() if cache is None else attachment.sessions.here_or_none()
     if cache is not None:
         return cache.run_generate(attachment, session, original, args, kwargs)

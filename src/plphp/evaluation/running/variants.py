@@ -145,6 +145,8 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
     if line.chain.partition(":")[0].strip() in CONTROLS:
         return _control(line, retention)
     for name, _ in read_chain(line.chain):
+        if name in CONTROLS:
+            raise ConfigError(f"{name!r} is no method and stands alone, got {line.chain!r}.")
         if name not in available_methods():
             raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, [*available_methods(), *CONTROLS])}")
     config = PLPHPConfig.parse(line.chain)
