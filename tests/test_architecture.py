@@ -37,7 +37,7 @@ BELOW: dict[str, tuple[str, ...]] = {
         *("errors", "io", "policy", "methods", "pruning", "inputs", "engines.hf", "settings", "studies"),
         "show",
     ),
-    "extend": ("families", "methods", "policy", "settings"),
+    "extend": ("errors", "families", "methods", "policy", "settings"),
     "cli": (
         *("_version", "errors", "io", "methods", "families", "pruning", "inputs", "engines.hf", "studies"),
         *("engines.vllm", "evaluation", "settings", "show"),
