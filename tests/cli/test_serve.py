@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plphp serve``, as far as it goes without vLLM; tests/vllm runs the server."""
+"""``plphp serve``, as far as it goes without vLLM; tests/engines/vllm runs the server."""
 
 from __future__ import annotations
 
