@@ -23,11 +23,11 @@ import plphp
 from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank, UnsupportedModelError
 from plphp.engines.hf.cache_argument import cache_in
+from plphp.engines.hf.rotation_probe import find_rotations
 from plphp.methods.registry import resolve
 from plphp.policy.bank import FORMAT, LayerBank
 from plphp.policy.rotation import Rotation
 from plphp.studies.bank_collecting import _Reservoir
-from plphp.studies.rotation_probe import find_rotations
 from precision import EXACT, working_dtype
 from test_invariants import FAMILIES
 from tiny_models import TINY, tiny_model

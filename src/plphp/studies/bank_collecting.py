@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from plphp.engines.hf.attachment import Lease
 from plphp.engines.hf.cache import PrunedCache
 from plphp.engines.hf.cache_argument import passed
+from plphp.engines.hf.rotation_probe import find_rotations
 from plphp.errors import ConfigError
 from plphp.policy.bank import LayerBank, QueryBank
 from plphp.policy.rotation import Rotation
@@ -21,7 +22,6 @@ from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig
 
 from .provenance import provenance
-from .rotation_probe import find_rotations
 
 
 class _Reservoir:
@@ -109,7 +109,7 @@ def collect_query_bank(
     ConfigError
         If a prompt has several rows or no vision token, or no answer has a second token.
     UnsupportedModelError
-        If it is not known how the model rotates its queries, see `plphp.studies.rotation_probe.find_rotations`.
+        If it is not known how the model rotates its queries, see `plphp.engines.hf.rotation_probe.find_rotations`.
 
     Examples
     --------

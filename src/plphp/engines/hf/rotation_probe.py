@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plphp.engines.hf.attachment import Lease
-from plphp.engines.hf.cache import PrunedCache
-from plphp.engines.hf.cache_argument import passed
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.policy.rotation import Rotation
 from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig
+
+from .attachment import Lease
+from .cache import PrunedCache
+from .cache_argument import passed
 
 POSITIONS = (1, 1000)
 """Where a query is looked at, beside 0: the first tells the layout, the second tells small frequencies apart."""
