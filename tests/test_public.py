@@ -44,6 +44,7 @@ SURFACE = {
             "Evidence",
             "LayerClass",
             "LayerScores",
+            "LayerStates",
             "Layers",
             "RowAllocation",
             "ScoredLayer",
@@ -65,7 +66,10 @@ STANDARD = {
 """Names in signatures that are those of Python, torch and transformers."""
 CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"}
 """Methods of public classes that other parts of plphp call, and nobody else."""
-SHOWN_WITH_IT = {"PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value", "Kind", "ReAttention"}
+SHOWN_WITH_IT = {
+    *("PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value", "Kind", "ReAttention"),
+    "Rotation",
+}
 """What public objects are made of: documented where they are reached from."""
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ from .generate_call import GenerateCall
 from .generation import generate
 from .guarded import GuardedCache
 from .refusals import refuse_stages
+from .rotation_probe import rotations_of
 
 
 class PrunedCache(GuardedCache):
@@ -147,6 +149,7 @@ class PrunedCache(GuardedCache):
             len(self.layers),
             rope_delta=delta,
             features=features,
+            rotations=partial(rotations_of, self.attachment),
         )
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
