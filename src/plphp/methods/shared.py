@@ -14,5 +14,6 @@ METHOD = Method(
         allocate=by_vision_attention,
         score=shared_by_heads,
         uses_class_rule=lambda config: True,
+        at_most=by_vision_attention,
     ),
 )

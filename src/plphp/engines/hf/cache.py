@@ -147,6 +147,7 @@ class PrunedCache(GuardedCache):
             len(self.layers),
             rope_delta=delta,
             features=features,
+            narrows=True,
         )
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
@@ -175,8 +176,9 @@ class PrunedCache(GuardedCache):
             self._repeat_rows(reading, query.shape[0])
             for part in reading.read(attended):
                 layer = self._pruned[part.scores.layer]
-                self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
-                layer.compact(part.placement)
+                if part.final:
+                    self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
+                layer.compact(part.placement, final=part.final)
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None
