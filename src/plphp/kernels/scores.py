@@ -69,7 +69,7 @@ def window_scores(
     peak: bool = False,
     best_position: bool = False,
     density: float | None = None,
-    vision: Tensor | None = None,
+    candidates: Tensor | None = None,
     gqa_reduction: str = "mean",
 ) -> WindowScores:
     """Softmax mass that a few query rows give to every entry of the tail, over prefix and tail together.
@@ -96,7 +96,7 @@ def window_scores(
         Work out the tensors of these names, too.
     density : float, optional
         Work out the density at this fraction of a row's maximum, in [0, 1].
-    vision : Tensor, optional
+    candidates : Tensor, optional
         bool [batch, seq]; the entries that are put in order for ``best_position``. Default: all.
     gqa_reduction : {"mean", "max"}
         How the query heads of a KV head are combined for ``best_position``.
@@ -114,7 +114,7 @@ def window_scores(
 
             return WindowScores(_scores_triton.attention_mass(*window))
     with as_written(keys.device):
-        return _by_torch(window, peak, best_position, density, vision, gqa_reduction)
+        return _by_torch(window, peak, best_position, density, candidates, gqa_reduction)
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ class _Mass:
         """Largest mass of any query row that counts, float32 [batch, q_heads, seq]."""
         return torch.where(self.share > 0, self.mass, 0).amax(2)
 
-    def best_position(self, kv_heads: int, vision: Tensor | None, gqa_reduction: str) -> Tensor:
+    def best_position(self, kv_heads: int, candidates: Tensor | None, gqa_reduction: str) -> Tensor:
         """First position of each entry in the order of any query row that counts, int64 [batch, kv_heads, seq]."""
-        candidates = self.visible if vision is None else self.visible & vision[:, None]
+        ordered = self.visible if candidates is None else self.visible & candidates[:, None]
         group = self.mass.unflatten(1, (kv_heads, -1))
         combined = group.amax(2) if gqa_reduction == "max" else group.mean(2)
-        positions = positions_in_order(combined, candidates)
+        positions = positions_in_order(combined, ordered)
         return torch.where(self.share > 0, positions, self.mass.shape[-1]).amin(2)
 
     def density(self, fraction: float) -> Tensor:
@@ -167,7 +167,7 @@ def _by_torch(
     peak: bool = False,
     best_position: bool = False,
     density: float | None = None,
-    vision: Tensor | None = None,
+    candidates: Tensor | None = None,
     gqa_reduction: str = "mean",
 ) -> WindowScores:
     """The reference; all as in `window_scores`."""
@@ -185,7 +185,7 @@ def _by_torch(
         if scores.peak is not None:
             scores.peak = torch.maximum(scores.peak, rows.peak())
         if scores.best_position is not None:
-            positions = rows.best_position(kv_heads, vision, gqa_reduction)
+            positions = rows.best_position(kv_heads, candidates, gqa_reduction)
             scores.best_position = torch.minimum(scores.best_position, positions)
         if scores.density is not None and density is not None:
             scores.density += rows.density(density)

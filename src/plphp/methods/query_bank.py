@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_position}
 OPTIONS = {
+    "candidates": Option("vision", choices=("vision", "prompt")),
     "bank": Option(""),
     "reduce": Option("best_rank", choices=tuple(RANKERS)),
     "value_norm": Option(1, low=0, high=1),
@@ -46,6 +47,7 @@ def evidence(config: PLPHPConfig) -> Evidence:
     """What the option ``reduce`` looks at, under the queries of the bank."""
     options = settings(OPTIONS, config.options)
     return Evidence(
+        candidates=options["candidates"],
         bank=options["bank"],
         peak=options["reduce"] == "peak",
         best_position=options["reduce"] == "best_rank",
@@ -70,6 +72,11 @@ def check(config: PLPHPConfig, layers: int) -> None:
         raise ConfigError(
             f"The method 'query_bank' asks with the queries of its bank, got query_rows={config.query_rows!r}: leave "
             "it out."
+        )
+    if config.image_quota == "per_image" and settings(OPTIONS, config.options)["candidates"] == "prompt":
+        raise ConfigError(
+            "With candidates='prompt' the method 'query_bank' ranks text and images together, so "
+            "image_quota='per_image' means nothing: leave one of them out."
         )
     from plphp.policy.bank import bank_at
 

@@ -15,5 +15,6 @@ METHOD = Method(
         score=shared_by_heads,
         uses_class_rule=lambda config: True,
         at_most=by_vision_attention,
+        heads_compare=False,
     ),
 )

@@ -79,7 +79,7 @@ class LayerScores:
         float32 [batch, q_heads, seq]; largest softmax mass that any query row gives to an entry.
     best_position : Tensor, optional
         int64 [batch, kv_heads, seq]; the best position (0 is the first) that any query row gives to an entry among
-        the vision tokens, after the query heads of a KV head were combined. ``seq`` where no query row sees it.
+        the candidates, after the query heads of a KV head were combined. ``seq`` where no query row sees it.
     density : Tensor, optional
         float32 [batch, q_heads]; share of the entries seen by a query row that get at least a given fraction of
         the row's maximum, averaged over the query rows.

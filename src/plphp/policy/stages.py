@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from plphp.settings.config import PLPHPConfig
 
@@ -92,6 +92,12 @@ class KVStage:
         None where nothing is known, so that all layers are held in full until then.
     needs_answer : bool
         Whether it scores by the queries of the answer, which only `plphp.branch` has.
+    heads : {"equal", "ragged"}
+        Its own budgets over the KV heads of a layer, for a config that leaves ``heads`` open, see
+        `plphp.policy.selection.keep_masks`.
+    heads_compare : bool
+        Whether the scores of different KV heads can be compared; otherwise heads keep as many entries each, and
+        ``heads="ragged"`` is refused.
     """
 
     allocate: Allocator
@@ -102,6 +108,12 @@ class KVStage:
     all_layers: Callable[[PLPHPConfig], bool] = lambda config: False
     at_most: Allocator | None = None
     needs_answer: bool = False
+    heads: Literal["equal", "ragged"] = "equal"
+    heads_compare: bool = True
+
+    def ragged(self, config: PLPHPConfig) -> bool:
+        """Whether the KV heads of a layer compete for its places."""
+        return (config.heads or self.heads) == "ragged"
 
     def needs_all_layers(self, config: PLPHPConfig) -> bool:
         """Whether the rates of any layer depend on the scores of all."""

@@ -240,7 +240,8 @@ class PromptReading:
         config = link.config
         score = pooled(link.stage.score(scores, config), scores, config)
         rates = [[row.rate for row in rows] for rows in allocations]
-        keep = keep_masks(score, scores, rates, config, link.stage.mix(config))
+        mix, ragged = link.stage.mix(config), link.stage.ragged(config)
+        keep = keep_masks(score, scores, rates, config, mix, ragged=ragged)
         return torch.stack([self._round_up(part, score, scores) for part in keep])
 
     def place(self, scores: LayerScores, allocation: Sequence[RowAllocation], keep: Tensor) -> LayerPlacement:

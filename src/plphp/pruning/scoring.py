@@ -129,6 +129,7 @@ class Scoring:
             valid, segment = valid & ~hidden[:, tail], segment.masked_fill(hidden[:, tail], -1)
         valid, segment = valid.to(keys.device), segment.to(keys.device)
         asked = self.queries[:, tail].to(keys.device)
+        evictable = self._evictable(valid, asked, tail)
         mass = window_scores(
             *self._rows(attended, own, position, keys),
             keys,
@@ -138,7 +139,7 @@ class Scoring:
             peak=self.evidence.peak,
             best_position=self.evidence.best_position,
             density=self.evidence.density,
-            vision=segment >= 0,
+            candidates=segment >= 0 if evictable is None else evictable,
             gqa_reduction=self.gqa_reduction,
         )
         return LayerScores(
@@ -148,7 +149,7 @@ class Scoring:
             attended.layer,
             keys.shape[1],
             queries=asked,
-            evictable=self._evictable(valid, asked, tail),
+            evictable=evictable,
             peak=mass.peak,
             best_position=mass.best_position,
             density=mass.density,

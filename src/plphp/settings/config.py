@@ -68,6 +68,11 @@ class PLPHPConfig:
         1 leaves it as it is.
     min_kept : int
         Vision tokens that each KV head keeps at least (per image with ``image_quota="per_image"``).
+    heads : {"equal", "ragged"}, optional
+        Whether every KV head of a layer keeps as many tokens, or the heads compete for the places of their layer, by
+        the method's own scores; a layer keeps as much either way. Default: the method's own. vLLM needs "equal".
+    head_safeguard : float
+        Share of its equal part that each head keeps in any case where ``heads`` is "ragged", in [0, 1].
     seed : int
         Seed of what is drawn at random.
     options : mapping
@@ -103,6 +108,8 @@ class PLPHPConfig:
     image_quota: Literal["pooled", "per_image"] = "pooled"
     score_pool: int = 1
     min_kept: int = 1
+    heads: Literal["equal", "ragged"] | None = None
+    head_safeguard: float = 0.2
     seed: int = 0
     options: Mapping[str, Value] = field(default_factory=lambda: Options({}))
     calibrated_layers: int | None = None
@@ -145,6 +152,9 @@ class PLPHPConfig:
         if self.score_pool % 2 == 0:
             raise ConfigError(f"score_pool must be odd, so that it has a middle, got {self.score_pool}.")
         _check_int("min_kept", self.min_kept, minimum=0)
+        if self.heads is not None:
+            _check_choice("heads", self.heads, ("equal", "ragged"))
+        _check_fraction("head_safeguard", self.head_safeguard)
         _check_int("seed", self.seed, minimum=0)
         object.__setattr__(self, "options", Options(self.options))
         if self.calibrated_layers is not None:
