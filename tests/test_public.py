@@ -37,7 +37,17 @@ SURFACE = {
         "UnsupportedModelError",
     ),
     "plphp.extend": (
-        *("EncoderStage", "KVStage", "Method", "Mix", "Option", "PLPHPConfig", "PrefillStage", "register_method"),
+        *(
+            "EncoderStage",
+            "KVStage",
+            "Method",
+            "Mix",
+            "Option",
+            "OwnBank",
+            "PLPHPConfig",
+            "PrefillStage",
+            "register_method",
+        ),
         *(
             "Allocation",
             "Allocator",
@@ -67,8 +77,9 @@ STANDARD = {
 CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"}
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
-    *("PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value", "Kind", "ReAttention"),
+    *("BankProgress", "Kind", "LayerBank", "PackedKV", "ProfiledPrompt", "PromptReport", "QueryRows", "ReAttention"),
     "Rotation",
+    "Value",
 }
 """What public objects are made of: documented where they are reached from."""
 

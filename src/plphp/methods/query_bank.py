@@ -7,10 +7,13 @@ head, without their rotary position. Turned to the places behind a new prompt, t
 there yet. With A the softmax attention of a KV head (query heads combined by ``gqa_reduction``) for the queries t of
 the bank, and v_j the value of entry j:
 
-    best[j] = min over t of the position of j in the order among the vision tokens by A[t, j], from 0
+    best[j] = min over t of the position of j in the order among the candidates by A[t, j], from 0
     s[j]    = 1 / (2 + best[j] - mean[j] / max(mean))        times ||v_j|| with ``value_norm=1``
 
-as in `plphp.methods.recall_rank`, with the mean of A over the bank. ``reduce`` may be the largest attention that any
+as in `plphp.methods.recall_rank`, with the mean of A over the bank. The KV heads of a layer compete for its places by
+s (``heads="ragged"``, unless the config says otherwise). ``candidates`` are the vision tokens, or with ``prompt`` all
+tokens but the last; then as many entries leave as vision tokens would at the rate, and text may be among them.
+``reduce`` may be the largest attention that any
 query gives (``peak``), or their ``mean``, instead. ``random_share`` of each head's places is drawn at random from what
 the ranking leaves. Related: arXiv:2510.00636 foretells the attention of later queries from the distribution of the
 prompt's own.
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError
 from plphp.policy.allocation import uniform
-from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.evidence import Evidence, LayerScores, OwnBank
 from plphp.policy.method import Method
 from plphp.policy.rankers import by_best_position, by_peak, per_head, times_value_norm
 from plphp.policy.selection import Mix
@@ -37,6 +40,8 @@ RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_position}
 OPTIONS = {
     "candidates": Option("vision", choices=("vision", "prompt")),
     "bank": Option(""),
+    "collect": Option(16, low=1),
+    "folder": Option(""),
     "reduce": Option("best_rank", choices=tuple(RANKERS)),
     "value_norm": Option(1, low=0, high=1),
     "random_share": Option(0.0, low=0, high=1),
@@ -48,7 +53,7 @@ def evidence(config: PLPHPConfig) -> Evidence:
     options = settings(OPTIONS, config.options)
     return Evidence(
         candidates=options["candidates"],
-        bank=options["bank"],
+        bank=options["bank"] or OwnBank(options["collect"], options["folder"]),
         peak=options["reduce"] == "peak",
         best_position=options["reduce"] == "best_rank",
         value_norm=options["value_norm"] == 1,
@@ -61,13 +66,8 @@ def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
-    """There is a bank, of a model of this depth, and nothing else is to ask."""
+    """Nothing else than a bank is to ask, and one that is named is of a model of this depth."""
     name = settings(OPTIONS, config.options)["bank"]
-    if not name:
-        raise ConfigError(
-            "The method 'query_bank' needs queries of the model's answers: collect them with `plphp collect` and "
-            "give their file, as in 'query_bank:bank=bank.safetensors'; the bundled model's is 'bank=bundled'."
-        )
     if config.query_rows is not None:
         raise ConfigError(
             f"The method 'query_bank' asks with the queries of its bank, got query_rows={config.query_rows!r}: leave "
@@ -77,6 +77,14 @@ def check(config: PLPHPConfig, layers: int) -> None:
         raise ConfigError(
             "With candidates='prompt' the method 'query_bank' ranks text and images together, so "
             "image_quota='per_image' means nothing: leave one of them out."
+        )
+    if not name:
+        return
+    collecting = [option for option in ("collect", "folder") if config.options.get(option)]
+    if collecting:
+        raise ConfigError(
+            f"The method 'query_bank' has the bank {name}, so that there is nothing to collect: leave out bank, or "
+            f"{' and '.join(collecting)}."
         )
     from plphp.policy.bank import bank_at
 
@@ -91,12 +99,13 @@ def check(config: PLPHPConfig, layers: int) -> None:
 METHOD = Method(
     name="query_bank",
     summary="every KV head keeps what the queries of other answers would look at",
-    paper="control: own, queries of other answers in the place of the last row of arXiv:2502.14504",
+    paper="own: queries of other answers, heads as in arXiv:2407.11550",
     kv=KVStage(
         allocate=uniform,
         score=score,
         evidence=evidence,
         mix=lambda config: Mix(random=settings(OPTIONS, config.options)["random_share"]),
+        heads="ragged",
     ),
     options=OPTIONS,
     check=check,

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from plphp.errors import UnsupportedFeatureError
+from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.kernels import window_scores
-from plphp.policy.bank import bank_at
-from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.bank import QueryBank, bank_at
+from plphp.policy.evidence import Evidence, LayerScores, OwnBank
 from plphp.policy.rotation import Rotation
 from plphp.policy.states import LayerStates
 from plphp.settings.config import PLPHPConfig
@@ -67,6 +67,8 @@ class Scoring:
         int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
     rotations : mapping of int to Rotation
         Rotary position embeddings by decoder layer, where the evidence asks for them.
+    own_bank : QueryBank, optional
+        The bank that the engine has collected, for evidence that asks for such a bank.
 
     Attributes
     ----------
@@ -82,6 +84,7 @@ class Scoring:
     gqa_reduction: str = "mean"
     rope_delta: Tensor | None = None
     rotations: Mapping[int, Rotation] = field(default_factory=dict)
+    own_bank: QueryBank | None = None
     scores: dict[int, LayerScores] = field(default_factory=dict)
     unranked: dict[int, list[int]] = field(default_factory=dict)
     _gathered: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -95,6 +98,7 @@ class Scoring:
         evidence: Evidence,
         rope_delta: Tensor | None = None,
         rotations: Callable[[], Mapping[int, Rotation]] | None = None,
+        own_bank: QueryBank | None = None,
     ) -> Scoring:
         """Ask for the evidence of a method, by the config's ``query_rows`` if set, else by the method's own.
 
@@ -111,7 +115,7 @@ class Scoring:
                 "does not know: use another method."
             )
         known = rotations() if evidence.rotation and rotations is not None else {}
-        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, known)
+        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, known, own_bank)
 
     def asks_as(self, scoring: Scoring) -> bool:
         """Whether both ask the same of every layer of one prompt, so that the scores of one serve for both."""
@@ -234,7 +238,7 @@ class Scoring:
         """The queries that ask, their weights, and their indices in the tail, see `plphp.kernels.window_scores`."""
         bank = None
         if self.evidence.bank is not None:
-            bank = self._rows_of_bank(self.evidence.bank, attended.layer, own, keys.shape[2])
+            bank = self._rows_of_bank(self._bank(self.evidence.bank), attended.layer, own, keys.shape[2])
             if not self.evidence.beside_rows:
                 return bank
         asking = self.queries[:, position].float()
@@ -250,9 +254,16 @@ class Scoring:
             torch.cat([rows[2], bank[2]]),
         )
 
-    def _rows_of_bank(self, name: str, layer: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _bank(self, asked: str | OwnBank) -> QueryBank:
+        """The bank that the evidence asks for."""
+        if isinstance(asked, str):
+            return bank_at(asked)
+        if self.own_bank is None:
+            raise ConfigError("The method asks for a query bank that the engine collects, and there is none yet.")
+        return self.own_bank
+
+    def _rows_of_bank(self, bank: QueryBank, layer: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of answers behind the prompt, in the place of the prompt's ``own`` [batch, q_heads, window, dim]."""
-        bank = bank_at(name)
         begin = self.spans.valid.sum(1, keepdim=True)
         if self.rope_delta is not None:
             begin = begin + self.rope_delta.to(begin.device)

@@ -20,14 +20,11 @@ from plphp.families.spans import VisionSpans
 from plphp.policy.chain import Chain
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.scoring import Attended
-from plphp.settings.config import PLPHPConfig
 
 from .cache import PrunedCache
 from .cache_argument import passed
 from .layer import PrunedLayer
 from .rotation_probe import rotations_of
-
-NOTHING_EVICTED = PLPHPConfig(method="none")
 
 
 def plan_whole(reader: PrunedCache, inputs: Mapping[str, Any]) -> VisionSpans:

@@ -16,10 +16,11 @@ from plphp.errors import PLPHPError, SpanError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of
+from plphp.policy.bank import QueryBank
 from plphp.pruning.finite import features_of
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord, prompt_reports
-from plphp.pruning.report import PruneReport
+from plphp.pruning.report import BankProgress, PruneReport
 from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 
@@ -30,6 +31,8 @@ from .generation import generate
 from .guarded import GuardedCache
 from .refusals import refuse_stages
 from .rotation_probe import rotations_of
+
+NOTHING_EVICTED = PLPHPConfig(method="none")
 
 
 class PrunedCache(GuardedCache):
@@ -43,12 +46,27 @@ class PrunedCache(GuardedCache):
     plphp.prune : the same as a context manager.
     """
 
-    def __init__(self, attachment: Attachment, config: PLPHPConfig, decode: str = "eager") -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        config: PLPHPConfig,
+        decode: str = "eager",
+        *,
+        own_bank: QueryBank | None = None,
+        collecting: bool = False,
+    ) -> None:
         super().__init__(attachment)
         self.config, self.decode = config, checked_mode(decode)
         self.chain = chain_of(config, len(self.layers))
         self.chain.refuse_unanswered()
         refuse_stages(self.chain, attachment.model, len(self._pruned) == len(self.layers))
+        self._own_bank = own_bank
+        self.collecting: BankProgress | None = None
+        """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""
+        if collecting:
+            self.chain = chain_of(NOTHING_EVICTED)  # only now: what the model cannot do is refused by the first prompt
+        elif own_bank is None:
+            self.chain.refuse_uncollected("A PrunedCache")
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
         self._listeners: list[Callable[[Attended], None]] = []
@@ -148,8 +166,10 @@ class PrunedCache(GuardedCache):
             list(self._pruned),
             len(self.layers),
             rope_delta=delta,
+            own_bank=self._own_bank,
             features=features,
             rotations=partial(rotations_of, self.attachment),
+            narrows=True,
         )
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
@@ -178,8 +198,9 @@ class PrunedCache(GuardedCache):
             self._repeat_rows(reading, query.shape[0])
             for part in reading.read(attended):
                 layer = self._pruned[part.scores.layer]
-                self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
-                layer.compact(part.placement)
+                if part.final:
+                    self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
+                layer.compact(part.placement, final=part.final)
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None
@@ -231,6 +252,7 @@ class PrunedCache(GuardedCache):
             reserved_bytes=self.reserved_nbytes,
             pruning_seconds=self.pruning_seconds,
             prompts=prompt_reports(self.records),
+            collecting=self.collecting,
         )
 
     def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     named = chain_of(config)  # what is refused for its stage is refused before its settings are held against the model
     named.refuse_unanswered()
     named.refuse_all_but(STAGES, "vLLM")
+    named.refuse_uncollected("plphp's plugin for vLLM")
     chain = chain_of(config, text.num_hidden_layers)
     # A bank holds the queries of a model's heads: one of another model is refused here, not at the first request.
     evidence = chain.kv.stage.evidence(chain.kv.config)
@@ -84,7 +85,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     refuse_unshared_evidence(processes, evidence, chain.kv.method)
     bank = evidence.bank
     refuse_shared_heads(processes, model.get_total_num_kv_heads(), bank=bank is not None)
-    if bank is not None:
+    if isinstance(bank, str):
         for layer in range(text.num_hidden_layers):
             bank_at(bank).of(layer).check(text.num_attention_heads, model.get_head_size())
     return chain
