@@ -104,7 +104,9 @@ def generate(
         inputs = build_inputs(
             processor, prompt, messages=messages, images=images, videos=videos, system=system, frames=frames
         )
-        chain_of(settings, decoder_layers(model))  # refuses settings that do not fit the model, before its weights
+        chain = chain_of(settings, decoder_layers(model))  # refuses what does not fit the model, before its weights
+        if compare:
+            chain.refuse_uncollected("A comparison")
     request = _Request(processor, inputs, settings, decode, options, seed or 0)
     weights = weights_of(model, dtype, device, quiet=as_json)
     pruned = _compare(weights, request, rounds, as_json) if compare else _answer(weights, request, as_json)
@@ -124,7 +126,8 @@ def _answer(model: PreTrainedModel, request: _Request, as_json: bool) -> PruneRe
     from transformers import TextStreamer
 
     from plphp.engines.hf.session import prune
-    from plphp.show.tables import report_values, summary
+    from plphp.methods.registry import chain_of
+    from plphp.show.tables import collecting_line, report_values, summary
 
     processor, options = request.processor, request.options
     streams = not as_json and options["num_beams"] == 1
@@ -140,6 +143,9 @@ def _answer(model: PreTrainedModel, request: _Request, as_json: bool) -> PruneRe
     if not streams:
         print(answer)
     typer.echo(summary(run.report), err=True)
+    wanted = chain_of(request.settings).own_bank
+    if run.report.collecting is not None and wanted is not None:
+        typer.echo(collecting_line(run.report.collecting, wanted.folder), err=True)
     return run.report
 
 
