@@ -38,7 +38,7 @@ def joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
     earlier = _renamed(earlier)
     both = {variant["name"] for variant in earlier["variants"]} & {variant["name"] for variant in later["variants"]}
     for part in ("tasks", "groups"):
-        for name, values in earlier[part].items():
+        for name in earlier[part]:
             for variant in both:
                 before, now = (run[part][name]["variants"][variant]["score"] for run in (earlier, later))
                 if before != now:
