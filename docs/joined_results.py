@@ -9,7 +9,7 @@ from typing import Any
 SAME = ("split", "seed", "samples", "tasks")
 """Settings that say which samples a run is over."""
 MOST_APART = 0.005
-"""Most that the score of a line may differ between the runs: another processor rounds otherwise, which turns answers."""
+"""Most that the score of a line may differ between the runs: another processor rounds otherwise, and answers turn."""
 RENAMED = {"query_bank": "query_bank_equal"}
 """Labels of the earlier run that mean something else in the later one, by what they are called there."""
 
