@@ -81,7 +81,13 @@ def spans_of(valid: Tensor) -> VisionSpans:
     return VisionSpans(segment, valid, 0, ((None, None),) * len(valid))
 
 
-def scored(evidence: Evidence, spans: VisionSpans, tensors: tuple[Tensor, Tensor, Tensor], **more: Any) -> LayerScores:
+def scored(
+    evidence: Evidence,
+    spans: VisionSpans,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    hidden: Tensor | None = None,
+    **more: Any,
+) -> LayerScores:
     """The scores of a prompt that is read in two chunks."""
     query, keys, values = tensors
     scoring = Scoring.of(spans, PLPHPConfig(), evidence, **more)
@@ -90,7 +96,7 @@ def scored(evidence: Evidence, spans: VisionSpans, tensors: tuple[Tensor, Tensor
         entries.append(keys[:, :, begin:end], values[:, :, begin:end])
         attended = Attended(LAYER, query[:, :, begin:end], entries, 0.7)
         scoring.gather(attended)
-    scoring.score(attended)
+    scoring.score(attended, hidden)
     assert scoring._gathered == {}
     return scoring.scores[LAYER]
 
@@ -198,6 +204,16 @@ def test_states_are_those_of_the_layer(kind: Any) -> None:
     found.let_go()
     with pytest.raises(ConfigError, match="let go"):
         found.queries  # noqa: B018
+
+
+def test_tokens_that_have_left_before_a_layer_do_not_ask() -> None:
+    valid = torch.ones(1, END_B, dtype=torch.bool)
+    hidden = torch.zeros_like(valid)
+    hidden[0, [4, 8]] = True
+    scores = scored(Evidence(states="prompt"), spans_of(valid), states(1), hidden)
+    assert torch.equal(scores.need_states().asking, ~hidden)
+    assert torch.equal(scores.valid, ~hidden)
+    assert scores.need("token_number").tolist() == [list(range(END_B))]  # they are counted where they stood
 
 
 def test_positions_under_m_rope_are_those_of_text_outside_of_the_images() -> None:
