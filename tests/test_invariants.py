@@ -35,6 +35,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 4},
     "snapkv_vision": {"window": 4},
     "pyramidkv": {"window": 4},
+    "adakv": {"window": 4},
+    "mixkv": {"window": 4},
     "recall_rank": {"floor": 0.2, "random_share": 0.2, "value_norm": 1},
     "fastv": {"layer": 1},
 }
@@ -59,8 +61,9 @@ FULL = [family for family in FAMILIES if full_attention_only(family)]
 KINDS = ("llava", "qwen2-vl", "gemma3", "qwen3.5", "smolvlm")
 """Families that differ in what a method may touch: plain, with m-RoPE, with sliding windows, with linear attention, and
 with many segments per image."""
-MECHANISMS = ("plphp", "snapkv", "recall_rank")
-"""Methods that differ in what they ask of a family: rates by layer, evicted text, all kinds of evidence and draws."""
+MECHANISMS = ("plphp", "snapkv", "recall_rank", "expected_attention")
+"""Methods that differ in what they ask of a family: rates by layer, evicted text, all kinds of evidence and draws,
+and turned queries."""
 
 
 def pairs(mechanisms: tuple[str, ...] = MECHANISMS) -> list[tuple[str, str]]:
@@ -168,7 +171,7 @@ def test_bytes_of_the_report_are_the_bytes_of_the_live_tensors(family: str, meth
     text = int(inputs["attention_mask"].sum()) - sum(row.vision_tokens for row in report.prompts[0].layers[0].rows)
     kv_heads = model.config.get_text_config().num_key_value_heads
     assert entries == [kept + text * kv_heads - gone for kept, gone in zip(vision, evicted, strict=True)]
-    assert bool(sum(evicted)) == (method == "snapkv")
+    assert bool(sum(evicted)) == (method in ("snapkv", "adakv"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -298,7 +298,12 @@ class TestSupport:
     def test_methods_and_families(self) -> None:
         assert {method["name"] for method in json.loads(ok("methods", "--json"))} == set(available_methods())
         assert {family["name"] for family in json.loads(ok("families", "--json"))} == set(available_families())
-        assert "arXiv:2502.14504" in ok("methods")
+        shown = " ".join(ok("methods").split())
+        assert "arXiv:2502.14504" in shown
+        assert "first of all" in shown
+        bank = next(method for method in json.loads(ok("methods", "--json")) if method["name"] == "query_bank")
+        assert bank["when"].startswith("first of all")
+        assert bank["options"]["collect"] == 16
         assert "qwen2_5_vl" in ok("families")
 
     def test_doctor_judges_a_model(self, folder: Path, tmp_path: Path) -> None:

@@ -521,7 +521,7 @@ def test_evidence_is_that_of_naive_rows(
     prefix = case.prefix if kept else None
     arguments = (case.query, weight, position, case.tail_keys, valid, prefix, SCALING)
     evidence = window_scores(
-        *arguments, peak=True, best_position=True, density=0.4, vision=vision, gqa_reduction=reduction
+        *arguments, peak=True, best_position=True, density=0.4, candidates=vision, gqa_reduction=reduction
     )
     plain = window_scores(*arguments)
     assert torch.equal(evidence.attention, plain.attention)
@@ -569,7 +569,7 @@ def test_a_nan_query_that_does_not_count_leaves_the_evidence_alone() -> None:
                 peak=True,
                 best_position=True,
                 density=0.1,
-                vision=valid,
+                candidates=valid,
             )
         )
     assert all(

@@ -63,10 +63,15 @@ def resolve(config: PLPHPConfig) -> Method:
     Raises
     ------
     ConfigError
-        If there is none of that name, or the config's options are not those of the method.
+        If there is none of that name, the config's options are not those of the method, or it asks for ragged heads
+        where the scores of the method say nothing of heads.
     """
     method = get_method(config.method)
     check_options(method.name, method.options, config.options, SETTINGS)
+    if config.heads == "ragged" and (method.kv is None or not method.kv.heads_compare):
+        raise ConfigError(
+            f"The method {method.name!r} has no scores by which KV heads could compete: leave out heads='ragged'."
+        )
     return method
 
 

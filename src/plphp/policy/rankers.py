@@ -51,7 +51,7 @@ def by_best_position(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """
     import torch
 
-    mean = per_head(scores, config).masked_fill(~scores.vision[:, None], 0)
+    mean = per_head(scores, config).masked_fill(~scores.candidates[:, None], 0)
     share = mean / mean.amax(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
     return 1 / (2 + scores.need("best_position") - share)
 

@@ -7,7 +7,6 @@ with a `Mix` the best of them beside others that do not go by score.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,7 +41,13 @@ RANKED = Mix()
 
 
 def keep_mask(
-    score: Tensor, scores: LayerScores, rates: Sequence[float], config: PLPHPConfig, mix: Mix = RANKED
+    score: Tensor,
+    scores: LayerScores,
+    rates: Sequence[float],
+    config: PLPHPConfig,
+    mix: Mix = RANKED,
+    *,
+    ragged: bool = False,
 ) -> Tensor:
     """Decide what each KV head keeps: all that is no candidate, no padding, and its best-scored candidates.
 
@@ -58,20 +63,30 @@ def keep_mask(
     rates : sequence of float
         Retention rate of each row.
     config : PLPHPConfig
-        ``image_quota`` and ``min_kept``; ``seed`` for a mix with a random part.
+        ``image_quota``, ``min_kept`` and ``head_safeguard``; ``seed`` for a mix with a random part.
     mix : Mix
         Part of what is kept that does not go by score.
+    ragged : bool
+        Whether the heads compete for the places of the layer (AdaKV, arXiv:2407.11550, Algorithm 1): of k places a
+        head ``floor(head_safeguard * k)`` go to its own best candidates, at least ``min_kept``, and all that are left
+        to the best of the remaining candidates of all heads. Otherwise each head keeps k.
 
     Returns
     -------
     Tensor
         bool [batch, kv_heads, seq].
     """
-    return keep_masks(score, scores, [rates], config, mix)[0]
+    return keep_masks(score, scores, [rates], config, mix, ragged=ragged)[0]
 
 
 def keep_masks(
-    score: Tensor, scores: LayerScores, rates: Sequence[Sequence[float]], config: PLPHPConfig, mix: Mix = RANKED
+    score: Tensor,
+    scores: LayerScores,
+    rates: Sequence[Sequence[float]],
+    config: PLPHPConfig,
+    mix: Mix = RANKED,
+    *,
+    ragged: bool = False,
 ) -> Tensor:
     """Decide for several lists of rates, which share the work of sorting, see `keep_mask`.
 
@@ -80,6 +95,8 @@ def keep_masks(
     Tensor
         bool [lists, batch, kv_heads, seq].
     """
+    import torch
+
     candidates = scores.candidates
     keep = (scores.valid & ~candidates)[:, None].repeat(len(rates), 1, score.shape[1], 1)
     drawn = at_random(scores, config) if mix.random else score
@@ -91,30 +108,80 @@ def keep_masks(
             groups, tokens = [candidates[row].nonzero()[:, 0]], [int((segment >= 0).sum())]
         for positions, vision in zip(groups, tokens, strict=True):
             kept = [kept_count(row_rates[row], vision, config.min_kept) for row_rates in rates]
-            counts = [max(0, len(positions) - vision + count) for count in kept]
-            keep[:, row][:, :, positions] = _choose(score[row][:, positions], drawn[row][:, positions], counts, mix)
+            equal = [max(0, len(positions) - vision + count) for count in kept]
+            own = score[row][:, positions]
+            counts = torch.tensor(equal, device=score.device)[:, None].expand(-1, len(own))
+            if ragged:
+                safe = [min(count, max(config.min_kept, int(config.head_safeguard * count))) for count in equal]
+                counts = ragged_counts(own, equal, safe)
+            keep[:, row][:, :, positions] = _choose(own, drawn[row][:, positions], counts, mix)
     return keep
 
 
-def _choose(score: Tensor, drawn: Tensor, counts: Sequence[int], mix: Mix) -> Tensor:
-    """Choose each of some numbers of the entries of each head, bool [counts, kv_heads, entries]: first by score, then
-    at random, then evenly spread."""
+def ragged_counts(score: Tensor, equal: Sequence[int], safe: Sequence[int]) -> Tensor:
+    """How many candidates each head keeps, where the heads of a layer compete for its places.
+
+    More places never take a candidate away: what is kept of a smaller number is kept of a larger.
+
+    Parameters
+    ----------
+    score : Tensor
+        float [kv_heads, candidates], higher is better, to be compared between heads.
+    equal : sequence of int
+        For each of some numbers, what each head would keep were all heads alike: the places are as many times the
+        heads.
+    safe : sequence of int
+        For each of them, how many of its best candidates a head keeps in any case; at most as many.
+
+    Returns
+    -------
+    Tensor
+        int64 [numbers, kv_heads].
+    """
+    import torch
+
+    from plphp.kernels.ordering import falling_order, positions_in_order
+
+    heads = len(score)
+    # Of equal scores the earlier entry comes first, and of one entry the first head.
+    order = falling_order(score.T.flatten())
+    head, position = order % heads, positions_in_order(score).T.flatten()[order]
+    counts = []
+    for each, reserved in zip(equal, safe, strict=True):
+        open_to_all = head[position >= reserved][: heads * (each - reserved)]
+        counts.append(reserved + torch.bincount(open_to_all, minlength=heads))
+    return torch.stack(counts)
+
+
+def _choose(score: Tensor, drawn: Tensor, counts: Tensor, mix: Mix) -> Tensor:
+    """Choose some numbers of the entries of each head: first by score, then at random, then evenly spread.
+
+    Parameters
+    ----------
+    score, drawn : Tensor
+        float [kv_heads, entries].
+    counts : Tensor
+        int64 [numbers, kv_heads].
+    mix : Mix
+        The parts that do not go by score.
+
+    Returns
+    -------
+    Tensor
+        bool [numbers, kv_heads, entries].
+    """
     import torch
 
     from plphp.kernels.ordering import positions_in_order
 
-    def column(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=score.device)[:, None, None]
-
-    at_random, spread = ([math.floor(part * count + 0.5) for count in counts] for part in (mix.random, mix.spread))
-    ranked = [max(0, count - a - b) for count, a, b in zip(counts, at_random, spread, strict=True)]
-    at_random = [min(a, count - best) for count, a, best in zip(counts, at_random, ranked, strict=True)]
-    keep = positions_in_order(score) < column(ranked)
-    if any(at_random):
-        keep |= positions_in_order(torch.where(keep, -torch.inf, drawn)) < column(at_random)
-    done = [a + b for a, b in zip(ranked, at_random, strict=True)]
-    if done != list(counts):
-        left, missing = column([max(1, score.shape[1] - n) for n in done]), column(counts) - column(done)
-        index = (~keep).cumsum(-1)  # 1 to left, over the entries that are left
-        keep |= ~keep & (index * missing // left > (index - 1) * missing // left)
-    return keep
+    counts = counts[..., None]
+    if mix == RANKED:
+        return positions_in_order(score) < counts
+    at_random, spread = ((part * counts.double() + 0.5).floor().long() for part in (mix.random, mix.spread))
+    ranked = (counts - at_random - spread).clamp(min=0)
+    at_random = torch.minimum(at_random, counts - ranked)
+    keep = positions_in_order(score) < ranked
+    keep |= positions_in_order(torch.where(keep, -torch.inf, drawn)) < at_random
+    missing, left = counts - ranked - at_random, (score.shape[1] - ranked - at_random).clamp(min=1)
+    index = (~keep).cumsum(-1)  # 1 to left, over the entries that are left
+    return keep | (~keep & (index * missing // left > (index - 1) * missing // left))

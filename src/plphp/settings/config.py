@@ -20,7 +20,7 @@ from .options import Options, Value
 
 DECODE_MODES = ("eager", "auto", "graph")
 DEFAULT_DELTA = 0.3
-QueryRows = int | Literal["text"]
+QueryRows = int | Literal["text", "text_after_first"]
 
 _logger = logging.getLogger("plphp")
 
@@ -56,9 +56,9 @@ class PLPHPConfig:
         See ``target_retention``; in (0, 0.5].
     exempt_layers : tuple of int
         Decoder layers that keep all vision tokens; negative numbers count from the last layer.
-    query_rows : int or "text", optional
-        Which rows of the prompt's attention rank the vision tokens: the last n prompt tokens, or all text after the
-        last image. Default: the method's own; 1 for ``plphp``, as in the paper.
+    query_rows : int, "text" or "text_after_first", optional
+        Which rows of the prompt's attention rank the vision tokens: the last n prompt tokens, all text after the last
+        image, or all text after the first. Default: the method's own; 1 for ``plphp``, as in the paper.
     gqa_reduction : {"mean", "max"}
         How the query heads that share a KV head are combined.
     image_quota : {"pooled", "per_image"}
@@ -68,6 +68,11 @@ class PLPHPConfig:
         1 leaves it as it is.
     min_kept : int
         Vision tokens that each KV head keeps at least (per image with ``image_quota="per_image"``).
+    heads : {"equal", "ragged"}, optional
+        Whether every KV head of a layer keeps as many tokens, or the heads compete for the places of their layer, by
+        the method's own scores; a layer keeps as much either way. Default: the method's own. vLLM needs "equal".
+    head_safeguard : float
+        Share of its equal part that each head keeps in any case where ``heads`` is "ragged", in [0, 1].
     seed : int
         Seed of what is drawn at random.
     options : mapping
@@ -103,6 +108,8 @@ class PLPHPConfig:
     image_quota: Literal["pooled", "per_image"] = "pooled"
     score_pool: int = 1
     min_kept: int = 1
+    heads: Literal["equal", "ragged"] | None = None
+    head_safeguard: float = 0.2
     seed: int = 0
     options: Mapping[str, Value] = field(default_factory=lambda: Options({}))
     calibrated_layers: int | None = None
@@ -137,14 +144,17 @@ class PLPHPConfig:
                 f"{base} -/+ {delta}: use a retention_delta of at most {min(base, 1 - base):g}."
             )
         object.__setattr__(self, "exempt_layers", _int_tuple(self.exempt_layers))
-        if self.query_rows not in (None, "text"):
-            _check_int("query_rows", self.query_rows, minimum=1, or_else="'text'")
+        if self.query_rows not in (None, "text", "text_after_first"):
+            _check_int("query_rows", self.query_rows, minimum=1, or_else="'text' or 'text_after_first'")
         _check_choice("gqa_reduction", self.gqa_reduction, ("mean", "max"))
         _check_choice("image_quota", self.image_quota, ("pooled", "per_image"))
         _check_int("score_pool", self.score_pool, minimum=1)
         if self.score_pool % 2 == 0:
             raise ConfigError(f"score_pool must be odd, so that it has a middle, got {self.score_pool}.")
         _check_int("min_kept", self.min_kept, minimum=0)
+        if self.heads is not None:
+            _check_choice("heads", self.heads, ("equal", "ragged"))
+        _check_fraction("head_safeguard", self.head_safeguard)
         _check_int("seed", self.seed, minimum=0)
         object.__setattr__(self, "options", Options(self.options))
         if self.calibrated_layers is not None:

@@ -10,10 +10,11 @@ from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatur
 from plphp.methods.registry import chain_of
 from plphp.policy.bank import bank_at
 from plphp.policy.chain import Chain
+from plphp.policy.evidence import Evidence
 
 from .names import CONNECTOR
 from .settings import ENVIRONMENT, KEY, settings_of
-from .tensor_parallel import refuse_shared_heads
+from .tensor_parallel import refuse_shared_heads, refuse_unshared_evidence
 
 TESTED = ("0.32.",)
 """Beginnings of the versions that the tests have run with: what is built on here is no public interface of vLLM."""
@@ -79,12 +80,24 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     named.refuse_uncollected("plphp's plugin for vLLM")
     chain = chain_of(config, text.num_hidden_layers)
     # A bank holds the queries of a model's heads: one of another model is refused here, not at the first request.
-    bank = chain.kv.stage.evidence(chain.kv.config).bank
+    evidence = chain.kv.stage.evidence(chain.kv.config)
+    _refuse_rotation(evidence, chain.kv.method)
+    refuse_unshared_evidence(processes, evidence, chain.kv.method)
+    bank = evidence.bank
     refuse_shared_heads(processes, model.get_total_num_kv_heads(), bank=bank is not None)
     if isinstance(bank, str):
         for layer in range(text.num_hidden_layers):
             bank_at(bank).of(layer).check(text.num_attention_heads, model.get_head_size())
     return chain
+
+
+def _refuse_rotation(evidence: Evidence, method: str) -> None:
+    """Raise for a method that turns queries: how a model of vLLM does it has not been found out."""
+    if evidence.rotation:
+        raise UnsupportedFeatureError(
+            f"plphp does not run the method {method!r} in vLLM, which turns queries by the rotary embedding of the "
+            "model: use another method, or serve it with transformers."
+        )
 
 
 def _refuse_engine(vllm_config: Any) -> None:
