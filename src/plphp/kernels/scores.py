@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import choice
+from .head_groups import head_groups
 from .ordering import positions_in_order
 from .packed import PackedKV
 from .precision import as_written
@@ -230,9 +231,12 @@ def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_di
 
 def _prefix_lse(query: Tensor, prefix: PackedKV) -> Tensor:
     """Natural-log sum of the exponentials of query [batch, kv_heads, group, dim] with the prefix keys."""
-    lse = query.new_full(query.shape[:3], -torch.inf)
-    for row in range(prefix.batch):
-        for heads, (keys, _) in prefix.row(row):
-            if keys.shape[1]:
-                lse[row, heads] = (query[row, heads] @ keys.float().mT).logsumexp(-1)
-    return lse
+    rows = query.flatten(0, 1)
+    lse = rows.new_full(rows.shape[:2], -torch.inf)
+    for heads in head_groups(prefix, max(rows.shape[1:])):
+        if heads.keys.shape[1]:
+            logits = rows[heads.pairs] @ heads.keys.float().mT
+            if heads.padding is not None:
+                logits.masked_fill_(heads.padding[:, None], -torch.inf)
+            lse[heads.pairs] = logits.logsumexp(-1)
+    return lse.view(query.shape[:3])
