@@ -16,8 +16,8 @@ ALONE = 256
 """Entries from which on a head is read where it lies, on a CPU: padding it takes longer than a call of its own."""
 FEW = 48
 """Entries that are little to a call."""
-AT_ONCE = 2**22
-"""Most numbers of a group that are held at once; a head is never cut."""
+AT_ONCE, AT_ONCE_ON_CPU = 2**24, 2**20
+"""Most numbers of a group that are held at once, on a CPU so many as its caches hold; a head is never cut."""
 
 
 class HeadGroup(NamedTuple):
@@ -52,7 +52,7 @@ def head_groups(block: PackedKV, numbers: int) -> Iterator[HeadGroup]:
         Its heads.
     numbers : int
         Numbers that the caller holds for an entry of a head at once, of its keys or its logits: groups are cut so that
-        all of a group are at most `AT_ONCE`.
+        all of a group are at most `AT_ONCE`, or on a CPU `AT_ONCE_ON_CPU`.
 
     Yields
     ------
@@ -60,11 +60,12 @@ def head_groups(block: PackedKV, numbers: int) -> Iterator[HeadGroup]:
         Every head of every row of the batch is in one group. Those without entries are in the last ones, alone.
     """
     counts = block.pair_counts
+    at_once = AT_ONCE_ON_CPU if block.keys.device.type == "cpu" else AT_ONCE
     order = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
     first = 0
     while first < len(order):
         longest = counts[order[first]]
-        most = max(1, AT_ONCE // max(1, longest * numbers))
+        most = max(1, at_once // max(1, longest * numbers))
         pairs, lie_side_by_side = _alike(block, order[first : first + most])
         first += len(pairs)
         if lie_side_by_side:
