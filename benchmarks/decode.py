@@ -78,16 +78,17 @@ def static_cache(model: LlavaForConditionalGeneration, batch: int, vision: int, 
     return cache
 
 
-def pruned_cache(lease: Lease, batch: int, vision: int, rate: float) -> Cache:
-    """Ours, at a retention rate, for the model of a lease."""
+def pruned_cache(
+    lease: Lease, batch: int, vision: int, rate: float, choose: Callable[..., Tensor] = kept
+) -> plphp.PrunedCache:
+    """Ours, at a retention rate, for the model of a lease; ``choose`` is asked for entries to keep as `kept` is."""
     model = lease.attachment.model
     cache = plphp.PrunedCache(lease.attachment, plphp.PLPHPConfig())
     for number, layer in enumerate(cache.layers):
         keys, values = entries(model, batch, vision + TEXT_TOKENS, number)
         layer.update(keys, values)
-        layer.compact(
-            whole_or_dropped(kept(rate, number, len(cache.layers), batch, keys.shape[1], vision).to(keys.device))
-        )
+        keep = choose(rate, number, len(cache.layers), batch, keys.shape[1], vision)
+        layer.compact(whole_or_dropped(keep.to(keys.device)))
     return cache
 
 

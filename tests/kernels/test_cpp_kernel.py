@@ -24,7 +24,9 @@ from plphp.kernels.decode import CPP_ROWS, cpp_trial, decode_attention, unsuppor
 
 DTYPES = (torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")
-TOO_LONG = f"a KV head has {2 * CPP_ROWS} query rows, and it is faster than torch up to {CPP_ROWS}"
+TOO_LONG = (
+    f"a KV head has {2 * CPP_ROWS} query rows, and it is faster than torch up to {CPP_ROWS} where heads are equal"
+)
 
 
 def wide(case: Case, dim: int = 64, value_dim: int = 64) -> Case:
@@ -164,16 +166,52 @@ def test_the_trial_passes(dtype: torch.dtype, dim: int) -> None:
     assert choice.trouble.__wrapped__(cpp_trial, CPU, dtype, dim, dim) is None
 
 
-def test_short_queries_take_it_and_long_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", ["dense", "ragged", "row"])
+def test_long_queries_take_it_where_heads_are_ragged(monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
     assert choice.trouble(cpp_trial, CPU, torch.float32, 64, 64) is None
     calls = []
     kernel = _decode_cpp.attend
     monkeypatch.setattr(_decode_cpp, "attend", lambda *a: calls.append(a[0].shape[2]) or kernel(*a))
     for length in (1, 2, CPP_ROWS // 2, CPP_ROWS // 2 + 1):
-        case = wide(make(39, length=length, tail=20))
+        case = wide(make(39, length=length, tail=20, kept=kept))
         actual = decode_attention(case.query, case.prefix, case.tail_keys, case.tail_values, None, SCALING)
         assert_attention(actual, case.naive(case.visible()))
-    assert calls == [1, 2, CPP_ROWS // 2]
+    assert calls == [1, 2, CPP_ROWS // 2, CPP_ROWS // 2 + 1][: 3 if kept == "dense" else 4]
+
+
+@pytest.mark.parametrize(("group", "length"), [(1, 64), (3, 21), (3, 22), (1, 65), (2, 70), (16, 5), (33, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_queries(group: int, length: int, dtype: torch.dtype) -> None:
+    """Query rows are taken some at a time; each has a mask of its own."""
+    case = wide(make(45, 2, 2, group, length, tail=length + 9, seq=150, kept="empty", dtype=dtype))
+    shown = torch.rand(2, 2 * group, length, length + 9, generator=torch.Generator().manual_seed(2)) < 0.5
+    shown |= torch.arange(length + 9) == torch.arange(9, length + 9)[:, None]  # every query sees itself
+    shown = case.visible(shown)[..., 150:]
+    bias = decode.tail_bias(shown, length, length + 9, torch.float32)
+    actual = _decode_cpp.attend(case.query, case.prefix, case.tail_keys, case.tail_values, bias, SCALING)
+    assert_attention(actual, case.naive(case.visible(shown)), dtype)
+
+
+@pytest.mark.parametrize("sums", [1, 20_000])
+@pytest.mark.parametrize("masked", ["causal", "by head", "one row"])
+def test_long_queries_are_cut_to_bound_the_sums(monkeypatch: pytest.MonkeyPatch, sums: int, masked: str) -> None:
+    case = wide(make(46, length=30, tail=33, seq=70))
+    mask = case.visible()[..., 70:]
+    if masked == "by head":
+        mask[1, 2, 5:, :20] = False
+    visible = case.visible(mask)
+    mask = mask[:, :1] if masked == "causal" else mask
+    if masked == "one row":
+        mask, visible = mask[:1, :1, -1:], case.visible().clone()
+        visible[..., 70:] = True
+    bias = decode.tail_bias(mask, 30, 33, torch.float32)
+    lengths = []
+    library = _decode_cpp.library
+    monkeypatch.setattr(_decode_cpp, "library", lambda name: lengths.append(name) or library(name))
+    monkeypatch.setattr(_decode_cpp, "PARTIAL_SUMS", sums)
+    actual = _decode_cpp.attend(case.query, case.prefix, case.tail_keys, case.tail_values, bias, SCALING)
+    assert_attention(actual, case.naive(visible))
+    assert len(lengths) == 30 if sums == 1 else 1 < len(lengths) < 30
 
 
 @pytest.mark.parametrize(
@@ -184,7 +222,7 @@ def test_short_queries_take_it_and_long_ones_do_not(monkeypatch: pytest.MonkeyPa
         ({"dim": 31}, "the head dimension is 31, and it starts at 32"),
         (
             {"length": CPP_ROWS},
-            f"a KV head has {2 * CPP_ROWS} query rows, and it is faster than torch up to {CPP_ROWS}",
+            TOO_LONG,
         ),
         ({"grad": True}, "it has no gradient"),
         ({"device": "meta"}, "it is for a CPU"),
@@ -193,17 +231,12 @@ def test_short_queries_take_it_and_long_ones_do_not(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_what_it_cannot_do_is_named(changes: dict[str, object], reason: str | None) -> None:
-    case = wide(make(40, length=changes.get("length", 1), tail=20), changes.get("dim", 64), 64)
+    case = wide(make(40, length=changes.get("length", 1), tail=20, kept="dense"), changes.get("dim", 64), 64)
     query = case.query.to(changes.get("device", "cpu"), changes.get("dtype", torch.float32))
     keys = case.tail_keys.mT.contiguous().mT if changes.get("strided") else case.tail_keys
     if changes.get("grad"):
         query.requires_grad_()
     assert unsupported_by_cpp(query, case.prefix, keys, case.tail_values) == reason
-
-
-def test_more_rows_than_it_has_room_for() -> None:
-    with pytest.raises(ValueError, match="up to 64 query rows of a KV head, got 65"):
-        attend(wide(make(40, kv_heads=1, group=65)))
 
 
 def test_states_of_different_dtypes_are_named() -> None:

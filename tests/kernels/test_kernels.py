@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_packed import entries_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -389,7 +390,8 @@ def test_compact_keeps_the_marked_entries_in_order(seed: int, batch: int, kv_hea
     assert packed.counts == tuple(tuple(row) for row in case.keep.sum(-1).tolist())
     assert packed.keys.untyped_storage().nbytes() == packed.keys.nbytes
     for row in range(batch):
-        for head, (keys, values) in enumerate(packed._heads(row)):
+        for head in range(kv_heads):
+            keys, values = entries_of(packed, row, head)
             assert torch.equal(keys, case.keys[row, head][case.keep[row, head]])
             assert torch.equal(values, case.values[row, head][case.keep[row, head]])
 

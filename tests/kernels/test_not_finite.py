@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_kernels import ALL, KEPT, SCALING, Case, attend, backend, make, window
+from test_packed import entries_of
 from test_vllm_reading import IMAGES, TOKENS, Paged, pruning_of, reading_of, states
 
 from plphp.engines.vllm.step import Row, Step
@@ -58,7 +59,8 @@ def test_what_is_kept_of_other_rows_is_as_it_was(backend: str) -> None:
     case = spoiled(make(3, 3, seq=70), torch.nan, ("keys", "values"))
     block = compact_kv(case.keys, case.values, case.keep)
     for row in (0, 2):
-        for _, (keys, values) in block.row(row):
+        for head in range(block.kv_heads):
+            keys, values = entries_of(block, row, head)
             assert keys.isfinite().all()
             assert values.isfinite().all()
 

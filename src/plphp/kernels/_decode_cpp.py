@@ -13,8 +13,8 @@ from plphp.errors import CacheMemoryError
 from .cpp_library import library
 from .packed import PackedKV
 
-MOST_ROWS = 64
-"""Query rows of a KV head, [group x query], that cpp/by_vectors.h has room for on its stack."""
+PARTIAL_SUMS = 2**23
+"""Numbers of partial sums that are held at once: long queries are cut."""
 KERNELS = {
     (torch.float32, torch.float32): "attend_float32",
     (torch.float32, torch.bfloat16): "attend_float32_bfloat16",
@@ -62,17 +62,18 @@ def attend(
 
     Raises
     ------
-    ValueError
-        If a KV head has more query rows than `MOST_ROWS`.
     CacheMemoryError
         If there is no memory for the partial sums.
     """
     batch, q_heads, length, dim = query.shape
     kv_heads, tail, value_dim = tail_values.shape[1:]
-    if q_heads // kv_heads * length > MOST_ROWS:
-        raise ValueError(
-            f"The kernel takes up to {MOST_ROWS} query rows of a KV head, got {q_heads // kv_heads * length}."
-        )
+    # Pieces as call.h cuts them: several for each thread, and up to two more for each head.
+    pieces = 8 * torch.get_num_threads() + 2 * batch * kv_heads
+    step = max(1, PARTIAL_SUMS // (pieces * q_heads // kv_heads * value_dim))
+    if step < length:
+        biases = [None] * -(-length // step) if bias is None else bias.expand(-1, -1, length, -1).split(step, 2)
+        parts = zip(query.split(step, 2), biases, strict=True)
+        return torch.cat([attend(part, prefix, tail_keys, tail_values, own, scaling) for part, own in parts], dim=1)
     out = query.new_empty(batch, length, q_heads, value_dim)
     if bias is not None:
         # Memory for the last axis alone, which the kernel reads side by side; rows and heads may share theirs.

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from . import _decode_cpp, choice
+from .head_groups import head_groups
 from .packed import PackedKV
 from .precision import as_written
 
 TRITON_ROWS = 128
 """Most query rows [group x query] of a KV head in the Triton kernel."""
 CPP_ROWS = 16
-"""As many rows are faster in the C++ kernel than in torch's, which is made for long queries."""
+"""As many rows of a KV head are faster in the C++ kernel than in torch's, which is made for long queries and for heads
+of as many entries: ragged heads of any number of rows are faster in C++."""
+LONG_TRIAL = 25
+"""Queries of a trial that the C++ kernel takes some rows at a time."""
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 MAX_LOGITS = 2**24
 """Logits that torch's ways hold at once; long query chunks are cut so that they stay below."""
 
@@ -143,7 +148,7 @@ def _by_torch(
     elif prefix.dense is not None:
         out = _attend(grouped, *prefix.dense, tail_keys, tail_values, bias)
     else:
-        out = _attend_rows(grouped, prefix, tail_keys, tail_values, bias)
+        out = _attend_groups(grouped, prefix, tail_keys, tail_values, bias)
     return out.permute(0, 3, 1, 2, 4).reshape(batch, length, q_heads, -1).contiguous()
 
 
@@ -162,8 +167,8 @@ def unsupported_by_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor)
 def unsupported_by_cpp(query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor) -> str | None:
     """Say why the C++ kernel cannot attend, see `decode_attention` for the arguments; None where it can."""
     rows = _query_rows(query, tail_keys)
-    if rows > CPP_ROWS:
-        return f"a KV head has {rows} query rows, and it is faster than torch up to {CPP_ROWS}"
+    if rows > CPP_ROWS and prefix.dense is not None:
+        return f"a KV head has {rows} query rows, and it is faster than torch up to {CPP_ROWS} where heads are equal"
     return choice.unsupported_by_cpp(query, tail_keys, prefix.keys) or choice.unsupported_by_cpp(
         tail_values, prefix.values
     )
@@ -184,15 +189,18 @@ def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: 
     BackendUnavailableError
         If it cannot be built.
     """
-    return choice.difference(_decode_cpp.attend, _by_torch, _trial_case(dim, value_dim), device, dtypes)
+    cases = [_trial_case(dim, value_dim, length) for length in (1, LONG_TRIAL)]
+    worst = [choice.difference(_decode_cpp.attend, _by_torch, case, device, dtypes) for case in cases]
+    return torch.tensor(worst).max().item()  # NaN if any is
 
 
-def _trial_case(dim: int, value_dim: int) -> choice.Case:
+def _trial_case(dim: int, value_dim: int, length: int = 1) -> choice.Case:
     """A prefix whose rows are swapped, with an empty head and a head of several chunks, and a tail behind it."""
 
     def case(keys: choice.Draw, values: choice.Draw, _: torch.device) -> tuple[Any, ...]:
         prefix = PackedKV(keys(450, dim), values(450, value_dim), ((300, 0), (20, 130)), (1, 0))
-        return keys(2, 6, 1, dim), prefix, keys(2, 2, 70, dim), values(2, 2, 70, value_dim), None, dim**-0.5
+        bias = tail_bias(None, length, 70, torch.float32)
+        return keys(2, 6, length, dim), prefix, keys(2, 2, 70, dim), values(2, 2, 70, value_dim), bias, dim**-0.5
 
     return case
 
@@ -202,44 +210,39 @@ def _query_rows(query: Tensor, tail_keys: Tensor) -> int:
     return query.shape[1] // tail_keys.shape[1] * query.shape[2]
 
 
-def _attend_rows(
+def _attend_groups(
     query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Attend as `_attend` does, row by row, where rows or heads hold different numbers of entries."""
-    batch, _, group = query.shape[:3]
-    if bias is not None:
-        bias = bias.expand(batch, -1, -1, -1)
-    rows = []
-    for row in range(batch):
-        own = slice(row, row + 1)
-        parts = [
-            _attend(
-                query[own, heads],
-                keys[None],
-                values[None],
-                tail_keys[own, heads],
-                tail_values[own, heads],
-                _heads_of(bias, row, heads, group),
-            )
-            for heads, (keys, values) in prefix.row(row)
-        ]
-        rows.append(torch.cat(parts, dim=1))
-    return torch.cat(rows)
+    """Attend as `_attend` does, where rows or heads hold different numbers of entries."""
+    kv_heads, group, length, dim = query.shape[1:]
+    pairs, parts = [], []
+    for heads in head_groups(prefix, max(dim, group * length)):
+        row, head = heads.pairs // kv_heads, heads.pairs % kv_heads
+        query_of, tail_keys_of, tail_values_of = (states[row, head, None] for states in (query, tail_keys, tail_values))
+        own = None if bias is None else _bias_of(bias, row, head, group)
+        keys, values = heads.keys[:, None], heads.values[:, None]
+        parts.append(_attend(query_of, keys, values, tail_keys_of, tail_values_of, own, heads.padding))
+        pairs.append(heads.pairs)
+    return torch.cat(parts)[torch.cat(pairs).argsort(), 0].unflatten(0, (-1, kv_heads))
 
 
-def _heads_of(bias: Tensor | None, row: int, heads: slice, group: int) -> Tensor | None:
-    """The bias of a row and some KV heads, [1, 1 or group x heads, query, tail]."""
-    if bias is None:
-        return None
-    if bias.shape[1] == 1:
-        return bias[row : row + 1]
-    return bias[row : row + 1, heads.start * group : heads.stop * group]
+def _bias_of(bias: Tensor, row: Tensor, head: Tensor, group: int) -> Tensor:
+    """The bias of some KV heads of some rows, [heads or 1, 1 or group, query, tail]."""
+    by_head = bias.unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
+    return by_head[row if bias.shape[0] > 1 else 0 * row[:1], head if bias.shape[1] > 1 else 0 * head[:1]]
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    bias: Tensor | None,
+    padding: Tensor | None = None,
 ) -> Tensor:
-    """Attend with query [batch, kv_heads, group, query, dim] to keys [batch, kv_heads, kept, dim] and the tail."""
+    """Attend with query [batch, kv_heads, group, query, dim] to keys [batch, kv_heads, kept, dim] and the tail; not to
+    those where padding [batch, kept] is True."""
     batch, kv_heads, group, length, _ = query.shape
     kept, tail = keys.shape[2], tail_keys.shape[2]
     step = max(1, MAX_LOGITS // max(1, batch * kv_heads * group * (kept + tail)))
@@ -250,6 +253,8 @@ def _attend(
         logits = torch.cat([rows @ keys.mT, rows @ tail_keys.mT], dim=-1)
         # In half precision the lowest number of a bias would be -inf, and a row of these has no softmax.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if padding is not None:
+            logits[..., :kept].masked_fill_(padding[:, None, None], -torch.inf)
         if bias is not None:
             shown = logits.view(batch, kv_heads, group, -1, kept + tail)[..., kept:]
             shown += bias[:, :, start : start + step].unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
@@ -285,22 +290,36 @@ def _attend_fused(
     if bias is not None and step < length:
         pieces = zip(query.split(step, dim=3), bias.split(step, dim=2), strict=True)
         return torch.cat([_attend_fused(part, prefix, tail_keys, tail_values, own) for part, own in pieces], dim=3)
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     rows = query.flatten(2, 3)
     if bias is not None:
         heads_of_bias = bias.unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
         bias = heads_of_bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
-    of_tail, tail_lse = fused(rows, tail_keys, tail_values, attn_mask=bias, scale=1.0)
-    if prefix.dense is not None and prefix.counts[0][0]:
-        of_prefix, prefix_lse = fused(rows, *prefix.dense, scale=1.0)
-    else:
-        of_prefix, prefix_lse = torch.zeros_like(of_tail), torch.full_like(tail_lse, -torch.inf)
-        for row in range(batch):
-            for heads, (keys, values) in prefix.row(row):
-                if keys.shape[1]:
-                    output, lse = fused(rows[row : row + 1, heads], keys[None], values[None], scale=1.0)
-                    of_prefix[row, heads], prefix_lse[row, heads] = output[0], lse[0]
+    of_tail, tail_lse = _FUSED(rows, tail_keys, tail_values, attn_mask=bias, scale=1.0)
+    of_prefix, prefix_lse = _fused_prefix(rows, prefix)
     # As `merge_states` does, to the bit, but without its guards for parts that may be empty: they take longer than the
     # merge itself, here for every layer of every step, and the tail never is.
     share = torch.sigmoid(prefix_lse - tail_lse)[..., None]
     return torch.lerp(of_tail.float(), of_prefix.float(), share).to(query.dtype).unflatten(2, (group, -1))
+
+
+def _fused_prefix(rows: Tensor, prefix: PackedKV) -> tuple[Tensor, Tensor]:
+    """Attention of rows [batch, kv_heads, rows, dim] over the prefix by torch's fused kernel, and its log-sum-exps.
+
+    They are 0 and -inf for heads without entries.
+    """
+    if prefix.dense is not None and prefix.counts[0][0]:
+        output, lse = _FUSED(rows, *prefix.dense, scale=1.0)
+        return output, lse
+    flat = rows.flatten(0, 1)
+    outputs, lses = torch.zeros_like(flat), flat.new_full(flat.shape[:2], -torch.inf, dtype=torch.float32)
+    for heads in head_groups(prefix, flat.shape[2]):
+        if not heads.keys.shape[1]:
+            continue
+        mask = None
+        if heads.padding is not None:
+            mask = torch.zeros(heads.padding.shape).masked_fill_(heads.padding, -torch.inf)[:, None, None]
+            mask = mask.expand(-1, -1, flat.shape[1], -1)
+        states = (states[:, None] for states in (flat[heads.pairs], heads.keys, heads.values))
+        output, lse = _FUSED(*states, attn_mask=mask, scale=1.0)
+        outputs[heads.pairs], lses[heads.pairs] = output[:, 0], lse[:, 0]
+    return outputs.view_as(rows), lses.view(rows.shape[:3])

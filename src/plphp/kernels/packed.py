@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
-
-Segment = tuple[Tensor, Tensor]
-"""Keys and values of all KV heads of a row [kv_heads, kept, dim], or of a single head [1, kept, dim]."""
 
 
 @dataclass(frozen=True)
@@ -63,39 +60,38 @@ class PackedKV:
         return len(self.counts[0])
 
     @cached_property
-    def dense(self) -> Segment | None:
+    def dense(self) -> tuple[Tensor, Tensor] | None:
         """Views on all rows at once, [batch, kv_heads, kept, dim]; None unless every head of every row holds as many
         entries and the rows are read in the order in which they are stored."""
         if self.rows != tuple(range(len(self.counts))) or len({n for row in self.counts for n in row}) != 1:
             return None
-        return self._shaped(slice(None), self.batch, self.kv_heads, self.counts[0][0])
+        return self.shaped(slice(None), self.batch, self.kv_heads, self.counts[0][0])
 
     @cached_property
     def index(self) -> Tensor:
         """int64 [2, batch, kv_heads] on the device of the entries: the first entry and the number of entries of each
         head of each row."""
-        counts = [self.counts[stored] for stored in self.rows]
-        starts = [list(accumulate(self.counts[stored][:-1], initial=self._starts[stored])) for stored in self.rows]
-        return torch.tensor([starts, counts], dtype=torch.int64).to(self.keys.device, non_blocking=True)
+        index = torch.tensor([self.pair_starts, self.pair_counts], dtype=torch.int64)
+        return index.view(2, self.batch, self.kv_heads).to(self.keys.device, non_blocking=True)
 
-    def row(self, row: int) -> Iterator[tuple[slice, Segment]]:
-        """Views on the entries of a row: of all heads together if they hold as many, else of each head.
+    @cached_property
+    def pair_counts(self) -> list[int]:
+        """Entries of each head of each row of the batch, row after row."""
+        return [count for stored in self.rows for count in self.counts[stored]]
 
-        Yields
-        ------
-        tuple
-            The slice of KV heads, and their keys and values [heads, kept, dim].
-        """
-        stored = self.rows[row]
-        counts, start = self.counts[stored], self._starts[stored]
-        if len(set(counts)) == 1:
-            entries = slice(start, start + sum(counts))
-            yield slice(0, self.kv_heads), self._shaped(entries, self.kv_heads, counts[0])
-            return
-        for head, count in enumerate(counts):
-            end = start + count
-            yield slice(head, head + 1), (self.keys[None, start:end], self.values[None, start:end])
-            start = end
+    @cached_property
+    def pair_starts(self) -> list[int]:
+        """The first entry of each head of each row of the batch, row after row."""
+        return [
+            start
+            for stored in self.rows
+            for start in accumulate(self.counts[stored][:-1], initial=self._starts[stored])
+        ]
+
+    def shaped(self, entries: slice, *shape: int) -> tuple[Tensor, Tensor]:
+        """Views on entries as [*shape, dim]; the dim is named because view cannot infer it where there are none."""
+        keys, values = self.keys[entries], self.values[entries]
+        return keys.view(*shape, keys.shape[1]), values.view(*shape, values.shape[1])
 
     def select(self, rows: Sequence[int]) -> PackedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""
@@ -175,17 +171,15 @@ class PackedKV:
 
     def appended(self, newer: PackedKV) -> PackedKV:
         """Put the entries of a newer block behind those of this block, row by row and head by head."""
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        for row in range(self.batch):
-            for (k1, v1), (k2, v2) in zip(self._heads(row), newer._heads(row), strict=True):
-                keys += [k1, k2]
-                values += [v1, v2]
+        keys, values = (
+            torch.cat([piece for pair in zip(own, added, strict=True) for piece in pair])
+            for own, added in zip(self._split(), newer._split(), strict=True)
+        )
         counts = tuple(
             tuple(a + b for a, b in zip(self.counts[own], newer.counts[added], strict=True))
             for own, added in zip(self.rows, newer.rows, strict=True)
         )
-        return PackedKV(torch.cat(keys), torch.cat(values), counts, tuple(range(self.batch)))
+        return PackedKV(keys, values, counts, tuple(range(self.batch)))
 
     def to(self, keys: torch.dtype, values: torch.dtype) -> PackedKV:
         """Cast keys and values to these dtypes; the result is the block itself if it has them."""
@@ -193,12 +187,9 @@ class PackedKV:
             return self
         return replace(self, keys=self.keys.to(keys), values=self.values.to(values))
 
-    def _shaped(self, entries: slice, *shape: int) -> Segment:
-        """Views on entries as [*shape, dim]; the dim is named because view cannot infer it where there are none."""
-        keys, values = self.keys[entries], self.values[entries]
-        return keys.view(*shape, keys.shape[1]), values.view(*shape, values.shape[1])
-
-    def _heads(self, row: int) -> Iterator[Segment]:
-        """Keys and values [kept, dim] of each head of a row."""
-        for _, (keys, values) in self.row(row):
-            yield from zip(keys, values, strict=True)
+    def _split(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Views on the keys, and on the values, of each head of each row of the batch, [kept, dim]."""
+        sizes = [count for row in self.counts for count in row]
+        read = [stored * self.kv_heads + head for stored in self.rows for head in range(self.kv_heads)]
+        keys, values = self.keys.split(sizes), self.values.split(sizes)
+        return [keys[head] for head in read], [values[head] for head in read]

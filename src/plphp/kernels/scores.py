@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import choice
+from .head_groups import head_groups
 from .ordering import positions_in_order
 from .packed import PackedKV
 from .precision import as_written
@@ -19,6 +20,8 @@ KEYS_AT_ONCE = 2048
 """Keys that are held in float32 at once."""
 MASS_AT_ONCE = 2**18
 """Attention weights of as many query rows as stay below are worked out at once."""
+LOGITS_AT_ONCE = 2**22
+"""Logits of heads of the prefix that are held in float32 at once, unless those of a query row are more."""
 
 
 @dataclass
@@ -214,15 +217,18 @@ def _masses(window: Window) -> Iterator[_Mass]:
     grouped = (query.float() * scaling).unflatten(1, (kv_heads, -1))
     visible = valid[:, None] & (torch.arange(seq, device=keys.device) <= position[:, None])
     step = max(1, MASS_AT_ONCE // (batch * q_heads * seq))
-    for rows in weight.any(0).nonzero()[:, 0].split(step):
+    counted = weight.any(0).nonzero()[:, 0]
+    # Of all rows at once: heads of a prefix are many, and a product with each takes as long for a few rows.
+    of_prefix = None if prefix is None else _prefix_lse(grouped[:, :, :, counted], prefix).split(step, dim=3)
+    for number, rows in enumerate(counted.split(step)):
         part = grouped[:, :, :, rows].flatten(2, 3)
         seen = visible[:, rows]
         # Keys of a long prompt are never all in float32, which would double what the cache takes.
         logits = torch.cat([part @ some.float().mT for some in keys.split(KEYS_AT_ONCE, dim=2)], dim=-1)
         logits = logits.unflatten(2, (-1, len(rows))).masked_fill_(~seen[:, None, None], -torch.inf)
         lse = logits.logsumexp(-1)
-        if prefix is not None:
-            lse = torch.logaddexp(lse, _prefix_lse(part, prefix).view_as(lse))
+        if of_prefix is not None:
+            lse = torch.logaddexp(lse, of_prefix[number])
         yield _Mass((logits - lse[..., None]).exp().flatten(1, 2), seen, weight[:, None, rows, None], rows)
 
 
@@ -243,10 +249,19 @@ def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_di
 
 
 def _prefix_lse(query: Tensor, prefix: PackedKV) -> Tensor:
-    """Natural-log sum of the exponentials of query [batch, kv_heads, group, dim] with the prefix keys."""
-    lse = query.new_full(query.shape[:3], -torch.inf)
-    for row in range(prefix.batch):
-        for heads, (keys, _) in prefix.row(row):
-            if keys.shape[1]:
-                lse[row, heads] = (query[row, heads] @ keys.float().mT).logsumexp(-1)
-    return lse
+    """Natural-log sum of the exponentials of query [batch, kv_heads, group, rows, dim] with the prefix keys."""
+    rows = query.flatten(0, 1).flatten(1, 2)
+    lse = rows.new_full(rows.shape[:2], -torch.inf)
+    for heads in head_groups(prefix, max(rows.shape[1:])):
+        longest = heads.keys.shape[1]
+        if longest == 0:
+            continue
+        keys = heads.keys.float().mT
+        parts = []
+        for part in rows[heads.pairs].split(max(1, LOGITS_AT_ONCE // (len(heads.pairs) * longest)), dim=1):
+            logits = part @ keys
+            if heads.padding is not None:
+                logits.masked_fill_(heads.padding[:, None], -torch.inf)
+            parts.append(logits.logsumexp(-1))
+        lse[heads.pairs] = torch.cat(parts, dim=1)
+    return lse.view(query.shape[:4])

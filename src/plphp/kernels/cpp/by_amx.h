@@ -49,7 +49,8 @@ class ByAmx {
   static constexpr int WIDEST = 256;
 
   const Call& call;
-  const int rows, key_groups, value_groups;
+  const int key_groups, value_groups;
+  int rows = 0, first = 0;                          // of those that are attended with now; the first of them
   alignas(64) Floats logits[BLOCK];                 // of an entry, one query row a lane
   alignas(64) Words weights[BLOCK / GROUP][ROWS];   // of a query row, two entries a lane
   alignas(64) Words values[2][ROWS];                // of two entries, one dim a lane
@@ -100,7 +101,7 @@ class ByAmx {
     for (int i = 0; i < block.entries; ++i) logits[i] *= float(call.scaling);
     if (call.bias && block.biased >= 0)
       for (int row = 0; row < rows; ++row) {
-        const float* bias = call.bias_row(block.head, row) + block.biased;
+        const float* bias = call.bias_row(block.head, first + row) + block.biased;
         for (int i = 0; i < block.entries; ++i) logits[i][row] += bias[i];
       }
   }
@@ -188,33 +189,46 @@ class ByAmx {
 
  public:
   explicit ByAmx(const Call& call)
-      : call(call), rows(call.rows()), key_groups(groups(call.dim)), value_groups(groups(call.value_dim)) {}
+      : call(call), key_groups(groups(call.dim)), value_groups(groups(call.value_dim)) {}
 
   // Whether Linux lets this process use tiles, which it has to ask for (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), and
   // the call fits into them.
   static bool can(const Call& call) {
     constexpr int REQUEST = 0x1023, TILES = 18;
     static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
-    return allowed && call.rows() <= ROWS && std::max(call.dim, call.value_dim) <= WIDEST;
+    return allowed && std::max(call.dim, call.value_dim) <= WIDEST;
   }
 
-  static int64_t query_size(const Call& call) { return groups(call.dim) * ROWS * LANES; }
+  static int64_t query_size(const Call& call) { return (call.rows() + ROWS - 1) / ROWS * tiles_size(call); }
 
   // Tiles of a head's query rows, one a lane, of two dims; 0 where a group overlaps with the one before it.
   void fetch_query(int head, float* to) const {
     std::memset(to, 0, query_size(call) * sizeof(float));
-    for (int row = 0; row < rows; ++row) {
+    for (int row = 0; row < call.rows(); ++row) {
       const bf16* from = call.query_row<bf16>(head, row);
+      bf16* tiles = (bf16*)(to + row / ROWS * tiles_size(call));
       for (int group = 0; group < key_groups; ++group)
         for (int i = 0; i < GROUP; ++i) {
           const int64_t dim = begin(group, call.dim) + i;
-          if (dim >= group * GROUP) ((bf16*)to)[((group * ROWS + i / 2) * LANES + row) * 2 + i % 2] = from[dim];
+          if (dim >= group * GROUP) tiles[((group * ROWS + i / 2) * LANES + row % ROWS) * 2 + i % 2] = from[dim];
         }
     }
   }
 
   // out [rows, value_groups * GROUP].
   void attend(const Piece<bf16>& piece, const float* query, float* out, float* tops, float* totals) {
+    for (first = 0; first < call.rows(); first += ROWS) {
+      rows = std::min(ROWS, call.rows() - first);
+      attend_now(piece, query + first / ROWS * tiles_size(call), out + first * value_groups * GROUP, tops + first,
+                 totals + first);
+    }
+  }
+
+ private:
+  // Numbers of the tiles of up to ROWS query rows.
+  static int64_t tiles_size(const Call& call) { return groups(call.dim) * ROWS * LANES; }
+
+  void attend_now(const Piece<bf16>& piece, const float* query, float* out, float* tops, float* totals) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {BYTES, BYTES, BYTES, BYTES, BYTES, BYTES, BYTES, BYTES};

@@ -86,13 +86,14 @@ inline void reweigh(float* logits, int entries, float* out, int64_t width, float
 
 // ---- the work of a thread
 
-constexpr int MOST_ROWS = 64;  // as in _decode_cpp.py, which refuses more: the logits are on the stack
+constexpr int MOST_ROWS = 64;  // query rows at once: their logits are on the stack
 
 template <class K, class V = K>
 class ByVectors {
   const Call& call;
-  const int rows, key_groups, value_groups;
+  const int key_groups, value_groups;
   const int64_t query_width, width;
+  int rows = 0, first = 0;  // of those that are attended with now; the first of them
   alignas(64) float logits[MOST_ROWS * BLOCK];
 
   void score(const Piece<K, V>& block, const float* query) {
@@ -128,14 +129,14 @@ class ByVectors {
 
  public:
   explicit ByVectors(const Call& call)
-      : call(call), rows(call.rows()), key_groups(groups(call.dim)), value_groups(groups(call.value_dim)),
+      : call(call), key_groups(groups(call.dim)), value_groups(groups(call.value_dim)),
         query_width(key_groups * GROUP), width(value_groups * GROUP) {}
 
   static int64_t query_size(const Call& call) { return int64_t(call.rows()) * groups(call.dim) * GROUP; }
 
   // Query rows of a head, scaled; 0 where a group overlaps with the one before it.
   void fetch_query(int head, float* to) const {
-    for (int row = 0; row < rows; ++row) {
+    for (int row = 0; row < call.rows(); ++row) {
       const K* from = call.query_row<K>(head, row);
       for (int group = 0; group < key_groups; ++group)
         for (int64_t dim = begin(group, call.dim), end = dim + GROUP; dim < end; ++dim)
@@ -145,6 +146,14 @@ class ByVectors {
 
   // out [rows, width] is 0 before.
   void attend(const Piece<K, V>& piece, const float* query, float* out, float* tops, float* totals) {
+    for (first = 0; first < call.rows(); first += MOST_ROWS) {
+      rows = std::min(MOST_ROWS, call.rows() - first);
+      attend_now(piece, query + first * query_width, out + first * width, tops + first, totals + first);
+    }
+  }
+
+ private:
+  void attend_now(const Piece<K, V>& piece, const float* query, float* out, float* tops, float* totals) {
     std::fill(tops, tops + rows, LOWEST);
     for (int at = 0; at < piece.entries; at += BLOCK) {
       const Piece<K, V> block = piece.part(at, BLOCK);
@@ -152,7 +161,7 @@ class ByVectors {
       for (int row = 0; row < rows; ++row) {
         float* own = logits + row * BLOCK;
         if (call.bias && block.biased >= 0) {
-          const float* bias = call.bias_row(block.head, row) + block.biased;
+          const float* bias = call.bias_row(block.head, first + row) + block.biased;
           for (int i = 0; i < block.entries; ++i) own[i] += bias[i];
         }
         reweigh(own, block.entries, out + row * width, width, tops[row], totals[row]);
