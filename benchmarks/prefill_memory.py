@@ -23,8 +23,15 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
 from plphp.engines.hf.cache_argument import passed
+from plphp.extend import KVStage, Method, by_vision_attention, per_head, register_method
 
 IMAGE = 1
+HELD = Method(
+    name="held-in-full",
+    summary="plphp without a bound of what a layer can keep in the end",
+    paper="arXiv:2502.14504",
+    kv=KVStage(allocate=by_vision_attention, score=per_head, uses_class_rule=lambda config: True),
+)
 MARK = "layer-done"
 
 
@@ -58,7 +65,7 @@ def build_inputs(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 
 def variants(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Cache | None]]:
-    """What is compared, each with the cache that it prefills."""
+    """What is compared, each with the cache that it prefills; `HELD` has to be registered."""
 
     def pruned(**settings: Any) -> Callable[[], Cache]:
         return lambda: plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig(**settings))
@@ -69,6 +76,7 @@ def variants(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Cache
         "plphp uniform 0.4": pruned(method="uniform", retention_rate=0.4),
         "plphp uniform 0.2": pruned(method="uniform", retention_rate=0.2),
         "plphp target 0.4": pruned(target_retention=0.4),
+        "plphp target 0.4, all layers held": pruned(method=HELD.name, target_retention=0.4),
     }
 
 
@@ -143,6 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
 
+    register_method(HELD)
     model, inputs = build_model(args), build_inputs(args)
     for layer in model.get_decoder().layers:
         layer.register_forward_hook(mark_layer)

@@ -165,7 +165,8 @@ def live_bytes(cache: Any) -> int:
     """Bytes of every key and value tensor in the cache, found without asking the cache."""
     storages: dict[int, int] = {}
     for layer in cache.layers:
-        for holder in (layer, getattr(layer, "prefix", None)):
+        provisional = getattr(getattr(layer, "_provisional", None), "block", None)
+        for holder in (layer, getattr(layer, "prefix", None), provisional):
             for name in ("keys", "values"):
                 tensor = getattr(holder, name, None)
                 if isinstance(tensor, Tensor):

@@ -230,6 +230,8 @@ def test_performance_page_has_the_figures_of_the_results() -> None:
         ("transformers' `DynamicCache`", "DynamicCache"),
         ("plphp, every layer at 0.4", "plphp uniform 0.4"),
         ("plphp, every layer at 0.2", "plphp uniform 0.2"),
+        ("plphp, `target_retention=0.4`", "plphp target 0.4"),
+        ("the same, all layers held until the last is scored", "plphp target 0.4, all layers held"),
     ):
         sizes = (memory[name]["peak"], memory[name]["peak"] - bare, memory[name]["kv_bytes"])
         assert f"| {line} | {' | '.join(megabytes(size, 1) for size in sizes)} |" in page

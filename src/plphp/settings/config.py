@@ -51,7 +51,7 @@ class PLPHPConfig:
         Mean retention rate over the layers of each prompt, exempt ones aside, in (0, 1]. It takes the place of
         ``retention_rate``, and quantiles of the prompt's own vision attention scores take the place of both
         thresholds: the ``class_quantile`` of layers with the highest score are attentive, as many with the
-        lowest are indifferent. All layers stay in memory until the last one has been scored.
+        lowest are indifferent. Until the last layer has been scored, each keeps what it may still be allowed to.
     class_quantile : float
         See ``target_retention``; in (0, 0.5].
     exempt_layers : tuple of int

@@ -12,6 +12,8 @@ import pytest
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from plphp.engines.hf.cache_argument import passed
+from plphp.extend import register_method
+from plphp.methods.registry import METHODS_BY_NAME
 
 SETTINGS = argparse.Namespace(layers=6, hidden=128, heads=4, kv_heads=4, images=2, dtype="float32", device="cpu")
 
@@ -22,7 +24,10 @@ def results() -> dict[str, Any]:
     for layer in model.get_decoder().layers:
         layer.register_forward_hook(script.mark_layer)
     script.measure(model, inputs, lambda: None)
-    return {name: script.measure(model, inputs, make) for name, make in script.variants(model, inputs).items()}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(METHODS_BY_NAME, "registered", {})
+        register_method(script.HELD)
+        return {name: script.measure(model, inputs, make) for name, make in script.variants(model, inputs).items()}
 
 
 def growth(result: dict[str, Any]) -> list[int]:
@@ -60,6 +65,12 @@ def test_target_retention_holds_no_more_than_the_final_cache_and_the_layer_at_wo
     for after, bare in zip(one["after_layer"][1:], activations["after_layer"][1:], strict=True):
         assert after - bare <= 1.05 * one["kv_bytes"]
     assert len(set(one["layer_bytes"])) == 3  # the classes
+
+
+def test_without_a_bound_all_layers_are_held_until_the_last(results: dict[str, Any]) -> None:
+    one, full = results["plphp target 0.4, all layers held"], results["DynamicCache"]
+    assert one["peak"] > full["peak"] - 2 * full["layer_bytes"][0]
+    assert one["layer_bytes"] == results["plphp target 0.4"]["layer_bytes"]
 
 
 def test_nothing_outlives_the_cache() -> None:
