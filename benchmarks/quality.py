@@ -271,8 +271,8 @@ def calibration(arguments: argparse.Namespace) -> None:
 
 @functools.cache
 def _weights(model: str | None) -> str:
-    from plphp.evaluation.results.identity import weights_hash
     from plphp.inputs.loading import load_model
+    from plphp.inputs.weights import weights_hash
 
     return weights_hash(load_model(model)[0])
 

@@ -37,7 +37,17 @@ SURFACE = {
         "UnsupportedModelError",
     ),
     "plphp.extend": (
-        *("EncoderStage", "KVStage", "Method", "Mix", "Option", "PLPHPConfig", "PrefillStage", "register_method"),
+        *(
+            "EncoderStage",
+            "KVStage",
+            "Method",
+            "Mix",
+            "Option",
+            "OwnBank",
+            "PLPHPConfig",
+            "PrefillStage",
+            "register_method",
+        ),
         *(
             "Allocation",
             "Allocator",
@@ -65,7 +75,10 @@ STANDARD = {
 """Names in signatures that are those of Python, torch and transformers."""
 CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"}
 """Methods of public classes that other parts of plphp call, and nobody else."""
-SHOWN_WITH_IT = {"PackedKV", "QueryRows", "LayerBank", "PromptReport", "ProfiledPrompt", "Value", "Kind", "ReAttention"}
+SHOWN_WITH_IT = {
+    *("BankProgress", "Kind", "LayerBank", "PackedKV", "ProfiledPrompt", "PromptReport", "QueryRows", "ReAttention"),
+    "Value",
+}
 """What public objects are made of: documented where they are reached from."""
 
 

@@ -23,7 +23,7 @@ from plphp.policy.allocation import (
     uniform,
     with_rates,
 )
-from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.evidence import Evidence, LayerScores, OwnBank
 from plphp.policy.method import Method
 from plphp.policy.rankers import (
     Ranker,
@@ -58,6 +58,7 @@ __all__ = [
     "Method",
     "Mix",
     "Option",
+    "OwnBank",
     "PLPHPConfig",
     "PrefillStage",
     "Ranker",

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from plphp.evaluation import compact_results
-from plphp.evaluation.results.identity import weights_hash
 from plphp.evaluation.results.store import read_records, records_path
 from plphp.inputs.loading import load_weights
+from plphp.inputs.weights import weights_hash
 from training import checkpoints, export, results
 
 TASKS = "cell", "colour_of", "second_grid"

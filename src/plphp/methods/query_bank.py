@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError
 from plphp.policy.allocation import uniform
-from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.evidence import Evidence, LayerScores, OwnBank
 from plphp.policy.method import Method
 from plphp.policy.rankers import by_best_position, by_peak, per_head, times_value_norm
 from plphp.policy.selection import Mix
@@ -37,6 +37,8 @@ RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_position}
 OPTIONS = {
     "candidates": Option("vision", choices=("vision", "prompt")),
     "bank": Option(""),
+    "collect": Option(16, low=1),
+    "folder": Option(""),
     "reduce": Option("best_rank", choices=tuple(RANKERS)),
     "value_norm": Option(1, low=0, high=1),
     "random_share": Option(0.0, low=0, high=1),
@@ -48,7 +50,7 @@ def evidence(config: PLPHPConfig) -> Evidence:
     options = settings(OPTIONS, config.options)
     return Evidence(
         candidates=options["candidates"],
-        bank=options["bank"],
+        bank=options["bank"] or OwnBank(options["collect"], options["folder"]),
         peak=options["reduce"] == "peak",
         best_position=options["reduce"] == "best_rank",
         value_norm=options["value_norm"] == 1,
@@ -61,13 +63,8 @@ def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
-    """There is a bank, of a model of this depth, and nothing else is to ask."""
+    """Nothing else than a bank is to ask, and one that is named is of a model of this depth."""
     name = settings(OPTIONS, config.options)["bank"]
-    if not name:
-        raise ConfigError(
-            "The method 'query_bank' needs queries of the model's answers: collect them with `plphp collect` and "
-            "give their file, as in 'query_bank:bank=bank.safetensors'; the bundled model's is 'bank=bundled'."
-        )
     if config.query_rows is not None:
         raise ConfigError(
             f"The method 'query_bank' asks with the queries of its bank, got query_rows={config.query_rows!r}: leave "
@@ -77,6 +74,14 @@ def check(config: PLPHPConfig, layers: int) -> None:
         raise ConfigError(
             "With candidates='prompt' the method 'query_bank' ranks text and images together, so "
             "image_quota='per_image' means nothing: leave one of them out."
+        )
+    if not name:
+        return
+    collecting = [option for option in ("collect", "folder") if config.options.get(option)]
+    if collecting:
+        raise ConfigError(
+            f"The method 'query_bank' has the bank {name}, so that there is nothing to collect: leave out bank, or "
+            f"{' and '.join(collecting)}."
         )
     from plphp.policy.bank import bank_at
 

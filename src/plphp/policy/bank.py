@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +105,13 @@ class QueryBank:
             tensors[f"{number}.frequencies"] = layer.rotation.frequencies.clone()
             interleaved[number] = layer.rotation.interleaved
         about = {"format": FORMAT, "interleaved": json.dumps(interleaved), "record": json.dumps(dict(self.record))}
-        part = Path(path).with_suffix(".part")
-        save_file(tensors, part, metadata=about)
-        part.replace(path)  # complete at once, also over a bank that is in use
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another process may save here as well
+        try:
+            save_file(tensors, part, metadata=about)
+            part.replace(path)  # complete at once, also over a bank that is in use
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> QueryBank:
@@ -139,6 +144,11 @@ class QueryBank:
             return cls(layers, tensors["ahead"], json.loads(about["record"]))
         except (KeyError, ValueError) as error:
             raise ConfigError(f"The query bank {path} is broken ({error!r}). {_ADVICE}") from error
+
+    def rounded(self) -> QueryBank:
+        """The bank as a file would hold it."""
+        layers = {n: LayerBank(layer.queries.to(torch.bfloat16), layer.rotation) for n, layer in self.layers.items()}
+        return QueryBank(layers, self.ahead, self.record)
 
     def of(self, layer: int) -> LayerBank:
         """The queries of a layer.

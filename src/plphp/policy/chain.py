@@ -11,6 +11,7 @@ from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.settings.config import PLPHPConfig
 
 from .allocation import keep_all
+from .evidence import OwnBank
 from .method import Method
 from .rankers import per_head
 from .stages import STAGES, EncoderStage, KVStage, PrefillStage
@@ -111,6 +112,37 @@ class Chain:
                     f"The method {link.method!r} takes tokens out {WHERE[name]}, which {engine} has no place for: "
                     "choose one that prunes the KV cache after prefill, such as 'plphp'."
                 )
+
+    @property
+    def own_bank(self) -> OwnBank | None:
+        """The query bank that a link asks the engine to collect by itself, if any does.
+
+        Raises
+        ------
+        ConfigError
+            If two links ask for different ones.
+        """
+        links = [link for link in (self.prefill, self.kv) if link is not None]
+        banks = [link.stage.evidence(link.config).bank for link in links]
+        own = {bank for bank in banks if isinstance(bank, OwnBank)}
+        if len(own) > 1:
+            raise ConfigError(f"{' and '.join(link.method for link in links)} ask for different banks: give them one.")
+        return next(iter(own), None)
+
+    def refuse_uncollected(self, what: str) -> None:
+        """Raise `UnsupportedFeatureError` for a method that collects its query bank, where nothing is collected.
+
+        Parameters
+        ----------
+        what : str
+            What cannot collect, to begin a sentence with.
+        """
+        if self.own_bank is not None:
+            methods = " and ".join(link.method for link in self.stages.values())
+            raise UnsupportedFeatureError(
+                f"{what} cannot collect the query bank that {methods} has no file of: make it with plphp collect and "
+                "give its file (bank=FILE), or let a session collect it (plphp.prune, plphp.apply, plphp generate)."
+            )
 
     def refuse_unanswered(self) -> None:
         """Raise `UnsupportedFeatureError` for a method that scores by the answer, where there is none."""

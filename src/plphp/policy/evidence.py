@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class OwnBank:
+    """A query bank that the engine collects by itself, from the answers to the first prompts; they are not pruned.
+
+    Parameters
+    ----------
+    prompts : int
+        Prompts whose answers it is collected from.
+    folder : str
+        Folder that keeps it over restarts (`plphp.policy.bank_folder`); "" to keep it in memory alone.
+    """
+
+    prompts: int
+    folder: str = ""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What a method wants to know of a layer beside the mean attention; what nobody asks for is not computed.
 
@@ -36,8 +52,9 @@ class Evidence:
         Ask for `LayerScores.density` at this fraction of a row's maximum.
     value_norm : bool
         Ask for `LayerScores.value_norm`.
-    bank : str, optional
-        Name of a query bank (`plphp.policy.bank.bank_file`), whose queries take the place of the prompt's own rows.
+    bank : str or OwnBank, optional
+        Name of a query bank (`plphp.policy.bank.bank_file`), or the wish for one that the engine collects by itself;
+        its queries take the place of the prompt's own rows.
     """
 
     rows: QueryRows = 1
@@ -46,7 +63,7 @@ class Evidence:
     best_position: bool = False
     density: float | None = None
     value_norm: bool = False
-    bank: str | None = None
+    bank: str | OwnBank | None = None
 
 
 EVIDENCE = ("attention", "peak", "best_position", "density", "value_norm")

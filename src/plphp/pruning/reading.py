@@ -19,6 +19,7 @@ from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.kernels.precision import as_written
 from plphp.policy.allocation import RowAllocation, ScoredLayer
+from plphp.policy.bank import QueryBank
 from plphp.policy.chain import Chain, Link
 from plphp.policy.evidence import LayerScores
 from plphp.policy.rankers import pooled
@@ -72,6 +73,8 @@ class PromptReading:
         Decoder layers of the model.
     rope_delta : Tensor, optional
         int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
+    own_bank : QueryBank, optional
+        The bank that the engine has collected, for a method that asks for such a bank.
     features : mapping of str to sequence of Tensor, optional
         Image features of the prompt, to say why attention is not finite; None if unknown.
     join_heads : callable
@@ -94,6 +97,7 @@ class PromptReading:
         layers: int,
         *,
         rope_delta: Tensor | None = None,
+        own_bank: QueryBank | None = None,
         features: Mapping[str, Sequence[Tensor]] | None = None,
         join_heads: Callable[[LayerScores], LayerScores] = _as_it_is,
         round_up: Callable[[Tensor, Tensor, LayerScores], Tensor] = _as_it_is,
@@ -102,11 +106,11 @@ class PromptReading:
         self.pruned_layers, self.layers = list(pruned_layers), layers
         self._join_heads, self._round_up = join_heads, round_up
         self._unranked = UnrankedRows(spans, features)
-        self.kv = Scoring.of(spans, chain.kv.config, chain.kv.stage.evidence(chain.kv.config), rope_delta)
+        self.kv = Scoring.of(spans, chain.kv.config, chain.kv.stage.evidence(chain.kv.config), rope_delta, own_bank)
         self._prefill = self.kv
         if chain.prefill is not None:
             own = chain.prefill.stage.evidence(chain.prefill.config)
-            asked = Scoring.of(spans, chain.prefill.config, own, rope_delta)
+            asked = Scoring.of(spans, chain.prefill.config, own, rope_delta, own_bank)
             self._prefill = self.kv if asked.asks_as(self.kv) else asked
             if not 1 <= self._first_without <= layers:
                 raise ConfigError(

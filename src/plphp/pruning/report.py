@@ -93,6 +93,27 @@ class PromptReport:
 
 
 @dataclass(frozen=True)
+class BankProgress:
+    """How far a query bank is that the engine collects by itself.
+
+    Parameters
+    ----------
+    collected : int
+        Prompts whose answers it is of.
+    wanted : int
+        Prompts that make it complete.
+    """
+
+    collected: int
+    wanted: int
+
+    @property
+    def missing(self) -> int:
+        """Prompts that are still to be answered unpruned."""
+        return max(0, self.wanted - self.collected)
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """What a `PrunedCache` kept.
 
@@ -116,6 +137,9 @@ class PruneReport:
         Time spent on scoring, allocation, selection and compaction (host time; on a GPU without waiting for it).
     prompts : list of PromptReport
         The pruned prompts, oldest first.
+    collecting : BankProgress, optional
+        Set where nothing was evicted because the method has no query bank yet: how far its collection is, this answer
+        included.
     """
 
     model_type: str
@@ -128,6 +152,7 @@ class PruneReport:
     reserved_bytes: int
     pruning_seconds: float
     prompts: list[PromptReport]
+    collecting: BankProgress | None = None
 
     @property
     def entry_bytes(self) -> int:
@@ -164,8 +189,12 @@ class PruneReport:
 
 def _read_report(values: dict[str, Any]) -> PruneReport:
     prompts = [_read_prompt(prompt) for prompt in values.pop("prompts")]
-    report = PruneReport(prompts=prompts, **values)
+    collecting = values.pop("collecting", None)
+    progress = None if collecting is None else BankProgress(**collecting)
+    report = PruneReport(prompts=prompts, collecting=progress, **values)
     _check_numbers(report, NUMBERS)
+    if progress is not None:
+        _check_numbers(progress, ("collected", "wanted"))
     return report
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from plphp.errors import ConfigError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.kernels import window_scores
-from plphp.policy.bank import bank_at
-from plphp.policy.evidence import Evidence, LayerScores
+from plphp.policy.bank import QueryBank, bank_at
+from plphp.policy.evidence import Evidence, LayerScores, OwnBank
 from plphp.settings.config import PLPHPConfig
 
 from .entries import LayerEntries
@@ -60,6 +61,8 @@ class Scoring:
         For the evidence that combines query heads.
     rope_delta : Tensor, optional
         int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
+    own_bank : QueryBank, optional
+        The bank that the engine has collected, for evidence that asks for such a bank.
 
     Attributes
     ----------
@@ -74,6 +77,7 @@ class Scoring:
     evidence: Evidence
     gqa_reduction: str = "mean"
     rope_delta: Tensor | None = None
+    own_bank: QueryBank | None = None
     scores: dict[int, LayerScores] = field(default_factory=dict)
     unranked: dict[int, list[int]] = field(default_factory=dict)
     _gathered: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -81,12 +85,17 @@ class Scoring:
 
     @classmethod
     def of(
-        cls, spans: VisionSpans, config: PLPHPConfig, evidence: Evidence, rope_delta: Tensor | None = None
+        cls,
+        spans: VisionSpans,
+        config: PLPHPConfig,
+        evidence: Evidence,
+        rope_delta: Tensor | None = None,
+        own_bank: QueryBank | None = None,
     ) -> Scoring:
         """Ask for the evidence of a method, by the config's ``query_rows`` if set, else by the method's own."""
         rows = evidence.rows if config.query_rows is None else config.query_rows
         own = replace(evidence, rows=rows)
-        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta)
+        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, own_bank)
 
     def asks_as(self, scoring: Scoring) -> bool:
         """Whether both ask the same of every layer of one prompt, so that the scores of one serve for both."""
@@ -159,14 +168,21 @@ class Scoring:
     def _rows(self, attended: Attended, own: Tensor, position: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries that ask, their weights, and their indices in the tail, see `plphp.kernels.window_scores`."""
         if self.evidence.bank is not None:
-            return self._rows_of_bank(self.evidence.bank, attended.layer, own, keys.shape[2])
+            return self._rows_of_bank(self._bank(self.evidence.bank), attended.layer, own, keys.shape[2])
         asking = self.queries[:, position].float()
         weight = (asking / asking.sum(1, keepdim=True)).to(keys.device)
         return own, weight, (position - attended.entries.prefix_length).to(keys.device)
 
-    def _rows_of_bank(self, name: str, layer: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _bank(self, asked: str | OwnBank) -> QueryBank:
+        """The bank that the evidence asks for."""
+        if isinstance(asked, str):
+            return bank_at(asked)
+        if self.own_bank is None:
+            raise ConfigError("The method asks for a query bank that the engine collects, and there is none yet.")
+        return self.own_bank
+
+    def _rows_of_bank(self, bank: QueryBank, layer: int, own: Tensor, seq: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of answers behind the prompt, in the place of the prompt's ``own`` [batch, q_heads, window, dim]."""
-        bank = bank_at(name)
         begin = self.spans.valid.sum(1, keepdim=True)
         if self.rope_delta is not None:
             begin = begin + self.rope_delta.to(begin.device)

@@ -48,9 +48,7 @@ def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
         for name, buffer in decoder.named_buffers()
         if name.endswith("inv_freq") and buffer.ndim == 1
     }
-    candidates = [
-        Rotation(frequencies, interleaved) for frequencies in known.values() for interleaved in (False, True)
-    ]
+    candidates = [Rotation(frequencies, interleaved) for frequencies in known.values() for interleaved in (False, True)]
     queries = {position: _queries(model, decoder, position) for position in (0, *POSITIONS)}
     rotations = {}
     for layer in queries[0]:

@@ -86,9 +86,7 @@ class RequestReading:
     _layers: dict[int, LayerEntries] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, request: Any, setup: Setup, own_bank: Callable[[], QueryBank | None] | None = None
-    ) -> RequestReading:
+    def of(cls, request: Any, setup: Setup, own_bank: Callable[[], QueryBank | None] | None = None) -> RequestReading:
         """Plan the prompt of a request.
 
         Parameters

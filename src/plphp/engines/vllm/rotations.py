@@ -43,13 +43,8 @@ def find_rotations(runner: Any) -> dict[int, Rotation]:
         If nothing explains the queries of a layer, or the frequencies depend on the length of the prompt.
     """
     config = runner.model_config
+    refuse_growing(config)
     name = f"{config.model!r} ({config.hf_text_config.model_type})"
-    kind = growing_kind(getattr(config.hf_text_config, "rope_parameters", None) or {})
-    if kind is not None:
-        raise UnsupportedModelError(
-            f"The rotary embedding of {name} is of the kind {kind!r}, whose frequencies depend on the length of the "
-            "prompt: its queries cannot be foretold."
-        )
     positions = [0, *(min(position, config.max_model_len - 1) for position in POSITIONS)]
     try:
         seen = _queries_at(runner, positions)
@@ -69,6 +64,23 @@ def find_rotations(runner: Any) -> dict[int, Rotation]:
             )
         rotations[layer] = rotation
     return rotations
+
+
+def refuse_growing(config: Any) -> None:
+    """Raise `UnsupportedModelError` where the frequencies of a model depend on the length of the prompt.
+
+    Parameters
+    ----------
+    config : vllm.config.ModelConfig
+        Of the engine.
+    """
+    kind = growing_kind(getattr(config.hf_text_config, "rope_parameters", None) or {})
+    if kind is not None:
+        raise UnsupportedModelError(
+            f"plphp collects no query bank for {config.model!r}: its rotary embedding is of the kind {kind!r}, whose "
+            "frequencies depend on the length of the prompt, so that its queries cannot be foretold. Choose another "
+            "method."
+        )
 
 
 def rotary_embeddings(model: torch.nn.Module) -> list[Rotation]:

@@ -81,9 +81,7 @@ def own_bank_of(runner: Any, chain: Chain) -> OwnBankCollector | None:
     digest = files_hash(weight_files(runner)) if wanted.folder else ""
     model = BankModel(config.hf_config.model_type, text.num_hidden_layers, digest)
     rotations = find_rotations(runner)
-    return OwnBankCollector(
-        BankCollection(wanted, model), rotations, text.num_attention_heads, config.get_head_size()
-    )
+    return OwnBankCollector(BankCollection(wanted, model), rotations, text.num_attention_heads, config.get_head_size())
 
 
 def _pruning() -> Pruning | None:

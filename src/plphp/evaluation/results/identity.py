@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from plphp.inputs.weights import weights_hash
 from plphp.studies.provenance import provenance
 
 if TYPE_CHECKING:
@@ -38,14 +38,3 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
         "hardware": {"device": known["hardware"], "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "date": known["date"],
     }
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 over the names, types and bytes of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    state = model.state_dict()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

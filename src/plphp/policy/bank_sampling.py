@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A uniform sample of the queries of answers, whose number is not known beforehand, and the query bank made of it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plphp.errors import ConfigError
+
+from .bank import LayerBank, QueryBank
+from .rotation import Rotation
+
+SAMPLES = 400
+"""Tokens of answers that a bank keeps the queries of, where nothing else is said."""
+
+
+class BankSample:
+    """A uniform sample of the tokens of all answers so far, the same tokens at every layer (reservoir sampling).
+
+    Answers come whole, one after another; threads may share a sample.
+
+    Parameters
+    ----------
+    size : int
+        Tokens that are kept at most.
+    seed : int
+        Of the draws. The sample depends on it and on the lengths of the answers in their order.
+
+    Attributes
+    ----------
+    prompts : int
+        Answers that were taken.
+    answer_tokens : int
+        Tokens of answers that the sample was drawn from.
+    """
+
+    def __init__(self, size: int = SAMPLES, seed: int = 0) -> None:
+        if size < 1:
+            raise ConfigError(f"samples must be at least 1, got {size}.")
+        self.size, self.seed = size, seed
+        self.prompts = self.answer_tokens = 0
+        self._ahead: list[int] = []
+        self._queries: dict[int, list[Tensor]] = {}
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, bank: QueryBank, size: int = SAMPLES, seed: int = 0) -> BankSample:
+        """Go on with the sample that a bank was made of, as if it had never stopped.
+
+        Raises
+        ------
+        ConfigError
+            If the bank does not hold such a sample.
+        """
+        sample = cls(size, seed)
+        prompts, tokens = bank.record.get("prompts"), bank.record.get("answer_tokens")
+        ahead = bank.ahead.tolist()
+        if type(prompts) is not int or type(tokens) is not int or not 0 < prompts <= tokens:
+            raise ConfigError(f"its record says that it is of {prompts!r} prompts with {tokens!r} tokens")
+        if len(ahead) != min(size, tokens):
+            raise ConfigError(f"it holds {len(ahead)} samples of {tokens} tokens, expected {min(size, tokens)}")
+        for number in range(size, tokens):
+            sample._random.randrange(number + 1)  # the draws of the tokens that have gone by
+        sample.prompts, sample.answer_tokens, sample._ahead = prompts, tokens, ahead
+        sample._queries = {number: list(layer.queries.unbind(1)) for number, layer in bank.layers.items()}
+        return sample
+
+    def add(self, queries: Mapping[int, Tensor]) -> bool:
+        """Take the queries of a whole answer.
+
+        Parameters
+        ----------
+        queries : mapping of int to Tensor
+            By decoder layer, float [q_heads, tokens, dim]: the queries of the tokens of the answer, from its first on
+            (its last token has none), rotated back to position 0.
+
+        Returns
+        -------
+        bool
+            False for an answer that counts for nothing: without a query, or with one that is not finite.
+
+        Raises
+        ------
+        ConfigError
+            If the layers are not those of the answers before, or differ in their tokens.
+        """
+        lengths = {layer: part.shape[1] for layer, part in queries.items()}
+        with self._lock:
+            if len(set(lengths.values())) != 1 or (self._queries and self._queries.keys() != queries.keys()):
+                raise ConfigError(
+                    f"The answer has queries of so many tokens by layer: {lengths}, expected as many of each of the "
+                    f"layers {', '.join(map(str, self._queries or queries))}."
+                )
+            tokens = next(iter(lengths.values()))
+            if not tokens or not all(bool(part.isfinite().all()) for part in queries.values()):
+                return False
+            self._draw({layer: part.detach().cpu() for layer, part in queries.items()}, tokens)
+            self.prompts += 1
+            return True
+
+    def _draw(self, queries: Mapping[int, Tensor], tokens: int) -> None:
+        kept = {layer: self._queries.setdefault(layer, []) for layer in queries}
+        for token in range(tokens):
+            number = self.answer_tokens
+            self.answer_tokens += 1
+            place = number if number < self.size else self._random.randrange(number + 1)
+            if place >= self.size:
+                continue
+            if place == len(self._ahead):
+                self._ahead.append(token)
+                for layer, part in queries.items():
+                    kept[layer].append(part[:, token].clone())  # a view would keep the whole answer
+            else:
+                self._ahead[place] = token
+                for layer, part in queries.items():
+                    kept[layer][place] = part[:, token].clone()
+
+    def bank(self, rotations: Mapping[int, Rotation], record: Mapping[str, Any]) -> QueryBank:
+        """The query bank of the sample so far.
+
+        Parameters
+        ----------
+        rotations : mapping of int to Rotation
+            By decoder layer.
+        record : mapping
+            JSON-ready; what is known of the model, see `plphp.policy.bank.QueryBank`. The numbers of prompts, tokens
+            and samples, and the seed, are added.
+
+        Raises
+        ------
+        ConfigError
+            If no answer was taken yet.
+        """
+        with self._lock:
+            if not self._ahead:
+                raise ConfigError("There is no query bank: no answer of more than one token was taken yet.")
+            counts = {"prompts": self.prompts, "answer_tokens": self.answer_tokens, "samples": len(self._ahead)}
+            layers = {
+                layer: LayerBank(torch.stack(queries, dim=1), rotations[layer])
+                for layer, queries in sorted(self._queries.items())
+            }
+            ahead = torch.tensor(self._ahead)
+        return QueryBank(layers, ahead, {**record, **counts, "seed": self.seed})
