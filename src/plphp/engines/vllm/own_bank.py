@@ -2,8 +2,9 @@
 """The query bank that a server collects by itself: the answers to the first prompts, which are not pruned, are heard.
 
 A prompt is decided when it begins: whole as long as there is no bank, and then as the bank says, whatever happens to
-the bank or to the request meanwhile. An answer counts when its request has ended, however it did, once queries of it
-were heard; an answer of one token has none. Nothing that fails here may end the engine: an error costs an answer.
+the bank or to the request meanwhile. An answer counts once its request has ended, however it did, or as much of it was
+heard as is held; an answer of one token has no query. Nothing that fails here may end the engine: an error costs an
+answer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from plphp.pruning.own_bank import BankCollection
 from plphp.pruning.report import BankProgress
 
 TOKENS = 128
-"""Tokens of an answer that are heard at most, from its first on: they are held until it ends."""
+"""Tokens of an answer that are heard at most, from its first on."""
 _logger = logging.getLogger("vllm.plphp")
 
 
@@ -53,6 +54,10 @@ class HeardAnswer:
         new = query[next_position - position :][: TOKENS - len(heard)]
         # vLLM reuses the memory of a pass.
         heard += new.detach().to("cpu", copy=True).unbind(0)
+
+    def is_full(self) -> bool:
+        """Whether as many tokens were heard of every layer that was heard as are held at most."""
+        return bool(self._queries) and all(len(heard) >= TOKENS for heard in self._queries.values())
 
     def unrotated(self, rotations: dict[int, Rotation]) -> dict[int, Tensor]:
         """By decoder layer, the queries float32 [q_heads, tokens, dim] as they would be at position 0."""
@@ -122,23 +127,14 @@ class OwnBankCollector:
         except Exception as error:  # whatever it is, the answer goes on without being heard
             del self._answers[request_id]
             _logger.error("plphp does not hear the answer to request %s: %s.", request_id, error)
+            return
+        if layer == max(self.rotations) and answer.is_full():
+            self._take_in(request_id)
 
     def end(self, request_id: str) -> None:
         """Take in the answer of a request that has ended."""
         self._decided.pop(request_id, None)
-        answer = self._answers.pop(request_id, None)
-        if answer is None or self._bank is not None:
-            return
-        before = self.collection.progress.collected
-        try:
-            queries = answer.unrotated(self.rotations)
-            if queries:
-                self.collection.add([queries], self.rotations)
-            self._take_bank()
-        except Exception as error:
-            _logger.error("plphp cannot add the answer to request %s to its query bank: %s", request_id, error)
-        if self._bank is None and self.collection.progress.collected != before:
-            self._log_progress()
+        self._take_in(request_id)
 
     def take_whole(self) -> int:
         """How many prompts with vision tokens stayed whole for want of a bank since the last call."""
@@ -152,6 +148,22 @@ class OwnBankCollector:
             return None
         self._reported = progress
         return progress
+
+    def _take_in(self, request_id: str) -> None:
+        """Add what was heard of an answer to the bank."""
+        answer = self._answers.pop(request_id, None)
+        if answer is None or self._bank is not None:
+            return
+        before = self.collection.progress.collected
+        try:
+            queries = answer.unrotated(self.rotations)
+            if queries:
+                self.collection.add([queries], self.rotations)
+            self._take_bank()
+        except Exception as error:
+            _logger.error("plphp cannot add the answer to request %s to its query bank: %s", request_id, error)
+        if self._bank is None and self.collection.progress.collected != before:
+            self._log_progress()
 
     def _begin(self, request_id: str, request: Any) -> None:
         self._whole += 1

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
@@ -90,7 +91,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     if chain.own_bank is not None:
         refuse_growing(model)
         if chain.own_bank.folder:
-            check_folder(chain.own_bank.folder)
+            check_folder(Path(chain.own_bank.folder).expanduser())
     return chain
 
 
