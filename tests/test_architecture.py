@@ -26,7 +26,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "methods": ("errors", "plugins", "policy", "settings"),
     "pruning": ("errors", "families", "io", "kernels", "policy", "settings"),
     "inputs": ("errors", "families", "io"),
-    "engines.hf": ("errors", "families", "io", "kernels", "methods", "policy", "pruning", "settings"),
+    "engines.hf": ("errors", "families", "inputs", "io", "kernels", "methods", "policy", "pruning", "settings"),
     "engines.vllm": ("errors", "families", "inputs", "io", "kernels", "methods", "policy", "pruning", "settings"),
     "studies": (
         *("_version", "errors", "families", "io", "kernels", "methods", "policy", "pruning", "inputs", "settings"),

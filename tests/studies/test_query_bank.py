@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from plphp.engines.hf.rotation_probe import find_rotations
 from plphp.methods.registry import resolve
 from plphp.policy.bank import FORMAT, LayerBank
 from plphp.policy.rotation import Rotation
-from plphp.studies.bank_collecting import _Reservoir
 from precision import EXACT, working_dtype
 from test_invariants import FAMILIES
 from tiny_models import TINY, tiny_model
@@ -129,22 +127,6 @@ def test_the_bank_holds_the_projected_queries(family: str) -> None:
     for number, rows in heard.items():
         assert (collected.layers[number].queries - torch.stack(rows, dim=1)).abs().max() < EXACT
     assert "generate" not in model.__dict__
-
-
-def test_a_sample_is_uniform_and_the_same_for_all_layers() -> None:
-    counts: Counter[int] = Counter()
-    for seed in range(400):
-        reservoir = _Reservoir(5, seed)
-        for token in range(20):
-            for layer in (1, 3):
-                reservoir.add(layer, token, torch.tensor([[float(token)]]))
-        assert reservoir.seen == 20
-        assert len(reservoir.queries) == 5
-        for place, queries in reservoir.queries.items():
-            assert queries[1].item() == queries[3].item() == reservoir.ahead[place]
-        counts.update(reservoir.ahead.values())
-    assert len(counts) == 20
-    assert all(60 < count < 145 for count in counts.values())  # 100 expected, standard deviation 9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -282,7 +264,6 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
             pruned(model, inputs, config)
         assert "generate" not in model.__dict__
 
-    refused(r"needs queries.*plphp collect", "")
     refused(r"Cannot read the query bank .*none.safetensors: No such file", tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("hello, this is text")
     refused("not a safetensors file", tmp_path / "text")

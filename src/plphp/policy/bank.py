@@ -97,6 +97,9 @@ class QueryBank:
     ahead: Tensor
     record: Mapping[str, Any]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QueryBank:
+        return self  # nothing in it changes, and copies of a cache ask with the same bank
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with the queries in bfloat16."""
         tensors, interleaved = {"ahead": self.ahead}, {}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from plphp.errors import ConfigError
 
 from .bank import LayerBank, QueryBank
 from .rotation import Rotation
+
+log = logging.getLogger("plphp")
 
 SAMPLES = 400
 """Tokens of answers that a bank keeps the queries of, where nothing else is said."""
@@ -99,7 +102,10 @@ class BankSample:
                     f"layers {', '.join(map(str, self._queries or queries))}."
                 )
             tokens = next(iter(lengths.values()))
-            if not tokens or not all(bool(part.isfinite().all()) for part in queries.values()):
+            if not tokens:
+                return False
+            if not all(bool(part.isfinite().all()) for part in queries.values()):
+                log.warning("An answer is left out of the query bank: there is NaN or inf among its queries.")
                 return False
             self._draw({layer: part.detach().cpu() for layer, part in queries.items()}, tokens)
             self.prompts += 1

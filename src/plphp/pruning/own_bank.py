@@ -91,8 +91,8 @@ class BankCollection:
             if not self._told:
                 self._told = True
                 log.warning(
-                    "There is no query bank yet: the answers to %d more prompt(s) with vision tokens are not pruned, "
-                    "and the bank is collected from them.",
+                    "There is no query bank yet: the next %d answer(s) to prompts with vision tokens, this one "
+                    "included, are not pruned, and the bank is collected from them.",
                     self.wanted.prompts - self._sample.prompts,
                 )
 

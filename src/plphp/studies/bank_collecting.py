@@ -3,79 +3,30 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from plphp.engines.hf.answer_queries import AnswerQueries
 from plphp.engines.hf.attachment import Lease
-from plphp.engines.hf.cache import PrunedCache
+from plphp.engines.hf.cache import NOTHING_EVICTED, PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.rotation_probe import find_rotations
 from plphp.errors import ConfigError
-from plphp.policy.bank import LayerBank, QueryBank
+from plphp.policy.bank import QueryBank
+from plphp.policy.bank_sampling import SAMPLES, BankSample
 from plphp.policy.rotation import Rotation
-from plphp.pruning.scoring import Attended
-from plphp.settings.config import PLPHPConfig
 
 from .provenance import provenance
-
-
-class _Reservoir:
-    """A uniform sample of the tokens of all answers, whose number is not known beforehand: the same for all layers."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.ahead: dict[int, int] = {}
-        self.queries: dict[int, dict[int, Tensor]] = {}
-        self._seen: dict[int, int] = {}
-        self._places: list[int] = []
-        self._random = random.Random(seed)
-
-    @property
-    def seen(self) -> int:
-        """Tokens of answers so far."""
-        return max(self._seen.values(), default=0)
-
-    def add(self, layer: int, ahead: int, query: Tensor) -> None:
-        """Take the next query [q_heads, dim] of a layer, or let it go."""
-        number = self._seen.get(layer, 0)
-        self._seen[layer] = number + 1
-        if number == len(self._places):
-            self._places.append(number if number < self.size else self._random.randrange(number + 1))
-        place = self._places[number]
-        if place < self.size:
-            self.ahead[place] = ahead
-            self.queries.setdefault(place, {})[layer] = query.cpu()
-
-
-class _Listener:
-    """Hears the queries that the answer to one prompt is written with, and rotates them back to position 0."""
-
-    def __init__(self, cache: PrunedCache, reservoir: _Reservoir, rotations: Mapping[int, Rotation]) -> None:
-        self.cache, self.reservoir, self.rotations = cache, reservoir, rotations
-        self.prompt_length = 0
-
-    def __call__(self, attended: Attended) -> None:
-        if self.cache.reading is not None:
-            self.prompt_length = attended.entries.length
-            return
-        turn = self.cache.turn
-        delta = 0 if turn is None else int(turn.after[0])
-        for column, position in enumerate(range(attended.begin, attended.entries.length)):
-            query = attended.query[0, :, column]
-            unrotated = self.rotations[attended.layer].rotated(query, -(position + delta))
-            self.reservoir.add(attended.layer, position - self.prompt_length, unrotated)
 
 
 def collect_query_bank(
     model: PreTrainedModel,
     prompts: Iterable[Mapping[str, Any]],
     *,
-    samples: int = 400,
+    samples: int = SAMPLES,
     max_new_tokens: int = 128,
     seed: int = 0,
     progress: Callable[[str], None] = lambda step: None,
@@ -115,46 +66,36 @@ def collect_query_bank(
     --------
     >>> plphp.collect_query_bank(model, prompts).save("bank.safetensors")  # doctest: +SKIP
     """
-    if samples < 1:
-        raise ConfigError(f"samples must be at least 1, got {samples}.")
+    sample = BankSample(samples, seed)
     rotations = find_rotations(model)
-    reservoir = _Reservoir(samples, seed)
-    count = _answer_all(model, prompts, max_new_tokens, reservoir, rotations, progress)
-    record = {
-        **provenance(model),
-        "prompts": count,
-        "answer_tokens": reservoir.seen,
-        "samples": len(reservoir.queries),
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
-    return _bank_of(reservoir, rotations, record)
+    _answer_all(model, prompts, max_new_tokens, sample, rotations, progress)
+    return sample.bank(rotations, {**provenance(model), "max_new_tokens": max_new_tokens})
 
 
 def _answer_all(
     model: PreTrainedModel,
     prompts: Iterable[Mapping[str, Any]],
     max_new_tokens: int,
-    reservoir: _Reservoir,
+    sample: BankSample,
     rotations: Mapping[int, Rotation],
     progress: Callable[[str], None],
-) -> int:
-    """Let the model answer the prompts, and sample the queries of the answers; how many prompts there were."""
+) -> None:
+    """Let the model answer the prompts, and sample the queries of the answers."""
     count = 0
     lease = Lease.of(model)
     try:
         for count, inputs in enumerate(prompts, 1):
             progress(f"prompt {count}")
-            _answer(model, lease, inputs, count, max_new_tokens, reservoir, rotations)
+            for queries in _answer(model, lease, inputs, count, max_new_tokens, rotations):
+                sample.add(queries)
     finally:
         # Not left to the cache: an error that is kept would keep it, and the model attached.
         lease.end()
-    if not reservoir.queries:
+    if not sample.prompts:
         raise ConfigError(
             f"{count} prompt(s) gave no answer of more than one token, so no query of an answer: give others, or a "
             "larger max_new_tokens."
         )
-    return count
 
 
 def _answer(
@@ -163,16 +104,16 @@ def _answer(
     inputs: Mapping[str, Any],
     number: int,
     max_new_tokens: int,
-    reservoir: _Reservoir,
     rotations: Mapping[int, Rotation],
-) -> None:
-    """Let the model answer one prompt, and sample the queries of the answer."""
-    cache = PrunedCache(lease.attachment, PLPHPConfig(method="none"))
+) -> list[dict[int, Tensor]]:
+    """Let the model answer one prompt; the queries of the answer."""
+    cache = PrunedCache(lease.attachment, NOTHING_EVICTED)
     cache.plan(inputs)
     _check_prompt(cache, number)
     generate: Any = model.generate
-    with cache.listening(_Listener(cache, reservoir, rotations)):
-        generate(
+    heard = AnswerQueries(cache)
+    with cache.listening(heard):
+        output = generate(
             **inputs,
             **passed(cache),
             max_new_tokens=max_new_tokens,
@@ -180,15 +121,7 @@ def _answer(
             num_beams=1,
             num_return_sequences=1,
         )
-
-
-def _bank_of(reservoir: _Reservoir, rotations: Mapping[int, Rotation], record: Mapping[str, Any]) -> QueryBank:
-    kept = sorted(reservoir.queries)
-    layers = {
-        layer: LayerBank(torch.stack([reservoir.queries[number][layer] for number in kept], dim=1), rotation)
-        for layer, rotation in rotations.items()
-    }
-    return QueryBank(layers, torch.tensor([reservoir.ahead[number] for number in kept]), record)
+    return heard.answers(output, GenerationConfig(), rotations)  # a single row ends with its last token
 
 
 def _check_prompt(cache: PrunedCache, number: int) -> None:

@@ -17,8 +17,9 @@ from plphp.engines.hf.cache import PrunedCache
 from plphp.engines.hf.cache_argument import NAMES, passed
 from plphp.engines.hf.layer import layer_nbytes
 from plphp.errors import ConfigError
+from plphp.methods.registry import chain_of
 from plphp.pruning.report import PruneReport
-from plphp.settings.config import PLPHPConfig
+from plphp.settings.config import PLPHPConfig, checked
 
 OWN_ARGUMENTS = (*NAMES, "logits_processor", "streamer", "return_dict_in_generate")
 """Arguments of ``generate`` that are not for the caller of `compare` to set."""
@@ -127,12 +128,10 @@ def compare(
     ------
     ConfigError
         If ``rounds`` is less than 1, or ``generation`` holds something that the comparison sets itself.
+    UnsupportedFeatureError
+        If the method has yet to collect its query bank.
     """
-    if rounds < 1:
-        raise ConfigError(f"rounds must be at least 1, got {rounds}.")
-    taken = sorted(set(generation) & set(OWN_ARGUMENTS))
-    if taken:
-        raise ConfigError(f"compare sets {', '.join(taken)} itself: leave it out.")
+    _check(config, rounds, generation)
     unpruned, pruned = _Meter(model.device), _Meter(model.device)
     for number in range(1, rounds + 1):
         progress(f"round {number} of {rounds}, unpruned")
@@ -144,6 +143,15 @@ def compare(
         del cache, plain  # the next round starts from a model without plphp, and memory holds a single cache
     assert pruned.report is not None
     return Comparison(unpruned.result(processor), pruned.result(processor), pruned.report)
+
+
+def _check(config: PLPHPConfig | None, rounds: int, generation: Mapping[str, Any]) -> None:
+    if rounds < 1:
+        raise ConfigError(f"rounds must be at least 1, got {rounds}.")
+    taken = sorted(set(generation) & set(OWN_ARGUMENTS))
+    if taken:
+        raise ConfigError(f"compare sets {', '.join(taken)} itself: leave it out.")
+    chain_of(checked(config)).refuse_uncollected("A comparison")
 
 
 class _Meter(LogitsProcessor):

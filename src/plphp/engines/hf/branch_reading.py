@@ -19,13 +19,10 @@ from plphp.families.spans import VisionSpans
 from plphp.policy.chain import Chain
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.scoring import Attended
-from plphp.settings.config import PLPHPConfig
 
 from .cache import PrunedCache
 from .cache_argument import passed
 from .layer import PrunedLayer
-
-NOTHING_EVICTED = PLPHPConfig(method="none")
 
 
 def plan_whole(reader: PrunedCache, inputs: Mapping[str, Any]) -> VisionSpans:

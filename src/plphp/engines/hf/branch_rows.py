@@ -20,8 +20,8 @@ from plphp.pruning.record import LayerRecord
 from plphp.settings.config import PLPHPConfig
 
 from .attachment import Attachment
-from .branch_reading import NOTHING_EVICTED, forward, pruned_layers
-from .cache import PrunedCache
+from .branch_reading import forward, pruned_layers
+from .cache import NOTHING_EVICTED, PrunedCache
 
 LAYER_LEVEL = (
     "retention_rate",

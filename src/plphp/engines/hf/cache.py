@@ -15,10 +15,11 @@ from plphp.errors import PLPHPError, SpanError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of
+from plphp.policy.bank import QueryBank
 from plphp.pruning.finite import features_of
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord, prompt_reports
-from plphp.pruning.report import PruneReport
+from plphp.pruning.report import BankProgress, PruneReport
 from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 
@@ -28,6 +29,8 @@ from .generate_call import GenerateCall
 from .generation import generate
 from .guarded import GuardedCache
 from .refusals import refuse_stages
+
+NOTHING_EVICTED = PLPHPConfig(method="none")
 
 
 class PrunedCache(GuardedCache):
@@ -41,12 +44,27 @@ class PrunedCache(GuardedCache):
     plphp.prune : the same as a context manager.
     """
 
-    def __init__(self, attachment: Attachment, config: PLPHPConfig, decode: str = "eager") -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        config: PLPHPConfig,
+        decode: str = "eager",
+        *,
+        own_bank: QueryBank | None = None,
+        collecting: bool = False,
+    ) -> None:
         super().__init__(attachment)
         self.config, self.decode = config, checked_mode(decode)
         self.chain = chain_of(config, len(self.layers))
         self.chain.refuse_unanswered()
         refuse_stages(self.chain, attachment.model, len(self._pruned) == len(self.layers))
+        self._own_bank = own_bank
+        self.collecting: BankProgress | None = None
+        """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""
+        if collecting:
+            self.chain = chain_of(NOTHING_EVICTED)  # only now: what the model cannot do is refused by the first prompt
+        elif own_bank is None:
+            self.chain.refuse_uncollected("A PrunedCache")
         self.records: list[LayerRecord] = []
         self.pruning_seconds = 0.0
         self._listeners: list[Callable[[Attended], None]] = []
@@ -146,6 +164,7 @@ class PrunedCache(GuardedCache):
             list(self._pruned),
             len(self.layers),
             rope_delta=delta,
+            own_bank=self._own_bank,
             features=features,
         )
 
@@ -228,6 +247,7 @@ class PrunedCache(GuardedCache):
             reserved_bytes=self.reserved_nbytes,
             pruning_seconds=self.pruning_seconds,
             prompts=prompt_reports(self.records),
+            collecting=self.collecting,
         )
 
     def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from plphp.errors import CacheStateError, UnprunedWarning, UnsupportedFeatureError, UnsupportedModelError
 from plphp.families.registry import family_of
 from plphp.methods.registry import chain_of
+from plphp.policy.bank import QueryBank
 from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
 
@@ -18,6 +19,7 @@ from .attachment import Lease
 from .cache import PrunedCache
 from .cache_argument import NAME
 from .generate_call import GenerateCall
+from .own_bank import SessionBank
 from .unwrapping import unwrapped
 
 APPLIED = "_plphp_applied"
@@ -44,14 +46,23 @@ class Session:
 
     def __init__(self, model: Any, config: PLPHPConfig | None, decode: str = "eager") -> None:
         self.config, self.decode = checked(config), checked_mode(decode)
-        chain_of(self.config)
+        wanted = chain_of(self.config).own_bank
         self.closed = False
         self._report: PruneReport | None = None
         # Passes without plphp in the whole session, and since the newest report.
         self._unpruned = 0
         self._unpruned_since = 0
         _refuse_without_generate(model)
+        self._own_bank = None if wanted is None else SessionBank(unwrapped(model), wanted)
         self._lease = Lease.of(model)
+
+    @property
+    def bank(self) -> QueryBank | None:
+        """The query bank that the session has collected; None while it is not complete, or if the method needs none.
+
+        Its ``save`` writes a file for the option ``bank``, which prunes in the same way.
+        """
+        return None if self._own_bank is None else self._own_bank.newest()
 
     @property
     def report(self) -> PruneReport:
@@ -76,7 +87,7 @@ class Session:
         self._report, self._unpruned_since = report, 0
 
     def run_generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``generate`` with a new `PrunedCache`.
+        """Run ``generate`` with a new `PrunedCache`; unpruned as long as the method's own query bank is not complete.
 
         Raises
         ------
@@ -91,7 +102,10 @@ class Session:
                 f"{type(call.cache).__name__}: static, quantized, offloaded and plain dynamic caches cannot hold "
                 "ragged entries. Leave it out, or call generate outside the session."
             )
-        return PrunedCache(attachment, self.config, self.decode).answer(call, self)
+        own_bank = self.bank
+        if self._own_bank is not None and own_bank is None:
+            return self._own_bank.answer(attachment, call, self)
+        return PrunedCache(attachment, self.config, self.decode, own_bank=own_bank).answer(call, self)
 
     def note_unpruned(self) -> None:
         """Count a pass of the model that no `PrunedCache` took part in."""

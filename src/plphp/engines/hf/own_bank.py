@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The query bank that a session collects by itself, from the first answers, which are not pruned."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from plphp.errors import UnsupportedFeatureError
+from plphp.inputs.weights import weights_hash
+from plphp.policy.bank import QueryBank
+from plphp.policy.bank_folder import BankModel
+from plphp.policy.evidence import OwnBank
+from plphp.policy.rotation import Rotation
+from plphp.pruning.own_bank import BankCollection
+from plphp.settings.config import PLPHPConfig
+
+from .answer_queries import AnswerQueries
+from .attachment import Attachment
+from .cache import PrunedCache
+from .generate_call import GenerateCall
+from .generation import generate
+from .rotation_probe import find_rotations
+
+
+class ReportTaker(Protocol):
+    """What this module needs of a `plphp.engines.hf.session.Session`, which stands above it."""
+
+    config: PLPHPConfig
+
+    def note(self, report: Any) -> None: ...
+
+
+class SessionBank:
+    """The bank of one session. Threads may share it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that answers. With a folder its weights are hashed now, which reads them all once.
+    wanted : OwnBank
+        What the method asks for.
+
+    Raises
+    ------
+    ConfigError
+        If the folder, or the file in it, cannot be used.
+    """
+
+    def __init__(self, model: PreTrainedModel, wanted: OwnBank) -> None:
+        self.collection = BankCollection(wanted, bank_model(model, hashed=bool(wanted.folder)))
+        self._rotations: dict[int, Rotation] | None = None
+        self._lock = threading.Lock()
+
+    def newest(self) -> QueryBank | None:
+        """The bank, if it is complete by now, here or in another process that shares the folder."""
+        self.collection.refresh()
+        return self.collection.bank
+
+    def answer(self, attachment: Attachment, call: GenerateCall, session: ReportTaker) -> Any:
+        """Run a call of ``generate`` with nothing evicted, and collect from its answers once it has come to its end.
+
+        Decoding runs step by step, whatever the session asks for: a CUDA graph replays without anyone who listens.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If it asks for beams.
+        UnsupportedModelError
+            If it is not known how the model rotates its queries.
+        """
+        _refuse_beams(call.config)
+        cache = PrunedCache(attachment, session.config, collecting=True)
+        rotations = self._find_rotations(attachment.model)
+        session.note(None)
+        heard = AnswerQueries(cache)
+        with cache.listening(heard):
+            output = generate(cache, call)
+        answers = heard.answers(output, call.config, rotations)
+        if answers:
+            self.collection.tell()
+        cache.collecting = self.collection.add(answers, rotations)
+        session.note(cache.report())
+        return output
+
+    def _find_rotations(self, model: PreTrainedModel) -> dict[int, Rotation]:
+        with self._lock:
+            if self._rotations is None:
+                self._rotations = find_rotations(model)
+            return self._rotations
+
+
+def bank_model(model: PreTrainedModel, *, hashed: bool) -> BankModel:
+    """What a bank says of the model that it is of, with the hash of the weights where a folder is to keep it."""
+    return BankModel(
+        model.config.model_type,
+        model.config.get_text_config(decoder=True).num_hidden_layers,
+        weights_hash(model) if hashed else "",
+    )
+
+
+def _refuse_beams(config: GenerationConfig) -> None:
+    if (config.num_beams or 1) > 1:
+        raise UnsupportedFeatureError(
+            "There is no query bank yet, and beams cannot collect one, as an answer is put together from several of "
+            "them: answer the first prompts with num_beams=1, or collect a bank with plphp collect and give its file "
+            "(bank=FILE)."
+        )
