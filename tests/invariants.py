@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import plphp
+from plphp.engines.hf.cache_argument import passed
 from plphp.pruning.report import PruneReport
 from precision import EXACT, assert_exact, max_difference
 
@@ -29,6 +30,14 @@ def pruned(model: Any, inputs: dict[str, Any], config: plphp.PLPHPConfig, **kwar
     with plphp.prune(model, config) as run:
         output = generate(model, inputs, **kwargs)
     return output, run.report
+
+
+def two_turns(model: Any, tiny: Any, cache: Any, with_image: bool, rows: Sequence[int]) -> tuple[Any, Any]:
+    """Generate with a cache, then go on with it: with text alone, or with a new image."""
+    inputs = tiny.inputs(model, rows)
+    first = generate(model, inputs, **passed(cache))
+    second = tiny.second_turn(model, inputs, first.sequences, with_image=with_image)
+    return first, generate(model, second, **passed(cache))
 
 
 def logit_difference(first: Any, second: Any) -> float:

@@ -39,6 +39,7 @@ from plphp.policy.rankers import (
 )
 from plphp.policy.selection import Mix, keep_mask
 from plphp.policy.stages import EncoderStage, KVStage, PrefillStage
+from plphp.policy.states import LayerStates
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -54,6 +55,7 @@ __all__ = [
     "KVStage",
     "LayerClass",
     "LayerScores",
+    "LayerStates",
     "Layers",
     "Method",
     "Mix",

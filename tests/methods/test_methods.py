@@ -13,12 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_turns import two_turns
 from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
-from invariants import assert_same_generation, attention_set, eager_attention, evicted_entries_masked, generate, pruned
+from invariants import (
+    assert_same_generation,
+    attention_set,
+    eager_attention,
+    evicted_entries_masked,
+    generate,
+    pruned,
+    two_turns,
+)
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
 from plphp.engines.hf.cache_argument import passed
 from plphp.pruning.report import LayerReport, PruneReport
@@ -343,7 +350,7 @@ def test_a_later_turn_with_an_image_evicts_of_its_own_prompt_alone(family: str, 
     model, rows = tiny_model(family), (2, 1)
     settings = method_config(method, retention_rate=0.3)
     cache = PrunedCache.for_inputs(model, TINY[family].inputs(model, rows), settings)
-    first, second = two_turns(model, family, cache, True, rows)
+    first, second = two_turns(model, TINY[family], cache, True, rows)
     report = cache.report()
     assert len(report.prompts) == 2
     for layer in report.prompts[1].layers:
@@ -353,7 +360,7 @@ def test_a_later_turn_with_an_image_evicts_of_its_own_prompt_alone(family: str, 
             assert all(len(kept) < row.vision_tokens for kept in row.kept_positions) or method == "snapkv"
     with evicted_entries_masked(model, report):
         stock = DynamicCache(config=model.config.get_text_config())
-        expected = two_turns(model, family, stock, True, rows)
+        expected = two_turns(model, TINY[family], stock, True, rows)
     assert_same_generation(expected[0], first)
     assert_same_generation(expected[1], second)
 

@@ -14,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_branch import assert_rows_are_ordinary_runs
-from test_turns import two_turns
 from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
-from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned
+from invariants import assert_same_generation, evicted_entries_masked, generate, live_bytes, pruned, two_turns
 from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank, UnsupportedModelError
 from plphp.engines.hf.cache_argument import cache_in
 from plphp.engines.hf.rotation_probe import find_rotations
@@ -208,13 +207,13 @@ def test_branch_and_bytes_and_later_turns(family: str, folder: Path) -> None:
     assert_rows_are_ordinary_runs(model, tiny.inputs(model, [2]), [*configs, PLPHPConfig(), maximum])
     inputs = tiny.inputs(model, [3, 1])
     cache = PrunedCache.for_inputs(model, inputs, configs[0])
-    first, second = two_turns(model, family, cache, tiny.stock.second_turn_image, (3, 1))
+    first, second = two_turns(model, TINY[family], cache, tiny.stock.second_turn_image, (3, 1))
     report = cache.report()
     assert report.kv_bytes == live_bytes(cache)
     assert len(report.prompts) == 1 + tiny.stock.second_turn_image
     stock = DynamicCache(config=model.config.get_text_config())
     with evicted_entries_masked(model, report):
-        expected = two_turns(model, family, stock, tiny.stock.second_turn_image, (3, 1))
+        expected = two_turns(model, TINY[family], stock, tiny.stock.second_turn_image, (3, 1))
     assert_same_generation(expected[0], first)
     assert_same_generation(expected[1], second)
 

@@ -116,8 +116,9 @@ def query_mask(spans: VisionSpans, rows: QueryRows) -> Tensor:
     Parameters
     ----------
     spans : VisionSpans
-    rows : int or "text"
-        Tokens at the end of each row's new prompt, or ``"text"`` for all that follow its last vision token.
+    rows : int, "text" or "text_after_first"
+        Tokens at the end of each row's new prompt, ``"text"`` for all that follow its last vision token, or
+        ``"text_after_first"`` for the text that follows its first image, between images too.
 
     Returns
     -------
@@ -127,9 +128,12 @@ def query_mask(spans: VisionSpans, rows: QueryRows) -> Tensor:
     valid = spans.valid.clone()
     valid[:, : spans.start] = False
     from_end = valid.flip(1).cumsum(1).flip(1)
-    if rows == "text":
-        vision_later = spans.vision.flip(1).cumsum(1).flip(1) > 0
-        text = valid & ~vision_later
+    if isinstance(rows, str):
+        image = spans.vision
+        if rows == "text_after_first":
+            numbers = spans.segment.masked_fill(~image, spans.end)
+            image = image & (spans.segment == numbers.amin(1, keepdim=True))
+        text = valid & ~spans.vision & (image.flip(1).cumsum(1).flip(1) == 0)
         has_text = text.any(1, keepdim=True)
         return torch.where(has_text, text, valid & (from_end == 1))
     return valid & (from_end <= rows)

@@ -37,12 +37,16 @@ class WindowScores:
     density : Tensor, optional
         float32 [batch, q_heads]; share of the entries seen by a query row that get at least a given fraction of the
         row's maximum, as a weighted mean over the query rows.
+    among_rows : Tensor, optional
+        float32 [batch, q_heads, window, window]; softmax mass that each query row gives to each. NaN may stand where
+        either has no weight.
     """
 
     attention: Tensor
     peak: Tensor | None = None
     best_position: Tensor | None = None
     density: Tensor | None = None
+    among_rows: Tensor | None = None
 
 
 class Window(NamedTuple):
@@ -69,6 +73,7 @@ def window_scores(
     peak: bool = False,
     best_position: bool = False,
     density: float | None = None,
+    among_rows: bool = False,
     candidates: Tensor | None = None,
     gqa_reduction: str = "mean",
 ) -> WindowScores:
@@ -92,8 +97,8 @@ def window_scores(
         Kept entries of earlier turns, seen by every query.
     scaling : float
         Factor on the logits.
-    peak, best_position : bool
-        Work out the tensors of these names, too.
+    peak, best_position, among_rows : bool
+        Work out the tensors of these names, too. For ``among_rows`` all query rows stand in the tail.
     density : float, optional
         Work out the density at this fraction of a row's maximum, in [0, 1].
     candidates : Tensor, optional
@@ -107,14 +112,14 @@ def window_scores(
         Computed in float32, under autocast too. NaN where a query or a visible key is NaN.
     """
     window = Window(query, weight, position, keys, valid, prefix, scaling)
-    if not (peak or best_position or density is not None):
+    if not (peak or best_position or among_rows or density is not None):
         reason = choice.unsupported_by_triton(query, keys, *([] if prefix is None else [prefix.keys]))
         if choice.usable("window_scores", "Triton", reason, triton_trial, keys, keys):
             from . import _scores_triton
 
             return WindowScores(_scores_triton.attention_mass(*window))
     with as_written(keys.device):
-        return _by_torch(window, peak, best_position, density, candidates, gqa_reduction)
+        return _by_torch(window, peak, best_position, density, among_rows, candidates, gqa_reduction)
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,14 @@ class _Mass:
         bool [batch, rows, seq]; the entries of the tail that each query row sees.
     share : Tensor
         float [batch, 1, rows, 1]; the weight of each query row in a mean, 0 where it does not count.
+    numbers : Tensor
+        int64 [rows]; the numbers of these query rows.
     """
 
     mass: Tensor
     visible: Tensor
     share: Tensor
+    numbers: Tensor
 
     def mean_mass(self) -> Tensor:
         """What the query rows add to the mean mass, float32 [batch, q_heads, seq]."""
@@ -167,6 +175,7 @@ def _by_torch(
     peak: bool = False,
     best_position: bool = False,
     density: float | None = None,
+    among_rows: bool = False,
     candidates: Tensor | None = None,
     gqa_reduction: str = "mean",
 ) -> WindowScores:
@@ -180,6 +189,9 @@ def _by_torch(
         scores.best_position = torch.full((batch, kv_heads, seq), seq, device=window.keys.device)
     if density is not None:
         scores.density = torch.zeros_like(scores.attention[..., 0])
+    if among_rows:
+        window_rows = len(window.position)
+        scores.among_rows = scores.attention.new_zeros(batch, q_heads, window_rows, window_rows)
     for rows in _masses(window):
         scores.attention += rows.mean_mass()
         if scores.peak is not None:
@@ -189,6 +201,8 @@ def _by_torch(
             scores.best_position = torch.minimum(scores.best_position, positions)
         if scores.density is not None and density is not None:
             scores.density += rows.density(density)
+        if scores.among_rows is not None:
+            scores.among_rows[:, :, rows.numbers] = rows.mass[..., window.position]
     return scores
 
 
@@ -209,7 +223,7 @@ def _masses(window: Window) -> Iterator[_Mass]:
         lse = logits.logsumexp(-1)
         if prefix is not None:
             lse = torch.logaddexp(lse, _prefix_lse(part, prefix).view_as(lse))
-        yield _Mass((logits - lse[..., None]).exp().flatten(1, 2), seen, weight[:, None, rows, None])
+        yield _Mass((logits - lse[..., None]).exp().flatten(1, 2), seen, weight[:, None, rows, None], rows)
 
 
 def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:

@@ -7,12 +7,14 @@ its attention matrix, that of one query.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from plphp.errors import ConfigError
 from plphp.settings.config import QueryRows
+
+from .states import LayerStates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +42,9 @@ class Evidence:
 
     Parameters
     ----------
-    rows : int or "text"
-        The method's own query rows, for a config that leaves ``query_rows`` open.
+    rows : int, "text" or "text_after_first"
+        The method's own query rows, for a config that leaves ``query_rows`` open: the last n tokens of the prompt, the
+        text after its last image, or all text after its first.
     candidates : {"vision", "prompt"}
         Entries that may be evicted: the vision tokens, or all tokens of the prompt before the first query row.
     peak : bool
@@ -55,6 +58,23 @@ class Evidence:
     bank : str or OwnBank, optional
         Name of a query bank (`plphp.policy.bank.bank_file`), or the wish for one that the engine collects by itself;
         its queries take the place of the prompt's own rows.
+    beside_rows : bool
+        Let the queries of the bank ask beside the prompt's own rows, each query with the same weight in a mean. An own
+        row sees the prompt up to itself, a query of the bank all of it.
+    weigh_rows : callable, optional
+        Ask for `LayerScores.weighted_attention` with the weights that this function gives to the query rows of one
+        prompt, from their attention to each other: float32 [q_heads, rows, rows], softmax mass over all keys, to
+        float [rows], at least 0. Whatever the sum of the weights, they are scaled to 1; where all are 0, the rows count
+        alike. A function of a module and no lambda: methods that ask the same share their scores.
+    states : {"rows", "prompt"}, optional
+        Ask for `LayerScores.states`, with the queries of the query rows or of all tokens of this turn's prompt.
+    rotation : bool
+        Ask for `LayerStates.rotation`, which not every engine has.
+
+    Raises
+    ------
+    ConfigError
+        If they contradict each other.
     """
 
     rows: QueryRows = 1
@@ -64,9 +84,21 @@ class Evidence:
     density: float | None = None
     value_norm: bool = False
     bank: str | OwnBank | None = None
+    beside_rows: bool = False
+    weigh_rows: Callable[[Tensor], Tensor] | None = None
+    states: Literal["rows", "prompt"] | None = None
+    rotation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.beside_rows and self.bank is None:
+            raise ConfigError("Evidence.beside_rows says how a bank asks, and the evidence names no bank.")
+        if self.weigh_rows is not None and self.bank is not None:
+            raise ConfigError("Evidence.weigh_rows weighs the rows of a prompt, and a bank has no such rows.")
+        if self.rotation and self.states is None:
+            raise ConfigError("Evidence.rotation comes with the states of a layer: set Evidence.states.")
 
 
-EVIDENCE = ("attention", "peak", "best_position", "density", "value_norm")
+EVIDENCE = ("attention", "weighted_attention", "peak", "best_position", "density", "value_norm")
 """The tensors of `LayerScores` that say something of heads, which are their second dimension."""
 
 
@@ -102,6 +134,13 @@ class LayerScores:
         the row's maximum, averaged over the query rows.
     value_norm : Tensor, optional
         float32 [batch, kv_heads, seq]; L2 norm of the values.
+    weighted_attention : Tensor, optional
+        float32 [batch, q_heads, seq]; as ``attention``, with the query rows weighed by `Evidence.weigh_rows`.
+    token_number : Tensor, optional
+        int64 [batch, seq]; number of each entry among the tokens of its row, from 0, those of earlier turns counted.
+        Always there behind a model; that of padding means nothing.
+    states : LayerStates, optional
+        Keys, values and queries.
     """
 
     attention: Tensor
@@ -115,6 +154,9 @@ class LayerScores:
     best_position: Tensor | None = None
     density: Tensor | None = None
     value_norm: Tensor | None = None
+    weighted_attention: Tensor | None = None
+    token_number: Tensor | None = None
+    states: LayerStates | None = None
 
     @property
     def vision(self) -> Tensor:
@@ -139,11 +181,25 @@ class LayerScores:
             raise ConfigError(f"The method scores by {name!r}, which its evidence does not ask for: see Evidence.")
         return value
 
+    def need_states(self) -> LayerStates:
+        """Return keys, values and queries.
+
+        Raises
+        ------
+        ConfigError
+            If the method did not ask for them.
+        """
+        if self.states is None:
+            raise ConfigError("The method scores by keys, values or queries: set Evidence.states.")
+        return self.states
+
     def finite(self) -> Tensor:
         """bool [batch]; whether all that ranks a row is a finite number, as that of padding need not be."""
         finite = self.attention.isfinite().flatten(1).all(1)
         if self.value_norm is not None:
             finite &= (self.value_norm.isfinite() | ~self.valid[:, None]).flatten(1).all(1)
+        if self.states is not None:
+            finite &= self.states.finite(self.valid)
         return finite
 
     def blanked(self, rows: Sequence[int]) -> LayerScores:
@@ -152,7 +208,7 @@ class LayerScores:
         copies: dict[str, Any] = {name: tensor.clone() for name, tensor in evidence.items() if tensor is not None}
         for tensor in copies.values():
             tensor[list(rows)] = 0
-        return replace(self, **copies)
+        return replace(self, **copies, states=None if self.states is None else self.states.blanked(rows))
 
     def first(self, entries: int) -> LayerScores:
         """The scores of the first ``entries`` entries alone."""
@@ -160,7 +216,7 @@ class LayerScores:
 
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
         cut: dict[str, Any] = {name: v[..., :entries] for name, v in tensors.items() if isinstance(v, Tensor)}
-        return replace(self, **cut)
+        return replace(self, **cut, states=None if self.states is None else self.states.first(entries))
 
     def vision_score(self) -> Tensor:
         """float32 [batch]; the layer's vision attention score gamma, in [0, 1]."""

@@ -48,10 +48,36 @@ class Rotation:
         Tensor
             float32 [..., dim].
         """
-        frequencies = self.frequencies.to(vectors.device)
-        angle = torch.as_tensor(position, device=vectors.device, dtype=torch.float32)[..., None] * frequencies
-        cos, sin = angle.cos(), angle.sin()
-        pairs = len(frequencies)
+        angle = self._angle(vectors, torch.as_tensor(position, device=vectors.device, dtype=torch.float32))
+        return self._turned(vectors, angle.cos(), angle.sin())
+
+    def rotated_on_average(self, vectors: Tensor, begin: Tensor, positions: int) -> Tensor:
+        """Rotate vectors on by each of some successive numbers of positions, and take the mean.
+
+        Parameters
+        ----------
+        vectors : Tensor
+            float [..., dim].
+        begin : Tensor
+            The first number, broadcast over the axes of ``vectors`` before the last.
+        positions : int
+            How many numbers.
+
+        Returns
+        -------
+        Tensor
+            float32 [..., dim].
+        """
+        ahead = torch.arange(positions, device=vectors.device, dtype=torch.float32)
+        angle = self._angle(vectors, begin.to(vectors.device)[..., None] + ahead)
+        return self._turned(vectors, angle.cos().mean(-2), angle.sin().mean(-2))
+
+    def _angle(self, vectors: Tensor, position: Tensor) -> Tensor:
+        return position[..., None] * self.frequencies.to(vectors.device)
+
+    def _turned(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn the pairs of vectors [..., dim] by angles with these cosines and sines, [..., pairs]."""
+        pairs = len(self.frequencies)
         moved, rest = vectors[..., : 2 * pairs].float(), vectors[..., 2 * pairs :].float()
         if self.interleaved:
             first, second = moved[..., 0::2], moved[..., 1::2]

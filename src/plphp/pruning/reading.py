@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from plphp.policy.bank import QueryBank
 from plphp.policy.chain import Chain, Link
 from plphp.policy.evidence import LayerScores
 from plphp.policy.rankers import pooled
+from plphp.policy.rotation import Rotation
 from plphp.policy.selection import keep_masks
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
@@ -77,6 +79,9 @@ class PromptReading:
         The bank that the engine has collected, for a method that asks for such a bank.
     features : mapping of str to sequence of Tensor, optional
         Image features of the prompt, to say why attention is not finite; None if unknown.
+    rotations : callable, optional
+        ``() -> mapping of int to Rotation``: rotary position embeddings by decoder layer, looked up where a method asks
+        for them; None in an engine that does not know them.
     join_heads : callable
         ``LayerScores -> LayerScores``: the scores of all heads of a layer, where this process has some of them.
     round_up : callable
@@ -99,6 +104,7 @@ class PromptReading:
         rope_delta: Tensor | None = None,
         own_bank: QueryBank | None = None,
         features: Mapping[str, Sequence[Tensor]] | None = None,
+        rotations: Callable[[], Mapping[int, Rotation]] | None = None,
         join_heads: Callable[[LayerScores], LayerScores] = _as_it_is,
         round_up: Callable[[Tensor, Tensor, LayerScores], Tensor] = _as_it_is,
     ) -> None:
@@ -106,11 +112,12 @@ class PromptReading:
         self.pruned_layers, self.layers = list(pruned_layers), layers
         self._join_heads, self._round_up = join_heads, round_up
         self._unranked = UnrankedRows(spans, features)
-        self.kv = Scoring.of(spans, chain.kv.config, chain.kv.stage.evidence(chain.kv.config), rope_delta, own_bank)
+        ask = partial(Scoring.of, spans, rope_delta=rope_delta, own_bank=own_bank, rotations=rotations)
+        self.kv = ask(config=chain.kv.config, evidence=chain.kv.stage.evidence(chain.kv.config))
         self._prefill = self.kv
         if chain.prefill is not None:
             own = chain.prefill.stage.evidence(chain.prefill.config)
-            asked = Scoring.of(spans, chain.prefill.config, own, rope_delta, own_bank)
+            asked = ask(config=chain.prefill.config, evidence=own)
             self._prefill = self.kv if asked.asks_as(self.kv) else asked
             if not 1 <= self._first_without <= layers:
                 raise ConfigError(
@@ -152,6 +159,8 @@ class PromptReading:
         link = self.chain.kv
         for scores, [allocation] in self.allocate(link, [link.config]):
             [keep] = self.select(link, scores, [allocation])
+            if scores.states is not None:
+                scores.states.let_go()
             yield self.place(scores, allocation, keep)
         self.kv.scores.clear()
 

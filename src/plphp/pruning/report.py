@@ -63,6 +63,12 @@ class RowReport:
         """Vision tokens kept per KV head."""
         return [len(positions) for positions in self.kept_positions]
 
+    @property
+    def vision_kept(self) -> float:
+        """Vision entries kept, as a fraction of all; below or above ``rate`` where text may leave. 1 without any."""
+        total = self.vision_tokens * len(self.kept_positions)
+        return sum(self.kept) / total if total else 1.0
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -163,6 +169,12 @@ class PruneReport:
     def kv_reduction(self) -> float:
         """Fraction of the bytes of a full cache's entries that is gone; 0 where nothing was evicted."""
         return 1 - self.entry_bytes / self.kv_bytes_full if self.kv_bytes_full else 0.0
+
+    @property
+    def text_evicted(self) -> int:
+        """Text entries evicted, over prompts, layers, rows and heads."""
+        rows = [row for prompt in self.prompts for layer in prompt.layers for row in layer.rows]
+        return sum(len(head) for row in rows for head in row.evicted_text)
 
     @property
     def retention(self) -> float:

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from plphp.errors import ConfigError
+from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.kernels import window_scores
 from plphp.policy.bank import QueryBank, bank_at
 from plphp.policy.evidence import Evidence, LayerScores, OwnBank
+from plphp.policy.rotation import Rotation
+from plphp.policy.states import LayerStates
 from plphp.settings.config import PLPHPConfig
 
 from .entries import LayerEntries
+from .row_weights import row_weights
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Scoring:
         int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
     own_bank : QueryBank, optional
         The bank that the engine has collected, for evidence that asks for such a bank.
+    rotations : mapping of int to Rotation
+        Rotary position embeddings by decoder layer, where the evidence asks for them.
 
     Attributes
     ----------
@@ -78,6 +84,7 @@ class Scoring:
     gqa_reduction: str = "mean"
     rope_delta: Tensor | None = None
     own_bank: QueryBank | None = None
+    rotations: Mapping[int, Rotation] = field(default_factory=dict)
     scores: dict[int, LayerScores] = field(default_factory=dict)
     unranked: dict[int, list[int]] = field(default_factory=dict)
     _gathered: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -91,11 +98,24 @@ class Scoring:
         evidence: Evidence,
         rope_delta: Tensor | None = None,
         own_bank: QueryBank | None = None,
+        rotations: Callable[[], Mapping[int, Rotation]] | None = None,
     ) -> Scoring:
-        """Ask for the evidence of a method, by the config's ``query_rows`` if set, else by the method's own."""
+        """Ask for the evidence of a method, by the config's ``query_rows`` if set, else by the method's own.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If it asks for rotary position embeddings, which ``rotations`` looks up, and the engine does not know them.
+        """
         rows = evidence.rows if config.query_rows is None else config.query_rows
         own = replace(evidence, rows=rows)
-        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, own_bank)
+        if evidence.rotation and rotations is None:
+            raise UnsupportedFeatureError(
+                f"The method {config.method!r} turns queries by the rotary embedding of the model, which this engine "
+                "does not know: use another method."
+            )
+        known = rotations() if evidence.rotation and rotations is not None else {}
+        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, own_bank, known)
 
     def asks_as(self, scoring: Scoring) -> bool:
         """Whether both ask the same of every layer of one prompt, so that the scores of one serve for both."""
@@ -109,9 +129,9 @@ class Scoring:
             self.rope_delta = self.rope_delta.repeat_interleave(times, dim=0)
 
     def gather(self, attended: Attended) -> None:
-        """Copy the queries of a chunk that will score the entries."""
+        """Copy the queries of a chunk that will score the entries, or that the method asks for."""
         query = attended.query
-        chunk = self.queries[:, attended.begin : attended.begin + query.shape[2]]
+        chunk = self._gathering()[:, attended.begin : attended.begin + query.shape[2]]
         columns = chunk.any(0).nonzero()[:, 0]
         if len(columns):
             part = query[:, :, columns.to(query.device)], columns + attended.begin
@@ -130,7 +150,14 @@ class Scoring:
         queries, columns = zip(*self._gathered.pop(attended.layer), strict=True)
         self.scores[attended.layer] = self._scored(attended, torch.cat(queries, dim=2), torch.cat(columns), hidden)
 
-    def _scored(self, attended: Attended, own: Tensor, position: Tensor, hidden: Tensor | None) -> LayerScores:
+    def _gathering(self) -> Tensor:
+        """bool [batch, seq]; the tokens whose queries are kept until a layer has read the prompt."""
+        if self.evidence.states != "prompt":
+            return self.queries
+        new = torch.arange(self.spans.end, device=self.spans.valid.device) >= self.spans.start
+        return self.queries | (self.spans.valid & new)
+
+    def _scored(self, attended: Attended, gathered: Tensor, position: Tensor, hidden: Tensor | None) -> LayerScores:
         keys, values = attended.entries.tail()
         tail = slice(attended.entries.prefix_length, self.spans.end)
         valid, segment = self.spans.valid[:, tail], self.spans.segment[:, tail]
@@ -139,8 +166,13 @@ class Scoring:
         valid, segment = valid.to(keys.device), segment.to(keys.device)
         asked = self.queries[:, tail].to(keys.device)
         evictable = self._evictable(valid, asked, tail)
+        asking = self.queries[:, position].any(0)
+        own, own_position = gathered, position
+        if not asking.all():
+            own, own_position = gathered[:, :, asking.to(gathered.device)], position[asking]
+        rows = self._rows(attended, own, own_position, keys)
         mass = window_scores(
-            *self._rows(attended, own, position, keys),
+            *rows,
             keys,
             valid,
             attended.entries.prefix,
@@ -148,9 +180,16 @@ class Scoring:
             peak=self.evidence.peak,
             best_position=self.evidence.best_position,
             density=self.evidence.density,
+            among_rows=self.evidence.weigh_rows is not None,
             candidates=segment >= 0 if evictable is None else evictable,
             gqa_reduction=self.gqa_reduction,
         )
+        weighted = None
+        if self.evidence.weigh_rows is not None and mass.among_rows is not None:
+            query, weight, index = rows
+            weight = row_weights(self.evidence.weigh_rows, mass.among_rows, weight)
+            window = query, weight, index, keys, valid, attended.entries.prefix, attended.scaling
+            weighted = window_scores(*window).attention
         return LayerScores(
             mass.attention,
             segment,
@@ -163,15 +202,57 @@ class Scoring:
             best_position=mass.best_position,
             density=mass.density,
             value_norm=_norms(values) if self.evidence.value_norm else None,
+            weighted_attention=weighted,
+            token_number=(self.spans.valid.cumsum(1) - 1)[:, tail].to(keys.device),
+            states=None if self.evidence.states is None else self._states(attended, gathered, position, valid),
         )
+
+    def _states(self, attended: Attended, queries: Tensor, position: Tensor, valid: Tensor) -> LayerStates:
+        """Keys, values and the gathered queries of a layer; tokens that are not ``valid`` do not count."""
+        index = (position - attended.entries.prefix_length).to(valid.device)
+        gathered = (self.queries if self.evidence.states == "rows" else self._gathering())[:, position]
+        rotary, end = self._rotary()
+        return LayerStates(
+            tail=attended.entries.tail,
+            held={"queries": queries},
+            asking=gathered.to(valid.device) & valid[:, index],
+            index=index,
+            position=rotary[:, position].to(valid.device),
+            end=end.to(valid.device),
+            scaling=attended.scaling,
+            rotation=self.rotations[attended.layer] if self.evidence.rotation else None,
+        )
+
+    def _rotary(self) -> tuple[Tensor, Tensor]:
+        """Rotary positions of all tokens, int64 [batch, seq], and of the next, [batch, 1], see `LayerStates`."""
+        number = self.spans.valid.cumsum(1) - 1
+        if self.rope_delta is None:
+            return number, number[:, -1:] + 1
+        delta, vision = self.rope_delta.to(number.device), self.spans.vision.long()
+        behind_images = vision.flip(1).cumsum(1).flip(1) == 0
+        ahead = (vision.cumsum(1) == 0) & (self.spans.start == 0)
+        position = torch.where(behind_images, number + delta, torch.where(ahead, number, -1))
+        return position, number[:, -1:] + 1 + delta
 
     def _rows(self, attended: Attended, own: Tensor, position: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries that ask, their weights, and their indices in the tail, see `plphp.kernels.window_scores`."""
+        bank = None
         if self.evidence.bank is not None:
-            return self._rows_of_bank(self._bank(self.evidence.bank), attended.layer, own, keys.shape[2])
+            bank = self._rows_of_bank(self._bank(self.evidence.bank), attended.layer, own, keys.shape[2])
+            if not self.evidence.beside_rows:
+                return bank
         asking = self.queries[:, position].float()
         weight = (asking / asking.sum(1, keepdim=True)).to(keys.device)
-        return own, weight, (position - attended.entries.prefix_length).to(keys.device)
+        rows = own, weight, (position - attended.entries.prefix_length).to(keys.device)
+        if bank is None:
+            return rows
+        # Each query counts as much as any other.
+        share = (asking.sum(1, keepdim=True) / (asking.sum(1, keepdim=True) + bank[1].shape[1])).to(keys.device)
+        return (
+            torch.cat([own.float(), bank[0].float()], dim=2),
+            torch.cat([weight * share, bank[1] * (1 - share)], dim=1),
+            torch.cat([rows[2], bank[2]]),
+        )
 
     def _bank(self, asked: str | OwnBank) -> QueryBank:
         """The bank that the evidence asks for."""

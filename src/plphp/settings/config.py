@@ -20,7 +20,7 @@ from .options import Options, Value
 
 DECODE_MODES = ("eager", "auto", "graph")
 DEFAULT_DELTA = 0.3
-QueryRows = int | Literal["text"]
+QueryRows = int | Literal["text", "text_after_first"]
 
 _logger = logging.getLogger("plphp")
 
@@ -56,9 +56,9 @@ class PLPHPConfig:
         See ``target_retention``; in (0, 0.5].
     exempt_layers : tuple of int
         Decoder layers that keep all vision tokens; negative numbers count from the last layer.
-    query_rows : int or "text", optional
-        Which rows of the prompt's attention rank the vision tokens: the last n prompt tokens, or all text after the
-        last image. Default: the method's own; 1 for ``plphp``, as in the paper.
+    query_rows : int, "text" or "text_after_first", optional
+        Which rows of the prompt's attention rank the vision tokens: the last n prompt tokens, all text after the last
+        image, or all text after the first. Default: the method's own; 1 for ``plphp``, as in the paper.
     gqa_reduction : {"mean", "max"}
         How the query heads that share a KV head are combined.
     image_quota : {"pooled", "per_image"}
@@ -144,8 +144,8 @@ class PLPHPConfig:
                 f"{base} -/+ {delta}: use a retention_delta of at most {min(base, 1 - base):g}."
             )
         object.__setattr__(self, "exempt_layers", _int_tuple(self.exempt_layers))
-        if self.query_rows not in (None, "text"):
-            _check_int("query_rows", self.query_rows, minimum=1, or_else="'text'")
+        if self.query_rows not in (None, "text", "text_after_first"):
+            _check_int("query_rows", self.query_rows, minimum=1, or_else="'text' or 'text_after_first'")
         _check_choice("gqa_reduction", self.gqa_reduction, ("mean", "max"))
         _check_choice("image_quota", self.image_quota, ("pooled", "per_image"))
         _check_int("score_pool", self.score_pool, minimum=1)

@@ -57,6 +57,8 @@ def layer_tables(report: PruneReport, row: int = 0) -> list[Table]:
 def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
     """Table of the layers: vision attention score, class, retention rate, tokens kept per KV head.
 
+    Where text may leave, the rate says how much memory is left, and the share of the vision entries stands beside it.
+
     Parameters
     ----------
     report : PruneReport
@@ -71,11 +73,14 @@ def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
     """
     rows = layer_rows(report, prompt, row)
     table = Table(title=_layer_title(report, prompt, row, rows[0][1].vision_tokens if rows else 0))
-    for heading in ("layer", "vision attention", "class", "rate", "kept per KV head"):
+    text_may_leave = any(layer.evicted_text for _, layer in rows)
+    headings = ("layer", "vision attention", "class", "rate", *(("of vision",) if text_may_leave else ()))
+    for heading in (*headings, "kept per KV head"):
         table.add_column(heading, justify="left" if heading == "class" else "right", overflow="fold")
     for number, layer in rows:
-        score, rate = f"{layer.vision_score:.3f}", f"{layer.rate:.2f}"
-        table.add_row(str(number), score, layer.layer_class, rate, _counts(layer.kept))
+        cells = [str(number), f"{layer.vision_score:.3f}", layer.layer_class, f"{layer.rate:.2f}"]
+        cells += [f"{layer.vision_kept:.2f}"] if text_may_leave else []
+        table.add_row(*cells, _counts(layer.kept))
     return table
 
 
@@ -134,6 +139,8 @@ def summary(report: PruneReport) -> str:
     """Line on a report: KV bytes of the tokens seen so far, retention, time spent on pruning."""
     reserved = f" and {human_bytes(report.reserved_bytes)} of reserved room" if report.reserved_bytes else ""
     kept = f"{report.retention:.0%} of the vision entries kept" if report.prompts else "no vision tokens"
+    if report.text_evicted:
+        kept += f" and {report.text_evicted} text entries evicted"
     return (
         f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
         f"({_change(report)}){reserved}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first "
@@ -195,6 +202,8 @@ def _row_values(row: RowReport) -> dict[str, Any]:
         "rate": row.rate,
         "vision_tokens": row.vision_tokens,
         "kept": row.kept,
+        "vision_kept": row.vision_kept,
+        "text_evicted": [len(head) for head in row.evicted_text],
     }
 
 

@@ -153,9 +153,9 @@ def test_forcing_places_a_dialogue_of_qwen_as_generate_does() -> None:
             forced = force(model, groups, said, range(8))[variant.name]
             assert forced.tokens == tuple(said.tolist()), variant.name
             if variant.images == "as they are":
-                assert forced.kept == pytest.approx(run.report.retention)
+                assert forced.shares.kept == pytest.approx(run.report.retention)
     share = count_vision_tokens(model.config, groups[-1].inputs) / count_vision_tokens(model.config, inputs)
-    assert forced.kept == share < 0.6
+    assert forced.shares.kept == share < 0.6
 
 
 def test_smaller_images(bundled: Any) -> None:

@@ -24,7 +24,7 @@ from plphp.errors import (
 )
 from plphp.evaluation import EvalSettings, Outcome, Sample, Turn, evaluate, read_results, summarize, write_results
 from plphp.evaluation.results.store import read_records, read_skipped
-from plphp.evaluation.running.answering import _kept
+from plphp.evaluation.running.answering import _shares
 from plphp.evaluation.running.conversation import batch_inputs, prompt_inputs
 from plphp.evaluation.running.skipping import records_of
 from plphp.pruning.report import LayerReport, PromptReport, RowReport
@@ -131,7 +131,7 @@ def test_a_row_of_a_report_without_finite_attention_is_not_judged() -> None:
     prompt = PromptReport(0, 9, [[], []], [LayerReport(0, rows)])
     report = PruneReport("llava", "Llava", {}, 2, 9, 8, 8, 0, 0.0, [prompt])
     with pytest.raises(NonFiniteAttentionError, match="row 1 of the batch"):
-        _kept(report)
+        _shares(report)
 
 
 def test_a_removed_line_is_tried_again(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ class TestRecords:
             calls.append([sample.id for sample in samples])
             if bad in calls[-1]:
                 raise error
-            return [{"full": Outcome(1.0, 1.0)} for _ in samples]
+            return [{"full": Outcome(1.0, 1.0, 1.0)} for _ in samples]
 
         block = [(7 + place, lambda sample=sample: sample) for place, sample in enumerate(self.SAMPLES)]
         return records_of("mine", block, score), calls

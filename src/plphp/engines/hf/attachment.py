@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from plphp.errors import CacheStateError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.families.registry import family_of
+from plphp.policy.rotation import Rotation
 
 from .attention import PREFIX, register, unwatch, watch
 from .contexts import OpenSessions, is_generating
@@ -38,6 +40,9 @@ class Attachment:
     ----------
     sessions : OpenSessions
         The sessions that are open on the model.
+    rotations : mapping of int to Rotation, or None
+        Rotary position embeddings of the layers that can be pruned; None until `rotation_probe.rotations_of` has found
+        them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -45,6 +50,7 @@ class Attachment:
         self._leases = 0
         self._originals: list[tuple[PretrainedConfig, str]] = []
         self.sessions = OpenSessions()
+        self.rotations: Mapping[int, Rotation] | None = None
 
     @property
     def model(self) -> PreTrainedModel:

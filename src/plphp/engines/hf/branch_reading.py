@@ -7,6 +7,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from plphp.pruning.scoring import Attended
 from .cache import PrunedCache
 from .cache_argument import passed
 from .layer import PrunedLayer
+from .rotation_probe import rotations_of
 
 
 def plan_whole(reader: PrunedCache, inputs: Mapping[str, Any]) -> VisionSpans:
@@ -74,7 +76,12 @@ def readings_of(
             raise ConfigError(f"The method {chain.kv.method!r} ranks by the answer: pass answer_ids.")
         own_spans = _with_text_behind(spans, answer_tokens) if of_answer else spans
         reading = PromptReading(
-            own_spans, chain, list(pruned_layers(reader)), len(reader.layers), rope_delta=rope_delta
+            own_spans,
+            chain,
+            list(pruned_layers(reader)),
+            len(reader.layers),
+            rope_delta=rope_delta,
+            rotations=partial(rotations_of, reader.attachment),
         )
         if of_answer:
             reading.kv.queries = torch.arange(own_spans.end)[None] >= spans.end

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,7 @@ from .generate_call import GenerateCall
 from .generation import generate
 from .guarded import GuardedCache
 from .refusals import refuse_stages
+from .rotation_probe import rotations_of
 
 NOTHING_EVICTED = PLPHPConfig(method="none")
 
@@ -166,6 +168,7 @@ class PrunedCache(GuardedCache):
             rope_delta=delta,
             own_bank=self._own_bank,
             features=features,
+            rotations=partial(rotations_of, self.attachment),
         )
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +13,23 @@ from transformers import PreTrainedModel
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.policy.rotation import POSITIONS, Rotation, explaining_rotation, growing_kind
-from plphp.pruning.scoring import Attended
-from plphp.settings.config import PLPHPConfig
 
-from .attachment import Lease
-from .cache import PrunedCache
+from .attachment import Attachment, Lease
 from .cache_argument import passed
+from .guarded import GuardedCache
+
+
+def rotations_of(attachment: Attachment) -> Mapping[int, Rotation]:
+    """The rotations of an attached model, looked for once.
+
+    Raises
+    ------
+    UnsupportedModelError
+        See `find_rotations`.
+    """
+    if attachment.rotations is None:
+        attachment.rotations = find_rotations(attachment.model)
+    return attachment.rotations
 
 
 def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
@@ -62,23 +74,40 @@ def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
     return rotations
 
 
+class _NewestQueries(GuardedCache):
+    """A cache that notes the query of the newest token in every layer, and evicts nothing.
+
+    Attributes
+    ----------
+    queries : dict of int to Tensor
+        float32 [q_heads, dim] by decoder layer.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(attachment)
+        self.queries: dict[int, Tensor] = {}
+
+    def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
+        """Note the query of a layer."""
+        self._guard.pending = None
+        self.queries[layer_idx] = query[0, :, -1].float().cpu()
+
+    def hidden(self, layer_idx: int) -> Tensor | None:
+        """None: no token leaves."""
+        return None
+
+
 @torch.no_grad()
 def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, Tensor]:
     """By layer, the queries [q_heads, dim] of a prompt of one token at a position."""
     lease = Lease.of(model)
     try:
-        cache = PrunedCache(lease.attachment, PLPHPConfig(method="none"))
-        queries: dict[int, Tensor] = {}
-
-        def note_newest(attended: Attended) -> None:
-            queries[attended.layer] = attended.query[0, :, -1].float().cpu()
-
+        cache = _NewestQueries(lease.attachment)
         # Padding tokens have empty embeddings in some models.
         token = model.get_input_embeddings().weight.norm(dim=-1).argmax()
         position_ids = torch.tensor([[position]], device=model.device)
-        with cache.listening(note_newest):
-            decoder(input_ids=token.view(1, 1), position_ids=position_ids, **passed(cache), use_cache=True)
-        return queries
+        decoder(input_ids=token.view(1, 1), position_ids=position_ids, **passed(cache), use_cache=True)
+        return cache.queries
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:

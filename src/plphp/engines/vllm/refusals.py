@@ -12,12 +12,13 @@ from plphp.methods.registry import chain_of
 from plphp.policy.bank import bank_at
 from plphp.policy.bank_folder import check_folder
 from plphp.policy.chain import Chain, Link
+from plphp.policy.evidence import Evidence
 from plphp.policy.stages import KVStage
 
 from .names import CONNECTOR
 from .rotations import refuse_growing
 from .settings import ENVIRONMENT, KEY, settings_of
-from .tensor_parallel import refuse_shared_heads
+from .tensor_parallel import refuse_shared_heads, refuse_unshared_evidence
 
 TESTED = ("0.32.",)
 """Beginnings of the versions that the tests have run with: what is built on here is no public interface of vLLM."""
@@ -83,7 +84,10 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     _refuse_ragged(named.kv)
     chain = chain_of(config, text.num_hidden_layers)
     # A bank holds the queries of a model's heads: one of another model is refused here, not at the first request.
-    bank = chain.kv.stage.evidence(chain.kv.config).bank
+    evidence = chain.kv.stage.evidence(chain.kv.config)
+    _refuse_rotation(evidence, chain.kv.method)
+    refuse_unshared_evidence(processes, evidence, chain.kv.method)
+    bank = evidence.bank
     refuse_shared_heads(processes, model.get_total_num_kv_heads(), bank=bank is not None)
     if isinstance(bank, str):
         for layer in range(text.num_hidden_layers):
@@ -101,6 +105,15 @@ def _refuse_ragged(link: Link[KVStage]) -> None:
         raise UnsupportedFeatureError(
             f"plphp does not work in vLLM with ragged KV heads, as method {link.method!r} asks for: the heads of a "
             "layer share one block table, so that each keeps as many entries. Set heads=equal."
+        )
+
+
+def _refuse_rotation(evidence: Evidence, method: str) -> None:
+    """Raise for a method that turns queries: how a model of vLLM does it has not been found out."""
+    if evidence.rotation:
+        raise UnsupportedFeatureError(
+            f"plphp does not run the method {method!r} in vLLM, which turns queries by the rotary embedding of the "
+            "model: use another method, or serve it with transformers."
         )
 
 

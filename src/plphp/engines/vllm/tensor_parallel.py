@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from plphp.errors import UnsupportedFeatureError
-from plphp.policy.evidence import EVIDENCE, LayerScores
+from plphp.policy.evidence import EVIDENCE, Evidence, LayerScores
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class TensorParallel:
         """Scores of all heads of a layer, the same in every process, from the scores of this process' heads."""
         if self.all_gather is None:
             return scores
+        if scores.states is not None:
+            raise UnsupportedFeatureError("Keys, values and queries of a layer are not gathered in tensor parallelism.")
         # Only evidence has an axis of heads; masks over tokens are the same in every process.
         joined: dict[str, Any] = {
             field.name: self.all_gather(value.contiguous())
@@ -93,3 +95,28 @@ def refuse_shared_heads(size: int, kv_heads: int, bank: bool) -> None:
             "plphp does not work with tensor parallelism and a query bank: use --tensor-parallel-size 1 or another "
             "method."
         )
+
+
+def refuse_unshared_evidence(size: int, evidence: Evidence, method: str) -> None:
+    """Raise `UnsupportedFeatureError` for a method that asks what no process of several has of all heads.
+
+    Parameters
+    ----------
+    size : int
+        Tensor parallel size.
+    evidence : Evidence
+        What the method asks for.
+    method : str
+        Its name.
+    """
+    asked = {
+        "the keys, values and queries of all heads": evidence.states is not None,
+        # Each process would weigh by its own heads, and score with weights of its own.
+        "the attention of all heads between its query rows": evidence.weigh_rows is not None,
+    }
+    for what, asks in asked.items():
+        if asks and size > 1:
+            raise UnsupportedFeatureError(
+                f"plphp does not work with tensor parallelism and the method {method!r}, which asks for {what}: use "
+                "--tensor-parallel-size 1 or another method."
+            )

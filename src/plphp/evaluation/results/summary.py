@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from plphp.evaluation.settings import FULL
 from .intervals import LEVEL, RESAMPLES, Resampled, averaged, resample
 from .store import FORMAT, read_config, read_records, read_skipped
 
-MEASURES = ("kept", "agreement", "kl", "right_share")
+MEASURES = ("kept", "vision_kept", "agreement", "kl", "right_share")
 """Beside the score; their figures are plain means."""
 Records = Sequence[Mapping[str, Any]]
 """Scored samples of a task, as the store holds them."""
@@ -79,8 +80,9 @@ def summarize(
     dict
         JSON-ready. ``tasks``, ``groups`` and ``overall`` hold for every variant ``score``, ``vs_full`` and
         ``vs_baseline`` (mean and 95 % interval of the paired bootstrap over samples), and the means ``kept`` (measured
-        vision KV, fraction), ``right_share`` (tokens before the first error, fraction), ``agreement`` and ``kl``
-        (nats); what was not measured is left out. A group is the mean of its scored tasks, and ``overall`` the mean of
+        vision KV, fraction), ``vision_kept`` (vision entries alone, where text left, too), ``right_share`` (tokens
+        before the first error, fraction), ``agreement`` and ``kl`` (nats); what was not measured is left out. A group
+        is the mean of its scored tasks, and ``overall`` the mean of
         the groups that have any, each with equal weight whatever the number of its samples. ``skipped`` holds by task
         the samples that no method was scored on, with the reasons.
 
@@ -239,6 +241,8 @@ def _figures(variants: _Variants, measured: _Measured) -> dict[str, Any]:
             if baseline is not None:
                 values["vs_baseline"] = measured.scores.interval(number, baseline).to_dict()
         means = {measure: measured.means[measure][number] for measure in MEASURES}
+        if means["vision_kept"] is not None and math.isclose(means["vision_kept"], means["kept"] or 0.0, abs_tol=1e-9):
+            means["vision_kept"] = None  # text was kept: the memory held says it all
         values |= {measure: round(mean, 6) for measure, mean in means.items() if mean is not None}
         figures[name] = values
     return figures

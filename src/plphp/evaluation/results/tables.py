@@ -105,6 +105,7 @@ def _columns(figures: Mapping[str, Figures], metrics: Mapping[str, Any]) -> dict
     return {
         "asked": ["" if rate is None else f"{100 * rate:g}" for rate in (variant["retention"] for variant in variants)],
         "KV": [f"{100 * line['kept']:.1f}" for line in lines],
+        "vision": [f"{100 * line['vision_kept']:.1f}" if "vision_kept" in line else "" for line in lines],
         "score (95 %)": [_interval(line, "score", "") for line in lines],
         "- full": [_interval(line, "vs_full", "+") for line in lines],
         **({f"- {baseline}": [_interval(line, "vs_baseline", "+") for line in lines]} if baseline else {}),

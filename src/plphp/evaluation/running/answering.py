@@ -21,7 +21,7 @@ from plphp.pruning.report import PruneReport
 
 from .controls import blank, interpolated_positions
 from .conversation import Conversation, batch_inputs, encode, end_tokens
-from .forcing import decode, generate_greedily, groups_of, on_device
+from .forcing import Shares, decode, generate_greedily, groups_of, on_device
 from .scoring import Outcome
 from .variants import Variant
 
@@ -36,11 +36,11 @@ MARGIN = 16
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a variant said in a turn, and the vision KV that it kept."""
+    """What a variant said in a turn, and what it kept of the prompt."""
 
     turn: int
     text: str
-    kept: float
+    shares: Shares
 
 
 def decode_sample(
@@ -82,8 +82,8 @@ def decode_sample(
                 continue
             history, reference = conversation.draft[: span.start], torch.tensor(span.tokens[:-1])
             limit = max_new_tokens or _limit(conversation, turn)
-            for name, (tokens, kept) in decode(model, group, history, reference, ends, limit).items():
-                answers[name].append(_Answer(turn, _text(processor, tokens), kept))
+            for name, (tokens, shares) in decode(model, group, history, reference, ends, limit).items():
+                answers[name].append(_Answer(turn, _text(processor, tokens), shares))
     return {variant.name: _graded(sample, answers[variant.name], grade) for variant in variants}
 
 
@@ -137,7 +137,8 @@ def _graded(sample: Sample, answers: Sequence[_Answer], metric: Metric) -> Outco
     scores = [metric.score(answer.text, sample.accepted_answers(answer.turn)) for answer in answers]
     score = metric.over_turns(scores)
     text = "\n".join(answer.text for answer in answers)
-    return Outcome(score, statistics.fmean(answer.kept for answer in answers), text=None if score == 1 else text)
+    kept, vision = (statistics.fmean(getattr(answer.shares, name) for answer in answers) for name in ("kept", "vision"))
+    return Outcome(score, kept, vision, text=None if score == 1 else text)
 
 
 def _limit(conversation: Conversation, turn: int) -> int:
@@ -159,7 +160,8 @@ def _generate_batch(
     with prune(model, variant.config) as run:
         output = generate_greedily(model, inputs, longest)
     answers = output[:, inputs["input_ids"].shape[1] :]
-    return [_Answer(0, _text(processor, tokens), kept) for tokens, kept in zip(answers, _kept(run.report), strict=True)]
+    shares = _shares(run.report)
+    return [_Answer(0, _text(processor, tokens), own) for tokens, own in zip(answers, shares, strict=True)]
 
 
 def _generate_alone(
@@ -181,13 +183,13 @@ def _generate_alone(
                 model(**prompt, **passed(cache))
                 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             output = generate_greedily(model, {**inputs, **passed(cache)}, limit or _limit(conversation, turn))
-        [kept] = _kept(cache.report())
-        answers.append(_Answer(turn, _text(processor, output[0, ids.shape[1] :]), kept * group.share))
+        [shares] = _shares(cache.report(), group.share)
+        answers.append(_Answer(turn, _text(processor, output[0, ids.shape[1] :]), shares))
     return answers
 
 
-def _kept(report: PruneReport) -> list[float]:
-    """What each row kept of the first prompt, as `Forced.kept` counts it.
+def _shares(report: PruneReport, of_sample: float = 1.0) -> list[Shares]:
+    """What each row kept of the first prompt, whose vision tokens are a fraction of those of the sample as it is.
 
     Raises
     ------
@@ -195,13 +197,15 @@ def _kept(report: PruneReport) -> list[float]:
         If the attention of a row held NaN or inf: it has an answer, but none that a method can be judged by.
     """
     if not report.prompts:
-        return [1.0] * report.batch
+        return [Shares(of_sample, of_sample)] * report.batch
     shares = []
     for row in range(report.batch):
         layers = [layer.rows[row] for layer in report.prompts[0].layers]
         if any(layer.layer_class == "non-finite" for layer in layers):
             raise NonFiniteAttentionError(f"The attention of row {row} of the batch holds NaN or inf.")
         total = sum(layer.vision_tokens * len(layer.kept) for layer in layers)
-        stored = sum(sum(layer.kept) - sum(map(len, layer.evicted_text)) for layer in layers)
-        shares.append(stored / total if total else 1.0)
+        vision = sum(sum(layer.kept) for layer in layers)
+        stored = vision - sum(sum(map(len, layer.evicted_text)) for layer in layers)
+        kept, vision_kept = (stored / total, vision / total) if total else (1.0, 1.0)
+        shares.append(Shares(of_sample * kept, of_sample * vision_kept))
     return shares

@@ -55,6 +55,23 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What a variant kept of a prompt, as fractions of the vision entries of a full cache for the sample as it is.
+
+    Parameters
+    ----------
+    kept : float
+        Entries kept, less the prompt's text; mean over layers and KV heads. For a method that evicts no text these are
+        the vision entries kept; a method that does is counted by the memory it holds.
+    vision : float
+        Vision entries kept.
+    """
+
+    kept: float
+    vision: float
+
+
+@dataclass(frozen=True)
 class Forced:
     """What a variant would say at some positions of a draft.
 
@@ -64,15 +81,13 @@ class Forced:
         The most probable token at each position.
     kl : tuple of float
         Kullback-Leibler divergence from the full cache's distribution at each position, in nats.
-    kept : float
-        Entries kept, less the prompt's text, over the vision entries of a full cache for the sample as it is; mean
-        over layers and KV heads. For a method that evicts no text these are the vision entries kept; a method that
-        does is counted by the memory it holds.
+    shares : Shares
+        What it kept of the prompt.
     """
 
     tokens: tuple[int, ...]
     kl: tuple[float, ...]
-    kept: float
+    shares: Shares
 
 
 def groups_of(
@@ -142,7 +157,7 @@ def decode(
     answer: Tensor,
     ends: Sequence[int],
     max_new_tokens: int,
-) -> dict[str, tuple[list[int], float]]:
+) -> dict[str, tuple[list[int], Shares]]:
     """Let the variants of a group answer, all rows of one cache, each with its own greedy tokens.
 
     Parameters
@@ -162,7 +177,7 @@ def decode(
     Returns
     -------
     dict
-        By the name of the variant: tokens without the end token, and what was kept, as in `Forced`.
+        By the name of the variant: tokens without the end token, and what was kept.
     """
     history, rows = history.to(model.device), len(group.variants)
     branches, shares = _read(model, group, torch.cat([history, answer.to(model.device)]))
@@ -184,7 +199,7 @@ def decode(
     return {variant.name: (answers[row], shares[row]) for row, variant in enumerate(group.variants)}
 
 
-def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> tuple[Branches, list[float]]:
+def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> tuple[Branches, list[Shares]]:
     """Read the prompt of a group once, with a row for each of its variants; also return what each kept.
 
     The method ``oracle`` ranks by all tokens of ``answer``: the last token of ``answer_ids`` is never read, so that the
@@ -197,7 +212,10 @@ def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> tuple[Branche
     # Without vision tokens nothing is evicted: 1 - kept is 0, whatever it is multiplied by.
     tokens_per_vision = inputs["input_ids"].shape[1] / max(1, count_vision_tokens(model.config, inputs))
     kept_of_vision = [1 - round((1 - kept) * tokens_per_vision, 12) for kept in branches.kept]
-    return branches, [group.share * kept for kept in kept_of_vision]
+    return branches, [
+        Shares(group.share * kept, group.share * vision)
+        for kept, vision in zip(kept_of_vision, branches.vision_kept, strict=True)
+    ]
 
 
 def _next_logits(

@@ -35,6 +35,9 @@ class Outcome:
     kept : float
         Vision KV kept, measured: a fraction of the full cache's vision entries over layers and KV heads; evicted text
         counts like evicted vision entries.
+    vision_kept : float
+        Vision entries kept alone, as a fraction of the full cache's: below ``kept`` where text was kept in the place
+        of vision entries, above it where text left.
     right_tokens, tokens : int, optional
         Tokens of the scored answers that are right before the first error, and how many there are.
     text : str, optional
@@ -48,6 +51,7 @@ class Outcome:
 
     score: float | None
     kept: float
+    vision_kept: float
     right_tokens: int | None = None
     tokens: int | None = None
     text: str | None = None
@@ -97,7 +101,8 @@ def verify(
         agreement, kl = _closeness(answer, full.tokens, positions, compared)
         outcomes[name] = Outcome(
             score=float(right == len(positions)),
-            kept=answer.kept,
+            kept=answer.shares.kept,
+            vision_kept=answer.shares.vision,
             right_tokens=right,
             tokens=len(positions),
             text=None if right == len(positions) else _wrong_answer(processor, conversation, answer, right),
@@ -143,7 +148,7 @@ def label_free(
     outcomes = {}
     for name, variant in forced.items():
         agreement, kl = _closeness(variant, answer, positions, len(positions))
-        outcomes[name] = Outcome(None, variant.kept, agreement=agreement, kl=kl)
+        outcomes[name] = Outcome(None, variant.shares.kept, variant.shares.vision, agreement=agreement, kl=kl)
     return outcomes
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import plphp
-from invariants import assert_same_generation, evicted_entries_masked, generate
+from invariants import assert_same_generation, evicted_entries_masked, generate, two_turns
 from plphp import PLPHPConfig, PrunedCache, SpanError
 from plphp.engines.hf.cache_argument import cache_in, passed
 from precision import assert_exact
@@ -19,14 +19,6 @@ from test_invariants import FAMILIES, config
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def two_turns(model: Any, family: str, cache: Any, with_image: bool, rows: tuple[int, ...]) -> tuple[Any, Any]:
-    """Generate, then go on with the same cache."""
-    inputs = TINY[family].inputs(model, rows)
-    first = generate(model, inputs, **passed(cache))
-    second = TINY[family].second_turn(model, inputs, first.sequences, with_image=with_image)
-    return first, generate(model, second, **passed(cache))
 
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
@@ -39,16 +31,16 @@ def test_second_turn(family: str, with_image: bool) -> None:
     text = model.config.get_text_config()
 
     cache = PrunedCache.for_inputs(model, TINY[family].inputs(model, rows), PLPHPConfig(retention_rate=1.0))
-    _, kept = two_turns(model, family, cache, with_image, rows)
-    _, stock = two_turns(model, family, DynamicCache(config=text), with_image, rows)
+    _, kept = two_turns(model, TINY[family], cache, with_image, rows)
+    _, stock = two_turns(model, TINY[family], DynamicCache(config=text), with_image, rows)
     assert_same_generation(stock, kept)
 
     cache = PrunedCache.for_inputs(model, TINY[family].inputs(model, rows), config("plphp", retention_rate=0.3))
-    first, second = two_turns(model, family, cache, with_image, rows)
+    first, second = two_turns(model, TINY[family], cache, with_image, rows)
     report = cache.report()
     assert len(report.prompts) == 1 + with_image
     with evicted_entries_masked(model, report):
-        expected_first, expected = two_turns(model, family, DynamicCache(config=text), with_image, rows)
+        expected_first, expected = two_turns(model, TINY[family], DynamicCache(config=text), with_image, rows)
     assert_same_generation(expected_first, first)
     assert_same_generation(expected, second)
 
