@@ -9,7 +9,10 @@ PART is one of, in this order:
 - ``calibration``  thresholds from some development prompts, measured on others: benchmarks/results/calibration.json
 - ``ablation``     choices within methods on the development split: benchmarks/results/ablation.json
 - ``transfer``     query_bank on each group of tasks with a bank of the other groups: benchmarks/results/transfer.json
-- ``test``         all methods at all retentions on the test split: benchmarks/results/quality.json, docs/quality/*.png
+- ``heads``        ragged heads, banks and candidates on the development split: benchmarks/results/heads.json
+- ``test``         the methods of earlier years at all retentions on the test split: benchmarks/results/quality.json
+- ``rivals``       ragged heads, banks and this year's rivals on the test split: benchmarks/results/rivals.json,
+                   docs/quality/*.png
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
 docs/quality.md from the results. Another model needs folders of its own (``--results``, ``--runs``).
@@ -32,7 +35,7 @@ PLOTS = ROOT / "docs" / "quality"
 RETENTION = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1, 0.05)
 METHODS = (
     "plphp",
-    "query_bank=query_bank:bank=bundled",
+    "query_bank_equal=query_bank:bank=bundled,heads=equal",
     "recall_rank",
     "uniform",
     "shared",
@@ -67,14 +70,54 @@ ABLATION = {
     "random": "random",
     "best rank of any row": "recall_rank",
     "the same, by value norm": "recall_rank:value_norm=1",
-    "bank": "query_bank:bank=bundled",
-    "bank, mean": "query_bank:bank=bundled,reduce=mean",
-    "bank, peak": "query_bank:bank=bundled,reduce=peak",
-    "bank, without value norm": "query_bank:bank=bundled,value_norm=0",
-    "bank, random 0.25": "query_bank:bank=bundled,random_share=0.25",
+    "bank": "query_bank:bank=bundled,heads=equal",
+    "bank, mean": "query_bank:bank=bundled,heads=equal,reduce=mean",
+    "bank, peak": "query_bank:bank=bundled,heads=equal,reduce=peak",
+    "bank, without value norm": "query_bank:bank=bundled,heads=equal,value_norm=0",
+    "bank, random 0.25": "query_bank:bank=bundled,heads=equal,random_share=0.25",
 }
 """Choices within plphp; what is not named is as by default: the last row, mean over query heads, no layer exempt. Then
 other evidence, at the same rate in all layers."""
+
+
+RIVAL_RETENTION = (0.5, 0.4, 0.25, 0.1, 0.05)
+RIVALS = (
+    "query_bank=query_bank:bank=bundled",
+    "query_bank_own=query_bank:collect=16",
+    "query_bank_text=query_bank:bank=bundled,candidates=prompt",
+    # These three are in the part ``test`` too: what they score says whether both runs are over the same samples.
+    "query_bank_equal=query_bank:bank=bundled,heads=equal",
+    "random1=random:seed=1",
+    "oracle",
+    "oracle_ragged=oracle:heads=ragged",
+    "adakv",
+    "expected_attention",
+    "expected_attention_ragged=expected_attention:heads=ragged",
+    "mixkv",
+    "mixkv_bank=mixkv:host=bank,bank=bundled",
+    "tgv_kv",
+)
+HEADS_RETENTION = (0.5, 0.25, 0.1, 0.05)
+HEADS = {
+    "equal heads": "query_bank:bank=bundled,heads=equal",
+    "ragged": "query_bank:bank=bundled",
+    "ragged, no safeguard": "query_bank:bank=bundled,head_safeguard=0",
+    "ragged, safeguard 0.4": "query_bank:bank=bundled,head_safeguard=0.4",
+    "ragged, mean": "query_bank:bank=bundled,reduce=mean",
+    "ragged, peak": "query_bank:bank=bundled,reduce=peak",
+    "ragged, without value norm": "query_bank:bank=bundled,value_norm=0",
+    "own bank of 4": "query_bank:collect=4",
+    "own bank of 16": "query_bank:collect=16",
+    "own bank of 64": "query_bank:collect=64",
+    "text may leave": "query_bank:bank=bundled,candidates=prompt",
+    "text may leave, equal heads": "query_bank:bank=bundled,candidates=prompt,heads=equal",
+    "plphp, ragged": "plphp:heads=ragged",
+    "recall_rank, ragged": "recall_rank:heads=ragged",
+    "snapkv_vision, ragged": "snapkv_vision:heads=ragged",
+    "oracle, equal heads": "oracle",
+    "oracle, ragged": "oracle:heads=ragged",
+}
+"""Choices within query_bank, and what ragged heads do for others; the first is what all are compared with."""
 
 
 def main() -> None:
@@ -85,7 +128,9 @@ def main() -> None:
         "calibration": calibration,
         "ablation": ablation,
         "transfer": transfer,
+        "heads": heads,
         "test": test,
+        "rivals": rivals,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
@@ -141,8 +186,8 @@ def _presets(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def test(arguments: argparse.Namespace) -> None:
-    """All methods on the test split."""
-    from plphp.evaluation import save_score_plots, summarize, write_results
+    """The methods of earlier years on the test split."""
+    from plphp.evaluation import write_results
 
     out = _evaluate(
         arguments,
@@ -153,7 +198,49 @@ def test(arguments: argparse.Namespace) -> None:
         samples=arguments.samples or 500,
     )
     write_results(out, arguments.results / "quality.json", "random1")
+
+
+def rivals(arguments: argparse.Namespace) -> None:
+    """Ragged heads, banks and this year's rivals on the test split, with paired differences from two lines."""
+    from plphp.evaluation import read_results, save_score_plots, summarize, write_results
+
+    out = _evaluate(
+        arguments,
+        "rivals",
+        RIVALS,
+        split="test",
+        retention=RIVAL_RETENTION,
+        samples=arguments.samples or 500,
+    )
+    path = arguments.results / "rivals.json"
+    write_results(out, path, "random1")
+    paired = {baseline: _differences(summarize(out, baseline)) for baseline in ("query_bank", "query_bank_equal")}
+    path.write_text(json.dumps({**read_results(path), "paired": paired}, indent=1) + "\n", encoding="utf-8")
     save_score_plots(summarize(out, "random1"), arguments.plots)
+
+
+def _differences(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Differences from the baseline by group, and over all groups, of every variant."""
+    parts = {**metrics["groups"], "overall": metrics["overall"]}
+    return {
+        name: {variant: own["vs_baseline"] for variant, own in part["variants"].items() if "vs_baseline" in own}
+        for name, part in parts.items()
+    }
+
+
+def heads(arguments: argparse.Namespace) -> None:
+    """Choices about heads, banks and candidates on the development split."""
+    from plphp.evaluation import write_results
+
+    out = _evaluate(
+        arguments,
+        "heads",
+        tuple(f"{label}={method}" for label, method in HEADS.items()),
+        split="dev",
+        retention=HEADS_RETENTION,
+        samples=arguments.samples or 40,
+    )
+    write_results(out, arguments.results / "heads.json", next(iter(HEADS)))
 
 
 def ablation(arguments: argparse.Namespace) -> None:
@@ -186,8 +273,8 @@ def transfer(arguments: argparse.Namespace) -> None:
         bank = arguments.runs / f"bank-without-{group}.safetensors"
         plphp.collect_query_bank(model, _prompts(processor, 8, seed=3, without=group)).save(bank)
         methods = {
-            "bank of the other groups": f"query_bank:bank={bank}",
-            "bank of all groups": "query_bank:bank=bundled",
+            "bank of the other groups": f"query_bank:bank={bank},heads=equal",
+            "bank of all groups": "query_bank:bank=bundled,heads=equal",
             "random": "random",
         }
         out = _evaluate(

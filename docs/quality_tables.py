@@ -10,9 +10,9 @@ from typing import Any
 FOLDER = Path(__file__).parent
 PLOTS = FOLDER / "quality"
 """Where the plots are looked for; ``benchmarks/quality.py`` draws them."""
-GLANCE = (0.5, 0.25, 0.1)
+GLANCE = (0.5, 0.25, 0.1, 0.05)
 """Retention rates of the first table."""
-BY_TASK = ("plphp", "random1", "snapkv", "query_bank", "oracle")
+BY_TASK = ("plphp", "random1", "snapkv", "query_bank_equal", "query_bank", "oracle_ragged")
 """Methods that are shown task by task."""
 AIMS = {0.5: 0.46, 0.25: 1.5, 0.1: 5.0}
 """Most points that were to be lost on questions about one region, by retention rate; the first is the paper's."""
@@ -33,7 +33,9 @@ python benchmarks/quality.py attention     # vision attention per layer, develop
 python benchmarks/quality.py calibration   # fixed thresholds on other prompts, development split
 python benchmarks/quality.py ablation      # choices within plphp and other evidence, development split
 python benchmarks/quality.py transfer      # query_bank with a bank of other tasks, development split
-python benchmarks/quality.py test          # all methods at all retention rates, test split
+python benchmarks/quality.py heads         # ragged heads, banks and candidates, development split
+python benchmarks/quality.py test          # the methods of earlier years at all retention rates, test split
+python benchmarks/quality.py rivals        # ragged heads, banks and this year's rivals, test split
 python docs/make_quality.py
 ```
 

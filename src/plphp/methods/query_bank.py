@@ -7,10 +7,13 @@ head, without their rotary position. Turned to the places behind a new prompt, t
 there yet. With A the softmax attention of a KV head (query heads combined by ``gqa_reduction``) for the queries t of
 the bank, and v_j the value of entry j:
 
-    best[j] = min over t of the position of j in the order among the vision tokens by A[t, j], from 0
+    best[j] = min over t of the position of j in the order among the candidates by A[t, j], from 0
     s[j]    = 1 / (2 + best[j] - mean[j] / max(mean))        times ||v_j|| with ``value_norm=1``
 
-as in `plphp.methods.recall_rank`, with the mean of A over the bank. ``reduce`` may be the largest attention that any
+as in `plphp.methods.recall_rank`, with the mean of A over the bank. The KV heads of a layer compete for its places by
+s (``heads="ragged"``, unless the config says otherwise). ``candidates`` are the vision tokens, or with ``prompt`` all
+tokens but the last; then as many entries leave as vision tokens would at the rate, and text may be among them.
+``reduce`` may be the largest attention that any
 query gives (``peak``), or their ``mean``, instead. ``random_share`` of each head's places is drawn at random from what
 the ranking leaves. Related: arXiv:2510.00636 foretells the attention of later queries from the distribution of the
 prompt's own.
@@ -96,12 +99,13 @@ def check(config: PLPHPConfig, layers: int) -> None:
 METHOD = Method(
     name="query_bank",
     summary="every KV head keeps what the queries of other answers would look at",
-    paper="control: own, queries of other answers in the place of the last row of arXiv:2502.14504",
+    paper="own: queries of other answers, heads as in arXiv:2407.11550",
     kv=KVStage(
         allocate=uniform,
         score=score,
         evidence=evidence,
         mix=lambda config: Mix(random=settings(OPTIONS, config.options)["random_share"]),
+        heads="ragged",
     ),
     options=OPTIONS,
     check=check,

@@ -79,7 +79,7 @@ def check(config: PLPHPConfig, layers: int) -> None:
 METHOD = Method(
     name="recall_rank",
     summary="every KV head keeps what any word of the question ranks high",
-    paper="control: own, evidence of arXiv:2502.14504 widened to all rows of the question",
+    paper="own: evidence of arXiv:2502.14504 widened to all rows of the question",
     kv=KVStage(
         allocate=allocate,
         score=score,

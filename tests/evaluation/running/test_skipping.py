@@ -210,7 +210,7 @@ class TestRecords:
             (9, "c", None),
         ]
         assert calls == [["a", "b", "c"], ["a"], ["b"], ["c"]]
-        assert records[0]["outcomes"] == {"full": {"score": 1.0, "kept": 1.0}}
+        assert records[0]["outcomes"] == {"full": {"score": 1.0, "kept": 1.0, "vision_kept": 1.0}}
 
     @pytest.mark.parametrize(
         "error",
