@@ -22,7 +22,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "settings": ("errors",),
     "kernels": ("errors", "io"),
     "families": ("errors", "plugins", "settings"),
-    "policy": ("errors", "kernels", "settings"),
+    "policy": ("errors", "io", "kernels", "settings"),
     "methods": ("errors", "plugins", "policy", "settings"),
     "pruning": ("errors", "families", "io", "kernels", "policy", "settings"),
     "inputs": ("errors", "families", "io"),

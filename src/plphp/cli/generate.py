@@ -124,7 +124,8 @@ def _answer(model: PreTrainedModel, request: _Request, as_json: bool) -> PruneRe
     from transformers import TextStreamer
 
     from plphp.engines.hf.session import prune
-    from plphp.show.tables import report_values, summary
+    from plphp.methods.registry import chain_of
+    from plphp.show.tables import collecting_line, report_values, summary
 
     processor, options = request.processor, request.options
     streams = not as_json and options["num_beams"] == 1
@@ -140,6 +141,9 @@ def _answer(model: PreTrainedModel, request: _Request, as_json: bool) -> PruneRe
     if not streams:
         print(answer)
     typer.echo(summary(run.report), err=True)
+    wanted = chain_of(request.settings).own_bank
+    if run.report.collecting is not None and wanted is not None:
+        typer.echo(collecting_line(run.report.collecting, wanted.folder), err=True)
     return run.report
 
 

@@ -21,6 +21,7 @@ prompt's own.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError
@@ -46,6 +47,9 @@ OPTIONS = {
     "value_norm": Option(1, low=0, high=1),
     "random_share": Option(0.0, low=0, high=1),
 }
+
+COLLECTING = ("collect", "folder")
+"""Options of a bank that the engine collects."""
 
 
 def evidence(config: PLPHPConfig) -> Evidence:
@@ -80,7 +84,7 @@ def check(config: PLPHPConfig, layers: int) -> None:
         )
     if not name:
         return
-    collecting = [option for option in ("collect", "folder") if config.options.get(option)]
+    collecting = [option for option in COLLECTING if config.options.get(option)]
     if collecting:
         raise ConfigError(
             f"The method 'query_bank' has the bank {name}, so that there is nothing to collect: leave out bank, or "
@@ -96,6 +100,12 @@ def check(config: PLPHPConfig, layers: int) -> None:
         )
 
 
+def with_bank(config: PLPHPConfig, file: str) -> PLPHPConfig:
+    """The settings with the bank of a file in the place of what is to be collected."""
+    kept = {name: value for name, value in config.options.items() if name not in COLLECTING}
+    return dataclasses.replace(config, options={**kept, "bank": file})
+
+
 METHOD = Method(
     name="query_bank",
     summary="every KV head keeps what the queries of other answers would look at",
@@ -109,4 +119,5 @@ METHOD = Method(
     ),
     options=OPTIONS,
     check=check,
+    with_bank=with_bank,
 )

@@ -6,6 +6,8 @@ A package adds its own with the entry point group ``plphp.methods``, each entry 
 
 from __future__ import annotations
 
+import dataclasses
+
 from plphp import methods
 from plphp.errors import ConfigError, did_you_mean
 from plphp.plugins import Plugins
@@ -91,6 +93,34 @@ def chain_of(config: PLPHPConfig, layers: int | None = None) -> Chain:
     parts = (*config.earlier, config)
     methods = [resolve(part) if layers is None else _method_for(part, layers) for part in parts]
     return Chain.of(list(zip(methods, parts, strict=True)))
+
+
+def with_bank(config: PLPHPConfig, file: str) -> PLPHPConfig:
+    """The same settings, with the query bank of a file in the place of one that the engine would collect.
+
+    Parameters
+    ----------
+    config : PLPHPConfig
+        With those before it in a chain.
+    file : str
+        The file, for all methods of the chain that ask for a bank of their own.
+
+    Raises
+    ------
+    ConfigError
+        If a method of the chain has no setting for it, see `plphp.policy.method.Method.with_bank`.
+    """
+    earlier = tuple(_by_file(part, file) for part in config.earlier)
+    return dataclasses.replace(_by_file(config, file), earlier=earlier)
+
+
+def _by_file(config: PLPHPConfig, file: str) -> PLPHPConfig:
+    method = resolve(config)
+    if Chain.of([(method, config)]).own_bank is None:
+        return config
+    if method.with_bank is None:
+        raise ConfigError(f"The method {method.name!r} collects its query bank and takes none from a file.")
+    return method.with_bank(config, file)
 
 
 def _method_for(config: PLPHPConfig, layers: int) -> Method:

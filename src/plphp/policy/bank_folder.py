@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from plphp.errors import ConfigError
+from plphp.io.locking import locked
 
 from .bank import QueryBank
 
@@ -123,27 +126,20 @@ class BankFolder:
         """
         try:
             bank.save(self.file)
-        except OSError as error:
-            raise ConfigError(f"Cannot write the query bank {self.file}: {error.strerror or error}.") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"Cannot write the query bank {self.file}: {reason}.") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from changing the file meanwhile, where the system has locks."""
-        try:
-            import fcntl
-        except ImportError:  # Windows: files are whole all the same, and at worst an answer is not counted
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.file.with_suffix(".lock")))
+            except OSError as error:
+                folder, reason = self.file.parent, error.strerror or error
+                raise ConfigError(f"Cannot write to the folder {folder}: {reason}.") from error
             yield
-            return
-        try:
-            descriptor = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise ConfigError(f"Cannot write to the folder {self.file.parent}: {error.strerror or error}.") from error
-        try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)  # which also ends the lock
 
 
 def check_folder(folder: str | Path) -> None:

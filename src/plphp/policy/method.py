@@ -37,6 +37,9 @@ class Method:
     check : callable
         ``(config, layers) -> None``: raise `ConfigError` for settings that the method cannot meet on a model with
         this number of decoder layers.
+    with_bank : callable, optional
+        ``(config, file) -> config``: the settings with the query bank of a file, for a method that asks for a bank
+        that the engine collects (`plphp.policy.evidence.OwnBank`).
     """
 
     name: str
@@ -47,6 +50,7 @@ class Method:
     kv: KVStage | None = None
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     check: Callable[[PLPHPConfig, int], None] = lambda config, layers: None
+    with_bank: Callable[[PLPHPConfig, str], PLPHPConfig] | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:

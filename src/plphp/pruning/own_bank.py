@@ -117,11 +117,12 @@ class BankCollection:
         """
         with self._lock, self._alone():
             self.refresh()
-            added = 0
+            before = self._sample.prompts
             for queries in answers:
-                if self._bank is None and self._sample.prompts < self.wanted.prompts:
-                    added += self._sample.add(queries)
-            if added:
+                if self._sample.prompts < self.wanted.prompts:
+                    self._sample.add(queries)
+            full = self._sample.prompts >= self.wanted.prompts  # also where the last save has failed
+            if self._bank is None and (full or self._sample.prompts > before):
                 self._keep(rotations)
             return self.progress
 

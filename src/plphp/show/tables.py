@@ -13,7 +13,7 @@ from rich.text import Text
 from plphp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from plphp.pruning.report import PromptReport, PruneReport, RowReport
+    from plphp.pruning.report import BankProgress, PromptReport, PruneReport, RowReport
     from plphp.studies.compare import Comparison, Run
     from plphp.studies.estimate import Estimate
 
@@ -119,8 +119,11 @@ def comparison_values(comparison: Comparison) -> dict[str, Any]:
 def report_values(report: PruneReport) -> dict[str, Any]:
     """Return the totals of a report as JSON-ready values, without the kept positions."""
     values = {
-        field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "prompts"
+        field.name: getattr(report, field.name)
+        for field in dataclasses.fields(report)
+        if field.name not in ("prompts", "collecting")
     }
+    values["collecting"] = None if report.collecting is None else dataclasses.asdict(report.collecting)
     prompts = [
         {
             "start": prompt.start,
@@ -146,6 +149,23 @@ def summary(report: PruneReport) -> str:
         f"({_change(report)}){reserved}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first "
         "use of its operations included"
     )
+
+
+def collecting_line(progress: BankProgress, folder: str) -> str:
+    """Line on an answer that is not pruned, as there is no query bank yet.
+
+    Parameters
+    ----------
+    progress : BankProgress
+        How far the bank is.
+    folder : str
+        Folder that keeps it; "" for none.
+    """
+    bank = f"This answer is not pruned: the query bank is of {progress.collected} of {progress.wanted} prompts now"
+    if folder:
+        where = f"which {folder} keeps"
+        return f"{bank}, {where}; {f'{progress.missing} more are left' if progress.missing else 'the next is pruned'}."
+    return f"{bank}, and nothing is kept: name a folder for it (folder=DIR), or a bank (bank=FILE, see plphp collect)."
 
 
 def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:

@@ -23,6 +23,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 from plphp.errors import CacheStateError
+from plphp.settings.config import PLPHPConfig
 
 POOLS = ("concurrent.futures.thread", "multiprocessing.pool", "anyio._backends._asyncio")
 """Modules whose threads work for whoever comes, so that the time at which they were started says nothing."""
@@ -32,6 +33,7 @@ class Session(Protocol):
     """What this module needs of a `plphp.engines.hf.session.Session`, which stands above it."""
 
     closed: bool
+    config: PLPHPConfig
 
     def note(self, report: Any) -> None:
         """Keep the report of a finished ``generate``; None while one is running."""

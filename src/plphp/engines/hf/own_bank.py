@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -15,22 +15,14 @@ from plphp.policy.bank_folder import BankModel
 from plphp.policy.evidence import OwnBank
 from plphp.policy.rotation import Rotation
 from plphp.pruning.own_bank import BankCollection
-from plphp.settings.config import PLPHPConfig
 
 from .answer_queries import AnswerQueries
 from .attachment import Attachment
 from .cache import PrunedCache
+from .contexts import Session
 from .generate_call import GenerateCall
 from .generation import generate
 from .rotation_probe import find_rotations
-
-
-class ReportTaker(Protocol):
-    """What this module needs of a `plphp.engines.hf.session.Session`, which stands above it."""
-
-    config: PLPHPConfig
-
-    def note(self, report: Any) -> None: ...
 
 
 class SessionBank:
@@ -46,7 +38,7 @@ class SessionBank:
     Raises
     ------
     ConfigError
-        If the folder, or the file in it, cannot be used.
+        If the folder or the file in it cannot be used.
     """
 
     def __init__(self, model: PreTrainedModel, wanted: OwnBank) -> None:
@@ -59,7 +51,7 @@ class SessionBank:
         self.collection.refresh()
         return self.collection.bank
 
-    def answer(self, attachment: Attachment, call: GenerateCall, session: ReportTaker) -> Any:
+    def answer(self, attachment: Attachment, call: GenerateCall, session: Session) -> Any:
         """Run a call of ``generate`` with nothing evicted, and collect from its answers once it has come to its end.
 
         Decoding runs step by step, whatever the session asks for: a CUDA graph replays without anyone who listens.

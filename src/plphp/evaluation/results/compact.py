@@ -42,6 +42,8 @@ def compact_results(folder: str | Path, baseline: str | None = None) -> dict[str
     if missing:
         raise LoadError(f"{folder} is not finished: {missing}. Run the same command again: it goes on where it was.")
     about = {name: config[name] for name in ("date", "hardware", "versions", "model", "settings")}
+    if config.get("collected_banks"):
+        about["collected_banks"] = config["collected_banks"]
     figures = summarize(folder, baseline)
     for task in figures["tasks"].values():
         task["variants"] = {

@@ -16,6 +16,7 @@ from plphp.evaluation.tasks.task import AnyTask
 from plphp.methods.registry import chain_of
 from plphp.policy.bank import bank_file
 
+from .own_banks import RunBanks
 from .variants import Variant
 
 TASK_ATTRIBUTES = ("name", "group", "metric", "summary", "chance", "scored")
@@ -30,6 +31,7 @@ def run_config(
     tasks: Sequence[AnyTask],
     modes: Mapping[str, str],
     identity: Mapping[str, Any],
+    banks: RunBanks,
 ) -> dict[str, Any]:
     """Describe a run as JSON-ready values.
 
@@ -37,20 +39,23 @@ def run_config(
     ----------
     settings : EvalSettings
     variants : sequence of Variant
-        What is compared.
+        What is compared, as the settings name it.
     refused : mapping
-        By the name of the variants that were left out, the reason.
+        By the name of the variants that are left out, the reason.
     tasks : sequence of AnyTask
     modes : mapping
         By the name of the task, how its samples are scored.
     identity : mapping
         See `plphp.evaluation.results.identity.identity`.
+    banks : RunBanks
+        The query banks that were collected for the run.
 
     Returns
     -------
     dict
         What `plphp.evaluation.results.store.Store` takes.
     """
+    variants = [variant for variant in variants if variant.name not in refused]
     return {
         "format": FORMAT,
         "settings": settings.to_dict(),
@@ -64,7 +69,8 @@ def run_config(
             }
             for variant in variants
         ],
-        "query_banks": _query_banks(variants),
+        "query_banks": {**_query_banks(variants), **banks.hashes()},
+        "collected_banks": banks.records(),
         "contents": _contents(settings, tasks),
         "refused": dict(refused),
         "tasks": [
@@ -78,7 +84,7 @@ def _query_banks(variants: Sequence[Variant]) -> dict[str, str]:
     """SHA-256 of the query banks that methods rank by: a bank that was made again makes another evaluation."""
     links = [link for variant in variants for link in chain_of(variant.config).stages.values()]
     named = {link.stage.evidence(link.config).bank for link in links if hasattr(link.stage, "evidence")}
-    files = {name: bank_file(name) for name in sorted(filter(None, named))}
+    files = {name: bank_file(name) for name in sorted(name for name in named if isinstance(name, str) and name)}
     return {name: _hash(file.read_bytes()) for name, file in files.items()}
 
 

@@ -20,6 +20,7 @@ from plphp.methods.registry import chain_of
 from .blocks import Remainder, remainder, shares
 from .controls import smaller_inputs
 from .conversation import prompt_inputs
+from .own_banks import RunBanks
 from .run_config import run_config
 from .scorer import Scorer, records_of_worker
 from .skipping import first_usable
@@ -84,9 +85,10 @@ def evaluate(
     variants = make_variants(settings.methods, settings.retention)
     check_baseline(baseline, [variant.label for variant in variants])
     model, processor = load_model(settings.model, settings.dtype, settings.device)
-    sample = first_usable(tasks, settings, processor)
-    usable, refused = _usable(model, processor, variants, modes.values(), sample)
-    store = Store(out, run_config(settings, usable, refused, tasks, modes, identity(model)))
+    sample, about = first_usable(tasks, settings, processor), identity(model)
+    banks = RunBanks(Path(out), tasks, settings, about["model"]["sha256"])
+    usable, refused = _usable(model, processor, variants, modes.values(), sample, banks)
+    store = Store(out, run_config(settings, variants, refused, tasks, modes, about, banks))
     left = remainder(store, tasks, settings, modes)
     note = _Notes(store, left, progress)
     if workers == 1:
@@ -95,7 +97,7 @@ def evaluate(
     elif left.blocks:
         del model  # every process loads its own
         names = [variant.name for variant in usable]
-        run_workers(records_of_worker, (settings, names), shares(left.blocks, workers), note)
+        run_workers(records_of_worker, (settings, names, banks.files), shares(left.blocks, workers), note)
     return _written_figures(store.folder, baseline)
 
 
@@ -121,17 +123,25 @@ def _check_workers(workers: int) -> None:
 
 
 def _usable(
-    model: PreTrainedModel, processor: Any, variants: Sequence[Variant], modes: Collection[str], sample: Sample
+    model: PreTrainedModel,
+    processor: Any,
+    variants: Sequence[Variant],
+    modes: Collection[str],
+    sample: Sample,
+    banks: RunBanks,
 ) -> tuple[list[Variant], dict[str, str]]:
-    """Leave out the variants that this model cannot do; with the reasons by their names."""
+    """The variants that this model can do, with their query banks; and by the names of the rest the reasons."""
+    usable: list[Variant] = []
     refused: dict[str, str] = {}
     for variant in variants:
         try:
-            _check_variant(model, processor, variant, modes, sample)
+            named = banks.named(model, processor, variant)
+            _check_variant(model, processor, named, modes, sample)
+            usable.append(named)
         except (ConfigError, UnsupportedFeatureError, UnsupportedModelError) as error:
             log.warning("%s is left out: %s", variant.name, error)
             refused[variant.name] = str(error)
-    return [variant for variant in variants if variant.name not in refused], refused
+    return usable, refused
 
 
 def _check_variant(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from plphp.evaluation.settings import EvalSettings
 from plphp.evaluation.tasks.task import AnyTask, Sample
 from plphp.inputs.loading import load_model
+from plphp.policy.evidence import OwnBank
 
 from .answering import decode_sample, generate_samples
 from .blocks import Blocks
+from .own_banks import by_file
 from .scoring import LABEL_FREE_TOKENS, Outcome, label_free, verify
 from .skipping import records_of
 from .task_choice import makers_of, mode_of, resolve_tasks
@@ -80,7 +82,9 @@ class Scorer:
         )
 
 
-def records_of_worker(settings: EvalSettings, names: Sequence[str], blocks: Blocks) -> Iterator[Record]:
+def records_of_worker(
+    settings: EvalSettings, names: Sequence[str], banks: Mapping[OwnBank, str], blocks: Blocks
+) -> Iterator[Record]:
     """Score blocks in a process of its own, which loads the model itself.
 
     Parameters
@@ -88,9 +92,12 @@ def records_of_worker(settings: EvalSettings, names: Sequence[str], blocks: Bloc
     settings : EvalSettings
     names : sequence of str
         Names of the variants that the model can do.
+    banks : mapping of OwnBank to str
+        Files of the query banks that were collected for the run.
     blocks : dict
         The process's share.
     """
     model, processor = load_model(settings.model, settings.dtype, settings.device)
-    variants = [variant for variant in make_variants(settings.methods, settings.retention) if variant.name in names]
+    made = make_variants(settings.methods, settings.retention)
+    variants = [by_file(variant, banks) for variant in made if variant.name in names]
     return Scorer(model, processor, settings, variants).records(blocks)

@@ -48,7 +48,7 @@ def first_usable(tasks: Sequence[AnyTask], settings: EvalSettings, processor: An
                 prompt_inputs(processor, sample)
                 return sample
             except PLPHPError as error:
-                _end_unless_of_sample(error, task.name, number)
+                end_unless_of_sample(error, task.name, number)
                 reasons.append(f"{task.name}, sample {number}: {error}")
     raise LoadError(f"No sample can be read and prepared; the first: {[*reasons, 'there is none'][0]}")
 
@@ -96,7 +96,7 @@ def _scored(task: str, samples: Mapping[int, Sample], score: Score) -> dict[int,
         number, first = next(iter(samples.items()))
         if len(samples) == 1:
             return {number: _skipped(error, task, number, first.id)}
-        _end_unless_of_sample(error, task, first.id)
+        end_unless_of_sample(error, task, first.id)
     else:
         return {
             number: _record(number, sample, by_variant)
@@ -114,10 +114,11 @@ def _record(index: int, sample: Sample, outcomes: Mapping[str, Outcome]) -> dict
 
 
 def _skipped(error: PLPHPError, task: str, index: int, sample_id: str | None = None) -> dict[str, Any]:
-    _end_unless_of_sample(error, task, index if sample_id is None else sample_id)
+    end_unless_of_sample(error, task, index if sample_id is None else sample_id)
     return {"index": index, "id": sample_id, "skipped": one_line(error)}
 
 
-def _end_unless_of_sample(error: PLPHPError, task: str, sample: object) -> None:
+def end_unless_of_sample(error: PLPHPError, task: str, sample: object) -> None:
+    """Raise an error that the next sample would meet as well, with the sample's name."""
     if isinstance(error, NOT_OF_A_SAMPLE):
         raise type(error)(f"{task}, sample {sample}: {error}") from error

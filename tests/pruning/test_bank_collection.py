@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bank that an engine collects, in memory and in a folder that several processes may share."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from plphp import ConfigError, QueryBank
+from plphp.policy.bank_folder import BankFolder, BankModel
+from plphp.policy.evidence import OwnBank
+from plphp.policy.rotation import Rotation
+from plphp.pruning.own_bank import BankCollection
+from plphp.pruning.report import BankProgress
+
+MODEL = BankModel("tiny/vl", 4, "0123456789abcdef" + "0" * 48)
+NAME = "tiny_vl-0123456789abcdef.safetensors"
+ROTATIONS = {2: Rotation(torch.tensor([1.0, 0.1]))}
+
+
+def answer(number: float, tokens: int = 2) -> dict[int, Tensor]:
+    return {2: torch.full((1, tokens, 4), float(number))}
+
+
+def numbers(bank: QueryBank | None) -> list[float]:
+    assert bank is not None
+    queries: list[float] = bank.layers[2].queries[0, :, 0].tolist()
+    return queries
+
+
+def test_in_memory() -> None:
+    collection = BankCollection(OwnBank(3), BankModel("tiny", 4))
+    assert collection.add([answer(1), answer(2, 0)], ROTATIONS) == BankProgress(1, 3)
+    assert collection.bank is None
+    assert collection.progress.missing == 2
+    assert collection.add([answer(2.001), answer(3), answer(4)], ROTATIONS) == BankProgress(3, 3)
+    assert numbers(collection.bank) == [1, 1, 2, 2, 3, 3], "the queries are not rounded as in a file"
+    complete = collection.bank
+    assert collection.add([answer(9)], ROTATIONS) == BankProgress(3, 3)
+    assert collection.bank is complete
+
+
+def test_a_file_of_fewer_prompts_is_added_to_and_of_more_is_taken(tmp_path: Path) -> None:
+    BankCollection(OwnBank(2, str(tmp_path)), MODEL).add([answer(1), answer(2)], ROTATIONS)
+    larger = BankCollection(OwnBank(3, str(tmp_path)), MODEL)
+    assert larger.progress == BankProgress(2, 3)
+    assert larger.bank is None
+    larger.add([answer(3)], ROTATIONS)
+    assert numbers(larger.bank) == [1, 1, 2, 2, 3, 3]
+    smaller = BankCollection(OwnBank(1, str(tmp_path)), MODEL)
+    assert numbers(smaller.bank) == [1, 1, 2, 2, 3, 3]
+    assert smaller.progress == BankProgress(3, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, NAME.replace("safetensors", "lock")}
+
+
+def _collect(folder: str, first: int) -> None:
+    collection = BankCollection(OwnBank(12, folder), MODEL)
+    for number in range(first, first + 8):
+        collection.add([answer(number)], ROTATIONS)
+
+
+def test_processes_lose_nothing_and_end_with_the_same_bank(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_collect, args=(str(tmp_path), first)) for first in (0, 100)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    kept = numbers(QueryBank.load(tmp_path / NAME))
+    assert len(kept) == 24
+    assert kept[::2] == kept[1::2]
+    assert len(set(kept)) == 12, "an answer is there twice, and another was lost"
+    ours, theirs = [number for number in kept[::2] if number < 100], [number for number in kept[::2] if number >= 100]
+    assert ours == list(range(len(ours)))
+    assert theirs == list(range(100, 100 + len(theirs)))
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, NAME.replace("safetensors", "lock")}
+
+
+def test_a_file_that_was_taken_away_begins_anew(tmp_path: Path) -> None:
+    collection = BankCollection(OwnBank(3, str(tmp_path)), MODEL)
+    collection.add([answer(1)], ROTATIONS)
+    (tmp_path / NAME).unlink()
+    assert collection.add([answer(2)], ROTATIONS) == BankProgress(1, 3)
+    assert numbers(QueryBank.load(tmp_path / NAME)) == [2, 2]
+
+
+def saved(path: Path, bank: QueryBank, **record: object) -> None:
+    QueryBank(bank.layers, bank.ahead, {**bank.record, **record}).save(path)
+
+
+def test_a_file_that_is_no_bank_of_this_model_is_refused_and_stays(tmp_path: Path) -> None:
+    collection = BankCollection(OwnBank(2, str(tmp_path)), MODEL)
+    collection.add([answer(1)], ROTATIONS)
+    file = tmp_path / NAME
+    good = QueryBank.load(file)
+    for record, match in (
+        ({"weights_sha256": "f" * 64}, f"weights_sha256 is '{'f' * 64}'"),
+        ({"decoder_layers": 5}, "decoder_layers is 5, and that of this model is 4"),
+        ({"model_type": "other"}, "model_type is 'other'"),
+        ({"weights_sha256": None}, "weights_sha256 is None"),
+        ({"prompts": 7}, "is broken: its record says that it is of 7 prompts with 2 tokens"),
+        ({"answer_tokens": 7}, "is broken: it holds 2 samples of 7 tokens"),
+    ):
+        saved(file, good, **record)
+        content = file.read_bytes()
+        with pytest.raises(ConfigError, match=match) as refusal:
+            BankCollection(OwnBank(2, str(tmp_path)), MODEL)
+        assert f"Move the file {file} away" in str(refusal.value)
+        with pytest.raises(ConfigError, match=match):
+            collection.add([answer(2)], ROTATIONS)  # it was replaced while the bank was collected
+        assert file.read_bytes() == content
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError, match="not a safetensors file"):
+        BankCollection(OwnBank(2, str(tmp_path)), MODEL)
+    assert file.read_bytes() == b""
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"Cannot make the folder .*file/in .*: Not a directory"):
+        BankCollection(OwnBank(2, str(tmp_path / "file" / "in")), MODEL)
+    with pytest.raises(ConfigError, match="needs the SHA-256 of the weights, got ''"):
+        BankFolder(tmp_path, BankModel("tiny", 4))
+    if os.getuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(ConfigError, match="Cannot write to the folder"):
+            BankFolder(tmp_path / "closed", MODEL)
+
+
+def test_a_save_that_fails_leaves_the_bank_and_no_part_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = BankCollection(OwnBank(2, str(tmp_path)), MODEL)
+    collection.add([answer(1)], ROTATIONS)
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(ConfigError, match=f"Cannot write the query bank .*{NAME}: No space left on device"):
+            collection.add([answer(2)], ROTATIONS)
+    assert numbers(QueryBank.load(tmp_path / NAME)) == [1, 1]
+    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
+    assert collection.bank is None
+    assert collection.add([answer(3)], ROTATIONS) == BankProgress(2, 2)
+    assert numbers(collection.bank) == numbers(QueryBank.load(tmp_path / NAME)) == [1, 1, 2, 2]
+
+
+def test_the_log_says_what_is_going_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "plphp"):
+        collection = BankCollection(OwnBank(2, str(tmp_path)), MODEL)
+        collection.tell()
+        collection.tell()
+        collection.add([answer(1)], ROTATIONS)
+        collection.add([], ROTATIONS)
+        collection.add([answer(2)], ROTATIONS)
+        BankCollection(OwnBank(2, str(tmp_path)), MODEL)
+    lines = [record.getMessage() for record in caplog.records]
+    assert "the next 2 answer(s)" in lines[0]
+    assert lines[1:] == [
+        "The query bank is of 1 of 2 prompts.",
+        "The query bank is of 2 of 2 prompts.",
+        f"The query bank is complete: 2 prompts, 4 queries; pruning from now on. It is kept in {tmp_path / NAME}.",
+        f"Pruning by the query bank of 2 prompts in {tmp_path / NAME}.",
+    ]
