@@ -180,6 +180,16 @@ def test_what_is_kept_lies_behind_the_empty_blocks(chunks: list[int], settings: 
             assert torch.equal(cache.values[slots, head], values[found, head])
 
 
+def test_layers_whose_rates_wait_are_held_in_full() -> None:
+    """What was to be evicted fills up blocks: nothing of it is dropped before the last layer is scored."""
+    reading = reading_of(pruning_of(method="plphp", target_retention=0.3))
+    for layer in range(LAYERS - 1):
+        assert not list(reading.read(layer, *states(TOKENS, layer), DIM**-0.5))
+    assert [entries.tail()[0].shape[2] for entries in reading._layers.values()] == [TOKENS] * (LAYERS - 1)
+    parts = list(reading.read(LAYERS - 1, *states(TOKENS, LAYERS - 1), DIM**-0.5))
+    assert [part.layer for part in parts] == list(range(LAYERS))
+
+
 def test_tokens_behind_the_prompt_see_what_is_left_of_it() -> None:
     pruning = pruning_of()
     caches, outputs = run(pruning, request(), [16, 30], TABLE)

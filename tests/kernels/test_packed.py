@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
 
 KEY_DIM, VALUE_DIM = 3, 2
@@ -129,3 +130,17 @@ def test_rows_picked_from_one_row(heads: int, seq: int, rows: int, data: st.Data
     expected = [[(keys[mask], values[mask]) for (keys, values), mask in zip(row, masks, strict=True)] for masks in keep]
     assert_is(picked, expected + [model for _, [model] in blocks])
     assert picked.keys.untyped_storage().nbytes() == picked.keys.nbytes
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), seeds)
+def test_narrowed_blocks(rows: int, heads: int, seq: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(rows, heads, seq, dim, generator=generator) for dim in (KEY_DIM, VALUE_DIM))
+    held, keep = (torch.rand(rows, heads, seq, generator=generator) < share for share in (0.7, 0.6))
+    keep &= held
+    narrowed = compact_kv(keys, values, held).narrowed(held, keep)
+    assert_is(narrowed, [
+        [(keys[row, head][keep[row, head]], values[row, head][keep[row, head]]) for head in range(heads)]
+        for row in range(rows)
+    ])  # fmt: skip

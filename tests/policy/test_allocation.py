@@ -108,6 +108,31 @@ def test_ties_in_quantile_mode_go_to_the_earlier_layer() -> None:
 
 
 @given(
+    st.integers(1, 3).flatmap(lambda rows: st.lists(st.lists(gammas, min_size=rows, max_size=rows), min_size=1)),
+    st.floats(0, 1, exclude_min=True),
+    st.floats(0.01, 0.5),
+    st.booleans(),
+)
+def test_the_first_layers_alone_have_the_most_that_each_can_keep(
+    scores: list[list[float]], target: float, quantile: float, ties: bool
+) -> None:
+    """And all of that together is never more than what the whole prompt keeps in the end."""
+    layers = layers_of([[round(gamma, 1) if ties else gamma for gamma in row] for row in scores])
+    config = PLPHPConfig(target_retention=target, class_quantile=quantile)
+    final = rates(allocation.by_vision_attention(layers, config))
+    before = [[1.0] * len(scores[0]) for _ in scores]
+    for read in range(1, len(layers) + 1):
+        most = rates(allocation.by_vision_attention(layers[:read], config))
+        for layer in range(read):
+            for row in range(len(scores[0])):
+                assert final[layer][row] <= most[layer][row] <= before[layer][row]
+        for row in range(len(scores[0])):
+            assert sum(layer[row] for layer in most) <= sum(layer[row] for layer in final) + 1e-9
+        before[:read] = most
+    assert most == final
+
+
+@given(
     st.integers(1, 4).flatmap(lambda rows: st.lists(st.lists(gammas, min_size=rows, max_size=rows), min_size=1)),
     st.sampled_from([None, 0.3, 0.5]),
 )

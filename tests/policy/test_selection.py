@@ -74,6 +74,26 @@ def test_keep_mask_is_the_naive_one(batch: tuple[list[list[int]], Tensor, list[f
     assert keep.tolist() == naive_keep(rank, segments, rates, config)
 
 
+@settings(deadline=None)
+@given(batches(), st.data(), st.booleans(), st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.booleans())
+def test_a_lower_rate_keeps_nothing_that_a_higher_one_does_not(
+    batch: tuple[list[list[int]], Tensor, list[float], PLPHPConfig],
+    data: st.DataObject,
+    ragged: bool,
+    safeguard: float,
+    text: bool,
+) -> None:
+    """What is dropped before the rates of all layers are known is dropped by them too."""
+    segments, rank, rates, config = batch
+    config = dataclasses.replace(config, head_safeguard=safeguard)
+    lower = [rate * data.draw(st.floats(0, 1)) for rate in rates]
+    scores = make_scores(segments)
+    if text:
+        scores = dataclasses.replace(scores, evictable=scores.valid & (torch.arange(len(segments[0])) % 3 > 0))
+    many, few = keep_masks(rank, scores, [rates, lower], config, ragged=ragged)
+    assert not (few & ~many).any()
+
+
 def test_text_is_kept_and_padding_never() -> None:
     scores = make_scores([[-2, -2, -1, 0, 0, -1], [0, -1, 0, -1, -1, -1]])
     for rate in (0.0, 0.5, 1.0):

@@ -150,6 +150,29 @@ class PackedKV:
             (*range(len(keep)), *(len(keep) + row - 1 for row in sources.rows[1:])),
         )
 
+    def narrowed(self, held: Tensor, keep: Tensor) -> PackedKV:
+        """Copy some of the entries of a block whose rows are in the order in which they are stored.
+
+        Parameters
+        ----------
+        held : Tensor
+            bool [batch, kv_heads, seq]; the tokens whose entries the block holds, as it was compacted by.
+        keep : Tensor
+            bool [batch, kv_heads, seq]; those that stay, all of them held.
+
+        Returns
+        -------
+        PackedKV
+            It shares no memory with this block.
+        """
+        entries = keep[held].nonzero()[:, 0].to(self.keys.device)
+        return PackedKV(
+            self.keys.index_select(0, entries),
+            self.values.index_select(0, entries),
+            tuple(tuple(row) for row in keep.sum(-1).tolist()),
+            self.rows,
+        )
+
     def appended(self, newer: PackedKV) -> PackedKV:
         """Put the entries of a newer block behind those of this block, row by row and head by head."""
         keys: list[Tensor] = []

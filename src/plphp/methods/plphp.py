@@ -14,5 +14,6 @@ METHOD = Method(
         allocate=by_vision_attention,
         score=per_head,
         uses_class_rule=lambda config: True,
+        at_most=by_vision_attention,
     ),
 )

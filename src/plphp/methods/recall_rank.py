@@ -85,6 +85,7 @@ METHOD = Method(
         score=score,
         evidence=evidence,
         uses_class_rule=by_classes,
+        at_most=by_vision_attention,
         mix=mix,
     ),
     options=OPTIONS,

@@ -14,6 +14,7 @@ METHOD = Method(
         allocate=by_vision_attention,
         score=shared_by_heads,
         uses_class_rule=lambda config: True,
+        at_most=by_vision_attention,
         heads_compare=False,
     ),
 )

@@ -81,13 +81,14 @@ def rate_of(layer_class: LayerClass, config: PLPHPConfig) -> float:
 def by_vision_attention(layers: Layers, config: PLPHPConfig) -> Allocation:
     """Layer-level retention rate allocation of PLPHP.
 
-    With ``target_retention`` the thresholds are the quantiles of each row's own scores over the given layers,
-    so that as many layers gain ``delta`` as lose it; ties go to the earlier layer.
+    With ``target_retention`` the thresholds are the quantiles of each row's own scores over all layers, so that as many
+    layers gain ``delta`` as lose it; ties go to the earlier layer. For the first layers of a prompt alone the result is
+    an upper bound: a layer's position in the order of scores only falls while later layers are scored.
 
     Parameters
     ----------
     layers : sequence of ScoredLayer
-        All layers of the prompt where ``target_retention`` is set.
+        All layers of the prompt where ``target_retention`` is set, or the first of them for the most that each keeps.
     config : PLPHPConfig
         Rates and thresholds.
 
@@ -100,7 +101,8 @@ def by_vision_attention(layers: Layers, config: PLPHPConfig) -> Allocation:
     if config.target_retention is None:
         classes = [[classify(score, config) for score in layer] for layer in scores]
     else:
-        rows = [_by_rank([layer[row] for layer in scores], config) for row in range(len(scores[0]))]
+        count = layers[0].count
+        rows = [_by_rank([layer[row] for layer in scores], count, config) for row in range(len(scores[0]))]
         classes = [list(layer) for layer in zip(*rows, strict=True)]
     return [
         [RowAllocation(score, name, rate_of(name, config)) for score, name in zip(*layer, strict=True)]
@@ -108,14 +110,14 @@ def by_vision_attention(layers: Layers, config: PLPHPConfig) -> Allocation:
     ]
 
 
-def _by_rank(scores: Sequence[float], config: PLPHPConfig) -> list[LayerClass]:
-    """Classes of the layers of one row: the top and the bottom ``class_quantile`` of them."""
-    share = min(len(scores) // 2, round(config.class_quantile * len(scores)))
+def _by_rank(scores: Sequence[float], count: int, config: PLPHPConfig) -> list[LayerClass]:
+    """Classes of the first of ``count`` layers of one row: the top and the bottom ``class_quantile`` of all of them."""
+    share = min(count // 2, round(config.class_quantile * count))
     order = sorted(range(len(scores)), key=lambda layer: (-scores[layer], layer))
     classes: list[LayerClass] = ["balanced"] * len(scores)
     for layer in order[:share]:
         classes[layer] = "attentive"
-    for layer in order[len(order) - share :]:
+    for layer in order[count - share :]:
         classes[layer] = "indifferent"
     return classes
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from plphp.settings.config import PLPHPConfig
@@ -17,7 +17,7 @@ from plphp.settings.config import PLPHPConfig
 from .allocation import Allocator
 from .evidence import Evidence, LayerScores
 from .rankers import Ranker
-from .selection import Mix
+from .selection import RANKED, Mix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,10 +82,14 @@ class KVStage:
         ``config -> Mix``: which part of the entries that a head keeps does not go by score.
     uses_class_rule : callable
         ``config -> bool``: whether the allocator sorts layers into classes by their vision attention scores. Then
-        ``target_retention`` says how much is kept, and none may be compacted before all have been scored.
+        ``target_retention`` says how much is kept, and the rate of none is known before all have been scored.
     all_layers : callable
         ``config -> bool``: whether the rates of any layer depend on the scores of all, for another reason than
         ``uses_class_rule``.
+    at_most : Allocator, optional
+        For methods whose rates depend on the scores of all layers: from the first layers of a prompt, the most that
+        each of them can keep, whatever the later layers score. What exceeds it leaves before the last layer is scored.
+        None where nothing is known, so that all layers are held in full until then.
     needs_answer : bool
         Whether it scores by the queries of the answer, which only `plphp.branch` has.
     heads : {"equal", "ragged"}
@@ -102,6 +106,7 @@ class KVStage:
     mix: Callable[[PLPHPConfig], Mix] = lambda config: Mix()
     uses_class_rule: Callable[[PLPHPConfig], bool] = lambda config: False
     all_layers: Callable[[PLPHPConfig], bool] = lambda config: False
+    at_most: Allocator | None = None
     needs_answer: bool = False
     heads: Literal["equal", "ragged"] = "equal"
     heads_compare: bool = True
@@ -113,6 +118,13 @@ class KVStage:
     def needs_all_layers(self, config: PLPHPConfig) -> bool:
         """Whether the rates of any layer depend on the scores of all."""
         return (config.target_retention is not None and self.uses_class_rule(config)) or self.all_layers(config)
+
+    def bounded(self, config: PLPHPConfig) -> KVStage | None:
+        """The stage with upper bounds in the place of rates, where what it selects by them holds all that it selects in
+        the end; None where that is not known: without ``at_most``, or where a part does not go by score."""
+        if self.at_most is None or self.mix(config) != RANKED:
+            return None
+        return replace(self, allocate=self.at_most)
 
 
 Stage: TypeAlias = EncoderStage | PrefillStage | KVStage

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from plphp.errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError
 from plphp.io.quoting import one_line
-from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
 
 from .placement import held_whole
+from .provisional import ProvisionalBlock
 
 MIN_GROWTH = 16
 """Tokens for which the tail reserves room at least when it grows."""
@@ -32,6 +32,9 @@ class LayerEntries:
     Two lengths are kept apart: the *logical* one (`length`: every token seen; position ids follow it) and the
     *physical* one (what is stored). The tail holds the last ``length - prefix_length`` tokens.
 
+    Between a `compact` that is not final and the final one the tail is a block of what may still be kept: nothing reads
+    the layer then, and it takes no token.
+
     Attributes
     ----------
     keys, values : Tensor or None
@@ -39,7 +42,7 @@ class LayerEntries:
     prefix : PackedKV or None
         What `compact` kept so far.
     prefix_length : int
-        Tokens seen up to the last `compact`.
+        Tokens seen up to the last final `compact`.
     tail_length : int
         Tokens seen since.
     dtypes : tuple of torch.dtype
@@ -60,6 +63,7 @@ class LayerEntries:
         self.slot: Tensor | None = None
         self._dims: tuple[int, int] | None = None
         self._kv_heads = 0
+        self._provisional: ProvisionalBlock | None = None
 
     @property
     def length(self) -> int:
@@ -71,6 +75,8 @@ class LayerEntries:
         """Rows of the batch, -1 before the first entries."""
         if self.prefix is not None:
             return self.prefix.batch
+        if self._provisional is not None:
+            return self._provisional.block.batch
         return -1 if self.keys is None else self.keys.shape[0]
 
     @property
@@ -78,6 +84,7 @@ class LayerEntries:
         """Bytes of all tensors that the layer holds, reserved room included."""
         tail = 0 if self.keys is None else self.keys.untyped_storage().nbytes()
         tail += 0 if self.values is None else self.values.untyped_storage().nbytes()
+        tail += 0 if self._provisional is None else self._provisional.block.nbytes
         return tail + (0 if self.prefix is None else self.prefix.nbytes)
 
     @property
@@ -119,7 +126,10 @@ class LayerEntries:
         ------
         CacheMemoryError
             If there is no memory for them; the layer is as before.
+        CacheStateError
+            If the layer waits for its final placement.
         """
+        self._check_final()
         if self.slot is not None and self.keys is not None and self.values is not None:
             self.keys.index_copy_(2, self.slot, key_states)
             self.values.index_copy_(2, self.slot, value_states)
@@ -156,6 +166,7 @@ class LayerEntries:
 
     def tail(self) -> tuple[Tensor, Tensor]:
         """Views on the keys and values of the tail, [batch, kv_heads, tail, dim]."""
+        self._check_final()
         if self.keys is None or self.values is None:
             raise CacheStateError("The tail of the layer is empty.")
         return self.keys[:, :, : self.tail_length], self.values[:, :, : self.tail_length]
@@ -173,32 +184,42 @@ class LayerEntries:
         self.keys, self.values = [_grown(states, self.tail_length, needed) for states in (keys, values)]
         return needed
 
-    def compact(self, placement: Tensor) -> None:
+    def compact(self, placement: Tensor, *, final: bool = True) -> None:
         """Move the entries of the tail that are held into the prefix, and free the tail.
 
         Parameters
         ----------
         placement : Tensor
-            uint8 [batch, kv_heads, tail], see `plphp.pruning.placement.Placement`.
+            uint8 [batch, kv_heads, tail], see `plphp.pruning.placement.Placement`; of the whole tail, whatever an
+            earlier placement has dropped of it.
+        final : bool
+            False where the rest is freed and what is held does not join the prefix yet: another placement of the same
+            tail narrows it.
 
         Raises
         ------
         UnsupportedFeatureError, CacheStateError
-            If an entry is to be held in few bits, or the placement is not that of the tail; the layer is as before.
+            If an entry is to be held in few bits, or was dropped by an earlier placement, or the placement is not that
+            of the tail; the layer is as before.
         """
-        keys, values = self.tail()
-        if placement.shape != keys.shape[:3]:
+        shape = self.tail()[0].shape[:3] if self._provisional is None else self._provisional.held.shape
+        if placement.shape != shape:
             raise CacheStateError(
-                f"The placement of a layer covers its tail, {tuple(keys.shape[:3])} rows, KV heads and tokens, got "
+                f"The placement of a layer covers its tail, {tuple(shape)} rows, KV heads and tokens, got "
                 f"{tuple(placement.shape)}."
             )
         keep = held_whole(placement)
-        # Without no_grad the graph would keep the full keys and values alive.
-        block = compact_kv(keys.detach(), values.detach(), keep)
-        self.prefix = block if self.prefix is None else self.prefix.appended(block)
+        if self._provisional is None:
+            held = ProvisionalBlock.of(*self.tail(), keep)
+        else:
+            held = self._provisional.narrowed(keep)
+        if not final:
+            self._provisional, self.keys, self.values = held, None, None
+            return
+        self.prefix = held.block if self.prefix is None else self.prefix.appended(held.block)
         self.prefix_length += self.tail_length
         self.tail_length = 0
-        self.keys = self.values = None
+        self._provisional = self.keys = self.values = None
 
     def begin_with(self, prefix: PackedKV, source: LayerEntries) -> None:
         """Take over a prefix that was compacted elsewhere, from the tokens that ``source`` has seen."""
@@ -207,7 +228,7 @@ class LayerEntries:
 
     def forget(self) -> None:
         """Forget everything."""
-        self.prefix, self.keys, self.values = None, None, None
+        self.prefix, self._provisional, self.keys, self.values = None, None, None, None
         self.prefix_length = self.tail_length = 0
         self._dims = None
 
@@ -218,7 +239,10 @@ class LayerEntries:
         ------
         UnsupportedFeatureError
             If some of them are in the prefix, where their entries are no longer complete.
+        CacheStateError
+            If the layer waits for its final placement.
         """
+        self._check_final()
         if tokens > self.tail_length:
             raise UnsupportedFeatureError(
                 f"Cannot remove the last {tokens} tokens: only the {self.tail_length} seen after the "
@@ -235,7 +259,13 @@ class LayerEntries:
         ----------
         rows : Tensor
             int64 [new batch], or bool [batch].
+
+        Raises
+        ------
+        CacheStateError
+            If the layer waits for its final placement.
         """
+        self._check_final()
         if rows.dtype is torch.bool:
             rows = rows.nonzero()[:, 0]
         if self.prefix is not None:
@@ -243,6 +273,11 @@ class LayerEntries:
         if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))
+
+    def _check_final(self) -> None:
+        """Raise `CacheStateError` while the last placement is not the final one."""
+        if self._provisional is not None:
+            raise CacheStateError("The prompt has not been read to its end: the layer waits for its final placement.")
 
 
 def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from plphp.errors import UnsupportedFeatureError
+from plphp.policy.allocation import RowAllocation
+from plphp.policy.evidence import LayerScores
 
 
 class Placement(IntEnum):
@@ -23,6 +26,29 @@ class Placement(IntEnum):
     """Held as a code of few bits. No method asks for it and no layer holds it yet."""
     WHOLE = 2
     """Held in the dtype of the model."""
+
+
+@dataclass(frozen=True)
+class LayerPlacement:
+    """What becomes of the entries of one layer.
+
+    Parameters
+    ----------
+    scores : LayerScores
+        What the layer's attention says of them; names the layer.
+    allocation : list of RowAllocation
+        Per row, what was decided at the layer level; its rate is of all vision tokens of the prompt.
+    placement : Tensor
+        uint8 [batch, kv_heads, seq], see `Placement`; of the entries of the layer's tail.
+    final : bool
+        False where the rates wait for later layers: what is dropped is not needed by any of them, ``allocation`` has
+        the most that they can be, and another placement of the same tail narrows it.
+    """
+
+    scores: LayerScores
+    allocation: list[RowAllocation]
+    placement: Tensor
+    final: bool = True
 
 
 def whole_or_dropped(keep: Tensor) -> Tensor:

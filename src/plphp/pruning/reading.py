@@ -9,8 +9,7 @@ and where it needs them the two hooks ``join_heads`` and ``round_up``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,30 +29,13 @@ from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 
 from .finite import UnrankedRows
-from .placement import whole_or_dropped
+from .placement import LayerPlacement, whole_or_dropped
 from .scoring import Attended, Scoring
 
+WORTH_A_COPY = 1 / 8
+"""What a placement that is not final has to free of what a layer holds: in a batch, rows lose their rank one by one."""
 Allocated = tuple[LayerScores, list[list[RowAllocation]]]
 """Scores of a layer, and by config what the layer level decided for each row."""
-
-
-@dataclass(frozen=True)
-class LayerPlacement:
-    """What becomes of the entries of one layer.
-
-    Parameters
-    ----------
-    scores : LayerScores
-        What the layer's attention says of them; names the layer.
-    allocation : list of RowAllocation
-        Per row, what was decided at the layer level; its rate is of all vision tokens of the prompt.
-    placement : Tensor
-        uint8 [batch, kv_heads, seq], see `plphp.pruning.placement.Placement`; of the entries of the layer's tail.
-    """
-
-    scores: LayerScores
-    allocation: list[RowAllocation]
-    placement: Tensor
 
 
 def _as_it_is(value: Any, *_: Any) -> Any:
@@ -87,6 +69,8 @@ class PromptReading:
     round_up : callable
         ``(keep, score, scores) -> keep``, bool [batch, kv_heads, seq]: keep more than was selected, where memory is
         freed in blocks.
+    narrows : bool
+        Whether the engine takes placements that are not final.
 
     Attributes
     ----------
@@ -107,17 +91,18 @@ class PromptReading:
         rotations: Callable[[], Mapping[int, Rotation]] | None = None,
         join_heads: Callable[[LayerScores], LayerScores] = _as_it_is,
         round_up: Callable[[Tensor, Tensor, LayerScores], Tensor] = _as_it_is,
+        narrows: bool = False,
     ) -> None:
         self.spans, self.chain = spans, chain
         self.pruned_layers, self.layers = list(pruned_layers), layers
         self._join_heads, self._round_up = join_heads, round_up
         self._unranked = UnrankedRows(spans, features)
-        ask = partial(Scoring.of, spans, rope_delta=rope_delta, own_bank=own_bank, rotations=rotations)
-        self.kv = ask(config=chain.kv.config, evidence=chain.kv.stage.evidence(chain.kv.config))
+        of_engine = rope_delta, rotations, own_bank
+        self.kv = Scoring.of(spans, chain.kv.config, chain.kv.stage.evidence(chain.kv.config), *of_engine)
         self._prefill = self.kv
         if chain.prefill is not None:
             own = chain.prefill.stage.evidence(chain.prefill.config)
-            asked = ask(config=chain.prefill.config, evidence=own)
+            asked = Scoring.of(spans, chain.prefill.config, own, *of_engine)
             self._prefill = self.kv if asked.asks_as(self.kv) else asked
             if not 1 <= self._first_without <= layers:
                 raise ConfigError(
@@ -127,6 +112,9 @@ class PromptReading:
         self.hidden: Tensor | None = None
         self.hidden_from = layers
         self._whole_rows: list[int] = []
+        self._bounded = chain.kv.stage.bounded(chain.kv.config) if narrows else None
+        self._gammas: dict[int, list[float]] = {}
+        self._held: dict[int, float] = {}  # by layer that was narrowed, the mean rate over its rows
 
     def read(self, attended: Attended) -> Iterator[LayerPlacement]:
         """Take in what a layer has attended to, and place the entries of the layers that can be decided now.
@@ -140,7 +128,8 @@ class PromptReading:
         ------
         LayerPlacement
             Nothing before the layer has read the whole prompt. Then this layer, or at the last layer all of them
-            where the rates of each depend on the scores of all.
+            where the rates of each depend on the scores of all. Of those, each layer before the last drops already what
+            none can keep, in placements that are not final, where engine and method allow it.
 
         Raises
         ------
@@ -155,6 +144,7 @@ class PromptReading:
             return
         self.hide_tokens(attended.layer)
         if self._waits_for_all and attended.layer != self.last_layer:
+            yield from self.narrow()
             return
         link = self.chain.kv
         for scores, [allocation] in self.allocate(link, [link.config]):
@@ -163,6 +153,25 @@ class PromptReading:
                 scores.states.let_go()
             yield self.place(scores, allocation, keep)
         self.kv.scores.clear()
+
+    def narrow(self) -> Iterator[LayerPlacement]:
+        """Drop what the layers scored so far cannot keep, whatever the later layers score.
+
+        Yields
+        ------
+        LayerPlacement
+            None of them final, of the layers of which it frees a part that is worth a copy.
+        """
+        if self._bounded is None:
+            return
+        link = replace(self.chain.kv, stage=self._bounded)
+        for scores, [most] in self.allocate(link, [link.config]):
+            rate = sum(row.rate for row in most) / len(most)
+            if rate > (1 - WORTH_A_COPY) * self._held.get(scores.layer, 1.0):
+                continue
+            self._held[scores.layer] = rate
+            [keep] = self.select(link, scores, [most])
+            yield LayerPlacement(scores, most, whole_or_dropped(keep), final=False)
 
     def observe(self, attended: Attended) -> bool:
         """Gather the queries of a chunk, and score the layer at the end of the prompt.
@@ -215,7 +224,7 @@ class PromptReading:
             See `read`.
         """
         unranked = {layer: self._unranked.set_aside(self.kv, layer) for layer in self.kv.scores}
-        gammas = {layer: scores.vision_score().tolist() for layer, scores in self.kv.scores.items()}
+        gammas = {layer: self._vision_score(layer) for layer in self.kv.scores}
         budget = self.budget_layers(configs[0])
         scored = [
             ScoredLayer(budget.index(layer), len(budget), gamma, self.kv.scores[layer])
@@ -287,6 +296,12 @@ class PromptReading:
         """The first decoder layer without the vision tokens that leave inside prefill."""
         link = self.chain.prefill
         return self.layers + 1 if link is None else link.stage.first(link.config, self.layers)
+
+    def _vision_score(self, layer: int) -> list[float]:
+        """The vision attention score of each row of a layer; where layers are narrowed, it is asked for many times."""
+        if layer not in self._gammas:
+            self._gammas[layer] = self.kv.scores[layer].vision_score().tolist()
+        return self._gammas[layer]
 
     def _scorings(self, layer: int) -> list[Scoring]:
         """What is asked of a layer: by the KV stage of every layer, by the prefill stage of one."""

@@ -12,8 +12,7 @@ from torch import Tensor
 from plphp.families.spans import VisionSpans
 from plphp.policy.allocation import RowAllocation
 
-from .placement import Placement
-from .reading import LayerPlacement
+from .placement import LayerPlacement, Placement
 from .report import ImageReport, LayerReport, PromptReport, RowReport
 
 

@@ -65,10 +65,10 @@ class Scoring:
         For the evidence that combines query heads.
     rope_delta : Tensor, optional
         int64 [batch, 1]; what rotary positions are ahead of the number of tokens, in models with m-RoPE.
-    own_bank : QueryBank, optional
-        The bank that the engine has collected, for evidence that asks for such a bank.
     rotations : mapping of int to Rotation
         Rotary position embeddings by decoder layer, where the evidence asks for them.
+    own_bank : QueryBank, optional
+        The bank that the engine has collected, for evidence that asks for such a bank.
 
     Attributes
     ----------
@@ -83,8 +83,8 @@ class Scoring:
     evidence: Evidence
     gqa_reduction: str = "mean"
     rope_delta: Tensor | None = None
-    own_bank: QueryBank | None = None
     rotations: Mapping[int, Rotation] = field(default_factory=dict)
+    own_bank: QueryBank | None = None
     scores: dict[int, LayerScores] = field(default_factory=dict)
     unranked: dict[int, list[int]] = field(default_factory=dict)
     _gathered: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -97,8 +97,8 @@ class Scoring:
         config: PLPHPConfig,
         evidence: Evidence,
         rope_delta: Tensor | None = None,
-        own_bank: QueryBank | None = None,
         rotations: Callable[[], Mapping[int, Rotation]] | None = None,
+        own_bank: QueryBank | None = None,
     ) -> Scoring:
         """Ask for the evidence of a method, by the config's ``query_rows`` if set, else by the method's own.
 
@@ -115,7 +115,7 @@ class Scoring:
                 "does not know: use another method."
             )
         known = rotations() if evidence.rotation and rotations is not None else {}
-        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, own_bank, known)
+        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, known, own_bank)
 
     def asks_as(self, scoring: Scoring) -> bool:
         """Whether both ask the same of every layer of one prompt, so that the scores of one serve for both."""

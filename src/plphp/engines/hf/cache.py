@@ -169,6 +169,7 @@ class PrunedCache(GuardedCache):
             own_bank=self._own_bank,
             features=features,
             rotations=partial(rotations_of, self.attachment),
+            narrows=True,
         )
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
@@ -197,8 +198,9 @@ class PrunedCache(GuardedCache):
             self._repeat_rows(reading, query.shape[0])
             for part in reading.read(attended):
                 layer = self._pruned[part.scores.layer]
-                self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
-                layer.compact(part.placement)
+                if part.final:
+                    self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
+                layer.compact(part.placement, final=part.final)
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None

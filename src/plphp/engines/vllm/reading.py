@@ -26,8 +26,8 @@ from plphp.kernels.packed import PackedKV
 from plphp.policy.allocation import RowAllocation
 from plphp.policy.bank import QueryBank
 from plphp.pruning.entries import LayerEntries
-from plphp.pruning.placement import held_whole
-from plphp.pruning.reading import LayerPlacement, PromptReading
+from plphp.pruning.placement import LayerPlacement, held_whole
+from plphp.pruning.reading import PromptReading
 from plphp.pruning.scoring import Attended
 
 from .rounding import evict_whole_blocks
