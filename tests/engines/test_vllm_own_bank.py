@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from plphp import PLPHPConfig
-from plphp.engines.vllm import own_bank as module
+from plphp.engines.vllm import heard_answer
 from plphp.engines.vllm.checkpoint import files_hash
+from plphp.engines.vllm.heard_answer import HeardAnswer
 from plphp.engines.vllm.own_bank import OwnBankCollector
 from plphp.engines.vllm.setup import Setup
 from plphp.engines.vllm.state import Pruning
@@ -223,7 +224,7 @@ def test_another_request_of_the_same_id_is_decided_anew() -> None:
 
 
 def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOKENS", 3)
+    monkeypatch.setattr(heard_answer, "TOKENS", 3)
     worker = Worker(collect=2)
     for name in "abc":
         worker.begin(name)
@@ -274,7 +275,7 @@ def test_an_error_costs_an_answer_and_nothing_else(
 
     worker = Worker(collect=1, folder=tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(module.HeardAnswer, "hear", fail)
+        patched.setattr(HeardAnswer, "hear", fail)
         worker.answer("a", 4)
         patched.undo()
         patched.setattr(BankCollection, "add", fail)
@@ -300,17 +301,20 @@ def test_an_answer_with_a_gap_is_not_heard(caplog: pytest.LogCaptureFixture) -> 
     assert "31 to 31 of the request were missed" in caplog.text
 
 
-def test_a_bank_that_cannot_be_written_is_used(
+def test_a_bank_that_cannot_be_written_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
     worker = Worker(collect=1, folder=tmp_path)
-    monkeypatch.setattr(QueryBank, "save", fail)
-    worker.answer("a", 4)
-    assert "disk full" in caplog.text
-    assert worker.pruned("b")
+    with monkeypatch.context() as patched:
+        patched.setattr(QueryBank, "save", fail)
+        worker.answer("a", 4)
+        assert not worker.pruned("b")
+    assert caplog.text.count("disk full") == 2
+    assert worker.pruned("c")
+    assert_holds(Worker(collect=1, folder=tmp_path).own.collection.bank, expected(a=(30, 3)))
 
 
 def test_without_such_a_bank_nothing_is_heard() -> None:

@@ -136,14 +136,13 @@ class BankCollection:
 
     def _keep(self, rotations: Mapping[int, Rotation]) -> None:
         bank = self._sample.bank(rotations, self.model.record()).rounded()
-        done, wanted = self._sample.prompts, self.wanted.prompts
-        if done >= wanted:
-            self._bank = bank  # also where it cannot be written
         if self._folder is not None:
             self._folder.save(bank)
             self._read = self._folder.changed()
+        done, wanted = self._sample.prompts, self.wanted.prompts
         log.info("The query bank is of %d of %d prompts.", done, wanted)
         if done >= wanted:
+            self._bank = bank
             where = "" if self._folder is None else f" It is kept in {self._folder.file}."
             queries = len(bank.ahead)
             log.info("The query bank is complete: %d prompts, %d queries; pruning from now on.%s", done, queries, where)

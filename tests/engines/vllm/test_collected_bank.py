@@ -19,7 +19,8 @@ from plphp import PLPHPConfig
 from plphp.engines.vllm.checkpoint import files_hash
 from plphp.engines.vllm.metrics import PruneMetrics, PruneStats
 from plphp.engines.vllm.pruned_prompt import PrunedPrompt
-from plphp.engines.vllm.rotations import find_rotations, note_queries
+from plphp.engines.vllm.query_probe import note_queries
+from plphp.engines.vllm.rotations import find_rotations
 from plphp.errors import UnsupportedModelError
 from plphp.policy.allocation import RowAllocation
 from plphp.policy.bank import QueryBank

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
-from plphp.policy.rotation import POSITIONS, Rotation, explaining_rotation, growing_kind
+from plphp.policy.rotation import Rotation
+from plphp.policy.rotation_finding import POSITIONS, explaining_rotation, growing_kind
 
 from .attachment import Attachment, Lease
 from .cache_argument import passed

@@ -18,8 +18,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from plphp.errors import UnsupportedModelError
 
+from .query_probe import note_queries
 from .refusals import refuse_unsupported
-from .rotations import note_queries
 from .settings import settings_of
 from .specs import PrunedLayerSpec
 from .step import Step, current

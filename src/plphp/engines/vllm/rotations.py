@@ -2,16 +2,11 @@
 """How a model that vLLM runs rotates its queries by their position: candidates are compared with what it does.
 
 What a layer does is nowhere written down: some layers have a rotary embedding and do not call it, some scale what it
-gives. So the text model is run once, when the engine starts, over a few equal tokens at different positions. It runs as
-when vLLM measures memory, without attention metadata, and attention is 0, so that the tokens know nothing of each other
-and the queries of a layer differ by their rotation alone.
+gives. So it is tried, see `plphp.engines.vllm.query_probe`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,9 +14,10 @@ from torch import Tensor
 
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
-from plphp.policy.rotation import POSITIONS, Rotation, explaining_rotation, growing_kind
+from plphp.policy.rotation import Rotation
+from plphp.policy.rotation_finding import POSITIONS, explaining_rotation, growing_kind
 
-_queries: ContextVar[dict[int, Tensor] | None] = ContextVar("plphp_probed_queries", default=None)
+from .query_probe import queries_at
 
 
 def find_rotations(runner: Any) -> dict[int, Rotation]:
@@ -47,7 +43,7 @@ def find_rotations(runner: Any) -> dict[int, Rotation]:
     name = f"{config.model!r} ({config.hf_text_config.model_type})"
     positions = [0, *(min(position, config.max_model_len - 1) for position in POSITIONS)]
     try:
-        seen = _queries_at(runner, positions)
+        seen = queries_at(runner, positions)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises that expects tokens and pictures
@@ -104,54 +100,3 @@ def rotary_embeddings(model: torch.nn.Module) -> list[Rotation]:
         frequencies = torch.atan2(sin, cos)
         known[(tuple(frequencies.tolist()), neox)] = Rotation(frequencies, interleaved=not neox)
     return list(known.values())
-
-
-def note_queries(layer: int, query: Tensor, output: Tensor) -> bool:
-    """While a model is probed, take the queries of a layer and let its attention be 0; whether it is probed.
-
-    Parameters
-    ----------
-    layer : int
-        Decoder layer.
-    query : Tensor
-        [tokens, q_heads, dim]; post-RoPE.
-    output : Tensor
-        The attention of the layer, changed in place.
-    """
-    queries = _queries.get()
-    if queries is None:
-        return False
-    queries[layer] = query.float().cpu()
-    output.zero_()
-    return True
-
-
-@torch.inference_mode()
-def _queries_at(runner: Any, positions: list[int]) -> dict[int, Tensor]:
-    """By layer, the queries [positions, q_heads, dim] of equal tokens at these positions."""
-    from vllm.forward_context import set_forward_context
-
-    width, dtype = runner.model_config.get_inputs_embeds_size(), runner.model_config.dtype
-    # The embedding of no token: whatever it is, all queries are made of the same.
-    token = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(runner.device, dtype)
-    at = torch.tensor(positions, device=runner.device)
-    if runner.uses_mrope:
-        at = at.expand(len(runner.mrope_positions.gpu), -1).contiguous()
-    # Not compiled: the first run of a compiled model decides on the shapes that it is compiled for.
-    context = set_forward_context(None, runner.vllm_config, num_tokens=len(positions), skip_compiled=True)
-    with _probing() as queries, context:
-        runner.model(
-            input_ids=None, positions=at, intermediate_tensors=None, inputs_embeds=token.repeat(len(positions), 1)
-        )
-    return queries
-
-
-@contextmanager
-def _probing() -> Iterator[dict[int, Tensor]]:
-    """While open, `note_queries` fills what it gives."""
-    queries: dict[int, Tensor] = {}
-    token = _queries.set(queries)
-    try:
-        yield queries
-    finally:
-        _queries.reset(token)
