@@ -137,7 +137,7 @@ def assert_holds(bank: QueryBank | None, queries: dict[int, Tensor]) -> None:
         torch.testing.assert_close(bank.of(layer).queries.float(), wanted.bfloat16().float(), atol=2e-2, rtol=2e-2)
 
 
-def test_answers_of_several_requests_at_once() -> None:
+def test_answers_of_several_requests_at_once(caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker()
     worker.begin("a", delta=-7)
     worker.begin("b", prompt=40)
@@ -158,6 +158,7 @@ def test_answers_of_several_requests_at_once() -> None:
     assert worker.pruning.take_pruned() == {}
     assert worker.own.take_whole() == 2
     assert worker.pruned("c")
+    assert not caplog.text, "no prompt was kept whole by an error"
 
 
 def test_what_does_not_count() -> None:
@@ -184,10 +185,10 @@ def test_an_answer_that_is_read_again_is_heard_once() -> None:
         worker.run(a=1)
     worker.computed["a"] = 0  # preempted
     worker.run(a=25)
-    worker.run(a=8)
+    worker.run(a=9)  # the end of the prompt, what was written, and the token that was written last
     worker.run(a=1)
     worker.end("a")
-    assert_holds(worker.own.collection.bank, expected(a=(30, 4)))
+    assert_holds(worker.own.collection.bank, expected(a=(30, 5)))
 
 
 def test_a_prompt_is_decided_when_it_begins() -> None:

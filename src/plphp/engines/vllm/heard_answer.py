@@ -35,8 +35,6 @@ class HeardAnswer:
         Tokens that were heard before are left out: after a preemption an answer is read again.
         """
         heard = self._queries.setdefault(layer, [])
-        if len(heard) >= TOKENS:
-            return
         next_position = self.request.num_prompt_tokens + len(heard)
         if position > next_position:
             raise ConfigError(f"the tokens {next_position} to {position - 1} of the request were missed")
