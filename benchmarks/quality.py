@@ -92,7 +92,7 @@ RIVALS = (
     "oracle_ragged=oracle:heads=ragged",
     "adakv",
     "expected_attention",
-    "expected_attention_ragged=expected_attention:heads=ragged",
+    "expected_attention_ragged=expected_attention:heads=ragged,epsilon=0.01",
     "mixkv",
     "mixkv_bank=mixkv:host=bank,bank=bundled",
     "tgv_kv",

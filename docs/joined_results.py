@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two runs over the same samples of the same weights, read as one: what both hold has to be the same to the answer."""
+"""Two runs over the same samples of the same weights, read as one: what both hold has to score the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 SAME = ("split", "seed", "samples", "tasks")
 """Settings that say which samples a run is over."""
+MOST_APART = 0.005
+"""Most that the score of a line may differ between the runs: another processor rounds otherwise, and answers turn."""
 RENAMED = {"query_bank": "query_bank_equal"}
 """Labels of the earlier run that mean something else in the later one, by what they are called there."""
 
@@ -23,12 +25,14 @@ def joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
     Returns
     -------
     dict
-        The earlier results with the lines of both, the later ones first. Everything else is the earlier run's.
+        The earlier results with the lines of both, the later ones first, and ``apart``: the most that the score of a
+        line on a task, or of a group, differs between the runs where both hold it; the later one is taken. Everything
+        else is the earlier run's.
 
     Raises
     ------
     SystemExit
-        If the runs are over other samples or weights, or a line that both hold differs in any score.
+        If the runs are over other samples or weights, or a line that both hold differs by more than `MOST_APART`.
     """
     for name in SAME:
         if earlier["settings"][name] != later["settings"][name]:
@@ -37,16 +41,19 @@ def joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
         raise SystemExit("The runs cannot be joined: they are of other weights, or have other baselines.")
     earlier = _renamed(earlier)
     both = {variant["name"] for variant in earlier["variants"]} & {variant["name"] for variant in later["variants"]}
+    apart = 0.0
     for part in ("tasks", "groups"):
-        for name, values in earlier[part].items():
+        for name in earlier[part]:
             for variant in both:
-                before, now = (run[part][name]["variants"][variant]["score"] for run in (earlier, later))
-                if before != now:
+                before, now = (run[part][name]["variants"][variant]["score"]["mean"] for run in (earlier, later))
+                apart = max(apart, abs(before - now))
+                if apart > MOST_APART:
                     raise SystemExit(f"The runs cannot be joined: {variant} scores {before} and {now} on {name}.")
     variants = [*later["variants"], *(variant for variant in earlier["variants"] if variant["name"] not in both)]
     return {
         **earlier,
         "variants": variants,
+        "apart": apart,
         "refused": {**earlier["refused"], **later["refused"]},
         **{part: _with_both(earlier[part], later[part]) for part in ("tasks", "groups")},
     }

@@ -9,19 +9,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from joined_results import joined
 from quality_tables import GLANCE, OTHERS, Figures, tables_page
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 RESULTS = FOLDER / "quality.json"
 PAGE = Path(__file__).parent / "quality.md"
 TABLES = Path(__file__).parent / "quality-tables.md"
+RIVALS = FOLDER / "rivals.json"
 METHODS = {
-    "query_bank": "ours: it asks with queries of the model's answers to *other* prompts of the same tasks",
+    "query_bank": "ours: it asks with queries of the model's answers to *other* prompts of the same tasks, and the KV "
+    "heads of a layer compete for its places",
+    "query_bank_own": "the same with a bank that it collected itself, from the first 16 prompts of another split",
+    "query_bank_text": "the same with the bundled bank, where text may leave, too",
+    "query_bank_equal": "every head keeps as many, as the paper has it",
     "random1": "the control: random draws",
-    "snapkv": "by a window at the end of the prompt; it evicts text, too",
-    "snapkv_vision": "the same, vision tokens alone",
+    "adakv": "snapkv with heads that compete; text leaves, too",
+    "snapkv": "by a window at the end of the prompt; text leaves, too",
+    "mixkv": "by the same window, mixed with how unlike its neighbours a key is",
+    "expected_attention_ragged": "by how queries to come will be distributed; heads compete",
+    "tgv_kv": "by what text that later text attends to looks at",
     "plphp": "the paper's rule, by the last token of the prompt",
-    "oracle": "the ceiling: it asks with the queries of the answer itself",
+    "oracle_ragged": "the ceiling: it asks with the queries of the answer itself, and heads compete",
 }
 """What is shown on the first page, in this order: the methods with a word about each."""
 RANDOM = "random1"
@@ -43,7 +52,7 @@ Behind this screen: [all tables with their intervals, and how to make them again
 [how a sample is scored](evaluation.md) · [what the figures taught](findings.md) ·
 [time and memory](performance.md).
 
-Made by `docs/make_quality.py` from `benchmarks/results/{source}`; do not edit.
+Made by `docs/make_quality.py` from {sources} in `benchmarks/results`; do not edit.
 """
 
 
@@ -59,7 +68,7 @@ def page(results: Mapping[str, Any]) -> str:
     answers = (f"- `{label}` ({METHODS[label]}): {_answer(results, names)}." for label, names in shown.items())
     lines = "".join(textwrap.fill(answer, 116, subsequent_indent="  ") + "\n" for answer in answers)
     head = HEAD.format(asked=_asked(results), rates=_rates())
-    return _wrapped(head) + lines + NOT_MEASURED + _table(results, shown) + END.format(source=RESULTS.name)
+    return _wrapped(head) + lines + NOT_MEASURED + _table(results, shown) + END.format(sources=_sources(results))
 
 
 def committed() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,11 +82,18 @@ def committed() -> tuple[dict[str, Any], dict[str, Any]]:
     paths = {name: FOLDER / f"{name}.json" for name in OTHERS}
     others = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if RIVALS.exists():
+        rivals = json.loads(RIVALS.read_text(encoding="utf-8"))
+        results = {**joined(results, rivals), "rivals": rivals}
     for name, more in others.items():
         weights = more["model"]["sha256"] if isinstance(more["model"], dict) else more.get("sha256")
         if weights != results["model"]["sha256"]:
             raise SystemExit(f"{name}.json was measured on other weights than {RESULTS.name}: run that part again.")
     return results, others
+
+
+def _sources(results: Mapping[str, Any]) -> str:
+    return " and ".join(f"`{path.name}`" for path in (RESULTS, RIVALS) if path is RESULTS or "rivals" in results)
 
 
 def _asked(results: Mapping[str, Any]) -> str:
@@ -114,11 +130,20 @@ def _answer(results: Mapping[str, Any], names: Mapping[float, str]) -> str:
     groups = [group["variants"] for group in results["groups"].values()]
     worst = (max(-100 * group[names[rate]]["vs_full"]["mean"] for group in groups) for rate in GLANCE)
     text = f"loses {' · '.join(f'{points:.1f}' for points in worst)}"
+    vision = [_mean_over_groups(groups, names[rate], "vision_kept") for rate in GLANCE]
+    if None not in vision:
+        text += f"; of the vision entries it keeps {' · '.join(f'{100 * share:.0f}' for share in vision)} %"
     measured = [group[names[rate]] for rate in GLANCE for group in groups]
     if results["baseline"] != RANDOM or names[GLANCE[0]].startswith(RANDOM):
         return text
     above, below = (sum(map(side, measured)) for side in (_above, _below))
     return f"{text}; above random draws in {above} of {len(measured)}, below in {below}"
+
+
+def _mean_over_groups(groups: list[Mapping[str, Figures]], name: str, measure: str) -> float | None:
+    """Mean of a measure over the groups, None where it was not measured in all of them."""
+    values = [group[name].get(measure) for group in groups]
+    return None if None in values else sum(values) / len(values)
 
 
 def _above(figures: Figures) -> bool:

@@ -14,9 +14,19 @@ GLANCE = (0.5, 0.25, 0.1, 0.05)
 """Retention rates of the first table."""
 BY_TASK = ("plphp", "random1", "snapkv", "query_bank_equal", "query_bank", "oracle_ragged")
 """Methods that are shown task by task."""
-AIMS = {0.5: 0.46, 0.25: 1.5, 0.1: 5.0}
-"""Most points that were to be lost on questions about one region, by retention rate; the first is the paper's."""
-ONE_REGION = ("one_image", "several_images")
+OVER_EQUAL = {0.1: 12, 0.05: 15}
+"""Points by which ragged heads were to be above equal ones, by retention rate."""
+BELOW_FULL = {0.5: 1, 0.25: 4}
+"""Most points below the full cache that were aimed at."""
+OWN_BANK_RATES, OWN_BANK_OFF = (0.25, 0.1, 0.05), 4
+"""Where the bank of 16 prompts was to be within so many points of the bundled one."""
+CLEAR_FROM = 0.25
+"""From this rate down query_bank was to be above every rival by more than the intervals."""
+RIVALS = (
+    *("snapkv", "snapkv_vision", "pyramidkv", "vl_cache", "zipvl", "fastv", "vtw", "plphp", "uniform", "random1"),
+    *("adakv", "expected_attention", "expected_attention_ragged", "mixkv", "tgv_kv", "downsample"),
+)
+"""What query_bank is held against there: methods that have seen no other prompt."""
 OFF = 0.015
 """Difference of the measured KV from what was asked for, as a fraction, from which on a figure is marked."""
 Figures = Mapping[str, Any]
@@ -41,13 +51,15 @@ python docs/make_quality.py
 
 """
 READING = """Scores are per cent, with 95 % intervals of the paired bootstrap over samples. *KV* is the vision KV that
-was really kept, measured, in per cent of the full cache's, mean over layers and KV heads; `snapkv` evicts text, too,
-and each text entry that it evicts counts like a vision entry, so that equal KV is equal memory. The columns are what
-was asked for; what was kept stands behind a figure, in brackets, where the two differ by more than 1.5 points: such a
-figure is not at equal KV. A difference whose interval does not hold 0 is **bold**; an interval without width (all
-samples right, or none) says only that no other outcome was seen. Groups are means over their tasks with equal weight,
-and are never averaged together. `query_bank` ranks by queries of the model's answers to other prompts of the same
-tasks, from the development split; no other method has seen any.
+was really kept, measured, in per cent of the full cache's, mean over layers and KV heads; `snapkv`, `adakv` and
+`query_bank_text` evict text, too, and each text entry that they evict counts like a vision entry, so that equal KV is
+equal memory. The columns are what was asked for; what was kept stands behind a figure, in brackets, where the two
+differ by more than 1.5 points: such a figure is not at equal KV. A difference whose interval does not hold 0 is
+**bold**; an interval without width (all samples right, or none) says only that no other outcome was seen. Groups are
+means over their tasks with equal weight, and are never averaged together but in "What was aimed at". The lines of
+`query_bank` rank by queries of the model's answers to other prompts of the same tasks, from the development split
+(`query_bank_own` by those of 16 prompts), and so does `mixkv_bank`; no other method has seen any. Heads are ragged for
+`query_bank`, `query_bank_own`, `query_bank_text`, `adakv` and what is named so, and equal for all others.
 """
 
 
@@ -87,7 +99,9 @@ def _group(results: Mapping[str, Any], group: str) -> str:
         f"difference from `{results['baseline']}` at the same retention": _matrix(
             variants, values["variants"], lambda figures: _signed(figures, "vs_baseline")
         ),
-        "measured KV": _matrix(variants, values["variants"], _kept, marked=False),
+        "measured KV, and in brackets the vision entries alone where text left": _matrix(
+            variants, values["variants"], _kept, marked=False
+        ),
         "agreement with the full cache (%), and KL (nats)": _matrix(variants, values["variants"], _agreement),
     }
     for name, table in tables.items():
@@ -117,52 +131,68 @@ def _summary(results: Mapping[str, Any]) -> str:
 
 
 def _aims(results: Mapping[str, Any]) -> str:
-    """What plphp and the variant with other evidence lose, beside what was aimed at; empty if not measured."""
-    names = {(variant["label"], variant["retention"]): variant["name"] for variant in results["variants"]}
-    needed = [(label, rate) for label in ("plphp", "query_bank", "oracle") for rate in AIMS]
-    if any(pair not in names for pair in needed) or results["baseline"] != "random1":
+    """What ragged heads, a bank of 16 prompts and the rivals came to, beside what was aimed at; empty if not run."""
+    if "rivals" not in results:
         return ""
-    lines = [
-        "| | KV | `plphp` | aim | `query_bank` | of the loss of `plphp` | `query_bank` less `random1` | `oracle` |",
-        f"|{'---|' * 8}",
-    ]
-    for group, values in results["groups"].items():
-        for rate, aim in AIMS.items():
-            faithful, variant, ceiling = (
-                values["variants"][names[label, rate]] for label in ("plphp", "query_bank", "oracle")
-            )
-            lost = variant["vs_full"]["mean"] / faithful["vs_full"]["mean"] if faithful["vs_full"]["mean"] else 0.0
-            cells = (
-                group.replace("_", " "),
-                f"{100 * rate:g}",
-                _signed(faithful, "vs_full"),
-                f"-{aim:g}" if group in ONE_REGION else "",
-                _signed(variant, "vs_full"),
-                f"{100 * lost:.0f} %",
-                _signed(variant, "vs_baseline"),
-                _signed(ceiling, "vs_full"),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    about = (
-        "Difference in score from the full cache. The aim for `plphp` on questions about one region is the paper's "
-        "figure at 50 %, and 1.5 and 5 points at 25 and 10 %; the aim for `query_bank` is at most half of the loss of "
-        "`plphp` on several regions and in dialogues at 50 and 25 %, and to be nowhere below random draws, here "
-        "`random1`.\n\n"
+    paired, full = results["rivals"]["paired"], results["rivals"]["overall"]["variants"]
+    over_equal = paired["query_bank_equal"]
+    lines = ["| aim | measured | |", "|---|---|---|"]
+    for rate, points in OVER_EQUAL.items():
+        gain = over_equal["overall"][f"query_bank@{rate:g}"]
+        worst = min(over_equal[group][f"query_bank@{rate:g}"]["mean"] for group in results["groups"])
+        text = f"ragged heads at least {points} points above equal ones at {100 * rate:g} %, and above in every group"
+        met = gain["mean"] >= points / 100 and worst > 0
+        lines.append(_aim(text, f"{_points(gain)}; least in a group {100 * worst:+.1f}", met))
+    for rate, points in BELOW_FULL.items():
+        loss = full[f"query_bank@{rate:g}"]["vs_full"]
+        text = f"at most {points} points below the full cache at {100 * rate:g} %"
+        lines.append(_aim(text, _points(loss), loss["mean"] >= -points / 100))
+    for rate in OWN_BANK_RATES:
+        off = paired["query_bank"]["overall"][f"query_bank_own@{rate:g}"]
+        text = f"the bank of 16 prompts within {OWN_BANK_OFF} points of the bundled one at {100 * rate:g} %"
+        lines.append(_aim(text, _points(off), off["mean"] >= -OWN_BANK_OFF / 100))
+    for rate in GLANCE:
+        lines.append(_above_rivals(results, rate))
+    about = "Means over the four groups, each with equal weight, with paired 95 % intervals.\n\n"
+    apart = f"{100 * results['apart']:.1f}"
+    joint = (
+        "\nTwo runs stand in these tables: the lines that both hold (`full`, `random1`, `oracle`, `query_bank_equal`) "
+        f"differ in no task and group by more than {apart} points.\n"
     )
-    return "\n## What was aimed at\n\n" + about + "\n".join(lines) + "\n" + _ahead(results)
+    return "\n## What was aimed at\n\n" + about + "\n".join(lines) + "\n" + joint
 
 
-def _ahead(results: Mapping[str, Any]) -> str:
-    """Which methods score higher than plphp at the same retention."""
-    lines = []
-    for group, values in results["groups"].items():
-        for rate in AIMS:
-            at_rate = [variant for variant in results["variants"] if variant["retention"] == rate]
-            scores = {variant["label"]: values["variants"][variant["name"]]["score"]["mean"] for variant in at_rate}
-            higher = [f"`{label}`" for label, score in scores.items() if score > scores["plphp"]]
-            lines.append(f"- {group.replace('_', ' ')}, {100 * rate:g} %: {', '.join(higher) or 'none'}\n")
-    about = "\nMethods that score higher than `plphp`, which was to be below none that needs no training:\n\n"
-    return about + "".join(lines)
+def _above_rivals(results: Mapping[str, Any], rate: float) -> str:
+    """Whether query_bank scores higher than every rival, and from 25 % down by more than the intervals."""
+    own = _over_groups(results, f"query_bank@{rate:g}")
+    rivals = [
+        label for label in RIVALS if all(f"{label}@{rate:g}" in g["variants"] for g in results["groups"].values())
+    ]
+    best = max(rivals, key=lambda label: _over_groups(results, f"{label}@{rate:g}"))
+    score = _over_groups(results, f"{best}@{rate:g}")
+    clear = [group for group, values in results["groups"].items() if _clear(values["variants"], best, rate)]
+    text = f"above every rival at {100 * rate:g} %{', by more than the intervals' if rate <= CLEAR_FROM else ''}"
+    measured = f"{100 * own:.1f} against {100 * score:.1f} of `{best}`; intervals apart in {len(clear)} of 4 groups"
+    met = own > score and (rate > CLEAR_FROM or len(clear) == len(results["groups"]))
+    return _aim(text, measured, met)
+
+
+def _over_groups(results: Mapping[str, Any], name: str) -> float:
+    scores = [values["variants"][name]["score"]["mean"] for values in results["groups"].values()]
+    return float(sum(scores) / len(scores))
+
+
+def _clear(variants: Mapping[str, Figures], rival: str, rate: float) -> bool:
+    own, other = variants[f"query_bank@{rate:g}"]["score"], variants[f"{rival}@{rate:g}"]["score"]
+    return bool(own["low"] > other["high"])
+
+
+def _points(interval: Figures) -> str:
+    return f"{100 * interval['mean']:+.1f} ({100 * interval['low']:+.1f}, {100 * interval['high']:+.1f})"
+
+
+def _aim(text: str, measured: str, met: bool) -> str:
+    return f"| {text} | {measured} | {'met' if met else '**missed**'} |"
 
 
 def _origin(results: Mapping[str, Any]) -> str:
@@ -195,7 +225,9 @@ def _signed(figures: Figures, name: str) -> str:
 
 
 def _kept(figures: Figures) -> str:
-    return f"{100 * figures['kept']:.1f}"
+    """The measured KV, and in brackets the vision entries alone where text left, too."""
+    vision = f" ({100 * figures['vision_kept']:.1f})" if "vision_kept" in figures else ""
+    return f"{100 * figures['kept']:.1f}{vision}"
 
 
 def _agreement(figures: Figures) -> str:
@@ -285,6 +317,19 @@ def _ablation(results: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def _heads(results: Mapping[str, Any]) -> str:
+    settings, variants = results["settings"], results["variants"]
+    parts = [
+        "\n## Heads, banks and candidates\n\nChoices within `query_bank`, and what ragged heads do for others: "
+        f"{settings['samples']} samples a task, split `{settings['split']}`. Score, and difference from "
+        f"`{results['baseline']}` at the same retention, mean over the groups.\n"
+    ]
+    figures = results["overall"]["variants"]
+    parts += ["\n", _matrix(variants, figures, lambda own: _interval(own, "score"))]
+    parts += ["\n", _matrix(variants, figures, lambda own: _signed(own, "vs_baseline"))]
+    return "".join(parts)
+
+
 def _transfer(results: Mapping[str, Any]) -> str:
     parts = [
         "\n## Does the bank carry over?\n\n`query_bank` on each group with a bank that was collected on the tasks of "
@@ -326,6 +371,7 @@ def _calibration(results: Mapping[str, Any]) -> str:
 
 
 OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "heads": _heads,
     "ablation": _ablation,
     "transfer": _transfer,
     "attention": _attention,

@@ -117,7 +117,7 @@ def test_extending_runs(scope: dict[str, Any], index: int) -> None:
 def test_calibration_runs(scope: dict[str, Any]) -> None:
     prompts = [{"images": ["photo.png"], "question": f"What is in row {row}?"} for row in (1, 2, 3, 4)]
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-    thresholds, bank = blocks("docs/calibration.md")
+    thresholds, bank, own_bank = blocks("docs/calibration.md")
     exec(thresholds, scope)
     assert scope["config"] == plphp.PLPHPConfig.from_toml("preset.toml")
     assert len(scope["measured"].retentions) == 2
@@ -125,6 +125,11 @@ def test_calibration_runs(scope: dict[str, Any]) -> None:
     with plphp.prune(scope["model"], scope["config"]) as run:
         scope["model"].generate(**scope["inputs"][0], max_new_tokens=2)
     assert run.report.retention == pytest.approx(0.25, abs=0.01)
+    exec(own_bank, scope)
+    assert scope["run"].report.collecting is None
+    assert scope["run"].report.retention == pytest.approx(0.25, abs=0.01)
+    assert plphp.QueryBank.load("shared.safetensors").record["prompts"] == 3
+    assert list(Path("banks").glob("*.safetensors"))
 
 
 def test_families_page_lists_what_is_registered() -> None:

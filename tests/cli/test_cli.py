@@ -56,6 +56,28 @@ class TestGenerate:
         assert values["tokens"] == 6
         assert "KV cache" in streamed.stderr
 
+    def test_without_a_query_bank_it_says_what_is_left(self, folder: Path, picture: Path, tmp_path: Path) -> None:
+        config = "query_bank:retention_rate=0.3,collect=2"
+        alone = run(*ask(folder, picture, "--prompt", "What?", "--config", config))
+        assert alone.exit_code == 0
+        assert "This answer is not pruned: the query bank is of 1 of 2 prompts now, and nothing is kept" in alone.stderr
+        assert "folder=DIR" in alone.stderr
+        banks = tmp_path / "banks"
+        kept = ask(folder, picture, "--prompt", "What?", "--config", f"{config},folder={banks}")
+        said = [run(*kept).stderr for _ in range(3)]
+        assert f"1 of 2 prompts now, which {banks} keeps; 1 more to go." in said[0]
+        assert f"2 of 2 prompts now, which {banks} keeps; the next is pruned." in said[1]
+        assert "not pruned" not in said[2]
+        assert "31% of the vision entries kept" in said[2]
+        report = tmp_path / "report.json"
+        values = json.loads(ok(*ask(folder, picture, "--prompt", "What?", "--config", config, "--json")))
+        assert values["report"]["collecting"] == {"collected": 1, "wanted": 2}
+        ok(*ask(folder, picture, "--prompt", "What?", "--config", config, "--report", report))
+        assert "vision tokens" in ok("inspect", report)
+        assert "A comparison cannot collect the query bank" in error(
+            *ask(folder, picture, "--prompt", "What?", "--config", config, "--compare", "--json")
+        )
+
     def test_options_reach_the_method(self, folder: Path, picture: Path, tmp_path: Path) -> None:
         preset = tmp_path / "preset.toml"
         preset.write_text("[plphp]\nmethod = 'uniform'\nretention_rate = 0.25\n")
@@ -276,7 +298,12 @@ class TestSupport:
     def test_methods_and_families(self) -> None:
         assert {method["name"] for method in json.loads(ok("methods", "--json"))} == set(available_methods())
         assert {family["name"] for family in json.loads(ok("families", "--json"))} == set(available_families())
-        assert "arXiv:2502.14504" in ok("methods")
+        shown = " ".join(ok("methods").split())
+        assert "arXiv:2502.14504" in shown
+        assert "first of all" in shown
+        bank = next(method for method in json.loads(ok("methods", "--json")) if method["name"] == "query_bank")
+        assert bank["when"].startswith("first of all")
+        assert bank["options"]["collect"] == 16
         assert "qwen2_5_vl" in ok("families")
 
     def test_doctor_judges_a_model(self, folder: Path, tmp_path: Path) -> None:

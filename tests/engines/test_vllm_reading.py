@@ -24,6 +24,7 @@ from plphp.engines.vllm.tensor_parallel import TensorParallel
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.methods.registry import chain_of
 from plphp.policy.evidence import LayerScores
+from plphp.policy.states import LayerStates
 from precision import assert_exact
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -301,3 +302,34 @@ def test_two_processes_decide_as_one_would(settings: dict[str, Any]) -> None:
         for cache, whole in zip(caches, expected, strict=True):
             assert torch.equal(cache.keys.nan_to_num(9), whole.keys[:, own : own + 1].nan_to_num(9))
             assert torch.equal(cache.values.nan_to_num(9), whole.values[:, own : own + 1].nan_to_num(9))
+
+
+@pytest.mark.parametrize("settings", [{"method": "tgv_kv"}, {"method": "mixkv", "options": {"window": 4}}], ids=str)
+def test_methods_that_look_at_states_and_weighed_rows_run_in_one_process(settings: dict[str, Any]) -> None:
+    pruning = pruning_of(retention_rate=0.3, **settings)
+    run(pruning, request(), [16, 24], TABLE)
+    assert pruning.take_pruned()
+
+
+def test_weighed_attention_of_all_heads_is_joined_and_states_are_refused() -> None:
+    whole = dataclasses.replace(scores(), weighted_attention=torch.rand(1, Q_HEADS, 24))
+    own = dataclasses.replace(
+        whole,
+        attention=whole.attention[:, :2],
+        weighted_attention=whole.weighted_attention[:, :2],  # type: ignore[index]
+        kv_heads=1,
+    )
+    rest = {id(own.attention): whole.attention[:, 2:], id(own.weighted_attention): whole.weighted_attention[:, 2:]}  # type: ignore[index]
+    shared = TensorParallel(2, 0, lambda part: torch.cat([part, rest.pop(next(iter(rest)))], dim=1))
+    joined = shared.all_heads(own)
+    assert torch.equal(joined.attention, whole.attention)
+    assert torch.equal(joined.need("weighted_attention"), whole.need("weighted_attention"))
+    states = LayerStates(
+        lambda: (torch.zeros(1), torch.zeros(1)),
+        {},
+        torch.ones(1, 1, dtype=torch.bool),
+        *[torch.zeros(1, 1, dtype=torch.long)] * 3,
+        1.0,
+    )
+    with pytest.raises(UnsupportedFeatureError, match="not gathered in tensor parallelism"):
+        shared.all_heads(dataclasses.replace(own, states=states))

@@ -36,6 +36,8 @@ from tiny_models import TINY, tiny_model
 pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = ("llava", "qwen2-vl", "qwen3-vl", "smolvlm", "internvl")
+TEXT_TOO = ("snapkv", "adakv")
+"""Methods that evict text as well."""
 
 
 @dataclass
@@ -344,8 +346,14 @@ def test_zipvl_takes_a_threshold_or_a_target() -> None:
         run(found, "zipvl:tau=0.9,target_retention=0.5")
 
 
-@pytest.mark.parametrize("method", ["snapkv", "snapkv_vision", "recall_rank", "vl_cache", "zipvl"])
-@pytest.mark.parametrize("family", ["llava", "smolvlm"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("snapkv", "snapkv_vision", "recall_rank", "vl_cache", "zipvl", "adakv", "tgv_kv", "mixkv"),
+        "expected_attention",
+    ],
+)
+@pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2-vl"])
 def test_a_later_turn_with_an_image_evicts_of_its_own_prompt_alone(family: str, method: str) -> None:
     model, rows = tiny_model(family), (2, 1)
     settings = method_config(method, retention_rate=0.3)
@@ -357,7 +365,7 @@ def test_a_later_turn_with_an_image_evicts_of_its_own_prompt_alone(family: str, 
         for row in layer.rows:
             gone = [position for head in row.evicted_text for position in head]
             assert all(position >= report.prompts[1].start for position in gone)
-            assert all(len(kept) < row.vision_tokens for kept in row.kept_positions) or method == "snapkv"
+            assert all(len(kept) < row.vision_tokens for kept in row.kept_positions) or method in TEXT_TOO
     with evicted_entries_masked(model, report):
         stock = DynamicCache(config=model.config.get_text_config())
         expected = two_turns(model, TINY[family], stock, True, rows)
@@ -365,7 +373,7 @@ def test_a_later_turn_with_an_image_evicts_of_its_own_prompt_alone(family: str, 
     assert_same_generation(expected[1], second)
 
 
-@pytest.mark.parametrize("method", ["fastv", "vtw", "snapkv", "recall_rank"])
+@pytest.mark.parametrize("method", ["fastv", "vtw", "snapkv", "recall_rank", "expected_attention", "tgv_kv"])
 def test_several_sequences_of_a_prompt(method: str) -> None:
     """Rows are repeated after the prompt was planned."""
     model, inputs = tiny_model("llava"), TINY["llava"].inputs(tiny_model("llava"), [1, 1])
@@ -540,7 +548,7 @@ def test_flash_attention_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
 def test_methods_with_a_mean_rate_meet_it() -> None:
     """Measured retention is what was asked for, on average over many prompts; counts are rounded."""
     model, tiny = tiny_model("llava-next"), TINY["llava-next"]
-    left_out = {"oracle", "query_bank", "none", "snapkv", "plphp", "shared", "vtw"}
+    left_out = {"oracle", "query_bank", "none", "snapkv", "adakv", "plphp", "shared", "vtw"}
     names = sorted(plphp.available_methods().keys() - left_out)
     for name in names:
         target = random.Random(name).choice([0.5, 0.7])

@@ -100,7 +100,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_on_a_bank_the_largest_attention_is_the_importance(bank: Path) -> None:
     found = reading("llava")
-    _, by_peak = run(found, f"query_bank:bank={bank},reduce=peak,value_norm=0,retention_rate=0.3")
+    _, by_peak = run(found, f"query_bank:bank={bank},reduce=peak,value_norm=0,heads=equal,retention_rate=0.3")
     _, layers = run(found, f"mixkv:host=bank,bank={bank},retention_rate=0.3")
     assert len(layers) == len(by_peak)
     for layer in layers:

@@ -76,7 +76,9 @@ def test_what_is_no_method_is_refused(item: Any) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(ConfigError, match=r"Unknown method 'plphq'\. Did you mean 'plphp'\?"):
         get_method("plphq")
-    with pytest.raises(ConfigError, match=r"Unknown method 'xyz'\. Known: fastv, none, oracle, plphp"):
+    with pytest.raises(
+        ConfigError, match=r"Unknown method 'xyz'\. Known: adakv, expected_attention, fastv, mixkv, none"
+    ):
         get_method("xyz")
 
 

@@ -104,7 +104,9 @@ def generate(
         inputs = build_inputs(
             processor, prompt, messages=messages, images=images, videos=videos, system=system, frames=frames
         )
-        chain_of(settings, decoder_layers(model))  # refuses settings that do not fit the model, before its weights
+        chain = chain_of(settings, decoder_layers(model))  # refuses what does not fit the model, before its weights
+        if compare:
+            chain.refuse_uncollected("A comparison")
     request = _Request(processor, inputs, settings, decode, options, seed or 0)
     weights = weights_of(model, dtype, device, quiet=as_json)
     pruned = _compare(weights, request, rounds, as_json) if compare else _answer(weights, request, as_json)

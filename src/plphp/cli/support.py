@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ._app import app, console, print_json, progress
@@ -19,14 +19,28 @@ UNUSABLE = 1
 
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
-    """List the pruning methods."""
+    """List the pruning methods: what each keeps, when to take it, and its options."""
     from plphp.methods.registry import available_methods
 
     known = available_methods().values()
-    rows = [
-        {"name": method.name, "stage": ", ".join(method.stages), "summary": method.summary, "paper": method.paper}
-        for method in known
-    ]
+    options = {method.name: {name: option.default for name, option in method.options.items()} for method in known}
+    if as_json:
+        names = ("name", "summary", "when", "paper")
+        print_json(
+            [
+                {"stage": ", ".join(method.stages), "options": options[method.name]}
+                | {name: getattr(method, name) for name in names}
+                for method in known
+            ]
+        )
+        return
+    rows = []
+    for method in known:
+        about = [f"{method.summary}.", f"Take it {method.when}."]
+        values = ", ".join(f"{name}={default}" for name, default in options[method.name].items())
+        about += [f"Options: {values}."] if values else []
+        columns = {"name": method.name, "stage": ", ".join(method.stages), "what it does": " ".join(about)}
+        rows.append({**columns, "paper": method.paper})
     _print(rows, as_json)
 
 
@@ -72,7 +86,8 @@ def _print(rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
     if as_json:
         print_json([{key.replace(" ", "_"): value for key, value in row.items()} for row in rows])
         return
-    table = Table(*rows[0], show_lines=True)
+    first, *others = rows[0]
+    table = Table(Column(first, no_wrap=True), *others, show_lines=True)
     for row in rows:
         texts = (", ".join(value) if isinstance(value, list) else str(value) for value in row.values())
         table.add_row(*map(Text, texts))

@@ -77,4 +77,5 @@ METHOD = Method(
     prefill=PrefillStage(first_layer, later_rate, kept_tokens),
     options=OPTIONS,
     check=check,
+    when="to shorten prefill, alone or before a method of the KV cache",
 )

@@ -11,4 +11,5 @@ METHOD = Method(
     summary="keep every vision token",
     paper="control",
     kv=KVStage(allocate=keep_all, score=per_head),
+    when="to see what plphp itself changes: nothing",
 )

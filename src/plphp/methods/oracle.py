@@ -47,4 +47,5 @@ METHOD = Method(
         needs_answer=True,
     ),
     options=OPTIONS,
+    when="as the ceiling, in plphp.branch and plphp eval",
 )

@@ -16,4 +16,5 @@ METHOD = Method(
         uses_class_rule=lambda config: True,
         at_most=by_vision_attention,
     ),
+    when="to reproduce the paper",
 )

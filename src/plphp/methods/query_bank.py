@@ -120,4 +120,5 @@ METHOD = Method(
     options=OPTIONS,
     check=check,
     with_bank=with_bank,
+    when="first of all: of all methods measured it loses least, at every rate",
 )

@@ -11,4 +11,5 @@ METHOD = Method(
     summary="random vision tokens per layer and KV head, the same rate in every layer",
     paper="control",
     kv=KVStage(allocate=uniform, score=at_random, heads_compare=False),
+    when="as the control that a method has to beat",
 )

@@ -17,4 +17,5 @@ METHOD = Method(
         at_most=by_vision_attention,
         heads_compare=False,
     ),
+    when="as plphp's ablation without the head level",
 )

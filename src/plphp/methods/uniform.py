@@ -11,4 +11,5 @@ METHOD = Method(
     summary="the same retention rate in every layer, every KV head keeps its own tokens",
     paper="control: arXiv:2502.14504 without the layer level",
     kv=KVStage(allocate=uniform, score=per_head),
+    when="as plphp's ablation without the layer level",
 )

@@ -44,4 +44,5 @@ METHOD = Method(
     paper="arXiv:2405.05803",
     prefill=PrefillStage(first_layer, lambda config, layers: 0.0, nothing_stays),
     check=lambda config, layers: refuse_exempt_layers(config),
+    when="to shorten prefill, where late layers do not look at images",
 )

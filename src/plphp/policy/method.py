@@ -25,7 +25,7 @@ class Method:
     summary : str
         One line for ``plphp methods``.
     paper : str
-        arXiv id with the section or equation, or "control".
+        arXiv id with the section or equation, "own", or "control".
     encoder : EncoderStage, optional
         What leaves before the text model.
     prefill : PrefillStage, optional
@@ -40,6 +40,8 @@ class Method:
     with_bank : callable, optional
         ``(config, file) -> config``: the settings with the query bank of a file, for a method that asks for a bank
         that the engine collects (`plphp.policy.evidence.OwnBank`).
+    when : str
+        When to take it, for ``plphp methods``, in words that complete "take it".
     """
 
     name: str
@@ -51,6 +53,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     check: Callable[[PLPHPConfig, int], None] = lambda config, layers: None
     with_bank: Callable[[PLPHPConfig, str], PLPHPConfig] | None = None
+    when: str = "to compare"
 
     def __post_init__(self) -> None:
         if not self.stages:

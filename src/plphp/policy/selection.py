@@ -140,11 +140,11 @@ def ragged_counts(score: Tensor, equal: Sequence[int], safe: Sequence[int]) -> T
     """
     import torch
 
-    from plphp.kernels.ordering import positions_in_order
+    from plphp.kernels.ordering import falling_order, positions_in_order
 
     heads = len(score)
     # Of equal scores the earlier entry comes first, and of one entry the first head.
-    order = score.T.flatten().sort(descending=True, stable=True).indices
+    order = falling_order(score.T.flatten())
     head, position = order % heads, positions_in_order(score).T.flatten()[order]
     counts = []
     for each, reserved in zip(equal, safe, strict=True):

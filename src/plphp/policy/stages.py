@@ -121,8 +121,9 @@ class KVStage:
 
     def bounded(self, config: PLPHPConfig) -> KVStage | None:
         """The stage with upper bounds in the place of rates, where what it selects by them holds all that it selects in
-        the end; None where that is not known: without ``at_most``, or where a part does not go by score."""
-        if self.at_most is None or self.mix(config) != RANKED:
+        the end; None where that is not known: without ``at_most``, or where a part does not go by score; and where
+        scores are worked out of keys and values, which a layer must hold until it is placed."""
+        if self.at_most is None or self.mix(config) != RANKED or self.evidence(config).states is not None:
             return None
         return replace(self, allocate=self.at_most)
 

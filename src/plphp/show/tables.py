@@ -164,7 +164,7 @@ def collecting_line(progress: BankProgress, folder: str) -> str:
     bank = f"This answer is not pruned: the query bank is of {progress.collected} of {progress.wanted} prompts now"
     if folder:
         where = f"which {folder} keeps"
-        return f"{bank}, {where}; {f'{progress.missing} more are left' if progress.missing else 'the next is pruned'}."
+        return f"{bank}, {where}; {f'{progress.missing} more to go' if progress.missing else 'the next is pruned'}."
     return f"{bank}, and nothing is kept: name a folder for it (folder=DIR), or a bank (bank=FILE, see plphp collect)."
 
 

@@ -30,6 +30,11 @@ LINES = (
     "vl_cache:retention_rate=0.4",
     "zipvl:target_retention=0.3",
     "recall_rank:retention_rate=0.3,value_norm=1,floor=0.3,random_share=0.2",
+    "tgv_kv:retention_rate=0.3",
+    "mixkv:window=4,retention_rate=0.3",
+    "expected_attention:retention_rate=0.3",
+    "expected_attention:retention_rate=0.2,epsilon=0.01,heads=ragged",
+    "adakv:window=4,retention_rate=0.3",
     "random:retention_rate=0.5",
     "value_norm:retention_rate=0.5,image_quota=per_image",
 )

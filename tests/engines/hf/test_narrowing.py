@@ -16,7 +16,16 @@ import plphp
 from invariants import assert_same_generation, generate, live_bytes
 from plphp import CacheStateError, PLPHPConfig, PrunedCache
 from plphp.engines.hf.cache_argument import passed
-from plphp.extend import KVStage, Method, by_vision_attention, per_head, register_method, uniform
+from plphp.extend import (
+    Evidence,
+    KVStage,
+    LayerScores,
+    Method,
+    by_vision_attention,
+    per_head,
+    register_method,
+    uniform,
+)
 from plphp.methods.registry import METHODS_BY_NAME
 from plphp.policy.stages import KVStage as Stage
 from plphp.pruning.entries import LayerEntries
@@ -323,3 +332,27 @@ def test_a_branch_keeps_what_a_session_keeps() -> None:
     generate(model, inputs, **passed(cache))
     for branched, read in zip(branches.cache.records, cache.records, strict=True):
         assert torch.equal(branched.kept_vision, read.kept_vision)
+
+
+def by_keys(scores: LayerScores, config: PLPHPConfig) -> torch.Tensor:
+    """Score by the norm of the keys."""
+    return scores.need_states().keys.norm(dim=-1)
+
+
+def test_a_method_that_looks_at_keys_finds_them_until_its_rates_are_known(
+    compacted: Compacted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS_BY_NAME, "registered", dict(METHODS_BY_NAME.registered))
+    stage = KVStage(
+        by_vision_attention,
+        by_keys,
+        evidence=lambda config: Evidence(states="rows"),
+        uses_class_rule=lambda config: True,
+        at_most=by_vision_attention,
+    )
+    register_method(Method("by-keys", "a test", "none", kv=stage))
+    model = tiny_model("llava")
+    with plphp.prune(model, PLPHPConfig(method="by-keys", target_retention=0.4)) as run:
+        generate(model, TINY["llava"].inputs(model, [2]))
+    assert all(final for final, _ in compacted)
+    assert run.report.retention < 0.6

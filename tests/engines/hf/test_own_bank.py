@@ -391,3 +391,17 @@ def test_bad_rows_are_left_out_of_the_bank() -> None:
     assert run.bank is not None
     expected = plphp.collect_query_bank(model, [drop_empty(collate(prompts[1:]))], max_new_tokens=NEW)
     assert_same_bank(run.bank, expected.rounded())
+
+
+@torch.no_grad()
+def test_a_bank_gives_away_the_words_of_its_answers() -> None:
+    """What the documents say of privacy: the first layer's queries name the tokens to whoever has the weights."""
+    model = tiny_model("llava")
+    inputs = prompt("llava", 10)
+    with plphp.prune(model, settings(collect=1)) as run:
+        answer = generate(model, inputs, max_new_tokens=NEW).sequences[0, inputs["input_ids"].shape[1] :]
+    assert run.bank is not None
+    layer = model.get_decoder().layers[0]
+    every = layer.self_attn.q_proj(layer.input_layernorm(model.get_input_embeddings().weight))  # [vocab, q_heads * dim]
+    queries = run.bank.layers[0].queries.to(every.dtype).transpose(0, 1).flatten(1)  # [samples, q_heads * dim]
+    assert torch.equal(torch.cdist(queries, every).argmin(1), answer[:-1])

@@ -85,6 +85,11 @@ def test_two_ranks_pass() -> None:
     refuse_unsupported(engine_config(parallel_config__tensor_parallel_size=2))
 
 
+@pytest.mark.parametrize("method", ["mixkv", "tgv_kv"])
+def test_rivals_pass_in_one_process(method: str) -> None:
+    refuse_unsupported(engine_config(additional_config={"plphp": {"method": method}}))
+
+
 def test_the_rest_passes() -> None:
     chain = refuse_unsupported(engine_config())
     assert list(chain.stages) == ["kv"]
@@ -124,6 +129,18 @@ def test_the_rest_passes() -> None:
         ),
         ({"additional_config": {"plphp": {"method": "snapkv", "heads": "ragged"}}}, "'snapkv'.*Set heads=equal"),
         ({"additional_config": {"plphp": {"method": "query_bank"}}}, "'query_bank'.*Set heads=equal"),
+        (
+            {"additional_config": {"plphp": {"method": "expected_attention"}}},
+            "the method 'expected_attention' in vLLM, which turns queries",
+        ),
+        (
+            {"parallel_config__tensor_parallel_size": 2, "additional_config": {"plphp": {"method": "mixkv"}}},
+            "'mixkv', which asks for the keys, values and queries of all heads",
+        ),
+        (
+            {"parallel_config__tensor_parallel_size": 2, "additional_config": {"plphp": {"method": "tgv_kv"}}},
+            "'tgv_kv', which asks for the attention of all heads between its query rows",
+        ),
         ({"cache_config__block_size": 16}, "multiple of 32"),
         ({"model_config__get_sliding_window": lambda: 64}, "sliding window"),
         ({"model_config__hf_text_config": text_config(attn_logit_softcapping=30.0)}, "soft cap"),

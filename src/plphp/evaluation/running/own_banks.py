@@ -33,6 +33,8 @@ log = logging.getLogger("plphp")
 
 LONGEST = 128
 """Longest answer that is collected from, in tokens, where the settings name no limit."""
+SPARE = 4
+"""Prompts of each task that are tried at most, for each that is wanted in all."""
 OF_RUN = "collected"
 """What a bank's record says, beside the bank itself: for which run, and from which samples."""
 
@@ -155,18 +157,19 @@ class RunBanks:
                     continue
                 samples.setdefault(task, []).append(number)
             bank = run.bank
-            collected = 0 if not samples else run.report.collecting
         if bank is None:
+            asked = sum(map(len, samples.values()))
             raise ConfigError(
-                f"There are too few prompts to collect a query bank of {wanted.prompts} from ({collected}): ask for "
-                "fewer (collect=), or for more tasks."
+                f"The tasks have too few prompts to collect a query bank of {wanted.prompts} from: {asked} were "
+                "answered, and answers of a single token do not count. Ask for fewer (collect=), or for more tasks."
             )
         return bank, samples
 
     def _prompts(self, processor: Any, count: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Inputs of ``generate`` with the task and the number of the sample, the tasks in turn."""
-        makers = {task.name: _makers(task, self._settings, count) for task in self._tasks}
-        for number in range(count):
+        most = SPARE * count  # some cannot be read, and some have an answer of one token
+        makers = {task.name: _makers(task, self._settings, most) for task in self._tasks}
+        for number in range(most):
             for task, of_task in makers.items():
                 if number >= len(of_task):
                     continue
