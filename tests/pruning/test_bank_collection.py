@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import plphp.policy.bank as bank_module
 from plphp import ConfigError, QueryBank
 from plphp.policy.bank_folder import BankFolder, BankModel
 from plphp.policy.evidence import OwnBank
@@ -81,6 +82,35 @@ def test_processes_lose_nothing_and_end_with_the_same_bank(tmp_path: Path) -> No
     assert ours == list(range(len(ours)))
     assert theirs == list(range(100, 100 + len(theirs)))
     assert {path.name for path in tmp_path.iterdir()} == {NAME, NAME.replace("safetensors", "lock")}
+
+
+def test_an_answer_is_added_to_what_the_file_holds_by_then(tmp_path: Path) -> None:
+    """Both collections were begun before either had an answer, and their answers end in turn."""
+    first, second = (BankCollection(OwnBank(3, str(tmp_path)), MODEL) for _ in range(2))
+    assert first.add([answer(1)], ROTATIONS) == BankProgress(1, 3)
+    assert second.add([answer(2)], ROTATIONS) == BankProgress(2, 3)
+    assert first.add([answer(3), answer(4)], ROTATIONS) == BankProgress(3, 3)
+    assert second.add([answer(5)], ROTATIONS) == BankProgress(3, 3)
+    assert numbers(first.bank) == numbers(second.bank) == [1, 1, 2, 2, 3, 3]
+
+
+def test_two_saves_never_write_to_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even without a lock: neither sees half of what the other writes."""
+    collection = BankCollection(OwnBank(1), MODEL)
+    collection.add([answer(1)], ROTATIONS)
+    written: list[Path] = []
+    original = bank_module.save_file
+
+    def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        written.append(Path(path))
+        original(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(bank_module, "save_file", save_file)
+    assert collection.bank is not None
+    for _ in range(2):
+        collection.bank.save(tmp_path / "bank")
+    assert len({*written, tmp_path / "bank"}) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
 
 
 def test_a_file_that_was_taken_away_begins_anew(tmp_path: Path) -> None:
