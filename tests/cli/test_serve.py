@@ -34,5 +34,5 @@ def test_the_bundled_model_has_settings_of_its_own(model: tuple[str, ...], monke
     monkeypatch.setattr("plphp.engines.vllm.server.serve", asked.append)
     done = run("serve", *model, "--target-retention", "0.3", "--enforce-eager")
     assert done.exit_code == 0, done.output
-    bank = PLPHPConfig(method="query_bank", options={"bank": "bundled"}, target_retention=0.3)
+    bank = PLPHPConfig(method="query_bank", options={"bank": "bundled"}, target_retention=0.3, heads="equal")
     assert asked == [(PLPHPConfig(target_retention=0.3), [*model, "--enforce-eager"], bank), "arguments"]

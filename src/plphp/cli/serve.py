@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -36,6 +37,9 @@ def serve(
     """
     values = (config, config_file, method, retention_rate, target_retention)
     settings, for_bundled = (read_settings(*values, bundled=bundled) for bundled in (False, True))
+    if config is None and config_file is None and method is None:
+        # Nobody has asked for ragged heads, which vLLM has no place for; whoever names the method is told so.
+        for_bundled = replace(for_bundled, heads="equal")
     from plphp.engines.vllm.server import serve as run
     from plphp.engines.vllm.server import server_arguments
 

@@ -53,7 +53,8 @@ def run(folder: Path, model: Path, environment: dict[str, str] | None = None, **
     result.unlink(missing_ok=True)
     given.write_text(json.dumps({"model": str(model), **job}), encoding="utf-8")
     command = [sys.executable, str(HERE / "engine.py"), str(given), str(result)]
-    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE), str(HERE.parents[2] / "benchmarks")])
+    places = (HERE.parents[2] / "src", HERE.parents[1], HERE, HERE.parents[2] / "benchmarks")
+    paths = os.pathsep.join(map(str, places))
     env = {**os.environ, "PYTHONPATH": paths, **ENVIRONMENT, **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
     log = done.stdout + done.stderr

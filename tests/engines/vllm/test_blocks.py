@@ -16,6 +16,7 @@ BLOCK, LAYERS = 32, 4
 SOME = requests([[(448, 448, 1)], [(560, 280, 2)], [(448, 448, 3), (280, 336, 4)], []], max_tokens=4)
 VISION = (256, 200, 256 + 120, 0)
 UNIFORM = {"method": "uniform", "retention_rate": 0.3}
+OWN_BANK = {"method": "query_bank", "retention_rate": 0.3, "heads": "equal", "options": {"collect": 6}}
 
 
 def blocks(tokens: int) -> int:
@@ -60,8 +61,12 @@ def schedule(seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "settings",
-    [UNIFORM, pytest.param({"target_retention": 0.3}, marks=pytest.mark.thorough)],
-    ids=["uniform", "plphp"],
+    [
+        UNIFORM,
+        pytest.param({"target_retention": 0.3}, marks=pytest.mark.thorough),
+        pytest.param(OWN_BANK, marks=pytest.mark.thorough),
+    ],
+    ids=["uniform", "plphp", "own-bank"],
 )
 def test_the_pool_is_full_after_disorder(checkpoint: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     schedules = [schedule(seed) for seed in range(3)]
@@ -73,6 +78,8 @@ def test_the_pool_is_full_after_disorder(checkpoint: Path, tmp_path: Path, setti
     assert found["free_now"] == found["total"]
     assert found["known_to_worker"] <= 1  # the last one is forgotten in the next pass
     assert any(done["aborted"] for done in found["schedules"])
+    assert ("the query bank is of 6 of 6 prompts; it is complete" in found["log"]) == (settings is OWN_BANK)
+    assert not any(words in found["log"] for words in ("does not hear", "cannot add", "cannot use", "what is left of"))
     for given, done in zip(schedules, found["schedules"], strict=True):
         assert done["free"] == found["total"]
         assert done["refused"] == ["7"]

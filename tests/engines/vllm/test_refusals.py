@@ -33,7 +33,8 @@ def test_an_engine_does_not_start(checkpoint: Path, tmp_path: Path, job: dict[st
         run(tmp_path, checkpoint, requests=SOME, **{"settings": {}, **job})
 
 
-QUERY_BANK = {"method": "query_bank", "options": {"bank": "bundled"}}
+QUERY_BANK = {"method": "query_bank", "heads": "equal", "options": {"bank": "bundled"}}
+OWN_BANK = {"method": "query_bank", "heads": "equal"}
 
 
 def text_config(num_hidden_layers: int = 4, num_attention_heads: int = 8, **more: Any) -> SimpleNamespace:
@@ -111,6 +112,23 @@ def test_the_rest_passes() -> None:
             {"additional_config": {"plphp": QUERY_BANK}, "model_config__hf_text_config": text_config(8, 4)},
             "8 query heads of dimension 32, and this model has 4",
         ),
+        (
+            {"parallel_config__tensor_parallel_size": 2, "additional_config": {"plphp": OWN_BANK}},
+            "tensor parallelism and a query bank",
+        ),
+        (
+            {
+                "additional_config": {"plphp": OWN_BANK},
+                "model_config__hf_text_config": text_config(rope_parameters={"rope_type": "longrope"}),
+            },
+            "kind 'longrope'",
+        ),
+        (
+            {"additional_config": {"plphp": {**OWN_BANK, "options": {"folder": "/dev/null/banks"}}}},
+            "Cannot make the folder /dev/null/banks",
+        ),
+        ({"additional_config": {"plphp": {"method": "snapkv", "heads": "ragged"}}}, "'snapkv'.*Set heads=equal"),
+        ({"additional_config": {"plphp": {"method": "query_bank"}}}, "'query_bank'.*Set heads=equal"),
         (
             {"additional_config": {"plphp": {"method": "expected_attention"}}},
             "the method 'expected_attention' in vLLM, which turns queries",

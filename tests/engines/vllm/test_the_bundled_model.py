@@ -17,10 +17,11 @@ from reference import Reference, example_requests, in_blocks
 
 BLOCK = 32
 TARGET = {"target_retention": 0.5, "query_rows": "text"}
+QUERY_BANK = {"method": "query_bank", "heads": "equal", "options": {"bank": "bundled"}}
 OTHERS = {
     "off": ("bfloat16", None, 12),
     "per-image": ("float32", {"target_retention": 0.5, "image_quota": "per_image"}, 8),
-    "query-bank": ("bfloat16", {"method": "query_bank", "retention_rate": 0.4, "options": {"bank": "bundled"}}, 12),
+    "query-bank": ("bfloat16", {**QUERY_BANK, "retention_rate": 0.4}, 12),
     "snapkv": ("float32", {"method": "snapkv", "retention_rate": 0.5}, 9),
 }
 CASES = [
@@ -49,7 +50,7 @@ def test_answers_are_those_of_transformers(
 
 @pytest.mark.parametrize("model", [[], [str(bundled_model_path())]], ids=["by default", "by name"])
 def test_served_by_default_it_has_settings_of_its_own(model: list[str]) -> None:
-    own = PLPHPConfig(method="query_bank", options={"bank": "bundled"}, target_retention=0.4)
+    own = PLPHPConfig.from_dict({**QUERY_BANK, "target_retention": 0.4})
     options = [*model, "--enforce-eager", "--max-model-len", "2048"]
     arguments = server_arguments(PLPHPConfig(target_retention=0.4), options, for_bundled=own)
     assert PLPHPConfig.from_dict(arguments.additional_config["plphp"]) == own

@@ -13,17 +13,11 @@ from transformers import PreTrainedModel
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.policy.rotation import Rotation
+from plphp.policy.rotation_finding import POSITIONS, explaining_rotation, growing_kind
 
 from .attachment import Attachment, Lease
 from .cache_argument import passed
 from .guarded import GuardedCache
-
-POSITIONS = (1, 1000)
-"""Where a query is looked at, beside 0: the first tells the layout, the second tells small frequencies apart."""
-TOLERANCE = 0.02
-"""Largest difference between what is expected and what is seen, as a share of the norm: the rounding of bfloat16."""
-GROWING = ("dynamic", "longrope")
-"""Kinds of rotary embedding whose frequencies depend on the length of the prompt."""
 
 
 def rotations_of(attachment: Attachment) -> Mapping[int, Rotation]:
@@ -67,26 +61,17 @@ def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
         for name, buffer in decoder.named_buffers()
         if name.endswith("inv_freq") and buffer.ndim == 1
     }
-    candidates = [Rotation(torch.zeros(1, dtype=torch.float32))]
-    candidates += [
-        Rotation(frequencies, interleaved) for frequencies in known.values() for interleaved in (False, True)
-    ]
-    seen = {position: _queries(model, decoder, position) for position in (0, *POSITIONS)}
+    candidates = [Rotation(frequencies, interleaved) for frequencies in known.values() for interleaved in (False, True)]
+    queries = {position: _queries(model, decoder, position) for position in (0, *POSITIONS)}
     rotations = {}
-    for layer, start in seen[0].items():
-        errors = [
-            max(_difference(candidate.rotated(start, p), seen[p][layer]) for p in POSITIONS)
-            if 2 * len(candidate.frequencies) <= start.shape[-1]
-            else torch.inf
-            for candidate in candidates
-        ]
-        best = min(range(len(errors)), key=errors.__getitem__)
-        if not errors[best] <= TOLERANCE:
+    for layer in queries[0]:
+        rotation = explaining_rotation({position: seen[layer] for position, seen in queries.items()}, candidates)
+        if rotation is None:
             raise UnsupportedModelError(
                 f"The queries of layer {layer} of this {model.config.model_type!r} model do not turn with their "
                 "position as any rotary embedding that plphp knows, so they cannot be foretold."
             )
-        rotations[layer] = candidates[best]
+        rotations[layer] = rotation
     return rotations
 
 
@@ -113,10 +98,6 @@ class _NewestQueries(GuardedCache):
         return None
 
 
-def _difference(expected: Tensor, seen: Tensor) -> float:
-    return ((expected - seen).norm() / seen.norm()).item()
-
-
 @torch.no_grad()
 def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, Tensor]:
     """By layer, the queries [q_heads, dim] of a prompt of one token at a position."""
@@ -140,12 +121,9 @@ def _queries(model: PreTrainedModel, decoder: Any, position: int) -> dict[int, T
 
 
 def _refuse_growing(model: PreTrainedModel) -> None:
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    nested = [kind for kind in parameters.values() if isinstance(kind, Mapping)]
-    kinds = {str(kind.get("rope_type", "default")) for kind in (nested or [parameters])}
-    for kind in kinds:
-        if any(name in kind for name in GROWING):
-            raise UnsupportedModelError(
-                f"The rotary embedding of this {model.config.model_type!r} model is of the kind {kind!r}, whose "
-                "frequencies depend on the length of the prompt: its queries cannot be foretold."
-            )
+    kind = growing_kind(getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {})
+    if kind is not None:
+        raise UnsupportedModelError(
+            f"The rotary embedding of this {model.config.model_type!r} model is of the kind {kind!r}, whose "
+            "frequencies depend on the length of the prompt: its queries cannot be foretold."
+        )

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from plphp.errors import UnsupportedModelError
 
+from .query_probe import note_queries
 from .refusals import refuse_unsupported
 from .settings import settings_of
 from .specs import PrunedLayerSpec
@@ -122,12 +123,15 @@ class PrunedAttention:
         **kwargs: Any,
     ) -> Tensor:
         """Attend as vLLM's own ``forward`` does, then let the pass take in the prompts that it holds."""
+        layer_idx = extract_layer_index(layer.layer_name)
+        if note_queries(layer_idx, query, output):
+            return output
         attend = super().forward  # type: ignore[misc]
         result: Tensor = attend(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         step: Step | None = getattr(attn_metadata, "plphp_step", None)
         if step is not None:
             write = partial(_write, self, layer, kv_cache)
-            step.after_attention(extract_layer_index(layer.layer_name), (query, key, value), result, self.scale, write)
+            step.after_attention(layer_idx, (query, key, value), result, self.scale, write)
         return result
 
 

@@ -22,6 +22,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from plphp.errors import CacheStateError, UnsupportedModelError
+from plphp.pruning.report import BankProgress
 
 from .metrics import PruneMetrics, PruneStats
 from .pruned_prompt import PrunedPrompt
@@ -41,9 +42,21 @@ class EmptyMetadata(KVConnectorMetadata):
 
 @dataclass
 class PrunedPrompts(KVConnectorWorkerMetadata):
-    """The prompts that were pruned in a pass, by request."""
+    """The prompts that were pruned in a pass, by request.
+
+    Parameters
+    ----------
+    prompts : dict of str to PrunedPrompt
+        By request.
+    whole : int
+        Prompts with vision tokens that began and stay whole, as a query bank is still being collected.
+    bank : BankProgress, optional
+        How far the bank is, where that has changed.
+    """
 
     prompts: dict[str, PrunedPrompt] = field(default_factory=dict)
+    whole: int = 0
+    bank: BankProgress | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Join the reports of two workers of tensor parallelism, which must be equal: a block is freed in both."""
@@ -95,8 +108,18 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> PrunedPrompts | None:
         """Report the prompts that were pruned in the pass that has ended."""
-        prompts = {} if self.pruning is None else self.pruning.take_pruned()
-        return PrunedPrompts(prompts) if prompts else None
+        if self.pruning is None:
+            return None
+        report, own_bank = PrunedPrompts(self.pruning.take_pruned()), self.pruning.own_bank
+        if own_bank is not None:
+            report.whole, report.bank = own_bank.take_whole(), own_bank.take_progress()
+        return None if report == PrunedPrompts() else report
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Forget requests that have ended; nothing is sent or received that could be finished."""
+        if self.pruning is not None:
+            self.pruning.forget_without_pass(finished_req_ids)
+        return None, None
 
     # In the scheduler.
 
@@ -120,8 +143,11 @@ class PLPHPConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         """Free the blocks that fell empty in a pass."""
         report = connector_output.kv_connector_worker_meta
-        for request_id, prompt in report.prompts.items() if isinstance(report, PrunedPrompts) else ():
+        if not isinstance(report, PrunedPrompts):
+            return
+        for request_id, prompt in report.prompts.items():
             self._free(request_id, prompt)
+        self._stats.add_bank(report.whole, report.bank)
 
     def _free(self, request_id: str, prompt: PrunedPrompt) -> None:
         """Give the empty blocks of a request back, and count and log them."""

@@ -12,7 +12,7 @@ not care where an entry lies, as rotary positions are in the keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from plphp.families.spans import VisionSpans
 from plphp.kernels import compact_kv
 from plphp.kernels.packed import PackedKV
 from plphp.policy.allocation import RowAllocation
+from plphp.policy.bank import QueryBank
 from plphp.pruning.entries import LayerEntries
 from plphp.pruning.placement import LayerPlacement, held_whole
 from plphp.pruning.reading import PromptReading
@@ -72,7 +73,8 @@ class RequestReading:
     setup : Setup
         How the worker prunes.
     prompt : PromptReading, optional
-        None where nothing is to be pruned: without vision tokens, or when all layers are done.
+        None where nothing is to be pruned: without vision tokens, as long as a bank is being collected, or when all
+        layers are done.
     dropped : dict of int to int
         By decoder layer, the blocks at the head of the prompt that are empty.
     """
@@ -84,7 +86,7 @@ class RequestReading:
     _layers: dict[int, LayerEntries] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: Any, setup: Setup) -> RequestReading:
+    def of(cls, request: Any, setup: Setup, own_bank: Callable[[], QueryBank | None] | None = None) -> RequestReading:
         """Plan the prompt of a request.
 
         Parameters
@@ -93,10 +95,16 @@ class RequestReading:
             Has the length of the prompt and the positions of its images.
         setup : Setup
             How the worker prunes.
+        own_bank : callable, optional
+            Asked, for a prompt with vision tokens, for the bank that the worker has collected by itself; it gives None
+            where the prompt stays whole for want of a bank. None where no such bank is wanted.
         """
         tokens = request.num_prompt_tokens
         spans = vision_spans(request.mm_features, tokens)
         if not bool(spans.vision.any()):
+            return cls(tokens, setup, None)
+        bank = None if own_bank is None else own_bank()
+        if own_bank is not None and bank is None:
             return cls(tokens, setup, None)
         delta = getattr(request, "mrope_position_delta", None)
         prompt = PromptReading(
@@ -105,6 +113,7 @@ class RequestReading:
             range(setup.layers),
             setup.layers,
             rope_delta=None if delta is None else torch.tensor([[delta]]),
+            own_bank=bank,
             join_heads=setup.tensor_parallel.all_heads,
             round_up=partial(evict_whole_blocks, block_size=setup.block_size),
         )

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.methods.registry import chain_of
 from plphp.policy.bank import bank_at
-from plphp.policy.chain import Chain
+from plphp.policy.bank_folder import check_folder
+from plphp.policy.chain import Chain, Link
 from plphp.policy.evidence import Evidence
+from plphp.policy.stages import KVStage
 
 from .names import CONNECTOR
+from .rotations import refuse_growing
 from .settings import ENVIRONMENT, KEY, settings_of
 from .tensor_parallel import refuse_shared_heads, refuse_unshared_evidence
 
@@ -77,7 +81,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     named = chain_of(config)  # what is refused for its stage is refused before its settings are held against the model
     named.refuse_unanswered()
     named.refuse_all_but(STAGES, "vLLM")
-    named.refuse_uncollected("plphp's plugin for vLLM")
+    _refuse_ragged(named.kv)
     chain = chain_of(config, text.num_hidden_layers)
     # A bank holds the queries of a model's heads: one of another model is refused here, not at the first request.
     evidence = chain.kv.stage.evidence(chain.kv.config)
@@ -88,7 +92,20 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     if isinstance(bank, str):
         for layer in range(text.num_hidden_layers):
             bank_at(bank).of(layer).check(text.num_attention_heads, model.get_head_size())
+    if chain.own_bank is not None:
+        refuse_growing(model)
+        if chain.own_bank.folder:
+            check_folder(Path(chain.own_bank.folder).expanduser())
     return chain
+
+
+def _refuse_ragged(link: Link[KVStage]) -> None:
+    """Raise where the KV heads of a layer compete for its places."""
+    if link.stage.ragged(link.config):
+        raise UnsupportedFeatureError(
+            f"plphp does not work in vLLM with ragged KV heads, as method {link.method!r} asks for: the heads of a "
+            "layer share one block table, so that each keeps as many entries. Set heads=equal."
+        )
 
 
 def _refuse_rotation(evidence: Evidence, method: str) -> None:

@@ -9,10 +9,12 @@ starts again from its first token, as after a preemption.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from .own_bank import OwnBankCollector
 from .pruned_prompt import PrunedPrompt
 from .reading import PrunedPart, RequestReading
 from .setup import Setup
@@ -28,12 +30,16 @@ class Pruning:
     ----------
     setup : Setup
         How the worker prunes.
+    own_bank : OwnBankCollector, optional
+        For a method that asks for a bank which the engine collects by itself.
     """
 
     setup: Setup
+    own_bank: OwnBankCollector | None = None
     _readings: dict[str, RequestReading] = field(default_factory=dict)
     _pending: dict[str, PrunedPrompt] = field(default_factory=dict)
     _done: dict[str, PrunedPrompt] = field(default_factory=dict)
+    _in_pass: bool = False
 
     def reading(self, request_id: str, request: Any, computed: int) -> RequestReading:
         """The reading of a request; a new one where it is unknown or begins anew, as after a preemption."""
@@ -41,14 +47,30 @@ class Pruning:
         if known is None or computed == 0:
             # What was noted belongs to blocks that vLLM has taken back with the preemption.
             self._pending.pop(request_id, None)
-            known = self._readings[request_id] = RequestReading.of(request, self.setup)
+            own = None if self.own_bank is None else partial(self.own_bank.bank_for, request_id, request)
+            known = self._readings[request_id] = RequestReading.of(request, self.setup, own)
         return known
 
     def forget_all_but(self, alive: Container[str]) -> None:
-        """Free what is held of requests that have ended."""
-        for request_id in [request_id for request_id in self._readings if request_id not in alive]:
-            del self._readings[request_id]
+        """Before a pass, free what is held of requests that have ended."""
+        self._in_pass = True
+        self._forget([request_id for request_id in self._readings if request_id not in alive])
+
+    def forget_without_pass(self, ended: Iterable[str]) -> None:
+        """Free what is held of requests that have ended, unless that was done before the pass that ends now.
+
+        When all requests have ended, vLLM names them once more, but there is no pass before the next request.
+        """
+        if not self._in_pass:
+            self._forget(ended)
+        self._in_pass = False
+
+    def _forget(self, ended: Iterable[str]) -> None:
+        for request_id in ended:
+            self._readings.pop(request_id, None)
             self._pending.pop(request_id, None)
+            if self.own_bank is not None:
+                self.own_bank.end(request_id)
 
     def note(self, request_id: str, reading: RequestReading, part: PrunedPart) -> None:
         """Note down what a layer has kept of a prompt."""

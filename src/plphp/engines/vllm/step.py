@@ -151,6 +151,7 @@ class Step:
             Writes into the paged cache of the layer.
         """
         self._writers[layer_idx] = write
+        self._hear(layer_idx, states[0])
         for row_idx, row in enumerate(self.rows):
             if row.reading.prompt is None or not row.of_prompt:
                 continue
@@ -158,6 +159,13 @@ class Step:
                 self._read(row_idx, layer_idx, states, output, scaling)
             except PLPHPError as error:  # a request must not end the server
                 self.pruning.give_up(row.request, row.reading, str(error))
+
+    def _hear(self, layer_idx: int, query: Tensor) -> None:
+        """Let the answers be heard from which a query bank is collected."""
+        own_bank = self.pruning.own_bank
+        if own_bank is not None:
+            for row in self.rows:
+                own_bank.hear(row.request, layer_idx, row.computed + row.of_prompt, row.answer_part(query))
 
     def _read(
         self, row_idx: int, layer_idx: int, states: tuple[Tensor, Tensor, Tensor], output: Tensor, scaling: float
