@@ -191,16 +191,23 @@ def test_the_picture_is_small() -> None:
 
 
 def test_readme_has_the_figures_of_the_results() -> None:
-    page, quality = (ROOT / "README.md").read_text(), figures("quality")
+    page, quality, rivals = (ROOT / "README.md").read_text(), figures("quality"), figures("rivals")
 
-    def cell(name: str) -> str:
-        scores = (group["variants"][name]["score"]["mean"] for group in quality["groups"].values())
+    def cell(results: dict[str, Any], name: str) -> str:
+        scores = (group["variants"][name]["score"]["mean"] for group in results["groups"].values())
         return " · ".join(f"{100 * score:.1f}" for score in scores)
 
-    assert f"| nothing evicted | {cell('full')} | | |" in page
-    for label, name in (("query_bank", "query_bank"), ("random", "random1"), ("snapkv", "snapkv"), ("plphp", "plphp")):
-        assert re.search(rf"\| `{label}`, .* \| \| {cell(f'{name}@0.4')} \| {cell(f'{name}@0.1')} \|", page)
-        for group in quality["groups"].values():  # what is called the same memory is the same memory
+    assert f"| nothing evicted | {cell(rivals, 'full')} | | |" in page
+    for label, name, results in (
+        ("query_bank", "query_bank", rivals),
+        ("random", "random1", rivals),
+        ("adakv", "adakv", rivals),
+        ("snapkv", "snapkv", quality),
+        ("plphp", "plphp", quality),
+    ):
+        shown = f"{cell(results, f'{name}@0.4')} | {cell(results, f'{name}@0.1')} |"
+        assert re.search(rf"\| `{label}`, .* \| \| {re.escape(shown)}", page), label
+        for group in results["groups"].values():  # what is called the same memory is the same memory
             assert group["variants"][f"{name}@0.4"]["kept"] == pytest.approx(0.4, abs=0.005)
             assert group["variants"][f"{name}@0.1"]["kept"] == pytest.approx(0.1, abs=0.005)
     rows = {row["variant"]: row for row in figures("scaling_cpu")["results"] if row["batch"] == 4}
