@@ -31,7 +31,7 @@ bench: $(VENV)/.plphp
 # All of it, with results files: make bench-all DEVICE=cuda.
 DEVICE ?= cpu
 bench-all: $(VENV)/.plphp
-	for script in decode prefill scaling capacity end_to_end; do \
+	for script in decode ragged prefill scaling capacity end_to_end; do \
 		$(BIN)/python benchmarks/$$script.py --device $(DEVICE) \
 			--out benchmarks/results/$${script}_$(DEVICE).json || exit 1; \
 	done

@@ -130,7 +130,7 @@ def measure(lease: Lease, rate: float, largest: float, args: argparse.Namespace)
     held = {name: kv_bytes(cache) for name, cache in caches.items()}
     vision = torch.tensor([layer.prefix.counts for layer in caches["ragged"].layers]).float() - TEXT_TOKENS
     spread = (vision.amax(-1) / vision.mean(-1)).mean().item()
-    # A decoding step grows the tail, so it comes last.
+    # A decoding step grows the tail, so it comes last. What takes long is warm after a round.
     works: dict[str, tuple[int, Callable[[plphp.PrunedCache], Callable[[], Any]]]] = {
         "second turn": (args.turns, lambda cache: turn(model, cache, batch, args.turn_tokens)),
         "scores of a second turn": (args.turns, lambda cache: scores(model, cache, batch)),
@@ -139,7 +139,7 @@ def measure(lease: Lease, rate: float, largest: float, args: argparse.Namespace)
     }
     for name, (rounds, work) in works.items():
         timed = {heads: work(cache) for heads, cache in caches.items()}
-        times = measuring.interleaved(timed, model.device, rounds, decode.WARM_UP if rounds > 1 else 1)
+        times = measuring.interleaved(timed, model.device, rounds, 1 if rounds == args.turns else decode.WARM_UP)
         yield {
             "retention": rate,
             "largest_head": spread,

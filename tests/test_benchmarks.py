@@ -18,6 +18,7 @@ import end_to_end
 import measuring
 import prefill
 import pytest
+import ragged
 import scaling
 import torch
 from shapes import build_model, twin
@@ -56,6 +57,30 @@ def test_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
         tokens = 100 + 300 * (0.4 if row["variant"] == "plphp 0.4" else 1)
         assert row["kv_bytes"] == pytest.approx(row["batch"] * ENTRY * (tokens + tail), rel=0.01)
     assert "x DynamicCache" in capsys.readouterr().out
+
+
+def test_ragged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--batch", "2", "--vision-tokens", "300", "--steps", "2", "--turns", "1", "--turn-tokens", "5"]
+    results = run(ragged, monkeypatch, tmp_path / "ragged.json", *settings)
+    works = ["second turn", "scores of a second turn", "attention of a step", "decoding step"]
+    assert [(row["retention"], row["work"]) for row in results["results"]] == [
+        (rate, work) for rate in (0.25, 0.1, 0.05) for work in works
+    ]
+    for row in results["results"]:
+        assert row["ratio"] == row["ragged_seconds"] / row["equal_seconds"] > 0
+        assert row["ragged_kv_bytes"] == row["equal_kv_bytes"]
+        # Of two heads none can hold more than twice the mean.
+        assert row["largest_head"] == pytest.approx({0.25: 1.5, 0.1: 1.8, 0.05: 1.95}[row["retention"]], abs=0.02)
+    assert "Ragged heads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_ragged_heads_hold_as_many_entries_as_equal_ones(heads: int) -> None:
+    equal, other = (ragged.kept(0.1, 4, 9, 3, heads, 400, largest).sum(-1) for largest in (None, 1.8))
+    assert (equal == 100 + 40).all()
+    assert (other.sum(-1) == equal.sum(-1)).all()
+    largest = (other.amax(-1) - 100) / 40
+    assert ((largest > 1.7) == (heads > 1)).all()
 
 
 @pytest.mark.usefixtures("float64")

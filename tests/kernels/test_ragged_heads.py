@@ -178,6 +178,16 @@ def test_groups_hold_every_head_once(
     assert sorted(seen) == list(range(prefix.batch * prefix.kv_heads))
 
 
+def test_equal_heads_of_a_row_are_read_where_they_lie() -> None:
+    """Together, as many as may be held at once."""
+    many = ALONE + 5
+    prefix = block([[many] * 3, [many - 1] * 3, [many] * 3], [1, 0, 2], 0)
+    groups = list(head_groups.head_groups(prefix, 1))
+    assert [group.pairs.tolist() for group in groups] == [[3, 4, 5], [6, 7, 8], [0, 1, 2]]
+    assert all(group.keys.untyped_storage().data_ptr() == prefix.keys.untyped_storage().data_ptr() for group in groups)
+    assert all(group.padding is None for group in groups)
+
+
 class Calls(TorchDispatchMode):
     """Counts the operations of torch by name."""
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -59,48 +60,49 @@ def head_groups(block: PackedKV, numbers: int) -> Iterator[HeadGroup]:
     HeadGroup
         Every head of every row of the batch is in one group. Those without entries are in the last ones, alone.
     """
-    counts = block.pair_counts
     at_once = AT_ONCE_ON_CPU if block.keys.device.type == "cpu" else AT_ONCE
-    order = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
+    order, on_device = block.descending
     first = 0
     while first < len(order):
-        longest = counts[order[first]]
+        longest = block.pair_counts[order[first]]
         most = max(1, at_once // max(1, longest * numbers))
-        pairs, lie_side_by_side = _alike(block, order[first : first + most])
-        first += len(pairs)
-        if lie_side_by_side:
-            start = block.pair_starts[pairs[0]]
-            keys, values = block.shaped(slice(start, start + len(pairs) * longest), len(pairs), longest)
-            yield HeadGroup(torch.tensor(pairs, device=keys.device), keys, values, None)
+        heads, side_by_side = _alike(block, order[first : first + most])
+        pairs = on_device[
+            first : first + heads
+        ]  # a view: while a CUDA graph is captured, nothing may come from the host
+        if side_by_side:
+            start = block.pair_starts[order[first]]
+            yield HeadGroup(pairs, *block.shaped(slice(start, start + heads * longest), heads, longest), None)
         else:
             yield _padded(block, pairs, longest)
+        first += heads
 
 
-def _alike(block: PackedKV, pairs: list[int]) -> tuple[list[int], bool]:
-    """The first pairs that make a group, and whether their entries lie side by side and are as many."""
+def _alike(block: PackedKV, pairs: list[int]) -> tuple[int, bool]:
+    """How many of the first pairs make a group, and whether they hold as many entries, which lie side by side."""
     starts, counts = block.pair_starts, block.pair_counts
-    longest, start = counts[pairs[0]], starts[pairs[0]]
-    run = sum(
-        1
-        for _ in takewhile(
-            lambda at: counts[at[1]] == longest and starts[at[1]] == start + at[0] * longest, enumerate(pairs)
-        )
+    start, longest = starts[pairs[0]], counts[pairs[0]]
+    side_by_side = _first(
+        (starts[pair], counts[pair]) != (start + place * longest, longest) for place, pair in enumerate(pairs)
     )
     if longest >= ALONE and block.keys.device.type == "cpu":
-        return pairs[:run], True
-    alike = takewhile(lambda pair: counts[pair] >= min(1, longest) and 3 * counts[pair] >= 2 * longest - FEW, pairs)
-    found = list(alike)
-    return found, len(found) == run
+        return side_by_side, True
+    alike = _first(counts[pair] < min(1, longest) or 3 * counts[pair] < 2 * longest - FEW for pair in pairs)
+    return alike, alike == side_by_side
 
 
-def _padded(block: PackedKV, pairs: list[int], longest: int) -> HeadGroup:
+def _first(signs: Iterable[bool]) -> int:
+    """The place of the first that is True, or the number of all."""
+    return sum(1 for _ in takewhile(operator.not_, signs))
+
+
+def _padded(block: PackedKV, pairs: Tensor, longest: int) -> HeadGroup:
     """Gather heads that hold up to ``longest`` entries, and at least one."""
-    chosen = torch.tensor(pairs, device=block.keys.device)
-    starts, counts = block.index.flatten(1)[:, chosen, None]
-    place = torch.arange(longest, device=chosen.device)
+    starts, counts = block.index.flatten(1)[:, pairs, None]
+    place = torch.arange(longest, device=pairs.device)
     entries = (starts + torch.minimum(place, counts - 1)).flatten()
     keys, values = (
         states.index_select(0, entries).view(len(pairs), longest, states.shape[1])
         for states in (block.keys, block.values)
     )
-    return HeadGroup(chosen, keys, values, place >= counts)
+    return HeadGroup(pairs, keys, values, place >= counts)

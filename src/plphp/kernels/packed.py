@@ -88,6 +88,13 @@ class PackedKV:
             for start in accumulate(self.counts[stored][:-1], initial=self._starts[stored])
         ]
 
+    @cached_property
+    def descending(self) -> tuple[list[int], Tensor]:
+        """The heads of all rows, ``row * kv_heads + head``, from those with most entries down; and the same as int64
+        [batch * kv_heads] on the device of the entries."""
+        order = sorted(range(len(self.pair_counts)), key=self.pair_counts.__getitem__, reverse=True)
+        return order, torch.tensor(order, dtype=torch.int64).to(self.keys.device, non_blocking=True)
+
     def shaped(self, entries: slice, *shape: int) -> tuple[Tensor, Tensor]:
         """Views on entries as [*shape, dim]; the dim is named because view cannot infer it where there are none."""
         keys, values = self.keys[entries], self.values[entries]
