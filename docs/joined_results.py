@@ -49,6 +49,7 @@ def joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
                 apart = max(apart, abs(before - now))
                 if apart > MOST_APART:
                     raise SystemExit(f"The runs cannot be joined: {variant} scores {before} and {now} on {name}.")
+    earlier.pop("overall", None)  # of the earlier lines alone
     variants = [*later["variants"], *(variant for variant in earlier["variants"] if variant["name"] not in both)]
     return {
         **earlier,

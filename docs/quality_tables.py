@@ -26,7 +26,7 @@ RIVALS = (
     *("snapkv", "snapkv_vision", "pyramidkv", "vl_cache", "zipvl", "fastv", "vtw", "plphp", "uniform", "random1"),
     *("adakv", "expected_attention", "expected_attention_ragged", "mixkv", "tgv_kv", "downsample"),
 )
-"""What query_bank is held against there: methods that have seen no other prompt."""
+"""What query_bank is held against there: methods that have seen no other prompt, which ``mixkv_bank`` has."""
 OFF = 0.015
 """Difference of the measured KV from what was asked for, as a fraction, from which on a figure is marked."""
 Figures = Mapping[str, Any]
@@ -153,7 +153,10 @@ def _aims(results: Mapping[str, Any]) -> str:
         lines.append(_aim(text, _points(off), off["mean"] >= -OWN_BANK_OFF / 100))
     for rate in GLANCE:
         lines.append(_above_rivals(results, rate))
-    about = "Means over the four groups, each with equal weight, with paired 95 % intervals.\n\n"
+    about = (
+        "Means over the groups, each with equal weight, with paired 95 % intervals. Rivals are methods that have seen "
+        "no other prompt, so `mixkv_bank` is none; the intervals of different runs are not paired.\n\n"
+    )
     apart = f"{100 * results['apart']:.1f}"
     joint = (
         "\nTwo runs stand in these tables: the lines that both hold (`full`, `random1`, `oracle`, `query_bank_equal`) "
@@ -163,28 +166,39 @@ def _aims(results: Mapping[str, Any]) -> str:
 
 
 def _above_rivals(results: Mapping[str, Any], rate: float) -> str:
-    """Whether query_bank scores higher than every rival, and from 25 % down by more than the intervals."""
-    own = _over_groups(results, f"query_bank@{rate:g}")
-    rivals = [
-        label for label in RIVALS if all(f"{label}@{rate:g}" in g["variants"] for g in results["groups"].values())
-    ]
-    best = max(rivals, key=lambda label: _over_groups(results, f"{label}@{rate:g}"))
-    score = _over_groups(results, f"{best}@{rate:g}")
-    clear = [group for group, values in results["groups"].items() if _clear(values["variants"], best, rate)]
-    text = f"above every rival at {100 * rate:g} %{', by more than the intervals' if rate <= CLEAR_FROM else ''}"
-    measured = f"{100 * own:.1f} against {100 * score:.1f} of `{best}`; intervals apart in {len(clear)} of 4 groups"
-    met = own > score and (rate > CLEAR_FROM or len(clear) == len(results["groups"]))
-    return _aim(text, measured, met)
+    """Whether query_bank scores higher than every rival in every group, and from 25 % down by more than the intervals.
+
+    What is met by the means over the groups and not in each of them is said to be so.
+    """
+    known = {variant["name"] for variant in results["variants"]}
+    rivals = [f"{label}@{rate:g}" for label in RIVALS if f"{label}@{rate:g}" in known]
+    own, strict = f"query_bank@{rate:g}", rate <= CLEAR_FROM
+    best = max(rivals, key=lambda rival: _over_groups(results, rival))
+    margins = {
+        (rival, group): _margin(values["variants"][own]["score"], values["variants"][rival]["score"], strict)
+        for group, values in results["groups"].items()
+        for rival in rivals
+    }
+    (rival, group), least = min(margins.items(), key=lambda item: item[1])
+    ahead = _over_groups(results, own) > _over_groups(results, best)
+    text = f"above every rival at {100 * rate:g} %{', by more than the intervals' if strict else ''}"
+    measured = (
+        f"{100 * _over_groups(results, own):.1f} against {100 * _over_groups(results, best):.1f} of `{best}`; least "
+        f"{'between the intervals' if strict else 'difference'} of a group: {100 * least:+.1f}, `{rival}`, "
+        f"{group.replace('_', ' ')}"
+    )
+    outcome = "met" if ahead and least > 0 else "in the mean alone" if ahead else "**missed**"
+    return f"| {text} | {measured} | {outcome} |"
+
+
+def _margin(own: Figures, rival: Figures, strict: bool) -> float:
+    """By how much the first is above the second: the means, or ``strict`` the ends of the intervals that face."""
+    return float(own["low"] - rival["high"] if strict else own["mean"] - rival["mean"])
 
 
 def _over_groups(results: Mapping[str, Any], name: str) -> float:
     scores = [values["variants"][name]["score"]["mean"] for values in results["groups"].values()]
     return float(sum(scores) / len(scores))
-
-
-def _clear(variants: Mapping[str, Figures], rival: str, rate: float) -> bool:
-    own, other = variants[f"query_bank@{rate:g}"]["score"], variants[f"{rival}@{rate:g}"]["score"]
-    return bool(own["low"] > other["high"])
 
 
 def _points(interval: Figures) -> str:

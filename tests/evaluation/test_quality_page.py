@@ -111,7 +111,7 @@ def test_what_was_aimed_at_stands_beside_what_was_measured(tables: Any) -> None:
     assert "| at most 1 points below the full cache at 50 % | -2.0 (-3.0, -1.0) | **missed** |" in page
     assert "| at most 4 points below the full cache at 25 % | -2.0 (-3.0, -1.0) | met |" in page
     assert "| the bank of 16 prompts within 4 points of the bundled one at 5 % | -1.0 (-2.0, +0.0) | met |" in page
-    assert "above every rival at 50 % | 80.0 against 80.0 of `random1`" in page
+    assert "| above every rival at 50 % | 80.0 against 80.0 of `random1@0.5`; least difference of a group: +0.0" in page
     assert "differ in no task and group by more than 0.1 points" in page
     assert "## What was aimed at" not in tables.tables_page({**METRICS, **ABOUT, "refused": {}})
 
@@ -122,9 +122,26 @@ def test_an_aim_that_was_missed_is_called_so(tables: Any, monkeypatch: pytest.Mo
     assert "+13.0 (+12.0, +14.0); least in a group +13.0 | met |" in page
     assert "+13.0 (+12.0, +14.0); least in a group +13.0 | **missed** |" in page
     assert "at 5 % | -5.0 (-6.0, -4.0) | **missed** |" in page
-    assert "above every rival at 50 % | 80.0 against 50.0 of `plphp`; intervals apart in 2 of 4 groups | met |" in page
-    assert "at 25 %, by more than the intervals | 80.0 against 50.0 of `plphp`; intervals apart in 2 of 4" in page
-    assert "at 10 %, by more than the intervals | 80.0 against 50.0 of `plphp`; intervals apart in 0 of 4" in page
+    row = "| above every rival at {} | 80.0 against {} of `plphp@{}`; least {} of a group: {}, `plphp@{}`, one image |"
+    row += " {} |"
+    assert row.format("50 %", "50.0", 0.5, "difference", "+30.0", 0.5, "met") in page
+    strict = "{} %, by more than the intervals"
+    assert row.format(strict.format(25), "50.0", 0.25, "between the intervals", "+27.0", 0.25, "met") in page
+    line = row.format(strict.format(10), "50.0", 0.1, "between the intervals", "-1.0", 0.1, "in the mean alone")
+    assert line in page
+
+
+def test_a_rival_that_is_ahead_in_a_single_group_is_named(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RIVALS", ("plphp", "random1"))
+    results = with_rivals()
+    for group, mean in (("one_image", 0.9), ("dialogue", 0.1)):
+        results["groups"][group]["variants"]["plphp@0.5"]["score"] = {"mean": mean, "low": mean, "high": mean}
+        results["groups"][group]["variants"]["random1@0.5"]["score"] = {"mean": 0.6, "low": 0.6, "high": 0.6}
+    page = tables.tables_page(results)
+    assert (
+        "80.0 against 60.0 of `random1@0.5`; least difference of a group: -10.0, `plphp@0.5`, one image | in the"
+        in page
+    )
 
 
 def test_two_runs_are_joined_where_what_both_hold_scores_the_same() -> None:

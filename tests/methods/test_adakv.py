@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from test_methods import FAMILIES, Reading, half_up, reading, run, window_score
 
 from plphp import ConfigError, PLPHPConfig
-from plphp.methods.registry import chain_of
+from plphp.methods.registry import resolve
 from plphp.pruning.report import RowReport
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -63,6 +65,8 @@ def test_it_is_snapkv_with_ragged_heads() -> None:
     assert run(found, f"adakv:{options},heads=equal")[1] == equal
 
 
-def test_a_quota_of_images_means_nothing() -> None:
-    with pytest.raises(ConfigError, match="snapkv_vision:heads=ragged"):
-        chain_of(PLPHPConfig(method="adakv", image_quota="per_image"), 3)
+@pytest.mark.parametrize("line", ["adakv", "snapkv", "query_bank:candidates=prompt"])
+def test_a_quota_of_each_image_is_refused_where_text_competes(line: str) -> None:
+    """Whatever the method: text has no image whose quota it could count for, and would all be evicted."""
+    with pytest.raises(ConfigError, match="text has no image whose quota it could count for"):
+        resolve(dataclasses.replace(PLPHPConfig.parse(line), image_quota="per_image"))

@@ -41,7 +41,7 @@ def methods(as_json: JsonOption = False) -> None:
         about += [f"Options: {values}."] if values else []
         columns = {"name": method.name, "stage": ", ".join(method.stages), "what it does": " ".join(about)}
         rows.append({**columns, "paper": method.paper})
-    _print(rows, as_json)
+    _print(rows, as_json=False)
 
 
 @app.command()

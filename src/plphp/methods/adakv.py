@@ -18,27 +18,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from plphp.errors import ConfigError
 from plphp.policy.method import Method
-from plphp.settings.config import PLPHPConfig
 
-from .snapkv import METHOD as SNAPKV
-
-
-def check(config: PLPHPConfig, layers: int) -> None:
-    """Text has no image whose quota it could count for."""
-    if config.image_quota == "per_image":
-        raise ConfigError(
-            "adakv ranks text and images together, so image_quota='per_image' means nothing: use "
-            "snapkv_vision:heads=ragged."
-        )
-
+from ._window import OPTIONS
+from .snapkv import KV
 
 METHOD = Method(
     name="adakv",
     summary="as snapkv, with the KV heads of a layer in competition for its places",
     paper="arXiv:2407.11550",
-    kv=None if SNAPKV.kv is None else dataclasses.replace(SNAPKV.kv, heads="ragged"),
-    options=SNAPKV.options,
-    check=check,
+    kv=dataclasses.replace(KV, heads="ragged"),
+    options=OPTIONS,
 )

@@ -130,14 +130,9 @@ def check(config: PLPHPConfig, layers: int) -> None:
     if of_window or config.query_rows is not None:
         names = ", ".join([*of_window, *(["query_rows"] if config.query_rows is not None else [])])
         raise ConfigError(f"mixkv:host=bank asks with the queries of its bank and of no window: leave out {names}.")
-    from plphp.policy.bank import bank_at
+    from plphp.policy.bank import check_depth
 
-    of_bank = bank_at(options["bank"]).decoder_layers
-    if of_bank != layers:
-        raise ConfigError(
-            f"The query bank {options['bank']} is of a model with {of_bank} decoder layers, and this one has {layers}: "
-            "collect one with this model."
-        )
+    check_depth(options["bank"], layers)
 
 
 METHOD = Method(

@@ -77,11 +77,6 @@ def check(config: PLPHPConfig, layers: int) -> None:
             f"The method 'query_bank' asks with the queries of its bank, got query_rows={config.query_rows!r}: leave "
             "it out."
         )
-    if config.image_quota == "per_image" and settings(OPTIONS, config.options)["candidates"] == "prompt":
-        raise ConfigError(
-            "With candidates='prompt' the method 'query_bank' ranks text and images together, so "
-            "image_quota='per_image' means nothing: leave one of them out."
-        )
     if not name:
         return
     collecting = [option for option in COLLECTING if config.options.get(option)]
@@ -90,14 +85,9 @@ def check(config: PLPHPConfig, layers: int) -> None:
             f"The method 'query_bank' has the bank {name}, so that there is nothing to collect: leave out bank, or "
             f"{' and '.join(collecting)}."
         )
-    from plphp.policy.bank import bank_at
+    from plphp.policy.bank import check_depth
 
-    of_bank = bank_at(name).decoder_layers
-    if of_bank != layers:
-        raise ConfigError(
-            f"The query bank {name} is of a model with {of_bank} decoder layers, and this one has {layers}: collect "
-            "one with this model."
-        )
+    check_depth(name, layers)
 
 
 def with_bank(config: PLPHPConfig, file: str) -> PLPHPConfig:

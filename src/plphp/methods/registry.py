@@ -64,13 +64,19 @@ def resolve(config: PLPHPConfig) -> Method:
     ------
     ConfigError
         If there is none of that name, the config's options are not those of the method, or it asks for ragged heads
-        where the scores of the method say nothing of heads.
+        where the scores of the method say nothing of heads, or for a quota of each image where text competes.
     """
     method = get_method(config.method)
     check_options(method.name, method.options, config.options, SETTINGS)
     if config.heads == "ragged" and (method.kv is None or not method.kv.heads_compare):
         raise ConfigError(
             f"The method {method.name!r} has no scores by which KV heads could compete: leave out heads='ragged'."
+        )
+    text_competes = method.kv is not None and method.kv.evidence(config).candidates == "prompt"
+    if config.image_quota == "per_image" and text_competes:
+        raise ConfigError(
+            f"The method {method.name!r} ranks text and images together, and text has no image whose quota it could "
+            "count for: leave out image_quota='per_image', or take a method that keeps all text."
         )
     return method
 

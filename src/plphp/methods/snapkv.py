@@ -14,7 +14,6 @@ Changed for comparison: each layer and head keeps as many entries as a method th
 
 import dataclasses
 
-from plphp.errors import ConfigError
 from plphp.policy.allocation import uniform
 from plphp.policy.evidence import Evidence
 from plphp.policy.method import Method
@@ -29,23 +28,12 @@ def evidence(config: PLPHPConfig) -> Evidence:
     return dataclasses.replace(window_evidence(config), candidates="prompt")
 
 
-def check(config: PLPHPConfig, layers: int) -> None:
-    """Text has no image whose quota it could count for."""
-    if config.image_quota == "per_image":
-        raise ConfigError(
-            "snapkv ranks text and images together, so image_quota='per_image' means nothing: use snapkv_vision."
-        )
-
+KV = KVStage(allocate=uniform, score=by_window, evidence=evidence)
 
 METHOD = Method(
     name="snapkv",
     summary="text and vision tokens before an observation window compete, by its pooled attention",
     paper="arXiv:2404.14469",
-    kv=KVStage(
-        allocate=uniform,
-        score=by_window,
-        evidence=evidence,
-    ),
+    kv=KV,
     options=OPTIONS,
-    check=check,
 )

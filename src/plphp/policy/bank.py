@@ -193,6 +193,16 @@ def bank_at(name: str) -> QueryBank:
     return _read(os.path.abspath(path), changed)
 
 
+def check_depth(name: str, layers: int) -> None:
+    """Raise `ConfigError` unless the bank of a file is of a model with so many decoder layers."""
+    of_bank = bank_at(name).decoder_layers
+    if of_bank != layers:
+        raise ConfigError(
+            f"The query bank {name} is of a model with {of_bank} decoder layers, and this one has {layers}: collect "
+            "one with this model."
+        )
+
+
 @functools.lru_cache(maxsize=4)
 def _read(path: str, changed: int) -> QueryBank:
     return QueryBank.load(path)

@@ -65,7 +65,7 @@ class RowReport:
 
     @property
     def vision_kept(self) -> float:
-        """Vision entries kept, as a fraction of all; below or above ``rate`` where text may leave. 1 without any."""
+        """Vision entries kept, as a fraction of all: above ``rate`` where text left instead. 1 without any."""
         total = self.vision_tokens * len(self.kept_positions)
         return sum(self.kept) / total if total else 1.0
 

@@ -178,7 +178,10 @@ def _scores(records: Records, variants: _Variants) -> list[list[float]] | None:
 
 
 def _means(records: Records, variants: _Variants, measure: str) -> list[float | None]:
-    return [_mean([_value(record["outcomes"][name], measure) for record in records]) for name in variants.names]
+    columns = {name: [_value(record["outcomes"][name], measure) for record in records] for name in variants.names}
+    if measure == "vision_kept":  # samples of an earlier version do not say it, and a mean of the others would mislead
+        columns = {name: [] if None in column else column for name, column in columns.items()}
+    return [_mean(column) for column in columns.values()]
 
 
 def _value(outcome: Mapping[str, Any], measure: str) -> float | None:
@@ -241,7 +244,7 @@ def _figures(variants: _Variants, measured: _Measured) -> dict[str, Any]:
             if baseline is not None:
                 values["vs_baseline"] = measured.scores.interval(number, baseline).to_dict()
         means = {measure: measured.means[measure][number] for measure in MEASURES}
-        if means["vision_kept"] is not None and math.isclose(means["vision_kept"], means["kept"] or 0.0, abs_tol=1e-9):
+        if means["vision_kept"] is not None and math.isclose(means["vision_kept"], means["kept"] or 0.0, abs_tol=1e-6):
             means["vision_kept"] = None  # text was kept: the memory held says it all
         values |= {measure: round(mean, 6) for measure, mean in means.items() if mean is not None}
         figures[name] = values

@@ -36,8 +36,7 @@ class Outcome:
         Vision KV kept, measured: a fraction of the full cache's vision entries over layers and KV heads; evicted text
         counts like evicted vision entries.
     vision_kept : float
-        Vision entries kept alone, as a fraction of the full cache's: below ``kept`` where text was kept in the place
-        of vision entries, above it where text left.
+        Vision entries kept alone, as a fraction of the full cache's: above ``kept`` where text left.
     right_tokens, tokens : int, optional
         Tokens of the scored answers that are right before the first error, and how many there are.
     text : str, optional
