@@ -135,13 +135,12 @@ def test_a_rival_that_is_ahead_in_a_single_group_is_named(tables: Any, monkeypat
     monkeypatch.setattr(tables, "RIVALS", ("plphp", "random1"))
     results = with_rivals()
     for group, mean in (("one_image", 0.9), ("dialogue", 0.1)):
-        results["groups"][group]["variants"]["plphp@0.5"]["score"] = {"mean": mean, "low": mean, "high": mean}
-        results["groups"][group]["variants"]["random1@0.5"]["score"] = {"mean": 0.6, "low": 0.6, "high": 0.6}
+        variants = results["groups"][group]["variants"]
+        for name, score in (("plphp@0.5", mean), ("random1@0.5", 0.6)):
+            variants[name] = {**variants[name], "score": {"mean": score, "low": score, "high": score}}
     page = tables.tables_page(results)
-    assert (
-        "80.0 against 60.0 of `random1@0.5`; least difference of a group: -10.0, `plphp@0.5`, one image | in the"
-        in page
-    )
+    line = "80.0 against 60.0 of `random1@0.5`; least difference of a group: -10.0, `plphp@0.5`, one image |"
+    assert f"{line} in the mean alone |" in page
 
 
 def test_two_runs_are_joined_where_what_both_hold_scores_the_same() -> None:
