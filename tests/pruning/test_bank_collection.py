@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 import plphp.policy.bank as bank_module
 from plphp import ConfigError, QueryBank
 from plphp.policy.bank_folder import BankFolder, BankModel
+from plphp.policy.bank_sampling import BankSample
 from plphp.policy.evidence import OwnBank
 from plphp.policy.rotation import Rotation
 from plphp.pruning.own_bank import BankCollection
@@ -143,8 +147,10 @@ def test_a_file_that_is_no_bank_of_this_model_is_refused_and_stays(tmp_path: Pat
         with pytest.raises(ConfigError, match=match) as refusal:
             BankCollection(OwnBank(2, str(tmp_path)), MODEL)
         assert f"Move the file {file} away" in str(refusal.value)
+        collection.add([answer(2)], ROTATIONS)  # it was replaced while an answer was written: that goes on
+        assert collection.bank is None
         with pytest.raises(ConfigError, match=match):
-            collection.add([answer(2)], ROTATIONS)  # it was replaced while the bank was collected
+            collection.refresh()  # before the next answer
         assert file.read_bytes() == content
     file.write_bytes(b"")
     with pytest.raises(ConfigError, match="not a safetensors file"):
@@ -164,8 +170,8 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
             BankFolder(tmp_path / "closed", MODEL)
 
 
-def test_a_save_that_fails_leaves_the_bank_and_no_part_of_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_save_that_fails_costs_no_answer_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     collection = BankCollection(OwnBank(2, str(tmp_path)), MODEL)
     collection.add([answer(1)], ROTATIONS)
@@ -175,8 +181,9 @@ def test_a_save_that_fails_leaves_the_bank_and_no_part_of_a_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        with pytest.raises(ConfigError, match=f"Cannot write the query bank .*{NAME}: No space left on device"):
-            collection.add([answer(2)], ROTATIONS)
+        assert collection.add([answer(2)], ROTATIONS) == BankProgress(2, 2)
+    assert f"{NAME}: No space left on device" in caplog.text
+    assert "Nothing is pruned before the query bank is saved" in caplog.text
     assert numbers(QueryBank.load(tmp_path / NAME)) == [1, 1]
     assert not list(tmp_path.glob("*.part"))
     assert not list(tmp_path.glob(".*.part"))
@@ -185,11 +192,60 @@ def test_a_save_that_fails_leaves_the_bank_and_no_part_of_a_file(
     assert numbers(collection.bank) == numbers(QueryBank.load(tmp_path / NAME)) == [1, 1, 2, 2]
 
 
+def test_a_folder_without_room_for_a_lock_costs_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection = BankCollection(OwnBank(2, str(tmp_path)), MODEL)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("plphp.policy.bank_folder.locked", full)
+        for number in (1, 2, 3):
+            assert collection.add([answer(number)], ROTATIONS) == BankProgress(min(number, 2), 2)
+    assert caplog.text.count("No space left on device") == 3
+    assert collection.bank is None
+    assert not list(tmp_path.iterdir())
+    assert collection.add([], ROTATIONS) == BankProgress(2, 2)
+    assert numbers(collection.bank) == numbers(QueryBank.load(tmp_path / NAME)) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_complete_bank_holds_no_sample_and_only_a_kept_one_is_built_before(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, build = [], BankSample.bank
+
+    def bank(sample: BankSample, *args: Any) -> QueryBank:
+        built.append(sample.prompts)
+        return build(sample, *args)
+
+    monkeypatch.setattr(BankSample, "bank", bank)
+    collection = BankCollection(OwnBank(3, str(tmp_path) if kept else ""), MODEL)
+    samples = weakref.WeakSet([collection._sample])
+    for number in (1, 2, 3):
+        collection.add([answer(number)], ROTATIONS)
+    assert built == ([1, 2, 3] if kept else [3])
+    gc.collect()
+    assert not samples, "the queries are held twice"
+    assert collection.progress == BankProgress(3, 3)
+
+
+def test_answers_that_count_for_nothing_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Again after as many as the bank is to be of, without any between them that counted."""
+    collection = BankCollection(OwnBank(3), MODEL)
+    for number, tokens, warned in ((1, 0, 0), (2, 0, 0), (3, 2, 0), (4, 0, 0), (5, 0, 0), (6, 0, 1), (7, 0, 1)):
+        collection.add([answer(number, tokens)], ROTATIONS)
+        assert caplog.text.count("The last 3 answer(s) gave nothing to the query bank") == warned, number
+    assert collection.progress == BankProgress(1, 3)
+
+
 def test_the_log_says_what_is_going_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "plphp"):
         collection = BankCollection(OwnBank(2, str(tmp_path)), MODEL)
-        collection.tell()
-        collection.tell()
+        collection.warn_unpruned()
+        collection.warn_unpruned()
         collection.add([answer(1)], ROTATIONS)
         collection.add([], ROTATIONS)
         collection.add([answer(2)], ROTATIONS)

@@ -4,14 +4,47 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from plphp.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def kept_weights_hash(model: nn.Module) -> str:
+    """`weights_hash`, worked out once and again only after the weights have changed.
+
+    That they have changed is seen by where their tensors lie, and by the count of writes that PyTorch keeps for each:
+    optimizers, ``load_state_dict`` and whatever else writes to a parameter are noticed. What writes past that count (to
+    ``parameter.data``, to memory that is shared with NumPy, or to tensors made in inference mode) is not.
+
+    Raises
+    ------
+    UnsupportedModelError
+        See `weights_hash`.
+    """
+    with _lock:
+        state = [_state(tensor) for part in (model.parameters(), model.buffers()) for tensor in part]
+        kept = _kept.get(model)
+        if kept is None or kept[0] != state:
+            kept = _kept[model] = state, weights_hash(model)
+        return kept[1]
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """What differs after a tensor was written to or replaced; reading it costs no pass over its elements."""
+    writes = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), writes, tensor.dtype, tuple(tensor.shape)
 
 
 def weights_hash(model: nn.Module) -> str:

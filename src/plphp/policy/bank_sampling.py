@@ -54,15 +54,15 @@ class BankSample:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, bank: QueryBank, size: int = SAMPLES, seed: int = 0) -> BankSample:
-        """Go on with the sample that a bank was made of, as if it had never stopped.
+    def of(cls, bank: QueryBank, size: int = SAMPLES) -> BankSample:
+        """Go on with the sample that a bank was made of with the seed 0, as if it had never stopped.
 
         Raises
         ------
         ConfigError
             If the bank does not hold such a sample.
         """
-        sample = cls(size, seed)
+        sample = cls(size)
         prompts, tokens = bank.record.get("prompts"), bank.record.get("answer_tokens")
         ahead = bank.ahead.tolist()
         if type(prompts) is not int or type(tokens) is not int or not 0 < prompts <= tokens:

@@ -122,12 +122,16 @@ class Chain:
         ConfigError
             If two links ask for different ones.
         """
+        own = self._own_banks()
+        if len(set(own.values())) > 1:
+            raise ConfigError(f"{' and '.join(own)} ask for different banks: give them one.")
+        return next(iter(own.values()), None)
+
+    def _own_banks(self) -> dict[str, OwnBank]:
+        """The banks that links ask the engine to collect, by the names of their methods."""
         links = [link for link in (self.prefill, self.kv) if link is not None]
-        banks = [link.stage.evidence(link.config).bank for link in links]
-        own = {bank for bank in banks if isinstance(bank, OwnBank)}
-        if len(own) > 1:
-            raise ConfigError(f"{' and '.join(link.method for link in links)} ask for different banks: give them one.")
-        return next(iter(own), None)
+        banks = {link.method: link.stage.evidence(link.config).bank for link in links}
+        return {method: bank for method, bank in banks.items() if isinstance(bank, OwnBank)}
 
     def refuse_uncollected(self, what: str) -> None:
         """Raise `UnsupportedFeatureError` for a method that collects its query bank, where nothing is collected.
@@ -138,7 +142,7 @@ class Chain:
             What cannot collect, to begin a sentence with.
         """
         if self.own_bank is not None:
-            methods = " and ".join(link.method for link in self.stages.values())
+            methods = " and ".join(self._own_banks())
             raise UnsupportedFeatureError(
                 f"{what} cannot collect the query bank that {methods} has no file of: make it with plphp collect and "
                 "give its file (bank=FILE), or let a session collect it (plphp.prune, plphp.apply, plphp generate)."

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
 from plphp.errors import ConfigError
 from plphp.policy.bank import QueryBank
 from plphp.policy.bank_folder import BankFolder, BankModel
-from plphp.policy.bank_sampling import SAMPLES, BankSample
+from plphp.policy.bank_sampling import BankSample
 from plphp.policy.evidence import OwnBank
 from plphp.policy.rotation import Rotation
 
@@ -34,8 +34,6 @@ class BankCollection:
         What is asked for.
     model : BankModel
         The model; its hash is needed where ``wanted`` names a folder.
-    size : int
-        Tokens of answers whose queries are kept at most.
 
     Raises
     ------
@@ -43,13 +41,14 @@ class BankCollection:
         If the folder or the file in it cannot be used.
     """
 
-    def __init__(self, wanted: OwnBank, model: BankModel, size: int = SAMPLES) -> None:
+    def __init__(self, wanted: OwnBank, model: BankModel) -> None:
         self.wanted, self.model = wanted, model
         self._folder = BankFolder(wanted.folder, model) if wanted.folder else None
-        self._sample = BankSample(size)
+        self._sample = BankSample()  # empty again once there is the bank
         self._bank: QueryBank | None = None
         self._read: tuple[int, ...] | None = None  # what the file was when it was read or written last
-        self._told = False
+        self._warned = False
+        self._useless = 0  # answers in a row that counted for nothing
         self._lock = threading.RLock()
         self.refresh()
         if self._bank is not None and self._folder is not None:
@@ -63,7 +62,8 @@ class BankCollection:
     @property
     def progress(self) -> BankProgress:
         """How many prompts the bank is of by now."""
-        return BankProgress(self._sample.prompts, self.wanted.prompts)
+        sample, bank = self._sample, self._bank  # in this order: the sample is emptied when there is a bank
+        return BankProgress(sample.prompts if bank is None else bank.record["prompts"], self.wanted.prompts)
 
     def refresh(self) -> None:
         """Take in what another process has added to the file, if there is one.
@@ -78,18 +78,20 @@ class BankCollection:
                 return
             changed, kept = self._folder.changed(), self._folder.load()
             try:
-                self._sample = BankSample(self._sample.size) if kept is None else BankSample.of(kept, self._sample.size)
+                sample = BankSample() if kept is None else BankSample.of(kept)
             except ConfigError as error:
                 raise self._folder.refusal(f"The query bank {self._folder.file} is broken: {error}.") from error
             self._read = changed
-            if kept is not None and self._sample.prompts >= self.wanted.prompts:
-                self._bank = kept
+            if kept is not None and sample.prompts >= self.wanted.prompts:
+                self._finish(kept)
+            else:
+                self._sample = sample
 
-    def tell(self) -> None:
+    def warn_unpruned(self) -> None:
         """Warn, once, that answers are not pruned yet."""
         with self._lock:
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 log.warning(
                     "There is no query bank yet: the next %d answer(s) to prompts with vision tokens, this one "
                     "included, are not pruned, and the bank is collected from them.",
@@ -98,6 +100,9 @@ class BankCollection:
 
     def add(self, answers: Sequence[Mapping[int, Tensor]], rotations: Mapping[int, Rotation]) -> BankProgress:
         """Take the queries of whole answers; what comes after the bank is complete counts for nothing.
+
+        An answer is finished by now, so that a folder that cannot be used is no error: it is logged, and what could not
+        be saved waits in memory for the next call. The bank of a folder is complete once it is saved.
 
         Parameters
         ----------
@@ -109,40 +114,58 @@ class BankCollection:
         Returns
         -------
         BankProgress
-
-        Raises
-        ------
-        ConfigError
-            If the file in the folder cannot be used.
         """
-        with self._lock, self._alone():
-            self.refresh()
-            before = self._sample.prompts
-            for queries in answers:
-                if self._sample.prompts < self.wanted.prompts:
-                    self._sample.add(queries)
-            full = self._sample.prompts >= self.wanted.prompts  # also where the last save has failed
-            if self._bank is None and (full or self._sample.prompts > before):
-                self._keep(rotations)
+        with self._lock:
+            taken = False
+            try:
+                with nullcontext() if self._folder is None else self._folder.locked():
+                    self.refresh()
+                    taken = True
+                    if self._take(answers):
+                        self._keep(rotations)
+            except ConfigError as error:
+                if self._folder is None:
+                    raise
+                log.error("%s Nothing is pruned before the query bank is saved; the next answer tries again.", error)
+                if not taken:
+                    self._take(answers)
             return self.progress
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if self._folder is None:
-            yield
-            return
-        with self._folder.locked():
-            yield
+    def _take(self, answers: Sequence[Mapping[int, Tensor]]) -> bool:
+        """Add answers to the sample as long as it wants any; whether there is something to save."""
+        if self._bank is not None:
+            return False
+        before = self._sample.prompts
+        for queries in answers:
+            if self._sample.prompts < self.wanted.prompts:
+                self._useless = 0 if self._sample.add(queries) else self._useless + 1
+        if self._useless >= self.wanted.prompts:
+            log.warning(
+                "The last %d answer(s) gave nothing to the query bank, and nothing is pruned before it is complete: an "
+                "answer of a single token has no query that could be kept. Ask for longer answers, or collect a bank "
+                "from such with plphp collect and give its file (bank=FILE).",
+                self._useless,
+            )
+            self._useless = 0
+        # Where the last save has failed, the sample is full without any answer more.
+        return self._sample.prompts > before or self._sample.prompts >= self.wanted.prompts
 
     def _keep(self, rotations: Mapping[int, Rotation]) -> None:
+        done, wanted = self._sample.prompts, self.wanted.prompts
+        if self._folder is None and done < wanted:
+            log.info("The query bank is of %d of %d prompts.", done, wanted)
+            return
         bank = self._sample.bank(rotations, self.model.record()).rounded()
         if self._folder is not None:
             self._folder.save(bank)
             self._read = self._folder.changed()
-        done, wanted = self._sample.prompts, self.wanted.prompts
         log.info("The query bank is of %d of %d prompts.", done, wanted)
         if done >= wanted:
-            self._bank = bank
+            self._finish(bank)
             where = "" if self._folder is None else f" It is kept in {self._folder.file}."
             queries = len(bank.ahead)
             log.info("The query bank is complete: %d prompts, %d queries; pruning from now on.%s", done, queries, where)
+
+    def _finish(self, bank: QueryBank) -> None:
+        self._bank = bank
+        self._sample = BankSample()

@@ -144,8 +144,9 @@ class PruneReport:
     prompts : list of PromptReport
         The pruned prompts, oldest first.
     collecting : BankProgress, optional
-        Set where nothing was evicted because the method has no query bank yet: how far its collection is, this answer
-        included.
+        Set where nothing was evicted because the method has no query bank yet: how far its collection was when the
+        answer had ended. The answer is among the prompts that were collected unless it counts for nothing, as where the
+        bank was completed by others meanwhile.
     """
 
     model_type: str

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 import plphp
 from invariants import assert_same_generation, generate
 from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank, UnsupportedFeatureError, UnsupportedModelError
+from plphp.engines.hf import rotation_probe
 from plphp.engines.hf.answer_lengths import answer_lengths
-from plphp.inputs.weights import weights_hash
+from plphp.inputs.weights import kept_weights_hash, weights_hash
 from plphp.pruning.report import BankProgress, PruneReport
 from plphp.studies.compare import compare
 from test_invariants import FAMILIES
@@ -317,6 +320,95 @@ def test_report_and_log_say_that_answers_are_whole(tmp_path: Path, caplog: pytes
         PruneReport.from_json(json.dumps({**values, "collecting": {"collected": "2", "wanted": 2}}))
 
 
+def test_the_warning_comes_before_the_memory_runs_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer is that of the full cache, which may be too large for what is there."""
+    model = TINY["llava"].build()
+    with plphp.prune(model, settings(collect=2)):
+        generate(model, prompt("llava", 1, 0), max_new_tokens=NEW)
+        assert "no query bank yet" not in caplog.text, "a prompt of text is never pruned"
+
+        def full(*_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("out of memory")
+
+        monkeypatch.setattr(model.get_decoder().layers[0], "forward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(model, prompt("llava", 2), max_new_tokens=NEW)
+    assert "the next 2 answer(s) to prompts with vision tokens, this one included, are not pruned" in caplog.text
+
+
+def test_answers_of_one_token_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """They are never pruned, as none of them counts."""
+    model = tiny_model("llava")
+    batch, _ = rows_of("llava", (1, 0, 1))
+    with plphp.prune(model, settings(collect=2)) as run:
+        generate(model, prompt("llava", 2), max_new_tokens=1)
+        assert [record.message[:31] for record in caplog.records] == ["There is no query bank yet: the"]
+        generate(model, batch, max_new_tokens=1)
+    assert [record.message[:31] for record in caplog.records][1:] == ["The last 3 answer(s) gave nothi"]
+    assert run.report.collecting == BankProgress(0, 2)
+
+
+def test_a_full_disk_costs_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, config = tiny_model("llava"), settings(collect=1, folder=str(tmp_path))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with plphp.prune(model, config) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(QueryBank, "save", full)
+            answer = generate(model, prompt("llava", 10), max_new_tokens=NEW).sequences
+        assert answer.shape[1] == prompt("llava", 10)["input_ids"].shape[1] + NEW
+        assert run.report.collecting == BankProgress(1, 1)
+        assert "No space left on device" in caplog.text
+        assert run.bank is None
+        generate(model, prompt("llava", 11), max_new_tokens=NEW)  # it saves what the first could not
+        assert_same_bank(run.bank, plphp.collect_query_bank(model, [prompt("llava", 10)], max_new_tokens=NEW).rounded())
+        generate(model, prompt("llava", 20))
+        assert run.report.retention < 0.4
+
+
+def test_sessions_hash_the_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service may open one for every request; training in between is noticed."""
+    model, config, hashed = TINY["llava"].build(), settings(folder=str(tmp_path)), []
+    monkeypatch.setattr("plphp.inputs.weights.weights_hash", lambda model: hashed.append(1) or weights_hash(model))
+    for _ in range(3):
+        with plphp.prune(model, config):
+            pass
+    assert len(hashed) == 1
+    for times, change in enumerate(("add", "load", "half"), 2):
+        if change == "add":
+            with torch.no_grad():
+                model.get_input_embeddings().weight += 1
+        elif change == "load":
+            model.load_state_dict(TINY["llava"].build().state_dict())
+        else:
+            model.half()
+        for _ in range(2):
+            assert kept_weights_hash(model) == weights_hash(model)
+        assert len(hashed) == times, change
+    freed = weakref.ref(model)
+    del model
+    gc.collect()
+    assert freed() is None, "the hash holds on to the model"
+
+
+def test_a_model_is_asked_once_how_it_rotates_its_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the session's own bank and by what else needs to know it."""
+    model, looked, find = TINY["llava"].build(), [], rotation_probe.find_rotations
+    monkeypatch.setattr(rotation_probe, "find_rotations", lambda model: looked.append(1) or find(model))
+    session = plphp.apply(model, settings())
+    for seed in (10, 11):
+        generate(model, prompt("llava", seed), max_new_tokens=NEW)
+        rotation_probe.rotations_of(session._lease.attachment)
+    plphp.remove(model)
+    assert len(looked) == 1
+
+
 def test_a_method_inside_prefill_waits_for_the_bank_as_well(tmp_path: Path) -> None:
     model = tiny_model("llava")
     config = PLPHPConfig.parse("fastv:retention_rate=0.5,layer=1+query_bank:retention_rate=0.3,collect=1")
@@ -357,6 +449,9 @@ def test_what_cannot_collect_is_refused_by_name() -> None:
         plphp.prune(model, config),
     ):
         generate(model, inputs, num_beams=2)
+    chain = PLPHPConfig.parse("fastv:retention_rate=0.5,layer=1+query_bank:retention_rate=0.3,collect=2")
+    with pytest.raises(UnsupportedFeatureError, match=match.format("A PrunedCache")):  # and not "fastv and query_bank"
+        PrunedCache.for_inputs(model, inputs, chain)
     for options, names in (({"collect": 4}, "collect"), ({"collect": 4, "folder": "here"}, "collect and folder")):
         named = PLPHPConfig(method="query_bank", options={"bank": "bundled", **options})
         with pytest.raises(ConfigError, match=f"has the bank bundled.*leave out bank, or {names}"):

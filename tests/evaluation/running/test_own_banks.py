@@ -54,14 +54,24 @@ def test_the_bank_is_of_the_first_answers_to_samples_that_are_not_scored(finishe
     assert bank.record["weights_sha256"] == weights_hash(model)
     assert (bank.record["prompts"], bank.record["samples"]) == (4, len(bank.ahead))
     assert bank.record["collected"] == {
-        "prompts": 4, "folder": "", "split": "dev", "seed": 0, "max_new_tokens": 6, "tasks": list(TASKS),
+        "prompts": 4, "split": "dev", "seed": 0, "max_new_tokens": 6, "tasks": list(TASKS),
         "samples": {"cell": [0, 1], "list_row": [0], "second_grid": [0]},
     }  # fmt: skip
 
 
-def test_no_sample_is_scored_that_the_bank_is_of() -> None:
-    assert unscored(EvalSettings(split="test", seed=3)) == ("dev", 3)
-    assert unscored(EvalSettings(split="dev", seed=3)) == ("dev", 4)
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_no_sample_is_scored_that_the_bank_is_of(split: Any) -> None:
+    """No picture of them is among the first samples of the run, under whatever name."""
+    settings = EvalSettings(split=split, seed=3)
+    of_split, seed = unscored(settings)
+    for name in ("cell", "list_row"):
+        task = available_tasks()[name]
+        scored, of_bank = (
+            {image.tobytes() for sample in samples for image in sample.images}
+            for samples in (task.samples(split, 12, settings.seed), task.samples(of_split, 12, seed))
+        )
+        assert len(scored) == len(of_bank) == 12
+        assert not scored & of_bank
 
 
 def test_config_and_results_name_the_bank(finished: Path, tmp_path: Path) -> None:
@@ -132,15 +142,16 @@ def test_a_line_whose_bank_cannot_be_collected_is_left_out(tmp_path: Path, monke
         asked.append(model)
         raise UnsupportedModelError("its queries cannot be foretold")
 
-    monkeypatch.setattr("plphp.engines.hf.own_bank.find_rotations", unknown)
+    monkeypatch.setattr("plphp.engines.hf.rotation_probe.find_rotations", unknown)
     settings = dataclasses.replace(SETTINGS, methods=("own=query_bank:collect=2", "plphp"), tasks=("cell",), samples=1)
-    metrics = evaluate(settings, tmp_path)
-    assert list(metrics["refused"]) == ["own@0.3", "own@0.1"]
-    assert "cannot be foretold" in metrics["refused"]["own@0.1"]
-    assert [variant["name"] for variant in metrics["variants"]] == ["full", "plphp@0.3", "plphp@0.1"]
-    assert len(asked) == 1
-    assert read_config(tmp_path)["collected_banks"] == {}
-    assert not list(tmp_path.glob("*.safetensors"))
+    for _ in range(2):  # the second time the evaluation is gone on with
+        metrics = evaluate(settings, tmp_path)
+        assert list(metrics["refused"]) == ["own@0.3", "own@0.1"]
+        assert "cannot be foretold" in metrics["refused"]["own@0.1"]
+        assert [variant["name"] for variant in metrics["variants"]] == ["full", "plphp@0.3", "plphp@0.1"]
+        assert len(asked) == 1
+        assert read_config(tmp_path)["collected_banks"] == {}
+        assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_own_data_gives_its_first_samples_as_far_as_it_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,17 +173,28 @@ def test_own_data_gives_its_first_samples_as_far_as_it_goes(tmp_path: Path, capl
     assert "too few prompts to collect a query bank of 9 from: 3 were answered" in metrics["refused"]["own@0.3"]
 
 
-def test_a_folder_of_the_user_gives_its_bank_to_the_run(tmp_path: Path) -> None:
+def test_a_folder_of_the_user_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    """A complete bank in it would be of unknown samples, and answers to tasks have no place in another."""
     line = f"own=query_bank:collect=2,folder={tmp_path / 'banks'}"
     settings = dataclasses.replace(SETTINGS, methods=(line,), tasks=("cell",), samples=1)
-    evaluate(settings, tmp_path / "first")
-    evaluate(settings, tmp_path / "second")
-    kept = [read_config(tmp_path / run)["collected_banks"]["query_bank_2.safetensors"] for run in ("first", "second")]
-    assert kept[0]["collected"]["samples"] == {"cell": [0, 1]}
-    assert kept[1]["collected"]["samples"] == {}, "it was there, and nothing was collected for it"
-    first, second = (QueryBank.load(tmp_path / run / "query_bank_2.safetensors") for run in ("first", "second"))
-    assert first.ahead.tolist() == second.ahead.tolist()
-    assert first.layers[0].queries.equal(second.layers[0].queries)
+    with pytest.raises(ConfigError, match=r"own@0\.3 names the folder '.*banks' .*leave out folder="):
+        evaluate(settings, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_of_one_token_is_none_that_the_bank_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, answered = own_banks.generate_greedily, []
+
+    def first_of_one_token(model: Any, inputs: Any, limit: int) -> Any:
+        answered.append(limit)
+        return whole(model, inputs, 1 if len(answered) == 1 else limit)
+
+    monkeypatch.setattr(own_banks, "generate_greedily", first_of_one_token)
+    settings = dataclasses.replace(SETTINGS, methods=("own=query_bank:collect=2",), tasks=("cell",), samples=1)
+    evaluate(settings, tmp_path)
+    record = read_config(tmp_path)["collected_banks"]["query_bank_2.safetensors"]["collected"]
+    assert len(answered) == 3
+    assert record["samples"] == {"cell": [1, 2]}
 
 
 def test_settings_by_the_bank_of_a_file() -> None:

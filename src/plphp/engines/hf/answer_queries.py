@@ -43,9 +43,14 @@ class AnswerQueries:
             self._spans = reading.spans
             self._copies = attended.query.shape[0] // reading.batch
             self._begin = self._positions_of_answers(reading.spans)
-        elif reading is None and self._spans is not None:
-            first_of_each = attended.query[:: self._copies]
-            self._heard.setdefault(attended.layer, []).append(first_of_each.to("cpu", copy=True))
+        if self._spans is None:
+            return
+        first_of_each = attended.query[:: self._copies]
+        if reading is not None:
+            # Without tokens: what an answer of a single token comes to.
+            self._heard.setdefault(attended.layer, [first_of_each[:, :, :0].cpu()])
+        else:
+            self._heard[attended.layer].append(first_of_each.to("cpu", copy=True))
 
     def answers(
         self, output: Any, config: GenerationConfig, rotations: Mapping[int, Rotation]
@@ -73,8 +78,6 @@ class AnswerQueries:
             return []
         heard = {layer: torch.cat(parts, dim=2) for layer, parts in self._heard.items()}
         steps = next((queries.shape[2] for queries in heard.values()), 0)
-        if not steps:
-            return []
         sequences = output if isinstance(output, Tensor) else output.sequences
         # The last token that was chosen has not been read by the model.
         lengths = answer_lengths(sequences[:: self._copies, -(steps + 1) :].cpu(), config)

@@ -53,7 +53,7 @@ class PrunedCache(GuardedCache):
         decode: str = "eager",
         *,
         own_bank: QueryBank | None = None,
-        collecting: bool = False,
+        before_whole: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(attachment)
         self.config, self.decode = config, checked_mode(decode)
@@ -63,7 +63,8 @@ class PrunedCache(GuardedCache):
         self._own_bank = own_bank
         self.collecting: BankProgress | None = None
         """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""
-        if collecting:
+        self._before_whole = before_whole
+        if before_whole is not None:
             self.chain = chain_of(NOTHING_EVICTED)  # only now: what the model cannot do is refused by the first prompt
         elif own_bank is None:
             self.chain.refuse_uncollected("A PrunedCache")
@@ -154,6 +155,8 @@ class PrunedCache(GuardedCache):
         self.reading = None
         # A turn of text alone has nothing to evict: it is read like an answer, into the tail.
         if spans.vision.any():
+            if self._before_whole is not None:
+                self._before_whole()
             self.reading = self._reading_of(spans, features_of(turn))
             self._by_mask = vision_mask is not None
         return turn

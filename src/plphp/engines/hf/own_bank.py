@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
 from plphp.errors import UnsupportedFeatureError
-from plphp.inputs.weights import weights_hash
+from plphp.inputs.weights import kept_weights_hash
 from plphp.policy.bank import QueryBank
 from plphp.policy.bank_folder import BankModel
 from plphp.policy.evidence import OwnBank
-from plphp.policy.rotation import Rotation
 from plphp.pruning.own_bank import BankCollection
 
 from .answer_queries import AnswerQueries
@@ -22,7 +20,7 @@ from .cache import PrunedCache
 from .contexts import Session
 from .generate_call import GenerateCall
 from .generation import generate
-from .rotation_probe import find_rotations
+from .rotation_probe import rotations_of
 
 
 class SessionBank:
@@ -31,7 +29,8 @@ class SessionBank:
     Parameters
     ----------
     model : PreTrainedModel
-        The model that answers. With a folder its weights are hashed now, which reads them all once.
+        The model that answers. With a folder its weights are hashed now, see
+        `plphp.inputs.weights.kept_weights_hash`: the first session reads them all.
     wanted : OwnBank
         What the method asks for.
 
@@ -43,8 +42,6 @@ class SessionBank:
 
     def __init__(self, model: PreTrainedModel, wanted: OwnBank) -> None:
         self.collection = BankCollection(wanted, bank_model(model, hashed=bool(wanted.folder)))
-        self._rotations: dict[int, Rotation] | None = None
-        self._lock = threading.Lock()
 
     def newest(self) -> QueryBank | None:
         """The bank, if it is complete by now, here or in another process that shares the folder."""
@@ -55,6 +52,7 @@ class SessionBank:
         """Run a call of ``generate`` with nothing evicted, and collect from its answers once it has come to its end.
 
         Decoding runs step by step, whatever the session asks for: a CUDA graph replays without anyone who listens.
+        A warning comes before the prompt is read, whose full cache may not fit into memory.
 
         Raises
         ------
@@ -64,24 +62,16 @@ class SessionBank:
             If it is not known how the model rotates its queries.
         """
         _refuse_beams(call.config)
-        cache = PrunedCache(attachment, session.config, collecting=True)
-        rotations = self._find_rotations(attachment.model)
+        cache = PrunedCache(attachment, session.config, before_whole=self.collection.warn_unpruned)
+        rotations = rotations_of(attachment)
         session.note(None)
         heard = AnswerQueries(cache)
         with cache.listening(heard):
             output = generate(cache, call)
         answers = heard.answers(output, call.config, rotations)
-        if answers:
-            self.collection.tell()
         cache.collecting = self.collection.add(answers, rotations)
         session.note(cache.report())
         return output
-
-    def _find_rotations(self, model: PreTrainedModel) -> dict[int, Rotation]:
-        with self._lock:
-            if self._rotations is None:
-                self._rotations = find_rotations(model)
-            return self._rotations
 
 
 def bank_model(model: PreTrainedModel, *, hashed: bool) -> BankModel:
@@ -89,7 +79,7 @@ def bank_model(model: PreTrainedModel, *, hashed: bool) -> BankModel:
     return BankModel(
         model.config.model_type,
         model.config.get_text_config(decoder=True).num_hidden_layers,
-        weights_hash(model) if hashed else "",
+        kept_weights_hash(model) if hashed else "",
     )
 
 

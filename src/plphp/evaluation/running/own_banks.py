@@ -6,12 +6,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plphp.engines.hf.session import prune
 from plphp.errors import ConfigError, LoadError, NonFiniteAttentionError, PLPHPError, SpanError, UnsupportedModelError
+from plphp.evaluation.results.store import read_config
 from plphp.evaluation.settings import EvalSettings
 from plphp.evaluation.tasks.built_in import Task
 from plphp.evaluation.tasks.choices import Split
@@ -71,9 +72,10 @@ class RunBanks:
         Raises
         ------
         ConfigError, UnsupportedModelError
-            If there are too few answers, or the model's queries cannot be turned.
+            If there are too few answers, or the model's queries cannot be turned; the same again in a folder whose
+            evaluation could not collect the bank.
         LoadError
-            If the folder holds another bank.
+            If the folder holds another bank, or an evaluation that has lost its bank.
         """
         wanted = chain_of(variant.config).own_bank
         if wanted is None:
@@ -82,7 +84,7 @@ class RunBanks:
             raise self._failed[wanted]
         if wanted not in self.files:
             try:
-                self.files[wanted] = str(self._made(model, processor, wanted, variant.config))
+                self.files[wanted] = str(self._made(model, processor, wanted, variant))
             except (ConfigError, UnsupportedModelError) as error:
                 self._failed[wanted] = error
                 raise
@@ -98,32 +100,37 @@ class RunBanks:
         files = map(Path, self.files.values())
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
-    def _made(self, model: PreTrainedModel, processor: Any, wanted: OwnBank, config: PLPHPConfig) -> Path:
+    def _made(self, model: PreTrainedModel, processor: Any, wanted: OwnBank, variant: Variant) -> Path:
         file = self._file(wanted)
         about = self._about(wanted)
         if file.exists():
             self._check(file, about)
             return file
-        if (self._folder / "config.json").exists():
-            raise LoadError(
-                f"{self._folder} holds an evaluation without the query bank {file.name}: name another folder."
-            )
-        bank, samples = self._collected(model, processor, wanted, config)
+        self._refuse_to_add(file, variant)
+        bank, samples = self._collected(model, processor, wanted, variant.config)
         self._folder.mkdir(parents=True, exist_ok=True)
         record = {**bank.record, "weights_sha256": self._weights, OF_RUN: {**about, "samples": samples}}
         QueryBank(bank.layers, bank.ahead, record).save(file)
         return file
 
     def _file(self, wanted: OwnBank) -> Path:
-        same = [other for other in self.files if other.prompts == wanted.prompts]
-        ending = f"_{len(same) + 1}" if same else ""  # banks of as many prompts, in other folders
-        return self._folder / f"query_bank_{wanted.prompts}{ending}.safetensors"
+        return self._folder / f"query_bank_{wanted.prompts}.safetensors"
+
+    def _refuse_to_add(self, file: Path, variant: Variant) -> None:
+        """Raise where the folder holds an evaluation already: a bank that is collected now is none of its own."""
+        if not (self._folder / "config.json").exists():
+            return
+        config = read_config(self._folder)
+        reason = config.get("refused", {}).get(variant.name)
+        if reason is not None and file.name not in config.get("query_banks", {}):
+            raise ConfigError(reason)
+        raise LoadError(f"{self._folder} holds an evaluation without the query bank {file.name}: name another folder.")
 
     def _about(self, wanted: OwnBank) -> dict[str, Any]:
         """What has to be the same for a bank to be that of the run, beside the weights."""
         split, seed = unscored(self._settings)
         return {
-            **dataclasses.asdict(wanted),
+            "prompts": wanted.prompts,
             "split": split,
             "seed": seed,
             "max_new_tokens": self._settings.max_new_tokens or LONGEST,
@@ -144,8 +151,9 @@ class RunBanks:
     def _collected(
         self, model: PreTrainedModel, processor: Any, wanted: OwnBank, config: PLPHPConfig
     ) -> tuple[QueryBank, dict[str, list[int]]]:
-        """A complete bank, and the numbers of the samples that it was collected from, by task."""
+        """A complete bank, and the numbers of the samples whose answers it is of, by task."""
         samples: dict[str, list[int]] = {}
+        answered = collected = 0
         with prune(model, config) as run:
             for task, number, inputs in self._prompts(processor, wanted.prompts):
                 if run.bank is not None:
@@ -155,12 +163,15 @@ class RunBanks:
                 except (SpanError, NonFiniteAttentionError) as error:
                     log.warning("%s, sample %d gives nothing to the query bank: %s", task, number, error)
                     continue
-                samples.setdefault(task, []).append(number)
+                answered += 1
+                progress = run.report.collecting
+                if progress is not None and progress.collected > collected:  # else the answer counts for nothing
+                    samples.setdefault(task, []).append(number)
+                    collected = progress.collected
             bank = run.bank
         if bank is None:
-            asked = sum(map(len, samples.values()))
             raise ConfigError(
-                f"The tasks have too few prompts to collect a query bank of {wanted.prompts} from: {asked} were "
+                f"The tasks have too few prompts to collect a query bank of {wanted.prompts} from: {answered} were "
                 "answered, and answers of a single token do not count. Ask for fewer (collect=), or for more tasks."
             )
         return bank, samples
@@ -180,6 +191,22 @@ class RunBanks:
                     log.warning("%s, sample %d gives nothing to the query bank: %s", task, number, error)
                     continue
                 yield task, number, inputs
+
+
+def refuse_folders(variants: Iterable[Variant]) -> None:
+    """Raise `ConfigError` for a method that names a folder for its bank.
+
+    A bank that is there already would be of samples that nobody knows, and one that is not complete would be filled up
+    with answers to the tasks.
+    """
+    for variant in variants:
+        wanted = chain_of(variant.config).own_bank
+        if wanted is not None and wanted.folder:
+            raise ConfigError(
+                f"{variant.name} names the folder {wanted.folder!r} for its query bank, and plphp eval collects a bank "
+                "for the run alone and keeps it with the results: leave out folder=, or give the file of a bank "
+                "(bank=FILE)."
+            )
 
 
 def by_file(variant: Variant, files: Mapping[OwnBank, str]) -> Variant:

@@ -20,7 +20,7 @@ from plphp.methods.registry import chain_of
 from .blocks import Remainder, remainder, shares
 from .controls import smaller_inputs
 from .conversation import prompt_inputs
-from .own_banks import RunBanks
+from .own_banks import RunBanks, refuse_folders
 from .run_config import run_config
 from .scorer import Scorer, records_of_worker
 from .skipping import first_usable
@@ -73,7 +73,7 @@ def evaluate(
     Raises
     ------
     ConfigError
-        If a method, task or setting is not known, or the folder holds another evaluation.
+        If a method, task or setting is not known or not for an evaluation, or the folder holds another evaluation.
     LoadError
         If the model or the data cannot be read, or all samples of a task had to be skipped: the results of the other
         tasks are written then.
@@ -84,6 +84,7 @@ def evaluate(
     modes = {task.name: mode_of(task, settings.mode) for task in tasks}
     variants = make_variants(settings.methods, settings.retention)
     check_baseline(baseline, [variant.label for variant in variants])
+    refuse_folders(variants)
     model, processor = load_model(settings.model, settings.dtype, settings.device)
     sample, about = first_usable(tasks, settings, processor), identity(model)
     banks = RunBanks(Path(out), tasks, settings, about["model"]["sha256"])
