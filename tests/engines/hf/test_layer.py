@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from test_packed import entries_of
 from torch import Tensor
 
 from plphp import UnsupportedFeatureError
@@ -130,8 +131,8 @@ class LayerMachine(RuleBasedStateMachine):
         if self.compacted:
             assert self.layer.prefix is not None
             for row, heads in enumerate(self.prefix):
-                for head, (keys, values) in enumerate(self.layer.prefix._heads(row)):
-                    self.same(keys, values, heads[head])
+                for head, expected in enumerate(heads):
+                    self.same(*entries_of(self.layer.prefix, row, head), expected)
         else:
             assert self.layer.prefix is None
         if self.tail_length:

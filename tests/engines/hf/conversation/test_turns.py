@@ -16,6 +16,7 @@ from plphp import PLPHPConfig, PrunedCache, SpanError
 from plphp.engines.hf.cache_argument import cache_in, passed
 from precision import assert_exact
 from test_invariants import FAMILIES, config
+from test_packed import entries_of
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -53,8 +54,8 @@ def test_old_vision_tokens_are_left_alone_by_a_new_image() -> None:
     before = [(layer.prefix.keys.clone(), layer.prefix.counts[0]) for layer in cache.layers]
     generate(model, TINY["llava"].second_turn(model, inputs, first.sequences, with_image=True), **passed(cache))
     for (keys, counts), layer in zip(before, cache.layers, strict=True):
-        heads = zip(keys.split(counts), layer.prefix._heads(0), strict=True)
-        for count, (old, (new, _)) in zip(counts, heads, strict=True):
+        for head, old in enumerate(keys.split(counts)):
+            count, (new, _) = counts[head], entries_of(layer.prefix, 0, head)
             assert torch.equal(old, new[:count])
             assert new.shape[0] > count
 
