@@ -82,9 +82,7 @@ def evaluate(
     # Everything that can be wrong with the settings comes before the weights, which may take minutes.
     tasks = resolve_tasks(settings)
     modes = {task.name: mode_of(task, settings.mode) for task in tasks}
-    variants = make_variants(settings.methods, settings.retention)
-    check_baseline(baseline, [variant.label for variant in variants])
-    refuse_folders(variants)
+    variants = _checked_variants(settings, baseline)
     model, processor = load_model(settings.model, settings.dtype, settings.device)
     sample, about = first_usable(tasks, settings, processor), identity(model)
     banks = RunBanks(Path(out), tasks, settings, about["model"]["sha256"])
@@ -121,6 +119,13 @@ class _Notes:
 def _check_workers(workers: int) -> None:
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ConfigError(f"workers must be an integer of at least 1, got {workers!r}.")
+
+
+def _checked_variants(settings: EvalSettings, baseline: str | None) -> list[Variant]:
+    variants = make_variants(settings.methods, settings.retention)
+    check_baseline(baseline, [variant.label for variant in variants])
+    refuse_folders(variants)
+    return variants
 
 
 def _usable(
