@@ -8,7 +8,7 @@ from typing import Any
 
 SAME = ("split", "seed", "samples", "tasks")
 """Settings that say which samples a run is over."""
-MOST_APART = 0.005
+MOST_APART = {"groups": 0.01, "tasks": 0.03}
 """Most that the score of a line may differ between the runs: another processor rounds otherwise, and answers turn."""
 RENAMED = {"query_bank": "query_bank_equal"}
 """Labels of the earlier run that mean something else in the later one, by what they are called there."""
@@ -25,9 +25,9 @@ def joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
     Returns
     -------
     dict
-        The earlier results with the lines of both, the later ones first, and ``apart``: the most that the score of a
-        line on a task, or of a group, differs between the runs where both hold it; the later one is taken. Everything
-        else is the earlier run's.
+        The earlier results with the lines of both, the later ones first, and ``apart``: by ``groups`` and ``tasks``
+        the most that the score of a line differs between the runs where both hold it; the later one is taken.
+        Everything else is the earlier run's.
 
     Raises
     ------
@@ -41,13 +41,13 @@ def joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
         raise SystemExit("The runs cannot be joined: they are of other weights, or have other baselines.")
     earlier = _renamed(earlier)
     both = {variant["name"] for variant in earlier["variants"]} & {variant["name"] for variant in later["variants"]}
-    apart = 0.0
-    for part in ("tasks", "groups"):
+    apart = dict.fromkeys(MOST_APART, 0.0)
+    for part, most in MOST_APART.items():
         for name in earlier[part]:
             for variant in both:
                 before, now = (run[part][name]["variants"][variant]["score"]["mean"] for run in (earlier, later))
-                apart = max(apart, abs(before - now))
-                if apart > MOST_APART:
+                apart[part] = max(apart[part], abs(before - now))
+                if abs(before - now) > most:
                     raise SystemExit(f"The runs cannot be joined: {variant} scores {before} and {now} on {name}.")
     earlier.pop("overall", None)  # of the earlier lines alone
     variants = [*later["variants"], *(variant for variant in earlier["variants"] if variant["name"] not in both)]

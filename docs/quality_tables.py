@@ -157,10 +157,11 @@ def _aims(results: Mapping[str, Any]) -> str:
         "Means over the groups, each with equal weight, with paired 95 % intervals. Rivals are methods that have seen "
         "no other prompt, so `mixkv_bank` is none; the intervals of different runs are not paired.\n\n"
     )
-    apart = f"{100 * results['apart']:.1f}"
+    groups, tasks = (f"{100 * results['apart'][part]:.1f}" for part in ("groups", "tasks"))
     joint = (
-        "\nTwo runs stand in these tables: the lines that both hold (`full`, `random1`, `oracle`, `query_bank_equal`) "
-        f"differ in no task and group by more than {apart} points.\n"
+        "\nTwo runs stand in these tables, on two processors, which round otherwise: the lines that both hold (`full`, "
+        f"`random1`, `oracle`, `query_bank_equal`) differ by at most {groups} points in a group and {tasks} on a "
+        "task.\n"
     )
     return "\n## What was aimed at\n\n" + about + "\n".join(lines) + "\n" + joint
 

@@ -202,7 +202,6 @@ def test_readme_has_the_figures_of_the_results() -> None:
         ("query_bank", "query_bank", rivals),
         ("random", "random1", rivals),
         ("adakv", "adakv", rivals),
-        ("snapkv", "snapkv", quality),
         ("plphp", "plphp", quality),
     ):
         shown = f"{cell(results, f'{name}@0.4')} | {cell(results, f'{name}@0.1')} |"

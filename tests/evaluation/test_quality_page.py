@@ -101,7 +101,7 @@ def with_rivals(gain: float = 0.2, own: float = -0.01) -> dict[str, Any]:
         "query_bank": {part: {f"query_bank_own@{rate:g}": spread(own) for rate in rates} for part in parts},
     }
     overall = {"variants": {f"query_bank@{rate:g}": {"vs_full": spread(-0.02)} for rate in rates}}
-    return {**results, "apart": 0.001, "rivals": {"paired": paired, "overall": overall}}
+    return {**results, "apart": {"groups": 0.001, "tasks": 0.02}, "rivals": {"paired": paired, "overall": overall}}
 
 
 def test_what_was_aimed_at_stands_beside_what_was_measured(tables: Any) -> None:
@@ -112,7 +112,7 @@ def test_what_was_aimed_at_stands_beside_what_was_measured(tables: Any) -> None:
     assert "| at most 4 points below the full cache at 25 % | -2.0 (-3.0, -1.0) | met |" in page
     assert "| the bank of 16 prompts within 4 points of the bundled one at 5 % | -1.0 (-2.0, +0.0) | met |" in page
     assert "| above every rival at 50 % | 80.0 against 80.0 of `random1@0.5`; least difference of a group: +0.0" in page
-    assert "differ in no task and group by more than 0.1 points" in page
+    assert "differ by at most 0.1 points in a group and 2.0 on a task" in page
     assert "## What was aimed at" not in tables.tables_page({**METRICS, **ABOUT, "refused": {}})
 
 
@@ -158,10 +158,10 @@ def test_two_runs_are_joined_where_what_both_hold_scores_the_same() -> None:
     assert names.count("plphp@0.5") == 1
     assert {"query_bank_equal@0.5", "query_bank@0.5", "query_bank_own@0.5"} <= set(names)
     assert set(names) <= set(both["groups"]["dialogue"]["variants"])
-    assert both["apart"] == 0
-    later["groups"]["dialogue"]["variants"]["random1@0.5"]["score"]["mean"] += 0.004
-    assert joining.joined(earlier, later)["apart"] == pytest.approx(0.004)
-    later["groups"]["dialogue"]["variants"]["random1@0.5"]["score"]["mean"] += 0.004
+    assert both["apart"] == {"groups": 0, "tasks": 0}
+    later["groups"]["dialogue"]["variants"]["random1@0.5"]["score"]["mean"] += 0.008
+    assert joining.joined(earlier, later)["apart"]["groups"] == pytest.approx(0.008)
+    later["groups"]["dialogue"]["variants"]["random1@0.5"]["score"]["mean"] += 0.008
     with pytest.raises(SystemExit, match=r"random1@0.5 scores .* on"):
         joining.joined(earlier, later)
     later["settings"]["seed"] = 1
@@ -218,6 +218,7 @@ def test_results_of_other_weights_are_not_joined(
 ) -> None:
     monkeypatch.setattr(generator, "FOLDER", tmp_path)
     monkeypatch.setattr(generator, "RESULTS", tmp_path / "quality.json")
+    monkeypatch.setattr(generator, "RIVALS", tmp_path / "rivals.json")
     (tmp_path / "quality.json").write_text(json.dumps({**ABOUT, **METRICS}))
     (tmp_path / "attention.json").write_text(json.dumps({"model": "the bundled model", "sha256": "abc"}))
     assert generator.committed()[1]["attention"]["sha256"] == "abc"
