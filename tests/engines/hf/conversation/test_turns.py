@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_packed import entries_of
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -16,7 +17,6 @@ from plphp import PLPHPConfig, PrunedCache, SpanError
 from plphp.engines.hf.cache_argument import cache_in, passed
 from precision import assert_exact
 from test_invariants import FAMILIES, config
-from test_packed import entries_of
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")
