@@ -191,7 +191,7 @@ def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: 
     """
     cases = [_trial_case(dim, value_dim, length) for length in (1, LONG_TRIAL)]
     worst = [choice.difference(_decode_cpp.attend, _by_torch, case, device, dtypes) for case in cases]
-    return torch.tensor(worst).max().item()  # NaN if any is
+    return torch.tensor(worst, dtype=torch.float64).max().item()  # NaN if any is
 
 
 def _trial_case(dim: int, value_dim: int, length: int = 1) -> choice.Case:
@@ -317,7 +317,8 @@ def _fused_prefix(rows: Tensor, prefix: PackedKV) -> tuple[Tensor, Tensor]:
             continue
         mask = None
         if heads.padding is not None:
-            mask = torch.zeros(heads.padding.shape).masked_fill_(heads.padding, -torch.inf)[:, None, None]
+            padding = heads.padding[:, None, None]
+            mask = torch.zeros(padding.shape, dtype=torch.float32).masked_fill_(padding, -torch.inf)
             mask = mask.expand(-1, -1, flat.shape[1], -1)
         states = (states[:, None] for states in (flat[heads.pairs], heads.keys, heads.values))
         output, lse = _FUSED(*states, attn_mask=mask, scale=1.0)
