@@ -11,6 +11,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+PLACES = ("pair_counts", "pair_starts", "index", "descending")
+"""What a block works out once of where its entries lie, whatever their dtype."""
+
 
 @dataclass(frozen=True)
 class PackedKV:
@@ -192,7 +195,11 @@ class PackedKV:
         """Cast keys and values to these dtypes; the result is the block itself if it has them."""
         if (self.keys.dtype, self.values.dtype) == (keys, values):
             return self
-        return replace(self, keys=self.keys.to(keys), values=self.values.to(values))
+        cast = replace(self, keys=self.keys.to(keys), values=self.values.to(values))
+        # Under autocast a block is cast at every step: where its entries lie is worked out once, and on the host, which
+        # a step that is being captured must not do.
+        cast.__dict__.update({name: getattr(self, name) for name in PLACES})
+        return cast
 
     def _split(self) -> tuple[list[Tensor], list[Tensor]]:
         """Views on the keys, and on the values, of each head of each row of the batch, [kept, dim]."""
