@@ -250,8 +250,8 @@ def test_no_layer_adds_more_than_the_final_cache_holds(rows: list[int], heads: s
         after.append(live_bytes(cache))
         assert all(reference.expired() for reference in full)  # nothing else holds what the cache has let go
 
-    def hold(self: Any, *args: Any) -> Any:
-        keys, values = PrunedCache.update(self, *args)
+    def hold(self: Any, *args: Any, **kwargs: Any) -> Any:
+        keys, values = PrunedCache.update(self, *args, **kwargs)
         full[:] = [StorageWeakRef(states.untyped_storage()) for states in (keys, values)]
         return keys, values
 
