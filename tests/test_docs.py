@@ -241,6 +241,14 @@ def test_performance_page_has_the_figures_of_the_results() -> None:
     ):
         sizes = (memory[name]["peak"], memory[name]["peak"] - bare, memory[name]["kv_bytes"])
         assert f"| {line} | {' | '.join(megabytes(size, 1) for size in sizes)} |" in page
+    works = ("decoding step", "attention of a step", "scores of a second turn", "second turn")
+    ratios: dict[tuple[float, float], dict[str, float]] = {}
+    for row in figures("ragged_cpu")["results"]:
+        ratios.setdefault((row["retention"], row["largest_head"]), {})[row["work"]] = row["ratio"]
+    for (retention, largest), by_work in ratios.items():
+        cells = " | ".join(f"{by_work[work]:.2f}" for work in works)
+        assert f"| {100 * retention:.0f} % | {largest:g} | {cells} |" in page
+        assert by_work["decoding step"] <= 1.05  # what was aimed at
     capacity = {row["variant"]: row["largest_batch"] for row in figures("capacity_cpu")["results"]}
     assert f"| {capacity['DynamicCache']} | {capacity['plphp 0.4']} | [7,000 vision tokens" in page
 
