@@ -271,3 +271,20 @@ def test_an_engine_that_knows_no_rotation_refuses_the_method() -> None:
     evidence = Evidence(states="prompt", rotation=True)
     with pytest.raises(UnsupportedFeatureError, match="'expected_attention' turns queries"):
         Scoring.of(spans_of(torch.ones(1, END_B, dtype=torch.bool)), PLPHPConfig(method="expected_attention"), evidence)
+
+
+def test_a_score_of_another_shape_is_refused_with_the_method() -> None:
+    from plphp.policy.allocation import uniform
+    from plphp.policy.stages import KVStage
+
+    scores = LayerScores(torch.rand(2, 4, 5), torch.zeros(2, 5).long(), torch.ones(2, 5).bool(), 0, 2)
+    stage = KVStage(allocate=uniform, score=lambda scores, config: scores.attention)
+    with pytest.raises(ConfigError, match=r"'mine' has to give .* here \[2, 2, 5\], got \[2, 4, 5\]"):
+        stage.scored(scores, PLPHPConfig(method="mine"))
+
+
+@pytest.mark.parametrize("wrong", [{"candidates": "all"}, {"states": "layers"}], ids=str)
+def test_evidence_that_means_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    [(name, value)] = wrong.items()
+    with pytest.raises(ConfigError, match=rf"Evidence\.{name} must be one of .*{value!r}"):
+        Evidence(**wrong)

@@ -8,13 +8,13 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from plphp.errors import ConfigError
@@ -43,7 +43,7 @@ class LayerBank:
         That of the layer.
     """
 
-    queries: Tensor
+    queries: Tensor = field(repr=False)
     rotation: Rotation
 
     def check(self, q_heads: int, dim: int) -> None:
@@ -93,8 +93,8 @@ class QueryBank:
         JSON-ready: the model and how the bank was made; ``decoder_layers`` among it.
     """
 
-    layers: Mapping[int, LayerBank]
-    ahead: Tensor
+    layers: Mapping[int, LayerBank] = field(repr=False)
+    ahead: Tensor = field(repr=False)
     record: Mapping[str, Any]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QueryBank:
@@ -111,7 +111,7 @@ class QueryBank:
         path = Path(path)
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another process may save here as well
         try:
-            save_file(tensors, part, metadata=about)
+            part.write_bytes(save(tensors, metadata=about))  # save_file makes files that their owner alone can read
             part.replace(path)  # complete at once, also over a bank that is in use
         finally:
             part.unlink(missing_ok=True)

@@ -73,7 +73,8 @@ class BankFolder:
         self.model, folder = model, Path(folder).expanduser()
         name = re.sub(r"[^\w.-]", "_", model.model_type)
         self.file = folder / f"{name}-{model.weights_sha256[:HASH_DIGITS]}.safetensors"
-        check_folder(folder)
+        if not self.file.exists():  # a bank that is complete can be read where nothing can be written
+            check_folder(folder)
 
     def changed(self) -> tuple[int, ...] | None:
         """Changes when the file does; None where there is none."""

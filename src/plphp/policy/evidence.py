@@ -90,6 +90,9 @@ class Evidence:
     rotation: bool = False
 
     def __post_init__(self) -> None:
+        for name, choices in (("candidates", ("vision", "prompt")), ("states", (None, "rows", "prompt"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"Evidence.{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if self.beside_rows and self.bank is None:
             raise ConfigError("Evidence.beside_rows says how a bank asks, and the evidence names no bank.")
         if self.weigh_rows is not None and self.bank is not None:

@@ -25,6 +25,11 @@ class Rotation:
     frequencies: Tensor
     interleaved: bool = False
 
+    def is_like(self, other: Rotation) -> bool:
+        """Whether both turn a vector alike."""
+        own, theirs = self.frequencies.cpu(), other.frequencies.cpu()
+        return self.interleaved == other.interleaved and own.shape == theirs.shape and torch.allclose(own, theirs)
+
     def rotated(self, vectors: Tensor, position: Tensor | float) -> Tensor:
         """Rotate vectors on by a number of positions.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from plphp.errors import ConfigError
 from plphp.settings.config import PLPHPConfig
 
 from .allocation import Allocator
@@ -114,6 +115,23 @@ class KVStage:
     def ragged(self, config: PLPHPConfig) -> bool:
         """Whether the KV heads of a layer compete for its places."""
         return (config.heads or self.heads) == "ragged"
+
+    def scored(self, scores: LayerScores, config: PLPHPConfig) -> Tensor:
+        """The score of every entry of every KV head, float [batch, kv_heads, seq].
+
+        Raises
+        ------
+        ConfigError
+            If the ranker gives something of another shape.
+        """
+        score = self.score(scores, config)
+        batch, _, seq = scores.attention.shape
+        if tuple(score.shape) != (batch, scores.kv_heads, seq):
+            raise ConfigError(
+                f"The ranker of the method {config.method!r} has to give [batch, kv_heads, seq] scores, here "
+                f"{[batch, scores.kv_heads, seq]}, got {list(score.shape)}."
+            )
+        return score
 
     def needs_all_layers(self, config: PLPHPConfig) -> bool:
         """Whether the rates of any layer depend on the scores of all."""

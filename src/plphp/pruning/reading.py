@@ -250,7 +250,7 @@ class PromptReading:
             bool [allocations, batch, kv_heads, seq].
         """
         config = link.config
-        score = pooled(link.stage.score(scores, config), scores, config)
+        score = pooled(link.stage.scored(scores, config), scores, config)
         rates = [[row.rate for row in rows] for rows in allocations]
         mix, ragged = link.stage.mix(config), link.stage.ragged(config)
         keep = keep_masks(score, scores, rates, config, mix, ragged=ragged)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -21,6 +22,7 @@ from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank, UnsupportedF
 from plphp.engines.hf import rotation_probe
 from plphp.engines.hf.answer_lengths import answer_lengths
 from plphp.inputs.weights import kept_weights_hash, weights_hash
+from plphp.policy.rotation import Rotation
 from plphp.pruning.report import BankProgress, PruneReport
 from plphp.studies.compare import compare
 from test_invariants import FAMILIES
@@ -500,3 +502,45 @@ def test_a_bank_gives_away_the_words_of_its_answers() -> None:
     every = layer.self_attn.q_proj(layer.input_layernorm(model.get_input_embeddings().weight))  # [vocab, q_heads * dim]
     queries = run.bank.layers[0].queries.to(every.dtype).transpose(0, 1).flatten(1)  # [samples, q_heads * dim]
     assert torch.equal(torch.cdist(queries, every).argmin(1), answer[:-1])
+
+
+def test_a_kept_bank_of_other_rotary_settings_is_refused(tmp_path: Path) -> None:
+    """The weights are the same, and so is their hash: the queries would be turned to other positions."""
+    model = tiny_model("llava")
+    config = settings(collect=1, folder=str(tmp_path))
+    with plphp.prune(model, config):
+        generate(model, prompt("llava", 1))
+    [file] = tmp_path.glob("*.safetensors")
+    bank = QueryBank.load(file)
+    layers = {
+        number: dataclasses.replace(
+            layer, rotation=Rotation(layer.rotation.frequencies * 2, layer.rotation.interleaved)
+        )
+        for number, layer in bank.layers.items()
+    }
+    dataclasses.replace(bank, layers=layers).save(file)
+    with plphp.prune(model, config), pytest.raises(ConfigError, match="turns the queries of layer 0 otherwise"):
+        generate(model, prompt("llava", 2))
+
+
+def test_a_complete_bank_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llava")
+    config = settings(collect=1, folder=str(tmp_path))
+    with plphp.prune(model, config):
+        generate(model, prompt("llava", 1))
+    monkeypatch.setattr("plphp.policy.bank_folder.os.access", lambda *_: False)
+    with plphp.prune(model, config) as run:
+        generate(model, prompt("llava", 2))
+    assert run.report.collecting is None
+    assert run.report.retention < 0.5
+
+
+def test_a_bank_is_written_with_the_permissions_of_new_files_and_not_printed(tmp_path: Path) -> None:
+    model = tiny_model("llava")
+    with plphp.prune(model, settings(collect=1)) as run:
+        generate(model, prompt("llava", 1))
+        run.bank.save(tmp_path / "bank.safetensors")
+        shown = repr(run.bank)
+    (tmp_path / "new").touch()
+    assert (tmp_path / "bank.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert "tensor" not in shown

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from plphp.errors import UnsupportedFeatureError
+from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.inputs.weights import kept_weights_hash
 from plphp.policy.bank import QueryBank
 from plphp.policy.bank_folder import BankModel
@@ -42,11 +42,31 @@ class SessionBank:
 
     def __init__(self, model: PreTrainedModel, wanted: OwnBank) -> None:
         self.collection = BankCollection(wanted, bank_model(model, hashed=bool(wanted.folder)))
+        self._checked: QueryBank | None = None
 
     def newest(self) -> QueryBank | None:
         """The bank, if it is complete by now, here or in another process that shares the folder."""
         self.collection.refresh()
         return self.collection.bank
+
+    def ready(self, attachment: Attachment) -> QueryBank | None:
+        """The complete bank, once it is known that the model turns its queries as the bank says.
+
+        Raises
+        ------
+        ConfigError
+            If it does not: the hash of the weights says nothing of the settings of a rotary embedding.
+        """
+        bank = self.newest()
+        if bank is not None and bank is not self._checked:
+            for layer, rotation in rotations_of(attachment).items():
+                if not bank.of(layer).rotation.is_like(rotation):
+                    raise ConfigError(
+                        f"The kept query bank turns the queries of layer {layer} otherwise than this model does: it "
+                        "was collected with other settings of the rotary embedding. Name another folder."
+                    )
+            self._checked = bank
+        return bank
 
     def answer(self, attachment: Attachment, call: GenerateCall, session: Session) -> Any:
         """Run a call of ``generate`` with nothing evicted, and collect from its answers once it has come to its end.

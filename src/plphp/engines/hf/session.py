@@ -102,7 +102,7 @@ class Session:
                 f"{type(call.cache).__name__}: static, quantized, offloaded and plain dynamic caches cannot hold "
                 "ragged entries. Leave it out, or call generate outside the session."
             )
-        own_bank = self.bank
+        own_bank = None if self._own_bank is None else self._own_bank.ready(attachment)
         if self._own_bank is not None and own_bank is None:
             return self._own_bank.answer(attachment, call, self)
         return PrunedCache(attachment, self.config, self.decode, own_bank=own_bank).answer(call, self)
