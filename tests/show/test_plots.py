@@ -52,6 +52,10 @@ def titles(figure: Any) -> list[str]:
     return [part.get_suptitle() for part in figure.subfigs]
 
 
+def drawn_texts(figure: Any) -> list[str]:
+    return [*titles(figure), *(axes.get_title() for axes in figure.axes)]
+
+
 class TestKept:
     def test_tile_per_layer(self) -> None:
         figure = plot_kept(make_report())
@@ -163,3 +167,29 @@ class TestTables:
         assert "KV cache of 12 tokens 2.0 KiB -> 1.0 KiB (-50%) and 76 B of reserved room, 28% of the vision" in shown
         assert report_values(report)["retention"] == pytest.approx(10 / 36)
         assert report_values(report)["prompts"][0]["layers"][1]["rows"][0]["kept"] == [1, 4]
+
+
+class TestVisionShare:
+    """Where text leaves, too, the rate says how much memory is left, and not how much of the images."""
+
+    @staticmethod
+    def report(evicted: list[list[int]]) -> PruneReport:
+        layers = [LayerReport(0, [RowReport(0.3, "uniform", 0.25, 9, KEPT[0], evicted)])]
+        return make_report(prompts=[PromptReport(0, 12, make_report().prompts[0].images, layers)])
+
+    def test_beside_the_rate(self) -> None:
+        report = self.report([[0], [7, 8]])
+        table = TestTables().text(report)
+        assert "of vision" in table
+        assert "0.28" in table  # 5 of 18 entries
+        assert "3 text entries evicted" in summary(report)
+        [row] = report_values(report)["prompts"][0]["layers"][0]["rows"]
+        assert row["vision_kept"] == pytest.approx(5 / 18)
+        assert row["text_evicted"] == [1, 2]
+        assert "uniform 0.25, 0.28 of vision" in str(drawn_texts(plot_kept(report)))
+
+    def test_not_where_all_text_stays(self) -> None:
+        report = self.report([])
+        assert "of vision" not in TestTables().text(report)
+        assert "text entries" not in summary(report)
+        assert "of vision" not in str(drawn_texts(plot_kept(report)))

@@ -151,7 +151,13 @@ Tile = tuple[str, list[list[int]]]
 
 
 def _layer_tiles(rows: dict[int, RowReport]) -> list[Tile]:
-    return [(f"layer {number}\n{row.layer_class} {row.rate:.2f}", row.kept_positions) for number, row in rows.items()]
+    return [(f"layer {number}\n{_rate(row)}", row.kept_positions) for number, row in rows.items()]
+
+
+def _rate(row: RowReport) -> str:
+    """Class and rate of a layer, with the share of the vision entries where text left, too."""
+    vision = f", {row.vision_kept:.2f} of vision" if any(row.evicted_text) else ""
+    return f"{row.layer_class} {row.rate:.2f}{vision}"
 
 
 def _head_tiles(row: RowReport) -> list[Tile]:
