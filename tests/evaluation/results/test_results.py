@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def test_a_table_says_everything() -> None:
     for part in ("plphp", "50", "51.0", "80.0 (75.0, 85.0)", "-10.0 (-15.0, -5.0)", "75.0", "0.1250", "[zero]"):
         assert part in shown
     assert "random" not in shown
+
+
+def test_the_share_of_the_vision_entries_stands_beside_the_kv_where_text_left() -> None:
+    assert "vision" not in text(*score_tables(METRICS)).splitlines()[2]
+    metrics = copy.deepcopy(METRICS)
+    metrics["groups"]["one_image"]["variants"]["plphp@0.1"]["vision_kept"] = 0.345
+    shown = text(*score_tables(metrics))
+    [line] = (line for line in shown.splitlines() if " 12.0 " in line)
+    assert line.split()[:3] == ["10", "12.0", "34.5"]
 
 
 def test_columns_without_values_are_left_out() -> None:

@@ -61,6 +61,7 @@ def test_equals_generate(bundled: Any, kind: str) -> None:
         for name, outcome in verified.items():
             assert outcome.score == generated[name].score == decoded[name].score, name
             assert outcome.kept == pytest.approx(generated[name].kept, abs=1e-6), name
+            assert outcome.vision_kept == pytest.approx(generated[name].vision_kept, abs=1e-6), name
             assert decoded[name].kept == pytest.approx(generated[name].kept, abs=1e-6), name
             assert decoded[name].text == generated[name].text, name
             if outcome.score == 0 and len(outcome.text) > 4 and len(sample.turns) == 1:
@@ -87,6 +88,8 @@ def test_evicted_text_counts_like_evicted_vision_entries(bundled: Any) -> None:
     outcomes = verify(model, processor, drawn("cell", 1)[0], variants)
     assert outcomes["snapkv@0.3"].kept == pytest.approx(outcomes["snapkv_vision@0.3"].kept)
     assert outcomes["snapkv@0.3"].kept == pytest.approx(0.3, abs=0.01)
+    assert outcomes["snapkv_vision@0.3"].vision_kept == pytest.approx(outcomes["snapkv_vision@0.3"].kept)
+    assert outcomes["snapkv@0.3"].vision_kept > 0.35  # in the place of text
 
 
 def test_right_tokens_end_at_the_first_error(bundled: Any) -> None:
