@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import plphp.policy.bank as bank_module
 from plphp import ConfigError, QueryBank
 from plphp.policy.bank_folder import BankFolder, BankModel
 from plphp.policy.bank_sampling import BankSample
@@ -103,13 +102,13 @@ def test_two_saves_never_write_to_the_same_file(tmp_path: Path, monkeypatch: pyt
     collection = BankCollection(OwnBank(1), MODEL)
     collection.add([answer(1)], ROTATIONS)
     written: list[Path] = []
-    original = bank_module.save_file
+    original = Path.replace
 
-    def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        written.append(Path(path))
-        original(tensors, path, metadata=metadata)
+    def replace(part: Path, target: Path) -> Path:
+        written.append(part)
+        return original(part, target)
 
-    monkeypatch.setattr(bank_module, "save_file", save_file)
+    monkeypatch.setattr(Path, "replace", replace)
     assert collection.bank is not None
     for _ in range(2):
         collection.bank.save(tmp_path / "bank")
