@@ -36,7 +36,7 @@ def in_blocks(name: str, block_size: int) -> str:
                 rows[row] = dataclasses.replace(rows[row], rate=kept / vision)
         return allocation
 
-    stage = dataclasses.replace(method.kv, allocate=allocate)
+    stage = dataclasses.replace(method.kv, allocate=allocate, at_most=None)  # whole blocks are more than its bound
     made = dataclasses.replace(method, name=f"{name}_in_blocks_of_{block_size}", kv=stage)
     register_method(made, replace=True)
     return made.name
