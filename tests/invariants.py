@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,7 +138,7 @@ def eager_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
         return list(model(**inputs, output_attentions=True, use_cache=False).attentions)
 
 
-def assert_kept_are_top(report: PruneReport, attentions: list[Tensor], kv_heads: int) -> None:
+def assert_kept_are_top(report: PruneReport, attentions: Mapping[int, Tensor], kv_heads: int) -> None:
     """Every head kept the entries with the highest scores, as many as the rate says, and gamma is right."""
     (prompt,) = report.prompts
     for layer in prompt.layers:
@@ -159,6 +159,31 @@ def assert_kept_are_top(report: PruneReport, attentions: list[Tensor], kv_heads:
                 evicted = sorted(set(vision) - set(kept))
                 if evicted:
                     assert score[kept].min() >= score[evicted].max() - EXACT
+
+
+def attention_by_layer(model: Any, inputs: dict[str, Any]) -> dict[int, Tensor]:
+    """`last_row_attention` by the number of the decoder layer; those without full attention have none."""
+    attentions, text = last_row_attention(model, inputs), model.config.get_text_config()
+    if len(attentions) == text.num_hidden_layers:
+        return dict(enumerate(attentions))
+    full = [number for number, kind in enumerate(text.layer_types) if kind == "full_attention"]
+    return dict(zip(full, attentions, strict=True))
+
+
+def assert_padded_rows_are_the_rows_alone(model: Any, tiny: Any, config: plphp.PLPHPConfig) -> None:
+    """A batch with padding and a row without images says and keeps what its rows say and keep alone."""
+    counts = [2, 0, 1]
+    together, report = pruned(model, tiny.inputs(model, counts), config)
+    for row, inputs in enumerate(tiny.rows(model, counts)):
+        alone, own = pruned(model, inputs, config)
+        for batched, single in zip(together.logits, alone.logits, strict=True):
+            assert_exact(batched[row], single[0])
+        padding = together.sequences.shape[1] - alone.sequences.shape[1]
+        if not own.prompts:
+            continue
+        for many, few in zip(report.prompts[0].layers, own.prompts[0].layers, strict=True):
+            kept = [[position - padding for position in head] for head in many.rows[row].kept_positions]
+            assert kept == few.rows[0].kept_positions
 
 
 def live_bytes(cache: Any) -> int:

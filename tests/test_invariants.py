@@ -12,16 +12,16 @@ from transformers import DynamicCache
 import plphp
 from invariants import (
     assert_kept_are_top,
+    assert_padded_rows_are_the_rows_alone,
     assert_same_generation,
+    attention_by_layer,
     evicted_entries_masked,
     generate,
-    last_row_attention,
     live_bytes,
     pruned,
 )
 from plphp import PLPHPConfig, PrunedCache
 from plphp.engines.hf.cache_argument import passed
-from precision import assert_exact
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -118,32 +118,15 @@ def test_tokens_that_left_are_masked_in_prefill_too(family: str, method: str) ->
 def test_padded_row_is_the_row_alone(family: str, method: str) -> None:
     if (family, method) == ("gemma4", "value_norm"):
         pytest.skip("the model normalises its values, so that float error ranks them")
-    model, tiny = tiny_model(family), TINY[family]
-    counts = [2, 0, 1]
-    settings = config(method, retention_rate=0.5)
-    together, report = pruned(model, tiny.inputs(model, counts), settings)
-    for row, inputs in enumerate(tiny.rows(model, counts)):
-        alone, one = pruned(model, inputs, settings)
-        for batched, single in zip(together.logits, alone.logits, strict=True):
-            assert_exact(batched[row], single[0])
-        padding = together.sequences.shape[1] - alone.sequences.shape[1]
-        if not one.prompts:
-            continue
-        for many, few in zip(report.prompts[0].layers, one.prompts[0].layers, strict=True):
-            kept = [[position - padding for position in head] for head in many.rows[row].kept_positions]
-            assert kept == few.rows[0].kept_positions
+    assert_padded_rows_are_the_rows_alone(tiny_model(family), TINY[family], config(method, retention_rate=0.5))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_entries_are_the_top_scores(family: str) -> None:
     model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 0, 1])
-    attentions = last_row_attention(model, inputs)
     _, report = pruned(model, inputs, config("plphp"))
-    text = model.config.get_text_config()
-    if len(attentions) != text.num_hidden_layers:
-        full = [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"]
-        attentions = dict(zip(full, attentions, strict=True))
-    assert_kept_are_top(report, attentions, text.num_key_value_heads)
+    kv_heads = model.config.get_text_config().num_key_value_heads
+    assert_kept_are_top(report, attention_by_layer(model, inputs), kv_heads)
     assert {layer.layer for layer in report.prompts[0].layers} == set(pruned_layers(model))
 
 

@@ -12,10 +12,11 @@ from transformers import DynamicCache
 
 import plphp
 from invariants import (
+    assert_padded_rows_are_the_rows_alone,
     assert_same_generation,
+    attention_by_layer,
     evicted_entries_masked,
     generate,
-    last_row_attention,
     live_bytes,
     pruned,
     two_turns,
@@ -60,32 +61,18 @@ def test_a_compacted_cache_is_the_full_cache_with_evicted_entries_masked(family:
 def test_a_padded_row_is_the_row_alone(family: str, method: str) -> None:
     if (family, method) == ("gemma4", "value_norm"):
         pytest.skip("the model normalises its values, so that float error ranks them")
-    model, tiny = tiny_model(family), TINY[family]
-    settings = ragged(method, retention_rate=0.5)
-    together, report = pruned(model, tiny.inputs(model, [2, 0, 1]), settings)
-    for row, inputs in enumerate(tiny.rows(model, [2, 0, 1])):
-        alone, single = pruned(model, inputs, settings)
-        for batched, own in zip(together.logits, alone.logits, strict=True):
-            assert_exact(batched[row], own[0])
-        padding = together.sequences.shape[1] - alone.sequences.shape[1]
-        for many, few in zip(*(r.prompts[0].layers if r.prompts else [] for r in (report, single)), strict=False):
-            kept = [[position - padding for position in head] for head in many.rows[row].kept_positions]
-            assert kept == few.rows[0].kept_positions
+    assert_padded_rows_are_the_rows_alone(tiny_model(family), TINY[family], ragged(method, retention_rate=0.5))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_entries_are_the_top_scores_of_the_layer(family: str) -> None:
     """With no safeguard no evicted entry of any head scores higher than a kept entry of another."""
     model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 0, 1])
-    attentions = last_row_attention(model, inputs)
+    attentions, kv_heads = attention_by_layer(model, inputs), model.config.get_text_config().num_key_value_heads
     _, report = pruned(model, inputs, ragged("plphp", retention_rate=0.4))
-    text = model.config.get_text_config()
-    if len(attentions) != text.num_hidden_layers:
-        full = [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"]
-        attentions = dict(zip(full, attentions, strict=True))
     [prompt] = report.prompts
     for layer in prompt.layers:
-        grouped = attentions[layer.layer].unflatten(1, (text.num_key_value_heads, -1)).mean(2)
+        grouped = attentions[layer.layer].unflatten(1, (kv_heads, -1)).mean(2)
         for number, row in enumerate(layer.rows):
             vision = [position for image in prompt.images[number] for position in image.positions]
             if not vision:

@@ -166,6 +166,18 @@ class QueryBank:
             raise ConfigError(f"The query bank is of the layers {known}, not of layer {layer}: collect one again.")
         return self.layers[layer]
 
+    def check_rotations(self, rotations: Mapping[int, Rotation]) -> None:
+        """Raise `ConfigError` unless a model turns its queries as the bank says, by decoder layer.
+
+        The hash of the weights says nothing of the settings of a rotary embedding.
+        """
+        for layer, rotation in rotations.items():
+            if not self.of(layer).rotation.is_like(rotation):
+                raise ConfigError(
+                    f"The query bank is of a model that turns the queries of layer {layer} otherwise: use the rotary "
+                    "settings that it was collected with, or name another folder."
+                )
+
     @property
     def decoder_layers(self) -> int:
         """Decoder layers of the model that the bank is of."""

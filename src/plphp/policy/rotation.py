@@ -26,9 +26,11 @@ class Rotation:
     interleaved: bool = False
 
     def is_like(self, other: Rotation) -> bool:
-        """Whether both turn a vector alike."""
+        """Whether both turn a vector alike, but for the rounding of frequencies that an engine had to work out."""
         own, theirs = self.frequencies.cpu(), other.frequencies.cpu()
-        return self.interleaved == other.interleaved and own.shape == theirs.shape and torch.allclose(own, theirs)
+        if self.interleaved != other.interleaved or own.shape != theirs.shape:
+            return False
+        return torch.allclose(own, theirs, rtol=1e-4, atol=0)
 
     def rotated(self, vectors: Tensor, position: Tensor | float) -> Tensor:
         """Rotate vectors on by a number of positions.

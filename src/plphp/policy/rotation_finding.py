@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from plphp.errors import UnsupportedModelError
+
 from .rotation import Rotation
 
 POSITIONS = (1, 1000)
@@ -42,6 +44,37 @@ def explaining_rotation(seen: Mapping[int, Tensor], candidates: Sequence[Rotatio
 
     best = min([Rotation(torch.zeros(1, dtype=torch.float32)), *candidates], key=error)
     return best if error(best) <= TOLERANCE else None
+
+
+def explaining_rotations(
+    seen: Mapping[int, Mapping[int, Tensor]], candidates: Sequence[Rotation], model: str
+) -> dict[int, Rotation]:
+    """Find the rotation of every layer, see `explaining_rotation`.
+
+    Parameters
+    ----------
+    seen : mapping of int to mapping of int to Tensor
+        By decoder layer, what was seen at each position.
+    candidates : sequence of Rotation
+        What a layer may do, beside nothing.
+    model : str
+        What the message calls the model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If nothing explains the queries of a layer.
+    """
+    rotations = {}
+    for layer, queries in seen.items():
+        rotation = explaining_rotation(queries, candidates)
+        if rotation is None:
+            raise UnsupportedModelError(
+                f"The queries of layer {layer} of {model} do not turn with their position as any rotary embedding that "
+                "plphp knows, so they cannot be foretold."
+            )
+        rotations[layer] = rotation
+    return rotations
 
 
 def growing_kind(parameters: Mapping[str, object]) -> str | None:

@@ -16,9 +16,9 @@ from transformers import DynamicCache
 from invariants import (
     assert_kept_are_top,
     assert_same_generation,
+    attention_by_layer,
     evicted_entries_masked,
     generate,
-    last_row_attention,
     live_bytes,
     pruned,
 )
@@ -76,7 +76,7 @@ def test_scores_and_decoding_use_the_scaling_of_the_model() -> None:
     output, report = pruned(model, inputs, PLPHPConfig())
     with evicted_entries_masked(model, report):
         assert_same_generation(generate(model, inputs), output)
-    assert_kept_are_top(report, last_row_attention(model, inputs), 2)
+    assert_kept_are_top(report, attention_by_layer(model, inputs), 2)
 
 
 def test_a_cache_is_copied_whole_or_not_at_all(llava: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from plphp.errors import ConfigError, UnsupportedFeatureError
+from plphp.errors import UnsupportedFeatureError
 from plphp.inputs.weights import kept_weights_hash
 from plphp.policy.bank import QueryBank
 from plphp.policy.bank_folder import BankModel
@@ -55,16 +55,11 @@ class SessionBank:
         Raises
         ------
         ConfigError
-            If it does not: the hash of the weights says nothing of the settings of a rotary embedding.
+            If it does not.
         """
         bank = self.newest()
         if bank is not None and bank is not self._checked:
-            for layer, rotation in rotations_of(attachment).items():
-                if not bank.of(layer).rotation.is_like(rotation):
-                    raise ConfigError(
-                        f"The kept query bank turns the queries of layer {layer} otherwise than this model does: it "
-                        "was collected with other settings of the rotary embedding. Name another folder."
-                    )
+            bank.check_rotations(rotations_of(attachment))
             self._checked = bank
         return bank
 

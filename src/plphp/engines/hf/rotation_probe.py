@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.policy.rotation import Rotation
-from plphp.policy.rotation_finding import POSITIONS, explaining_rotation, growing_kind
+from plphp.policy.rotation_finding import POSITIONS, explaining_rotations, growing_kind
 
 from .attachment import Attachment, Lease
 from .cache_argument import passed
@@ -63,16 +63,8 @@ def find_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
     }
     candidates = [Rotation(frequencies, interleaved) for frequencies in known.values() for interleaved in (False, True)]
     queries = {position: _queries(model, decoder, position) for position in (0, *POSITIONS)}
-    rotations = {}
-    for layer in queries[0]:
-        rotation = explaining_rotation({position: seen[layer] for position, seen in queries.items()}, candidates)
-        if rotation is None:
-            raise UnsupportedModelError(
-                f"The queries of layer {layer} of this {model.config.model_type!r} model do not turn with their "
-                "position as any rotary embedding that plphp knows, so they cannot be foretold."
-            )
-        rotations[layer] = rotation
-    return rotations
+    seen = {layer: {position: of_layers[layer] for position, of_layers in queries.items()} for layer in queries[0]}
+    return explaining_rotations(seen, candidates, f"this {model.config.model_type!r} model")
 
 
 class _NewestQueries(GuardedCache):

@@ -12,11 +12,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from plphp.errors import ConfigError
-from plphp.policy.bank import LayerBank, QueryBank
+from plphp.policy.bank import QueryBank
 from plphp.policy.rotation import Rotation
 from plphp.pruning.own_bank import BankCollection
 from plphp.pruning.report import BankProgress
@@ -142,14 +140,9 @@ class OwnBankCollector:
         bank = self.collection.bank
         if bank is None or self._bank is not None:
             return
-        for layer, rotation in self.rotations.items():
-            of_bank = bank.of(layer)
-            of_bank.check(self._q_heads, self._dim)
-            if not _same(of_bank, rotation):
-                raise ConfigError(
-                    f"The query bank is of a model that rotates the queries of layer {layer} otherwise: start the "
-                    "server with the same rope parameters, or name another folder."
-                )
+        bank.check_rotations(self.rotations)
+        for layer in self.rotations:
+            bank.of(layer).check(self._q_heads, self._dim)
         self._bank = bank
         self._answers.clear()
         self._log_progress()
@@ -161,10 +154,3 @@ class OwnBankCollector:
         else:
             text = "it is complete, the next prompts are pruned by it"
         _logger.info("plphp: the query bank is of %d of %d prompts; %s.", progress.collected, progress.wanted, text)
-
-
-def _same(bank: LayerBank, rotation: Rotation) -> bool:
-    ours, theirs = rotation.frequencies, bank.rotation.frequencies
-    if ours.shape != theirs.shape or rotation.interleaved != bank.rotation.interleaved:
-        return False
-    return torch.allclose(ours, theirs, rtol=1e-4, atol=0)

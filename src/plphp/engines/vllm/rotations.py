@@ -15,7 +15,7 @@ from torch import Tensor
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.policy.rotation import Rotation
-from plphp.policy.rotation_finding import POSITIONS, explaining_rotation, growing_kind
+from plphp.policy.rotation_finding import POSITIONS, explaining_rotations, growing_kind
 
 from .query_probe import queries_at
 
@@ -50,16 +50,8 @@ def find_rotations(runner: Any) -> dict[int, Rotation]:
         raise UnsupportedModelError(
             f"The text model of {name} cannot read tokens at positions of their own: {one_line(error)}"
         ) from error
-    candidates, rotations = rotary_embeddings(runner.model), {}
-    for layer, queries in seen.items():
-        rotation = explaining_rotation(dict(zip(positions, queries, strict=True)), candidates)
-        if rotation is None:
-            raise UnsupportedModelError(
-                f"The queries of layer {layer} of {name} do not turn with their position as any rotary embedding that "
-                "plphp knows, so they cannot be foretold."
-            )
-        rotations[layer] = rotation
-    return rotations
+    by_position = {layer: dict(zip(positions, queries, strict=True)) for layer, queries in seen.items()}
+    return explaining_rotations(by_position, rotary_embeddings(runner.model), name)
 
 
 def refuse_growing(config: Any) -> None:
