@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from .ragged import Ragged
+
 PLACES = ("pair_counts", "pair_starts", "index", "descending")
 """What a block works out once of where its entries lie, whatever their dtype."""
 
 
 @dataclass(frozen=True)
-class PackedKV:
+class PackedKV(Ragged):
     """An immutable, ragged block of keys and values without padding.
 
     Entries lie row after row and, within a row, head after head, each in prompt order. Rows are reached through
@@ -36,31 +38,19 @@ class PackedKV:
     values: Tensor
     counts: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
-    _starts: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        starts, total = [], 0
-        for row in self.counts:
-            starts.append(total)
-            total += sum(row)
-        if total != self.keys.shape[0]:
-            raise ValueError(f"counts add up to {total} entries, but there are {self.keys.shape[0]}.")
-        object.__setattr__(self, "_starts", tuple(starts))
+        self.check_entries(self.keys.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self.keys.device
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values."""
         return self.keys.nbytes + self.values.nbytes
-
-    @property
-    def batch(self) -> int:
-        """Rows of the batch."""
-        return len(self.rows)
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads."""
-        return len(self.counts[0])
 
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor] | None:
@@ -70,34 +60,6 @@ class PackedKV:
             return None
         return self.shaped(slice(None), self.batch, self.kv_heads, self.counts[0][0])
 
-    @cached_property
-    def index(self) -> Tensor:
-        """int64 [2, batch, kv_heads] on the device of the entries: the first entry and the number of entries of each
-        head of each row."""
-        index = torch.tensor([self.pair_starts, self.pair_counts], dtype=torch.int64)
-        return index.view(2, self.batch, self.kv_heads).to(self.keys.device, non_blocking=True)
-
-    @cached_property
-    def pair_counts(self) -> list[int]:
-        """Entries of each head of each row of the batch, row after row."""
-        return [count for stored in self.rows for count in self.counts[stored]]
-
-    @cached_property
-    def pair_starts(self) -> list[int]:
-        """The first entry of each head of each row of the batch, row after row."""
-        return [
-            start
-            for stored in self.rows
-            for start in accumulate(self.counts[stored][:-1], initial=self._starts[stored])
-        ]
-
-    @cached_property
-    def descending(self) -> tuple[list[int], Tensor]:
-        """The heads of all rows, ``row * kv_heads + head``, from those with most entries down; and the same as int64
-        [batch * kv_heads] on the device of the entries."""
-        order = sorted(range(len(self.pair_counts)), key=self.pair_counts.__getitem__, reverse=True)
-        return order, torch.tensor(order, dtype=torch.int64).to(self.keys.device, non_blocking=True)
-
     def shaped(self, entries: slice, *shape: int) -> tuple[Tensor, Tensor]:
         """Views on entries as [*shape, dim]; the dim is named because view cannot infer it where there are none."""
         keys, values = self.keys[entries], self.values[entries]
@@ -105,16 +67,15 @@ class PackedKV:
 
     def select(self, rows: Sequence[int]) -> PackedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""
-        stored = [self.rows[row] for row in rows]
-        live = sorted(set(stored))
+        live, read = self.selected(rows)
         if len(live) == len(self.counts):
-            return PackedKV(self.keys, self.values, self.counts, tuple(stored))
-        pieces = [slice(self._starts[row], self._starts[row] + sum(self.counts[row])) for row in live]
+            return PackedKV(self.keys, self.values, self.counts, read)
+        pieces = [self.entries_of(row) for row in live]
         return PackedKV(
             torch.cat([self.keys[piece] for piece in pieces]),
             torch.cat([self.values[piece] for piece in pieces]),
             tuple(self.counts[row] for row in live),
-            tuple(live.index(row) for row in stored),
+            read,
         )
 
     @classmethod
