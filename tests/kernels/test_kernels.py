@@ -281,7 +281,7 @@ def test_long_queries_are_cut(monkeypatch: pytest.MonkeyPatch, limit: int, kept:
     monkeypatch.setattr(Tensor, "softmax", lambda x, *a, **k: sizes.append(x.numel()) or softmax(x, *a, **k))
     attend(case, mask)
     calls = len(sizes)
-    monkeypatch.setattr(decode, "MAX_LOGITS", limit)
+    monkeypatch.setattr(_decode_torch, "MAX_LOGITS", limit)
     sizes.clear()
     cut = attend(case, mask)
     assert len(sizes) > calls or (kept, limit) == ("ragged", 700)  # one head alone is smaller
@@ -311,7 +311,7 @@ def test_long_queries_of_the_fused_kernel_are_cut(
 ) -> None:
     case = make(5, length=11, tail=13, kept=kept, value_dim=KEY_DIM)
     visible = case.visible(tail_padding(case)[:, None, None]) if masked else case.visible()
-    monkeypatch.setattr(decode, "MAX_LOGITS", limit)
+    monkeypatch.setattr(_decode_torch, "MAX_LOGITS", limit)
     with FusedCalls() as calls:
         cut = attend(case, visible[..., case.keys.shape[2] :] if masked else None)
     sizes = [mask.numel() for mask in calls.masks if mask is not None]

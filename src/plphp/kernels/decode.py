@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 
 from . import _decode_cpp, choice
-from .head_groups import head_groups
+from ._decode_torch import attend as _by_torch
+from ._decode_torch import attend_parts
+from .coded import CodedKV
+from .coded_attention import attend_codes
+from .merge import merge_states
 from .packed import PackedKV
 from .precision import as_written
 
@@ -21,9 +26,6 @@ CPP_ROWS = 16
 of as many entries: ragged heads of any number of rows are faster in C++."""
 LONG_TRIAL = 25
 """Queries of a trial that the C++ kernel takes some rows at a time."""
-_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-MAX_LOGITS = 2**24
-"""Logits that torch's ways hold at once; long query chunks are cut so that they stay below."""
 
 
 def tail_bias(mask: Tensor | None, query_length: int, tail_length: int, dtype: torch.dtype) -> Tensor | None:
@@ -72,8 +74,9 @@ def decode_attention(
     tail_values: Tensor,
     mask: Tensor | None,
     scaling: float,
+    coded: Sequence[CodedKV] = (),
 ) -> Tensor:
-    """Softmax attention of new queries over a packed prefix, all of it visible, and a dense tail.
+    """Softmax attention of new queries over a packed prefix and coded entries, all of them visible, and a dense tail.
 
     Nothing is concatenated or padded: the logits of both parts share one softmax. On a CUDA device a Triton kernel does
     it, where it can (`unsupported_by_triton`) and does it right (`triton_trial`); on a CPU a C++ kernel, which is built
@@ -92,12 +95,20 @@ def decode_attention(
         Over the tail, see `tail_bias`; None is causal.
     scaling : float
         Factor on the logits.
+    coded : sequence of CodedKV
+        Entries of ``batch`` rows in few bits, of which a query reads what their `Reading` says: see
+        `plphp.kernels.coded_attention.attend_codes`. They are merged by their log-sum-exps.
 
     Returns
     -------
     Tensor
         [batch, query, q_heads, dim], contiguous, in the dtype of ``query``.
     """
+    if coded:
+        whole, lse = _with_lse(query, prefix, tail_keys, tail_values, mask, scaling)
+        parts = [attend_codes(query, block, scaling) for block in coded]
+        outputs, lses = zip((whole, lse), *parts, strict=True)
+        return merge_states(outputs, lses)[0].to(query.dtype).transpose(1, 2).contiguous()
     length, tail, dtype = query.shape[2], tail_keys.shape[2], query.dtype
     query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
     reason = unsupported_by_triton(query, tail_keys, tail_values)
@@ -114,6 +125,18 @@ def decode_attention(
         return _decode_cpp.attend(query, prefix, tail_keys, tail_values, bias, scaling).to(dtype)
     with as_written(query.device):
         return _by_torch(query, prefix, tail_keys, tail_values, bias, scaling).to(dtype)
+
+
+def _with_lse(
+    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """As `decode_attention` without codes; the output is [batch, q_heads, query, dim], beside its log-sum-exps."""
+    length, tail = query.shape[2], tail_keys.shape[2]
+    query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
+    bias = tail_bias(mask, length, tail, torch.float32)
+    with as_written(query.device):
+        output, lse = attend_parts(query, prefix, tail_keys, tail_values, bias, scaling, want_lse=True)
+        return output.flatten(1, 2), lse.flatten(1, 2)
 
 
 def _evened(
@@ -133,23 +156,6 @@ def _evened(
 def _widest(*states: Tensor) -> torch.dtype:
     """The dtype that holds the numbers of all states."""
     return reduce(torch.promote_types, (state.dtype for state in states))
-
-
-def _by_torch(
-    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
-) -> Tensor:
-    """The reference of all kernels, with an additive mask or none at all."""
-    prefix, tail_values = prefix.to(query.dtype, query.dtype), tail_values.to(query.dtype)
-    batch, q_heads, length, _ = query.shape
-    kv_heads = tail_keys.shape[1]
-    grouped = (query * scaling).unflatten(1, (kv_heads, q_heads // kv_heads))
-    if _can_be_fused(grouped, tail_keys, tail_values):
-        out = _attend_fused(grouped, prefix, tail_keys, tail_values, bias)
-    elif prefix.dense is not None:
-        out = _attend(grouped, *prefix.dense, tail_keys, tail_values, bias)
-    else:
-        out = _attend_groups(grouped, prefix, tail_keys, tail_values, bias)
-    return out.permute(0, 3, 1, 2, 4).reshape(batch, length, q_heads, -1).contiguous()
 
 
 def unsupported_by_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> str | None:
@@ -208,119 +214,3 @@ def _trial_case(dim: int, value_dim: int, length: int = 1) -> choice.Case:
 def _query_rows(query: Tensor, tail_keys: Tensor) -> int:
     """Query rows of a KV head."""
     return query.shape[1] // tail_keys.shape[1] * query.shape[2]
-
-
-def _attend_groups(
-    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Attend as `_attend` does, where rows or heads hold different numbers of entries."""
-    kv_heads, group, length, dim = query.shape[1:]
-    pairs, parts = [], []
-    for heads in head_groups(prefix, max(dim, group * length)):
-        row, head = heads.pairs // kv_heads, heads.pairs % kv_heads
-        query_of, tail_keys_of, tail_values_of = (states[row, head, None] for states in (query, tail_keys, tail_values))
-        own = None if bias is None else _bias_of(bias, row, head, group)
-        keys, values = heads.keys[:, None], heads.values[:, None]
-        parts.append(_attend(query_of, keys, values, tail_keys_of, tail_values_of, own, heads.padding))
-        pairs.append(heads.pairs)
-    return torch.cat(parts)[torch.cat(pairs).argsort(), 0].unflatten(0, (-1, kv_heads))
-
-
-def _bias_of(bias: Tensor, row: Tensor, head: Tensor, group: int) -> Tensor:
-    """The bias of some KV heads of some rows, [heads or 1, 1 or group, query, tail]."""
-    by_head = bias.unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
-    return by_head[row if bias.shape[0] > 1 else 0 * row[:1], head if bias.shape[1] > 1 else 0 * head[:1]]
-
-
-def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    bias: Tensor | None,
-    padding: Tensor | None = None,
-) -> Tensor:
-    """Attend with query [batch, kv_heads, group, query, dim] to keys [batch, kv_heads, kept, dim] and the tail; not to
-    those where padding [batch, kept] is True."""
-    batch, kv_heads, group, length, _ = query.shape
-    kept, tail = keys.shape[2], tail_keys.shape[2]
-    step = max(1, MAX_LOGITS // max(1, batch * kv_heads * group * (kept + tail)))
-    parts = []
-    for start in range(0, length, step):
-        part = query if step >= length else query[:, :, :, start : start + step]
-        rows = part.flatten(2, 3)
-        logits = torch.cat([rows @ keys.mT, rows @ tail_keys.mT], dim=-1)
-        # In half precision the lowest number of a bias would be -inf, and a row of these has no softmax.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if padding is not None:
-            logits[..., :kept].masked_fill_(padding[:, None, None], -torch.inf)
-        if bias is not None:
-            shown = logits.view(batch, kv_heads, group, -1, kept + tail)[..., kept:]
-            shown += bias[:, :, start : start + step].unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
-        weights = logits.softmax(-1).to(values.dtype)
-        mixed = weights[..., :kept] @ values + weights[..., kept:] @ tail_values
-        parts.append(mixed.unflatten(2, (group, -1)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
-
-
-def _can_be_fused(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> bool:
-    """Whether `_attend_fused` gives what `_attend` gives."""
-    states = (query, tail_keys, tail_values)
-    return (
-        query.device.type == "cpu"
-        and query.dtype in choice.TOLERANCE
-        and tail_values.shape[-1] == query.shape[-1]
-        # The kernel does not look at the last stride. Log-sum-exps have no gradient.
-        and all(state.stride(-1) == 1 and not state.requires_grad for state in states)
-    )
-
-
-def _attend_fused(
-    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Attend with query [batch, kv_heads, group, query, dim] on a CPU.
-
-    Prefix and tail go through torch's fused kernel, and are merged by their log-sum-exps: no public function of torch
-    returns these on a CPU.
-    """
-    batch, kv_heads, group, length, _ = query.shape
-    # The bias is spread over the query heads of a KV head.
-    step = max(1, MAX_LOGITS // (batch * kv_heads * group * tail_keys.shape[2]))
-    if bias is not None and step < length:
-        pieces = zip(query.split(step, dim=3), bias.split(step, dim=2), strict=True)
-        return torch.cat([_attend_fused(part, prefix, tail_keys, tail_values, own) for part, own in pieces], dim=3)
-    rows = query.flatten(2, 3)
-    if bias is not None:
-        heads_of_bias = bias.unflatten(1, (-1, group) if bias.shape[1] > 1 else (1, 1))
-        bias = heads_of_bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
-    of_tail, tail_lse = _FUSED(rows, tail_keys, tail_values, attn_mask=bias, scale=1.0)
-    of_prefix, prefix_lse = _fused_prefix(rows, prefix)
-    # As `merge_states` does, to the bit, but without its guards for parts that may be empty: they take longer than the
-    # merge itself, here for every layer of every step, and the tail never is.
-    share = torch.sigmoid(prefix_lse - tail_lse)[..., None]
-    return torch.lerp(of_tail.float(), of_prefix.float(), share).to(query.dtype).unflatten(2, (group, -1))
-
-
-def _fused_prefix(rows: Tensor, prefix: PackedKV) -> tuple[Tensor, Tensor]:
-    """Attention of rows [batch, kv_heads, rows, dim] over the prefix by torch's fused kernel, and its log-sum-exps.
-
-    They are 0 and -inf for heads without entries.
-    """
-    if prefix.dense is not None and prefix.counts[0][0]:
-        output, lse = _FUSED(rows, *prefix.dense, scale=1.0)
-        return output, lse
-    flat = rows.flatten(0, 1)
-    outputs, lses = torch.zeros_like(flat), flat.new_full(flat.shape[:2], -torch.inf, dtype=torch.float32)
-    for heads in head_groups(prefix, flat.shape[2]):
-        if not heads.keys.shape[1]:
-            continue
-        mask = None
-        if heads.padding is not None:
-            padding = heads.padding[:, None, None]
-            mask = torch.zeros(padding.shape, dtype=torch.float32).masked_fill_(padding, -torch.inf)
-            mask = mask.expand(-1, -1, flat.shape[1], -1)
-        states = (states[:, None] for states in (flat[heads.pairs], heads.keys, heads.values))
-        output, lse = _FUSED(*states, attn_mask=mask, scale=1.0)
-        outputs[heads.pairs], lses[heads.pairs] = output[:, 0], lse[:, 0]
-    return outputs.view_as(rows), lses.view(rows.shape[:3])

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How keys or values become codes of few bits, and what the codes stand for.
+
+A codec takes the keys, or the values, of a tier: ragged entries [entries, dim]. What it makes of them are `Codes`:
+
+- ``streams``: for every entry some bytes each, bit planes or numbers of centroids. The first stream of keys is the
+  index by which a step finds the entries that it wants.
+- ``scales``: float16, of every entry by itself.
+- ``groups``: float16, shared by up to `Affine.group` entries of a head that lie behind each other.
+
+Nothing else is stored for an entry. Codebooks belong to the model, and the means of a prompt to all of its tiers.
+
+References
+----------
+KIVI, arXiv:2402.02750: keys per channel, values per token. QuaRot, arXiv:2404.00456: rotated by Hadamard matrices.
+Product quantization: Jegou et al., doi:10.1109/TPAMI.2010.57.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from plphp.errors import UnsupportedFeatureError
+
+from .bit_planes import BYTE, pack_planes, unpack_planes
+from .books import Books
+from .hadamard import hadamard
+
+SCALE = torch.float16
+"""Dtype of scales and means."""
+SMALLEST = 2.0**-24
+"""Smallest step: the least number of float16 above 0."""
+TOKEN_GROUP = 32
+"""Channels of an entry that share their scale, where entries have several."""
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Shares of the largest rotated number that the codes of an entry may reach; what leaves the least error is taken."""
+AT_ONCE = 2**22
+"""Distances to centroids that are held at once."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of the keys, or of the values, of some entries; see the docstring of this module."""
+
+    streams: tuple[Tensor, ...]
+    scales: Tensor | None = None
+    groups: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of its tensors."""
+        return (*self.streams, *(tensor for tensor in (self.scales, self.groups) if tensor is not None))
+
+    def taken(self, entries: Tensor | slice, groups: Tensor | slice) -> Codes:
+        """Those of some entries, with some of the groups."""
+        return Codes(
+            tuple(stream[entries] for stream in self.streams),
+            None if self.scales is None else self.scales[entries],
+            None if self.groups is None else self.groups[groups],
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Codes]) -> Codes:
+        """Put codes of one codec behind each other."""
+        scales = [part.scales for part in parts if part.scales is not None]
+        groups = [part.groups for part in parts if part.groups is not None]
+        return cls(
+            tuple(torch.cat(streams) for streams in zip(*(part.streams for part in parts), strict=True)),
+            torch.cat(scales) if scales else None,
+            torch.cat(groups) if groups else None,
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the entries of a tier lie, and what they share.
+
+    Parameters
+    ----------
+    pair, place : Tensor
+        int64 [entries]; ``stored row * kv_heads + KV head`` of each entry, and its number among those of the pair.
+    counts : tuple of int
+        Entries of each pair.
+    kv_heads : int
+        KV heads.
+    means : Tensor, optional
+        float16 [pairs, dim]; what centred codecs take off.
+    books : Books, optional
+        Codebooks of the layer.
+    """
+
+    pair: Tensor
+    place: Tensor
+    counts: tuple[int, ...]
+    kv_heads: int
+    means: Tensor | None = None
+    books: Books | None = None
+
+    def group_of(self, size: int) -> Tensor:
+        """The group of each entry, int64 [entries], where a pair has one for every ``size`` entries."""
+        groups = torch.tensor(groups_of(self.counts, size))
+        first = (groups.cumsum(0) - groups).to(self.pair.device)
+        return first[self.pair] + self.place // size
+
+
+def groups_of(counts: tuple[int, ...], size: int) -> list[int]:
+    """Groups of ``size`` entries that pairs of so many entries have."""
+    return [-(-count // size) for count in counts]
+
+
+class Codec(Protocol):
+    """A way to hold keys or values in few bits."""
+
+    @property
+    def centred(self) -> bool:
+        """Whether it codes what is left without the mean of the prompt."""
+
+    @property
+    def group(self) -> int:
+        """Entries that share a group; 0 where an entry's code depends on no other entry."""
+
+    def bits(self, dim: int) -> float:
+        """Bits per channel of an entry of so many channels, scales counted, without what is shared."""
+
+    def encode(self, states: Tensor, places: Places) -> Codes:
+        """The codes of states, floating-point [entries, dim]."""
+
+    def decode(self, codes: Codes, places: Places, dtype: torch.dtype) -> Tensor:
+        """What codes stand for, [entries, dim]."""
+
+    def index(self, codes: Codes, places: Places, dtype: torch.dtype) -> Tensor:
+        """What the first stream alone says of the states, [entries, dim]."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Codes of equal steps between the smallest and the largest number of a channel, or of some channels of an entry.
+
+    ``code = round((x - low) / step)`` with ``step = (high - low) / (2 ** width - 1)``, so that nothing is further from
+    its code than half a step, but for the rounding of both to float16.
+
+    Parameters
+    ----------
+    width : int
+        Bits of a code.
+    axis : {"channel", "token"}
+        Whether a channel shares its steps over ``group`` entries of a head, or an entry over `TOKEN_GROUP` channels.
+    group : int
+        Entries that share their steps per channel; 0 for ``token``.
+    """
+
+    width: int
+    axis: Literal["channel", "token"]
+    group: int = 0
+    centred: bool = False
+
+    def bits(self, dim: int) -> float:
+        """See `Codec`."""
+        return self.width + (32 / self.group if self.axis == "channel" else 32 / self._channels(dim))
+
+    def encode(self, states: Tensor, places: Places) -> Codes:
+        """See `Codec`."""
+        if self.axis == "channel":
+            group = places.group_of(self.group)
+            shape = sum(groups_of(places.counts, self.group)), states.shape[1]
+            index = group[:, None].expand(states.shape)
+            low = states.new_full(shape, torch.inf).scatter_reduce_(0, index, states, "amin")
+            high = states.new_full(shape, -torch.inf).scatter_reduce_(0, index, states, "amax")
+            low, step = self._steps(low, high)
+            codes = self._codes(states, low.to(states.dtype)[group], step.to(states.dtype)[group])
+            return Codes(pack_planes(codes, self.width), None, torch.stack([low, step], 1))
+        parts = states.unflatten(1, (-1, self._channels(states.shape[1])))
+        low, step = self._steps(parts.amin(2), parts.amax(2))
+        codes = self._codes(parts, low.to(states.dtype)[..., None], step.to(states.dtype)[..., None])
+        return Codes(pack_planes(codes.flatten(1), self.width), torch.cat([low, step], 1))
+
+    def decode(self, codes: Codes, places: Places, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        return self._decoded(unpack_planes(codes.streams).to(dtype), codes, places)
+
+    def index(self, codes: Codes, places: Places, dtype: torch.dtype) -> Tensor:
+        """See `Codec`: the middle of the codes that begin with the highest bit."""
+        half = 2 ** (self.width - 1)
+        middle = unpack_planes(codes.streams[:1]).to(dtype) * half + (half - 1) / 2
+        return self._decoded(middle, codes, places)
+
+    def _decoded(self, numbers: Tensor, codes: Codes, places: Places) -> Tensor:
+        if codes.groups is not None:
+            low, step = codes.groups.to(numbers.dtype)[places.group_of(self.group)].unbind(1)
+            return numbers * step + low
+        assert codes.scales is not None
+        low, step = codes.scales.to(numbers.dtype).unflatten(1, (2, -1)).unbind(1)
+        parts = numbers.unflatten(1, (-1, self._channels(numbers.shape[1])))
+        return (parts * step[..., None] + low[..., None]).flatten(1)
+
+    def _steps(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest numbers and the steps, as they are stored."""
+        low = stored(low)
+        step = ((high - low.to(high.dtype)) / (2**self.width - 1)).clamp(min=SMALLEST)
+        return low, stored(step)
+
+    def _codes(self, states: Tensor, low: Tensor, step: Tensor) -> Tensor:
+        return ((states - low) / step).round().clamp(0, 2**self.width - 1).int()
+
+    @staticmethod
+    def _channels(dim: int) -> int:
+        return math.gcd(dim, TOKEN_GROUP)
+
+
+@dataclass(frozen=True)
+class Centred:
+    """Codes of what is left without the mean over the vision tokens of the prompt, per head and channel.
+
+    First the nearest of 256 centroids of every few channels, then on demand the nearest of 256 to what is left of that,
+    and then what is still left, rotated and in equal steps around 0, with a scale of its own for every entry.
+
+    Parameters
+    ----------
+    books : tuple of str
+        Codebooks in turn, names of fields of `plphp.kernels.books.Books`.
+    width : int
+        Bits of the rotated rest; 0 for none.
+    """
+
+    books: tuple[str, ...] = ()
+    width: int = 0
+    centred: bool = True
+    group: int = 0
+
+    def bits(self, dim: int) -> float:
+        """See `Codec`."""
+        of_books = sum(8 / (16 if name == "coarse" else 8) for name in self.books)
+        return of_books + (self.width + 16 / dim if self.width else 0)
+
+    def encode(self, states: Tensor, places: Places) -> Codes:
+        """See `Codec`."""
+        rest = states - self._means(places, states.dtype)[places.pair]
+        streams: list[Tensor] = []
+        for name in self.books:
+            book = self._book(places, name, states.dtype)
+            numbers = nearest(rest, book, places)
+            rest = rest - centroids(numbers, book, places)
+            streams.append(numbers)
+        if not self.width:
+            return Codes(tuple(streams))
+        codes, scale = self._rotated(rest @ hadamard(rest.shape[1], rest.dtype, rest.device))
+        return Codes((*streams, *pack_planes(codes, self.width)), scale)
+
+    def decode(self, codes: Codes, places: Places, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        result = self._means(places, dtype)[places.pair]
+        for name, numbers in zip(self.books, codes.streams, strict=False):
+            result = result + centroids(numbers, self._book(places, name, dtype), places)
+        if self.width:
+            numbers = unpack_planes(codes.streams[len(self.books) :]).to(dtype)
+            result = result + self._unrotated(numbers, codes, 2 ** (self.width - 1) - 0.5)
+        return result
+
+    def index(self, codes: Codes, places: Places, dtype: torch.dtype) -> Tensor:
+        """See `Codec`: the first centroids, or where there are none the signs of what is rotated."""
+        if self.books:
+            first = replace(self, books=self.books[:1], width=0)
+            return first.decode(Codes(codes.streams[:1]), places, dtype)
+        half = 2.0 ** (self.width - 1)
+        signs = unpack_planes(codes.streams[:1]).to(dtype) * half
+        return self._means(places, dtype)[places.pair] + self._unrotated(signs, codes, half / 2)
+
+    def _rotated(self, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of rotated states, int32 [entries, dim], and a step for each entry, float16 [entries, 1]."""
+        half = 2 ** (self.width - 1)
+        if self.width == 1:
+            step = 2 * rotated.abs().mean(1, keepdim=True)
+            return (rotated >= 0).int(), stored(step.clamp(min=SMALLEST))
+        top = rotated.abs().amax(1, keepdim=True)
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for clip in CLIPS:
+            step = stored((top * (clip / half)).clamp(min=SMALLEST))
+            exact = step.to(rotated.dtype)
+            codes = (rotated / exact - 0.5).round().clamp(-half, half - 1)
+            error = ((codes + 0.5) * exact - rotated).square().sum(1, keepdim=True)
+            if best is None:
+                best = codes, step, error
+            else:
+                better = error < best[2]
+                candidates = zip((codes, step, error), best, strict=True)
+                best = tuple(torch.where(better, new, old) for new, old in candidates)  # type: ignore[assignment]
+        assert best is not None
+        return (best[0] + half).int(), best[1]
+
+    def _unrotated(self, numbers: Tensor, codes: Codes, middle: float) -> Tensor:
+        """What rotated codes stand for, from their distance to the middle of all."""
+        assert codes.scales is not None
+        rotated = (numbers - middle) * codes.scales.to(numbers.dtype)
+        return rotated @ hadamard(numbers.shape[1], numbers.dtype, numbers.device)
+
+    @staticmethod
+    def _means(places: Places, dtype: torch.dtype) -> Tensor:
+        assert places.means is not None
+        return places.means.to(dtype)
+
+    @staticmethod
+    def _book(places: Places, name: str, dtype: torch.dtype) -> Tensor:
+        book: Tensor | None = getattr(places.books, name, None)
+        assert book is not None  # `Rung.check` has asked for it
+        return book.to(dtype)
+
+
+def stored(numbers: Tensor) -> Tensor:
+    """Numbers as they are stored.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If one of them is too large for float16, or no number.
+    """
+    result = numbers.to(SCALE)
+    if not bool(result.isfinite().all()):
+        raise UnsupportedFeatureError(
+            "Keys or values are held in few bits with scales and means in float16, and these are NaN or beyond 65,504: "
+            "leave out tiers for this prompt."
+        )
+    return result
+
+
+def nearest(states: Tensor, book: Tensor, places: Places) -> Tensor:
+    """The nearest centroid of each part of each entry.
+
+    Parameters
+    ----------
+    states : Tensor
+        [entries, dim].
+    book : Tensor
+        [kv_heads, parts, 256, channels].
+    places : Places
+        Gives the KV head of each entry.
+
+    Returns
+    -------
+    Tensor
+        uint8 [entries, parts].
+    """
+    heads, parts, size, channels = book.shape
+    head = places.pair % heads
+    order = head.argsort(stable=True)
+    numbers = torch.empty(len(states), parts, dtype=torch.uint8, device=states.device)
+    length = book.square().sum(3)
+    for number, entries in enumerate(order.split(torch.bincount(head, minlength=heads).tolist())):
+        for some in entries.split(max(1, AT_ONCE // (parts * size))):
+            of_part = states[some].unflatten(1, (parts, channels)).transpose(0, 1)
+            # |x - c|^2 less |x|^2, which no centroid changes.
+            distance = torch.baddbmm(length[number][:, None], of_part, book[number].mT, alpha=-2)
+            numbers[some] = distance.argmin(2).T.to(torch.uint8)
+    return numbers
+
+
+def centroids(numbers: Tensor, book: Tensor, places: Places) -> Tensor:
+    """The centroids of some numbers, uint8 [entries, parts], side by side: [entries, dim]."""
+    heads, parts = book.shape[:2]
+    head = places.pair % heads
+    return book[head[:, None], torch.arange(parts, device=numbers.device), numbers.long()].flatten(1)
+
+
+def planes_width(dim: int) -> int:
+    """Bytes of a bit plane, or of the numbers of fine centroids, of an entry of so many channels."""
+    return dim // BYTE

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rungs: named ways to hold an entry in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from plphp.errors import UnsupportedFeatureError
+
+from .bit_planes import BYTE
+from .books import Books, LayerBooks
+from .codecs import Affine, Centred, Codec
+
+KEY_GROUP = 256
+"""Entries of a head that share the steps of a channel, where a prompt of any length keeps its precision."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to hold entries in few bits.
+
+    Parameters
+    ----------
+    name : str
+        Its name in a ladder.
+    keys, values : Codec
+        What is done to keys and to values.
+    """
+
+    name: str
+    keys: Codec
+    values: Codec
+
+    @property
+    def needs_books(self) -> bool:
+        """Whether it needs codebooks."""
+        return any(getattr(codec, "books", ()) for codec in (self.keys, self.values))
+
+    @property
+    def independent(self) -> bool:
+        """Whether the code of an entry depends on no other entry of its tier."""
+        return not self.keys.group and not self.values.group
+
+    def bits(self, dim: int, value_dim: int | None = None) -> float:
+        """Bits per channel of an entry, over its key and value, without what entries share."""
+        value_dim = value_dim or dim
+        return (self.keys.bits(dim) * dim + self.values.bits(value_dim) * value_dim) / (dim + value_dim)
+
+    def check(self, dim: int, value_dim: int, books: LayerBooks | None) -> None:
+        """Raise `UnsupportedFeatureError` unless it can hold keys and values of these widths, with these codebooks."""
+        if dim % BYTE or value_dim % BYTE:
+            raise UnsupportedFeatureError(
+                f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has "
+                f"{dim} and {value_dim}: leave out tiers."
+            )
+        for side, codec in (("keys", self.keys), ("values", self.values)):
+            of_side: Books | None = None if books is None else getattr(books, side)
+            for name in getattr(codec, "books", ()):
+                if getattr(of_side, name, None) is None:
+                    missing = "no codebooks are given" if of_side is None else f"the codebooks have no {name} centroids"
+                    raise UnsupportedFeatureError(
+                        f"The rung {self.name!r} needs codebooks, and {missing}: give a bank with codebooks (plphp "
+                        "collect), or take a ladder without product codes, such as r20."
+                    )
+
+
+def _rotated(width: int) -> Centred:
+    return Centred(width=width)
+
+
+_ALL = (
+    Rung("kivi4", Affine(4, "channel", 32), Affine(4, "token")),
+    Rung("kivi2", Affine(2, "channel", 32), Affine(2, "token")),
+    Rung("c4", Affine(4, "channel", KEY_GROUP), _rotated(4)),
+    Rung("c3", Affine(3, "channel", KEY_GROUP), _rotated(3)),
+    Rung("r4", _rotated(4), _rotated(4)),
+    Rung("r3", _rotated(3), _rotated(3)),
+    Rung("r2", _rotated(2), _rotated(2)),
+    Rung("r1", _rotated(1), _rotated(1)),
+    Rung("pr2", Centred(("fine",), 2), Centred(("fine",), 2)),
+    Rung("rvq", Centred(("fine", "residual")), Centred(("fine", "residual"))),
+    Rung("pq", Centred(("fine",)), Centred(("fine",))),
+    Rung("pq16", Centred(("coarse",)), Centred(("coarse",))),
+)
+RUNGS: Mapping[str, Rung] = MappingProxyType({rung.name: rung for rung in _ALL})
+"""By name: ``kivi``, per channel and per token as KIVI has it; ``c``, keys per channel over a long group and values
+rotated; ``r``, both rotated; product codes ``pq``, with a second codebook ``rvq``, with a rotated rest ``pr2``, and of
+16 channels ``pq16``."""
