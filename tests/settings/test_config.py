@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import plphp
 from plphp import ConfigError, PLPHPConfig, PLPHPError
 from plphp.methods.registry import resolve
+from plphp.settings.ladder import Ladder
 from tiny_models import TINY, tiny_model
 
 fractions = st.floats(0, 1)
@@ -25,9 +26,11 @@ fractions = st.floats(0, 1)
 @st.composite
 def configs(draw: st.DrawFn, longest: int = 2) -> PLPHPConfig:
     """Any valid config, with up to ``longest`` methods before its own."""
-    target = draw(st.none() | st.floats(0, 1, exclude_min=True))
-    rate = draw(fractions)
+    tiers = draw(st.none() | st.sampled_from(["t10", "t7.5", "kivi4", "c3", "pr2=.2,pq", "pr2=.20, rvq=.24,pq=.32"]))
+    target = draw(st.none() | st.floats(0, 1, exclude_min=True)) if tiers is None else None
+    rate = draw(fractions) if tiers is None else 0.4
     base = rate if target is None else target
+    base = base if tiers is None else Ladder.parse(tiers).kept
     thresholds = sorted([draw(fractions), draw(fractions)])
     return PLPHPConfig(
         method=draw(st.sampled_from(["plphp", "random", "my-method"])),
@@ -43,6 +46,12 @@ def configs(draw: st.DrawFn, longest: int = 2) -> PLPHPConfig:
         image_quota=draw(st.sampled_from(["pooled", "per_image"])),
         score_pool=2 * draw(st.integers(0, 50)) + 1,
         min_kept=draw(st.integers(0, 1000)),
+        tiers=tiers,
+        read=draw(st.floats(0, 1, exclude_min=True)) if tiers else 1.0,
+        rest=draw(st.booleans()) if tiers else True,
+        books=draw(st.none() | st.sampled_from(["bundled", "a+b.safetensors", "a,b@c", "12", "none"]))
+        if tiers
+        else None,
         seed=draw(st.integers(0, 2**40)),
         earlier=tuple(draw(st.lists(configs(0), max_size=longest))) if longest else (),
     )
@@ -55,8 +64,16 @@ def one_line(config: PLPHPConfig) -> str:
     method = values.pop("method")
     values["exempt_layers"] = "+".join(map(str, values["exempt_layers"]))
     values.update(values.pop("options"))
+    values.update({name: f'"{value}"' for name in ("tiers", "books") if (value := values[name]) is not None})
     own = f"{method}:" + ",".join(f"{key}={value}" for key, value in values.items())
     return "+".join([*map(one_line, config.earlier), own])
+
+
+def spread(line: str) -> str:
+    """A line with spaces around what separates its settings, outside quotes."""
+    parts = line.split('"')
+    parts[::2] = [part.replace(",", " , ").replace("=", " = ") for part in parts[::2]]
+    return "  " + '"'.join(parts) + " "
 
 
 def toml(config: PLPHPConfig) -> str:
@@ -71,7 +88,7 @@ def test_every_way_to_write_a_config_reads_back_the_same(config: PLPHPConfig) ->
     assert PLPHPConfig.from_dict(config.to_dict()) == config
     assert PLPHPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert PLPHPConfig.parse(one_line(config)) == config
-    assert PLPHPConfig.parse(f"  {one_line(config).replace(',', ' , ').replace('=', ' = ')} ") == config
+    assert PLPHPConfig.parse(spread(one_line(config))) == config
 
 
 @given(configs())
@@ -81,8 +98,11 @@ def test_the_rates_of_every_class_are_retention_rates(config: PLPHPConfig) -> No
 
 
 @pytest.mark.parametrize("table", ["", "[plphp]\n"], ids=["top level", "table"])
-def test_toml_file_reads_back_the_same(tmp_path: Path, table: str) -> None:
-    config = PLPHPConfig(target_retention=0.5, exempt_layers=(0, -1), query_rows="text", gqa_reduction="max")
+@pytest.mark.parametrize("few_bits", [False, True])
+def test_toml_file_reads_back_the_same(tmp_path: Path, table: str, few_bits: bool) -> None:
+    tiers = {"tiers": "pr2=.2,pq", "read": 0.2, "rest": False, "books": "my bank.safetensors"}
+    kept: dict[str, Any] = tiers if few_bits else {"target_retention": 0.5}
+    config = PLPHPConfig(**kept, exempt_layers=(0, -1), query_rows="text", gqa_reduction="max")
     path = tmp_path / "config.toml"
     other = "[other]\nkey = 1\n" if table else ""
     path.write_text(f"{other}{table}{toml(config)}\n", encoding="utf-8")
@@ -165,6 +185,33 @@ def test_fraction_that_is_no_number(name: str, value: Any) -> None:
         ({"image_quota": None}, ["image_quota must be one of 'pooled', 'per_image'", "None"]),
         ({"min_kept": -1}, ["min_kept must be an integer of at least 0", "-1"]),
         ({"min_kept": False}, ["min_kept must be", "False"]),
+        ({"tiers": 10}, ["tiers must be a ladder as text, such as 't10'", "got 10"]),
+        ({"tiers": 0.1}, ["tiers must be a ladder as text", "got 0.1"]),
+        ({"tiers": ["pq"]}, ["tiers must be a ladder as text", "got ['pq']"]),
+        ({"tiers": ""}, ["A ladder needs a rung", "t7.5"]),
+        ({"tiers": "pr2=.9,pq=.2"}, ["at most 1 together, got 1.1"]),
+        ({"tiers": "t10", "read": 0}, ["read must be a number above 0 and at most 1", "got 0"]),
+        ({"tiers": "t10", "read": 1.5}, ["read must be a number above 0 and at most 1", "got 1.5"]),
+        ({"tiers": "t10", "read": float("nan")}, ["read must be a number above 0", "got nan"]),
+        ({"tiers": "t10", "read": True}, ["read must be a number above 0", "got True"]),
+        ({"tiers": "t10", "read": "0.2"}, ["read must be a number above 0", "got '0.2'"]),
+        ({"tiers": "t10", "rest": 0}, ["rest must be true or false, got 0"]),
+        ({"tiers": "t10", "rest": "no"}, ["rest must be true or false, got 'no'"]),
+        ({"tiers": "t10", "books": ""}, ["books must name the file of a query bank, or be 'bundled', got ''"]),
+        ({"tiers": "t10", "books": 3}, ["books must name the file", "got 3"]),
+        ({"read": 0.5}, ["read=0.5 is for entries in few bits", "tiers=t10", "leave it out"]),
+        ({"rest": False}, ["rest=False is for entries in few bits", "tiers=t10"]),
+        ({"books": "bundled"}, ["books=bundled is for entries in few bits", "tiers=t10"]),
+        ({"tiers": "whole=.5", "read": 0.5}, ["read=0.5 is for entries in few bits, and tiers=whole=.5 has none"]),
+        (
+            {"tiers": "t10", "target_retention": 0.4},
+            ["tiers=t10 says how much is kept, and so does target_retention=0.4", "leave target_retention out"],
+        ),
+        (
+            {"tiers": "t10", "retention_rate": 0.3},
+            ["tiers=t10 says how much is kept, and so does retention_rate=0.3", "another ladder"],
+        ),
+        ({"tiers": "t10", "retention_delta": 0.3}, ["the rate of tiers", "0.76 -/+ 0.3", "at most 0.24"]),
         ({"seed": -1}, ["seed must be an integer of at least 0", "-1"]),
         ({"seed": 0.5}, ["seed must be", "0.5"]),
     ],
@@ -223,6 +270,23 @@ def test_target_retention_takes_the_place_of_the_rate() -> None:
     assert (config.base_rate, PLPHPConfig(retention_rate=0.4).base_rate) == (0.7, 0.4)
     # The retention_rate that is not in use does not have to leave room for delta.
     assert PLPHPConfig(retention_rate=0.0, target_retention=0.5, retention_delta=0.4).delta == 0.4
+
+
+@pytest.mark.parametrize(
+    ("tiers", "base", "delta"), [("t10", 0.76, 0.24), ("c3", 1.0, 0.0), ("pr2=.2,pq", 1.0, 0.0), ("t5", 0.44, 0.3)]
+)
+def test_tiers_take_the_place_of_the_rate(tiers: str, base: float, delta: float) -> None:
+    config = PLPHPConfig(tiers=tiers)
+    assert (config.base_rate, config.delta) == (base, pytest.approx(delta))
+    assert config.ladder == Ladder.parse(tiers)
+    assert PLPHPConfig().ladder is None
+
+
+def test_settings_of_before_tiers_read_as_they_were() -> None:
+    values = PLPHPConfig(retention_rate=0.3, seed=4).to_dict()
+    for name in ("tiers", "read", "rest", "books"):
+        del values[name]
+    assert PLPHPConfig.from_dict(values) == PLPHPConfig(retention_rate=0.3, seed=4)
 
 
 def test_integers_at_the_ends_are_rates() -> None:
@@ -293,7 +357,7 @@ def test_options_come_from_their_own_line() -> None:
     [
         ("snapkv:windw=7", "'windw', which is no option of the method 'snapkv' either. Did you mean 'window'?"),
         ("plphp:retention_rat=0.5", "'retention_rat', which is no option of .* Did you mean 'retention_rate'?"),
-        ("plphp:qqq=1", "Unknown setting 'qqq', .* Known: attentive_threshold, calibrated_layers,"),
+        ("plphp:qqq=1", "Unknown setting 'qqq', .* Known: attentive_threshold, books, calibrated_layers,"),
         ("snapkv:kernel=4", "'kernel' of the method 'snapkv' must be an odd integer of at least 1, got 4"),
         ("snapkv:kernel=5.0", "must be an odd integer of at least 1, got 5.0"),
         ("snapkv:window=0", "'window' of the method 'snapkv' must be an integer of at least 1, got 0"),

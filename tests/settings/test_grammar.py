@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plphp import ConfigError, PLPHPConfig
-from plphp.settings.grammar import Line, read_chain, read_line, split_lines
+from plphp.settings.grammar import Line, keys_of, read_chain, read_line, split_lines
 from plphp.settings.presets import write_preset
 
 METHODS = ("plphp", "uniform", "random", "fastv", "query_bank")
@@ -73,6 +75,65 @@ def test_a_plus_inside_a_file_name_is_no_chain() -> None:
     config = PLPHPConfig.parse("query_bank:bank=my+bank.safetensors,retention_rate=0.2+uniform")
     assert config.earlier[0].options == {"bank": "my+bank.safetensors"}
     assert config.method == "uniform"
+
+
+TIERS = "pr2=.20,rvq=.24,pq=.32"
+
+
+def test_a_value_in_quotes_may_hold_what_separates_values() -> None:
+    config = PLPHPConfig.parse(f'fastv:layer=3 + query_bank:bank="my,b@nk+plphp:.st", tiers="{TIERS}",seed=2')
+    assert (config.options, config.tiers, config.seed) == ({"bank": "my,b@nk+plphp:.st"}, TIERS, 2)
+    assert config.earlier == (PLPHPConfig(method="fastv", options={"layer": 3}),)
+    assert keys_of(f'fastv+query_bank:tiers="{TIERS}"') == {"tiers"}
+
+
+def test_what_is_quoted_stays_text() -> None:
+    assert read_chain('a:x="12",y="none",z=" 0.5 ",exempt_layers="0",w=""') == [
+        ("a", {"x": "12", "y": "none", "z": " 0.5 ", "exempt_layers": "0", "w": ""})
+    ]
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ('"false"', "false"), ("0", 0)])
+def test_a_switch_is_true_or_false(text: str, value: object) -> None:
+    [(_, values)] = read_chain(f"a:rest={text}")
+    assert values["rest"] is value or (values["rest"] == value and type(values["rest"]) is type(value))
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.text().filter(lambda t: '"' not in t)))
+def test_any_text_without_quotes_can_be_quoted(values: dict[str, str]) -> None:
+    values.pop("method", None)
+    part = "mine:" + ",".join(f'{key}="{value}"' for key, value in values.items())
+    assert read_chain(f"{part}+uniform+{part}") == [("mine", values), ("uniform", {}), ("mine", values)]
+    assert split_lines([f"random,label={part},uniform:seed=1,{part}"], METHODS) == [
+        *("random", f"label={part}".rstrip(","), "uniform:seed=1", part)
+    ]
+    assert read_line(f"label={part}@0.5+1") == Line("label", part, ("0.5", "1"))
+    assert read_line(part) == Line(part, part, None)
+
+
+@pytest.mark.parametrize(
+    "text", ['query_bank:tiers="pr2=.2,pq', 'query_bank:tiers=pr2=.2,pq"', '"query_bank:tiers=t10"', 'a:x="b",y="']
+)
+def test_a_quote_without_a_partner_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"A double quote has no partner in .*: write key=\"value\""):
+        read_chain(text)
+    if text.count('"') % 2:
+        for read in (read_line, lambda text: split_lines([text], METHODS)):
+            with pytest.raises(ConfigError, match="A double quote has no partner"):
+                read(text)
+
+
+@pytest.mark.parametrize("value", ['a"b,c"', '"a"b', 'a""', '"a""b"'])
+def test_quotes_stand_around_a_whole_value(value: str) -> None:
+    with pytest.raises(ConfigError, match="Double quotes stand around a whole value"):
+        read_chain(f"query_bank:bank={value}")
+
+
+def test_a_list_is_cut_outside_quotes() -> None:
+    ours = f'query_bank:bank=bundled,tiers="{TIERS}"'
+    assert split_lines([f"uniform,best={ours},seed=3,fastv:layer=1+{ours},random@.5"], METHODS) == [
+        *("uniform", f"best={ours},seed=3", f"fastv:layer=1+{ours}", "random@.5")
+    ]
 
 
 def test_a_preset_of_a_chain_reads_back_the_same(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +13,23 @@ from typing import Any, Literal
 
 from plphp.errors import ConfigError, did_you_mean
 
+from .checks import (
+    check_choice,
+    check_classes,
+    check_fraction,
+    check_int,
+    check_kept_once,
+    check_room,
+    check_tiers,
+    layer_numbers,
+    table_of,
+)
 from .grammar import read_chain
+from .ladder import Ladder
 from .options import Options, Value
 
 DECODE_MODES = ("eager", "auto", "graph")
-DEFAULT_DELTA = 0.3
+DEFAULT_RATE, DEFAULT_DELTA = 0.4, 0.3
 QueryRows = int | Literal["text", "text_after_first"]
 
 _logger = logging.getLogger("plphp")
@@ -73,6 +83,18 @@ class PLPHPConfig:
         the method's own scores; a layer keeps as much either way. Default: the method's own. vLLM needs "equal".
     head_safeguard : float
         Share of its equal part that each head keeps in any case where ``heads`` is "ragged", in [0, 1].
+    tiers : str, optional
+        The ladder (`plphp.settings.ladder`) by which a layer holds its vision entries in few bits, the best in the
+        most: a name such as ``"t10"``, or rungs with shares, ``"pr2=.20,rvq=.24,pq=.32"``; what no rung takes is
+        dropped. It says how much is kept, in the place of ``retention_rate`` and ``target_retention``. Default:
+        entries are held whole, or dropped.
+    read : float
+        Share of the entries in few bits that a decoding step reads, in (0, 1]; each step and KV head has its own.
+    rest : bool
+        Whether the entries that a step does not read stand in by what their codes say of them, all of a head together.
+    books : str, optional
+        File of a query bank, or ``"bundled"``, whose codebooks the product codes of ``tiers`` use. Default: those of
+        the bank that the method asks.
     seed : int
         Seed of what is drawn at random.
     options : mapping
@@ -96,7 +118,7 @@ class PLPHPConfig:
     """
 
     method: str = "plphp"
-    retention_rate: float = 0.4
+    retention_rate: float = DEFAULT_RATE
     retention_delta: float | None = None
     attentive_threshold: float = 0.25
     indifferent_threshold: float = 0.10
@@ -110,6 +132,10 @@ class PLPHPConfig:
     min_kept: int = 1
     heads: Literal["equal", "ragged"] | None = None
     head_safeguard: float = 0.2
+    tiers: str | None = None
+    read: float = 1.0
+    rest: bool = True
+    books: str | None = None
     seed: int = 0
     options: Mapping[str, Value] = field(default_factory=lambda: Options({}))
     calibrated_layers: int | None = None
@@ -118,52 +144,54 @@ class PLPHPConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not self.method:
             raise ConfigError(f"method must be the name of a method, got {self.method!r}.")
-        for name in ("retention_rate", "attentive_threshold", "indifferent_threshold"):
-            _check_fraction(name, getattr(self, name))
+        check_classes(self.attentive_threshold, self.indifferent_threshold, self.class_quantile)
+        self._check_how_much_is_kept()
+        object.__setattr__(self, "exempt_layers", layer_numbers(self.exempt_layers))
+        if self.query_rows not in (None, "text", "text_after_first"):
+            check_int("query_rows", self.query_rows, minimum=1, or_else="'text' or 'text_after_first'")
+        check_choice("gqa_reduction", self.gqa_reduction, ("mean", "max"))
+        check_choice("image_quota", self.image_quota, ("pooled", "per_image"))
+        check_int("score_pool", self.score_pool, minimum=1)
+        if self.score_pool % 2 == 0:
+            raise ConfigError(f"score_pool must be odd, so that it has a middle, got {self.score_pool}.")
+        check_int("min_kept", self.min_kept, minimum=0)
+        if self.heads is not None:
+            check_choice("heads", self.heads, ("equal", "ragged"))
+        check_fraction("head_safeguard", self.head_safeguard)
+        check_int("seed", self.seed, minimum=0)
+        object.__setattr__(self, "options", Options(self.options))
+        if self.calibrated_layers is not None:
+            check_int("calibrated_layers", self.calibrated_layers, minimum=1, or_else="None")
+        object.__setattr__(self, "earlier", _chained(self.earlier))
+
+    def _check_how_much_is_kept(self) -> None:
+        check_fraction("retention_rate", self.retention_rate)
         for name in ("retention_delta", "target_retention"):
             if getattr(self, name) is not None:
-                _check_fraction(name, getattr(self, name))
+                check_fraction(name, getattr(self, name))
         if self.target_retention == 0:
             raise ConfigError(
                 "target_retention must be above 0, got 0: to evict every vision token, use retention_rate=0 with "
                 "min_kept=0."
             )
-        _check_fraction("class_quantile", self.class_quantile)
-        if not 0 < self.class_quantile <= 0.5:
-            raise ConfigError(f"class_quantile must be in (0, 0.5], got {self.class_quantile}.")
-        if self.indifferent_threshold > self.attentive_threshold:
-            raise ConfigError(
-                f"indifferent_threshold ({self.indifferent_threshold}) must not be above attentive_threshold "
-                f"({self.attentive_threshold}): swap them, or move one."
-            )
-        base, delta = self.base_rate, self.delta
-        if base - delta < -1e-9 or base + delta > 1 + 1e-9:
-            which = "target_retention" if self.target_retention is not None else "retention_rate"
-            raise ConfigError(
-                f"{which} - retention_delta and {which} + retention_delta must stay in [0, 1], got "
-                f"{base} -/+ {delta}: use a retention_delta of at most {min(base, 1 - base):g}."
-            )
-        object.__setattr__(self, "exempt_layers", _int_tuple(self.exempt_layers))
-        if self.query_rows not in (None, "text", "text_after_first"):
-            _check_int("query_rows", self.query_rows, minimum=1, or_else="'text' or 'text_after_first'")
-        _check_choice("gqa_reduction", self.gqa_reduction, ("mean", "max"))
-        _check_choice("image_quota", self.image_quota, ("pooled", "per_image"))
-        _check_int("score_pool", self.score_pool, minimum=1)
-        if self.score_pool % 2 == 0:
-            raise ConfigError(f"score_pool must be odd, so that it has a middle, got {self.score_pool}.")
-        _check_int("min_kept", self.min_kept, minimum=0)
-        if self.heads is not None:
-            _check_choice("heads", self.heads, ("equal", "ragged"))
-        _check_fraction("head_safeguard", self.head_safeguard)
-        _check_int("seed", self.seed, minimum=0)
-        object.__setattr__(self, "options", Options(self.options))
-        if self.calibrated_layers is not None:
-            _check_int("calibrated_layers", self.calibrated_layers, minimum=1, or_else="None")
-        object.__setattr__(self, "earlier", _chained(self.earlier))
+        check_tiers(self.tiers, self.read, self.rest, self.books)
+        which = "retention_rate" if self.target_retention is None else "target_retention"
+        if self.tiers is not None:
+            check_kept_once(self.tiers, self.target_retention, self.retention_rate, DEFAULT_RATE)
+            which = "the rate of tiers"
+        check_room(which, self.base_rate, self.delta)
+
+    @property
+    def ladder(self) -> Ladder | None:
+        """The ladder that ``tiers`` names; None where entries are held whole or dropped."""
+        return None if self.tiers is None else _ladder_of(self.tiers)
 
     @property
     def base_rate(self) -> float:
-        """Retention rate of a balanced layer: ``target_retention`` if set, else ``retention_rate``."""
+        """Retention rate of a balanced layer: what the ladder keeps, else ``target_retention`` if set, else
+        ``retention_rate``."""
+        if self.ladder is not None:
+            return self.ladder.kept
         return self.retention_rate if self.target_retention is None else self.target_retention
 
     @property
@@ -215,23 +243,7 @@ class PLPHPConfig:
         ConfigError
             If the file cannot be read, is not TOML, or holds an unknown key or value.
         """
-        try:
-            with open(path, "rb") as file:
-                values = tomllib.load(file)
-        except OSError as error:
-            raise ConfigError(f"Cannot read the config file {path}: {error.strerror or error}.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not a valid TOML file: {error}.") from error
-        table = values.get("plphp", values)
-        beside = [] if table is values else sorted({*SETTINGS, "options", "earlier"} & values.keys())
-        if beside:
-            raise ConfigError(
-                f"{', '.join(beside)} in {path} stands beside the table [plphp], which holds the settings: move it "
-                "there, as in [[plphp.earlier]]."
-            )
-        if not isinstance(table, dict):
-            raise ConfigError(f"[plphp] in {path} must be a table of settings, got {table!r}.")
-        return cls.from_dict(table)
+        return cls.from_dict(table_of(path, {*SETTINGS, "options", "earlier"}))
 
     @classmethod
     def parse(cls, text: str) -> PLPHPConfig:
@@ -314,28 +326,9 @@ def warn_if_calibrated_elsewhere(config: PLPHPConfig, layers: int) -> None:
         )
 
 
-def _check_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name} must be a number between 0 and 1, got {value!r}.")
-    if not math.isfinite(value) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} must be between 0 and 1, got {value}.")
-
-
-def _check_int(name: str, value: object, *, minimum: int, or_else: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        choices = f"an integer of at least {minimum}" + (f" or {or_else}" if or_else else "")
-        raise ConfigError(f"{name} must be {choices}, got {value!r}.")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _int_tuple(values: object) -> tuple[int, ...]:
-    if isinstance(values, (list, tuple)) and all(type(v) is int for v in values):
-        return tuple(values)
-    raise ConfigError(f"exempt_layers must be a list of layer numbers, got {values!r}.")
+@functools.lru_cache
+def _ladder_of(tiers: str) -> Ladder:
+    return Ladder.parse(tiers)
 
 
 def _chained(values: object) -> tuple[PLPHPConfig, ...]:

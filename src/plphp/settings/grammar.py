@@ -7,11 +7,13 @@
     line      = [label "="] chain ["@" rate {"+" rate}]    a line of a table
     chain     = part {"+" part}                            PLPHPConfig.parse, --config
     part      = method [":" key "=" value {"," key "=" value}]
+    value     = word | '"' text '"'                        in quotes: text as it is, with any of , @ + : = in it
 
 A chain names methods in the order in which a prompt passes their stages, each with settings of its own, as in
 ``fastv:retention_rate=0.5+query_bank:bank=bundled,retention_rate=0.2``. A ``+`` begins a part where a whole name
 follows it, with nothing or one of ``: + @ ,`` behind: ``exempt_layers=0+1`` and ``bank=my+bank.safetensors`` are
-values. A value that holds a comma, an ``@``, or a ``+`` before a bare name is for a TOML file or
+values. A value that holds a comma, an ``@``, or a ``+`` before a bare name stands in double quotes, as in
+``query_bank:bank=bundled,tiers="pr2=.20,rvq=.24,pq=.32"``; a value that holds a double quote is for a TOML file or
 `PLPHPConfig.from_dict`.
 """
 
@@ -25,6 +27,10 @@ from typing import Any
 from plphp.errors import ConfigError
 
 _NEXT_PART = re.compile(r"\+(?=\s*[A-Za-z_][\w-]*\s*(?:[:+@,]|$))")
+_COMMA = re.compile(",")
+_QUOTED = re.compile(r'"[^"]*"')
+_SWITCHES = ("rest",)
+"""Settings that are true or false."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,19 @@ def split_lines(texts: Iterable[str], methods: Collection[str]) -> list[str]:
     --------
     >>> split_lines(["plphp:query_rows=text,seed=1,uniform", "best=random"], ["plphp", "uniform", "random"])
     ['plphp:query_rows=text,seed=1', 'uniform', 'best=random']
+
+    Raises
+    ------
+    ConfigError
+        If a double quote has no partner.
     """
     lines: list[str] = []
     for text in texts:
         in_settings = False
-        for piece in filter(None, (piece.strip() for piece in text.split(","))):
-            first, *later = _NEXT_PART.split(piece)
+        for piece in _pieces(text):
+            first, *later = _cut(piece, _NEXT_PART)
             _, equals, value = first.partition("=")
-            if in_settings and equals and ":" not in first and value.strip() not in methods:
+            if in_settings and equals and ":" not in _unquoted(first) and value.strip() not in methods:
                 lines[-1] += f",{piece}"
             else:
                 lines.append(piece)
@@ -83,11 +94,12 @@ def read_line(text: str) -> Line:
     Raises
     ------
     ConfigError
-        If nothing stands before or behind the ``=`` of a label.
+        If nothing stands before or behind the ``=`` of a label, or a double quote has no partner.
     """
-    spec, at, rates = text.partition("@")
+    end = _unquoted(text).find("@")
+    spec, rates = (text, None) if end < 0 else (text[:end], tuple(text[end + 1 :].split("+")))
     label, chain = _label(spec.strip())
-    return Line(label, chain, tuple(rates.split("+")) if at else None)
+    return Line(label, chain, rates)
 
 
 def read_chain(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -96,14 +108,14 @@ def read_chain(text: str) -> list[tuple[str, dict[str, Any]]]:
     Returns
     -------
     list of (str, dict)
-        The methods with their settings, the values as numbers, text, tuples or None.
+        The methods with their settings, the values as numbers, text, tuples, truth values or None.
 
     Raises
     ------
     ConfigError
-        If a setting is no ``key=value``, or one is given twice.
+        If a setting is no ``key=value``, one is given twice, or double quotes do not stand around a whole value.
     """
-    parts = _NEXT_PART.split(text.strip())
+    parts = _cut(text.strip(), _NEXT_PART)
     if (len(parts) > 1 and not all(parts)) or any(part.rstrip().endswith("+") for part in parts):
         raise ConfigError(f"Expected a method on both sides of each + in {text!r}.")
     return [_read_part(part, text) for part in parts]
@@ -117,7 +129,7 @@ def keys_of(text: str) -> set[str]:
 def _read_part(part: str, text: str) -> tuple[str, dict[str, Any]]:
     method, _, rest = part.partition(":")
     values: dict[str, Any] = {}
-    for piece in filter(None, (piece.strip() for piece in rest.split(","))):
+    for piece in _pieces(rest):
         key, equals, value = piece.partition("=")
         if not equals:
             raise ConfigError(f"Expected key=value after {method.strip()!r}:, got {piece!r} in {text!r}.")
@@ -128,10 +140,44 @@ def _read_part(part: str, text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _read_value(key: str, value: str) -> Any:
-    """Turn the text of a setting into a number, a tuple or None; words stay text."""
+    """Turn the text of a setting into a number, a tuple, a truth value or None; words and what is quoted stay text."""
+    if _QUOTED.fullmatch(value):
+        return value[1:-1]
+    if '"' in key + value:
+        raise ConfigError(f'Double quotes stand around a whole value, as in tiers="pr2=.2,pq", got {key}={value}.')
     if key == "exempt_layers":
         return tuple(_number(part) for part in value.split("+") if part)
+    if key in _SWITCHES and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     return None if value.lower() == "none" else _number(value)
+
+
+def _unquoted(text: str) -> str:
+    """The text with every quoted value blanked out by quotes, so that places in it are places in the text.
+
+    Raises
+    ------
+    ConfigError
+        If a double quote has no partner.
+    """
+    blank = _QUOTED.sub(lambda match: '"' * len(match.group()), text)
+    if text.count('"') % 2:
+        raise ConfigError(
+            f'A double quote has no partner in {text!r}: write key="value", and quote for the shell, too.'
+        )
+    return blank
+
+
+def _cut(text: str, separator: re.Pattern[str]) -> list[str]:
+    """Cut a text at a separator where it stands outside quotes."""
+    ends = [match.span() for match in separator.finditer(_unquoted(text))]
+    starts = [0, *(end for _, end in ends)]
+    return [text[start:end] for start, end in zip(starts, [*(start for start, _ in ends), len(text)], strict=True)]
+
+
+def _pieces(text: str) -> list[str]:
+    """What stands between the commas outside quotes, and is not empty."""
+    return [piece.strip() for piece in _cut(text, _COMMA) if piece.strip()]
 
 
 def _number(text: str) -> Any:
