@@ -30,7 +30,8 @@ def counting_reads() -> Iterator[list[Tensor]]:
         For each call of `attend_codes`, float64 [batch, tiers]: entries of each tier that a query of the row reads, in
         sum over the KV heads and in the mean over the queries.
     """
-    token = _counts.set(counts := [])
+    counts: list[Tensor] = []
+    token = _counts.set(counts)
     try:
         yield counts
     finally:
@@ -117,7 +118,7 @@ def _chosen(of_index: Tensor, coded: CodedKV) -> Tensor:
     """The entries that queries read, bool [batch, kv_heads, query, entries], from the logits of the index."""
     mass = of_index.softmax(-1).nan_to_num(0.0).mean(2)
     mass = mass.masked_fill(of_index[:, :, 0] == -torch.inf, -1.0)  # never before an entry, whatever its mass
-    order = mass.argsort(-1, descending=True, stable=True)
+    order = mass.argsort(dim=-1, descending=True, stable=True)
     position = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )

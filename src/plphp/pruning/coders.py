@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from plphp.errors import ConfigError
 from plphp.kernels.books import LayerBooks
-from plphp.kernels.coded import Coder, Reading
+from plphp.kernels.coded import Reading
+from plphp.kernels.coder import Coder
 from plphp.kernels.rungs import RUNGS
 from plphp.policy.bank import QueryBank, bank_at
 from plphp.policy.chain import Link

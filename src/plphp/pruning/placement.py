@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plphp.errors import CacheStateError
-from plphp.kernels.coded import Coder
+from plphp.kernels.coder import Coder
 from plphp.policy.allocation import RowAllocation
 from plphp.policy.evidence import LayerScores
 from plphp.settings.ladder import WHOLE, Ladder
@@ -99,6 +99,11 @@ def by_ladder(ladder: Ladder, masks: Sequence[Tensor], scores: LayerScores, whol
     placement.masked_fill_(masks[0] & ~scores.candidates[:, None], Placement.WHOLE)
     placement[list(whole_rows)] = whole_or_dropped(masks[-1][list(whole_rows)])
     return placement
+
+
+def without_codes(placement: Tensor) -> Tensor:
+    """A placement of which what is held in few bits is dropped: that is held elsewhere."""
+    return torch.where(placement == Placement.WHOLE, placement, Placement.DROPPED)
 
 
 def coded_somewhere(placement: Tensor) -> bool:

@@ -171,11 +171,12 @@ class Scoring:
         if not asking.all():
             own, own_position = gathered[:, :, asking.to(gathered.device)], position[asking]
         rows = self._rows(attended, own, own_position, keys)
+        placed = attended.entries.placed_keys(keys.dtype)
         mass = window_scores(
             *rows,
             keys,
             valid,
-            attended.entries.prefix,
+            placed,
             attended.scaling,
             peak=self.evidence.peak,
             best_position=self.evidence.best_position,
@@ -188,7 +189,7 @@ class Scoring:
         if self.evidence.weigh_rows is not None and mass.among_rows is not None:
             query, weight, index = rows
             weight = row_weights(self.evidence.weigh_rows, mass.among_rows, weight)
-            window = query, weight, index, keys, valid, attended.entries.prefix, attended.scaling
+            window = query, weight, index, keys, valid, placed, attended.scaling
             weighted = window_scores(*window).attention
         return LayerScores(
             mass.attention,
