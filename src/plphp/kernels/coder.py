@@ -182,6 +182,7 @@ def _block(
     asking = Coder(tuple(masks), books, min(reading, key=lambda own: own.share))
     means = asking.means(keys, values, vision, asking.rungs)
     books = None if books is None else books.to(keys.device)
+    of_rows = [None if mean is None else mean.repeat(len(coders), 1) for mean in means]
     tiers = []
     for rung, mask in masks.items():
         rung.check(keys.shape[3], values.shape[3], books)
@@ -190,10 +191,9 @@ def _block(
             tiers.append(encoded(rung, keys, values, every, means, books).picked(mask))
         else:
             spread = [states.expand(len(coders), -1, -1, -1) for states in (keys, values)]
-            tiers.append(encoded(rung, spread[0], spread[1], mask, means, books))
-    repeated = [None if mean is None else mean.repeat(len(coders), 1) for mean in means]
+            tiers.append(encoded(rung, spread[0], spread[1], mask, (of_rows[0], of_rows[1]), books))
     needed = books if any(rung.needs_books for rung in masks) else None
-    return CodedKV(tuple(tiers), repeated[0], repeated[1], needed, reading)
+    return CodedKV(tuple(tiers), of_rows[0], of_rows[1], needed, reading)
 
 
 def _held_in(rung: Rung, placement: Tensor, coder: Coder | None) -> Tensor:
