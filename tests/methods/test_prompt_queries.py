@@ -18,7 +18,6 @@ import plphp
 from invariants import assert_same_generation, evicted_entries_masked, pruned, two_turns
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedModelError
 from plphp.engines.hf.cache_argument import passed
-from plphp.methods.registry import get_method
 from plphp.pruning.report import PruneReport
 from precision import EXACT
 from tiny_models import TINY, tiny_model
@@ -220,9 +219,3 @@ def test_settings_that_cannot_be_are_refused(setting: str, words: str) -> None:
     model = tiny_model("llava")
     with pytest.raises(ConfigError, match=words):
         pruned(model, TINY["llava"].inputs(model, [1]), PLPHPConfig.parse(f"prompt_queries:{setting}"))
-
-
-def test_it_is_for_where_there_is_no_bank() -> None:
-    when = get_method("prompt_queries").when
-    assert "no query bank" in when
-    assert "drop nothing" in when

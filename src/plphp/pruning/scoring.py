@@ -147,7 +147,7 @@ class Scoring:
             part = query[:, :, columns.to(query.device)], columns + attended.begin
             self._gathered.setdefault(attended.layer, []).append(part)
         if self.turned is not None:
-            self.turned.gather(attended)
+            self.turned.gather(attended.layer, query, attended.begin)
 
     def score(self, attended: Attended, hidden: Tensor | None = None) -> None:
         """Note the scores of a layer that has read the whole prompt.
@@ -238,7 +238,8 @@ class Scoring:
     def _rows(self, attended: Attended, own: Tensor, position: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries that ask, their weights, and their indices in the tail, see `plphp.kernels.window_scores`."""
         if self.turned is not None:
-            return self.turned.turned(attended, self.rotations[attended.layer], valid)
+            rotation = self.rotations[attended.layer]
+            return self.turned.turned(attended.layer, rotation, valid, attended.entries.prefix_length)
         bank = None
         if self.evidence.bank is not None:
             bank = self._rows_of_bank(self._bank(self.evidence.bank), attended.layer, own, valid.shape[1])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ from plphp.policy.evidence import SINKS
 from plphp.policy.rotation import Rotation
 
 from .rotary_positions import rotary_positions
-
-if TYPE_CHECKING:
-    from .scoring import Attended
 
 
 @dataclass
@@ -75,28 +71,39 @@ class TurnedRows:
         own = position.gather(1, index)
         return cls(index, counts, (end + ahead - own).where(counts & (own >= 0), 0))
 
-    def gather(self, attended: Attended) -> None:
-        """Copy those of the queries that a chunk has."""
-        query = attended.query
+    def gather(self, layer: int, query: Tensor, begin: int) -> None:
+        """Copy those of the queries that a chunk of a layer has.
+
+        Parameters
+        ----------
+        layer : int
+            Number of the decoder layer.
+        query : Tensor
+            [batch, q_heads, chunk, dim]; post-RoPE queries of the chunk.
+        begin : int
+            Logical position of its first token.
+        """
         batch, q_heads, chunk, dim = query.shape
-        place = (self.index - attended.begin).to(query.device)
+        place = (self.index - begin).to(query.device)
         inside = (place >= 0) & (place < chunk) & self.counts.to(query.device)
         where = place.clamp(0, chunk - 1)[:, None, :, None].expand(batch, q_heads, -1, dim)
         part = query.gather(2, where)
-        before = self._held.get(attended.layer, torch.zeros_like(part))
-        self._held[attended.layer] = torch.where(inside[:, None, :, None], part, before)
+        before = self._held.get(layer, torch.zeros_like(part))
+        self._held[layer] = torch.where(inside[:, None, :, None], part, before)
 
-    def turned(self, attended: Attended, rotation: Rotation, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def turned(self, layer: int, rotation: Rotation, valid: Tensor, begin: int) -> tuple[Tensor, Tensor, Tensor]:
         """The queries of a layer that has read the whole prompt, which are let go.
 
         Parameters
         ----------
-        attended : Attended
-            The layer.
+        layer : int
+            Number of the decoder layer.
         rotation : Rotation
             Its rotary position embedding.
         valid : Tensor
             bool [batch, seq]; the entries of the tail that are neither padding nor have left before this layer.
+        begin : int
+            Logical position of the first entry of the tail.
 
         Returns
         -------
@@ -105,8 +112,8 @@ class TurnedRows:
             row of the batch; their indices in the tail, int64 [rows]: all of it is seen. See
             `plphp.kernels.window_scores`.
         """
-        queries = rotation.rotated(self._held.pop(attended.layer), self.turn.to(valid.device)[:, None])
-        place = (self.index - attended.entries.prefix_length).clamp(min=0).to(valid.device)
+        queries = rotation.rotated(self._held.pop(layer), self.turn.to(valid.device)[:, None])
+        place = (self.index - begin).clamp(min=0).to(valid.device)
         counts = (self.counts.to(valid.device) & valid.gather(1, place)).float()
         weight = counts / counts.sum(1, keepdim=True)
         return queries, weight, torch.full((weight.shape[1],), valid.shape[1], device=valid.device)
