@@ -61,9 +61,9 @@ FULL = [family for family in FAMILIES if full_attention_only(family)]
 KINDS = ("llava", "qwen2-vl", "gemma3", "qwen3.5", "smolvlm")
 """Families that differ in what a method may touch: plain, with m-RoPE, with sliding windows, with linear attention, and
 with many segments per image."""
-MECHANISMS = ("plphp", "snapkv", "recall_rank", "expected_attention")
+MECHANISMS = ("plphp", "snapkv", "recall_rank", "expected_attention", "prompt_queries")
 """Methods that differ in what they ask of a family: rates by layer, evicted text, all kinds of evidence and draws,
-and turned queries."""
+turned queries as states, and those that ask."""
 
 
 def pairs(mechanisms: tuple[str, ...] = MECHANISMS) -> list[tuple[str, str]]:

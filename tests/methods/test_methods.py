@@ -351,6 +351,7 @@ def test_zipvl_takes_a_threshold_or_a_target() -> None:
     [
         *("snapkv", "snapkv_vision", "recall_rank", "vl_cache", "zipvl", "adakv", "tgv_kv", "mixkv"),
         "expected_attention",
+        "prompt_queries",
     ],
 )
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2-vl"])
@@ -373,7 +374,9 @@ def test_a_later_turn_with_an_image_evicts_of_its_own_prompt_alone(family: str, 
     assert_same_generation(expected[1], second)
 
 
-@pytest.mark.parametrize("method", ["fastv", "vtw", "snapkv", "recall_rank", "expected_attention", "tgv_kv"])
+@pytest.mark.parametrize(
+    "method", ["fastv", "vtw", "snapkv", "recall_rank", "expected_attention", "tgv_kv", "prompt_queries"]
+)
 def test_several_sequences_of_a_prompt(method: str) -> None:
     """Rows are repeated after the prompt was planned."""
     model, inputs = tiny_model("llava"), TINY["llava"].inputs(tiny_model("llava"), [1, 1])

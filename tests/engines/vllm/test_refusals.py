@@ -129,6 +129,11 @@ def test_the_rest_passes() -> None:
         ),
         ({"additional_config": {"plphp": {"method": "snapkv", "heads": "ragged"}}}, "'snapkv'.*Set heads=equal"),
         ({"additional_config": {"plphp": {"method": "query_bank"}}}, "'query_bank'.*Set heads=equal"),
+        ({"additional_config": {"plphp": {"method": "prompt_queries"}}}, "'prompt_queries'.*Set heads=equal"),
+        (
+            {"additional_config": {"plphp": {"method": "prompt_queries", "heads": "equal"}}},
+            "the method 'prompt_queries' in vLLM, which turns queries",
+        ),
         (
             {"additional_config": {"plphp": {"method": "expected_attention"}}},
             "the method 'expected_attention' in vLLM, which turns queries",

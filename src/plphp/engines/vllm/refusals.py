@@ -110,7 +110,7 @@ def _refuse_ragged(link: Link[KVStage]) -> None:
 
 def _refuse_rotation(evidence: Evidence, method: str) -> None:
     """Raise for a method that turns queries: how a model of vLLM does it has not been found out."""
-    if evidence.rotation:
+    if evidence.turns_queries:
         raise UnsupportedFeatureError(
             f"plphp does not run the method {method!r} in vLLM, which turns queries by the rotary embedding of the "
             "model: use another method, or serve it with transformers."
