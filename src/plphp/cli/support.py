@@ -19,8 +19,9 @@ UNUSABLE = 1
 
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
-    """List the pruning methods: what each keeps, when to take it, and its options."""
+    """List the pruning methods: what each keeps, when to take it, and its options; and the ladders by name."""
     from plphp.methods.registry import available_methods
+    from plphp.settings.ladder import LADDERS
 
     known = available_methods().values()
     options = {method.name: {name: option.default for name, option in method.options.items()} for method in known}
@@ -42,6 +43,7 @@ def methods(as_json: JsonOption = False) -> None:
         columns = {"name": method.name, "stage": ", ".join(method.stages), "what it does": " ".join(about)}
         rows.append({**columns, "paper": method.paper})
     _print(rows, as_json=False)
+    _print([{"ladder (tiers=...)": name, "rungs and shares": text} for name, text in LADDERS.items()], as_json=False)
 
 
 @app.command()

@@ -16,6 +16,8 @@ from plphp.policy.method import Method
 from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_elsewhere
 from plphp.settings.options import check_options
 
+from ._tiers import check_books, refuse_tiers
+
 METHODS_BY_NAME = Plugins(Method, methods, "METHOD", "plphp.methods", helpers=("registry",))
 
 
@@ -64,7 +66,8 @@ def resolve(config: PLPHPConfig) -> Method:
     ------
     ConfigError
         If there is none of that name, the config's options are not those of the method, or it asks for ragged heads
-        where the scores of the method say nothing of heads, or for a quota of each image where text competes.
+        where the scores of the method say nothing of heads, for a quota of each image where text competes, or for
+        tiers that there are not or that the method cannot fill.
     """
     method = get_method(config.method)
     check_options(method.name, method.options, config.options, SETTINGS)
@@ -78,6 +81,7 @@ def resolve(config: PLPHPConfig) -> Method:
             f"The method {method.name!r} ranks text and images together, and text has no image whose quota it could "
             "count for: leave out image_quota='per_image', or take a method that keeps all text."
         )
+    refuse_tiers(method, method.settled(config))
     return method
 
 
@@ -135,5 +139,7 @@ def _method_for(config: PLPHPConfig, layers: int) -> Method:
             raise ConfigError(f"exempt_layers names layer {layer}, but the model has the layers 0 to {layers - 1}.")
     warn_if_calibrated_elsewhere(config, layers)
     method = resolve(config)
-    method.check(config, layers)
+    settled = method.settled(config)
+    method.check(settled, layers)
+    check_books(method, settled, layers)
     return method
