@@ -12,12 +12,13 @@ import torch
 
 import plphp
 from plphp import ConfigError, PLPHPConfig
-from plphp.methods._tiers import PRODUCT, RUNGS
+from plphp.kernels.rungs import RUNGS
 from plphp.methods.registry import chain_of, get_method, resolve
 from plphp.policy import bank as banks
 from plphp.policy.evidence import LayerScores
 from plphp.settings.ladder import LADDERS, Ladder
 
+PRODUCT = ("pr2", "rvq", "pq", "pq16")
 CANNOT = {
     "fastv": "it leaves the KV cache as it is.* behind it, as in fastv\\+query_bank:tiers=t10",
     "vtw": "it leaves the KV cache as it is.* behind it, as in vtw\\+query_bank:tiers=t10",

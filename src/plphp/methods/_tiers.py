@@ -10,11 +10,12 @@ from plphp.policy.selection import RANKED
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.ladder import LADDERS, WHOLE, Ladder
 
-ROTATED = ("r1", "r2", "r3", "r4")
-PRODUCT = ("pq", "rvq", "pr2", "pq16")
-"""Rungs whose codes are places in codebooks."""
-RUNGS = (WHOLE, "kivi4", "kivi2", "c4", "c3", *ROTATED, *PRODUCT)
-"""Names of all rungs."""
+
+def known_rungs() -> dict[str, bool]:
+    """By name of each rung, whether it needs codebooks."""
+    from plphp.kernels.rungs import RUNGS  # imports torch, which what is looked at before a model does not
+
+    return {WHOLE: False, **{name: rung.needs_books for name, rung in RUNGS.items()}}
 
 
 def refuse_tiers(method: Method, config: PLPHPConfig) -> None:
@@ -30,9 +31,10 @@ def refuse_tiers(method: Method, config: PLPHPConfig) -> None:
     ladder = config.ladder
     if ladder is None:
         return
+    rungs = known_rungs()
     for name in ladder.names:
-        if name not in RUNGS:
-            known = {*RUNGS, *LADDERS} if len(ladder.names) == 1 else RUNGS
+        if name not in rungs:
+            known = {*rungs, *LADDERS} if len(ladder.names) == 1 else rungs
             raise ConfigError(f"Unknown rung {name!r} in tiers={config.tiers}.{did_you_mean(name, known)}")
     reason = _obstacle(method, config)
     if reason:
@@ -67,10 +69,10 @@ def check_books(method: Method, config: PLPHPConfig, layers: int) -> None:
     file = config.books or method.kv.evidence(config).bank
     if not isinstance(file, str):
         return
-    from plphp.policy.bank import bank_at, check_depth  # imports torch, which what is looked at before a model does not
+    from plphp.policy.bank import bank_at, check_depth
 
     check_depth(file, layers)
-    if getattr(bank_at(file), "books", None) is None:
+    if bank_at(file).books is None:
         raise ConfigError(
             f"The query bank {file} has no codebooks, which tiers={config.tiers} needs "
             f"({', '.join(_product_rungs(config.ladder))}): collect it again with this version (plphp collect)."
@@ -98,4 +100,5 @@ def _obstacle(method: Method, config: PLPHPConfig) -> str:
 
 def _product_rungs(ladder: Ladder) -> tuple[str, ...]:
     """The rungs of a ladder that need codebooks."""
-    return tuple(name for name in ladder.names if name in PRODUCT)
+    needs_books = known_rungs()
+    return tuple(name for name in ladder.names if needs_books[name])
