@@ -29,8 +29,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 FAMILIES = sorted(TINY)
 STAGED = ("fastv", "vtw")
 """Methods that act inside prefill."""
-METHODS = tuple(sorted(plphp.available_methods().keys() - {"oracle", "query_bank", *STAGED}))
-"""Those that need nothing but a prompt; tests/studies/test_query_bank.py has the invariants of that method."""
+METHODS = tuple(sorted(plphp.available_methods().keys() - {"oracle", "query_bank", "quantized", *STAGED}))
+"""Those that need nothing but a prompt and hold entries whole; tests/studies/test_query_bank.py has the invariants of
+that method."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 4},
     "snapkv_vision": {"window": 4},
