@@ -28,8 +28,10 @@ def means_nbytes(block: CodedKV) -> int:
 
 
 def row_nbytes(block: CodedKV, row: int) -> int:
-    """Bytes that are held for a row of the batch; rows that share a stored row count it each."""
+    """Bytes that are held for a row of the batch, 0 without entries; rows that share a stored row count it each."""
     stored = block.rows[row]
+    if not any(block.held[stored]):
+        return 0
     return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block)
 
 
@@ -47,7 +49,7 @@ def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -
     """
     stored = block.rows[row]
     reading = block.reading[stored]
-    if reading.share == 1:
+    if reading.share == 1 or not any(block.held[stored]):
         return row_nbytes(block, row)
     if read is None:
         read = _most(block, stored)

@@ -94,6 +94,12 @@ class LayerEntries:
         return tail + (0 if self.prefix is None else self.prefix.nbytes) + sum(block.nbytes for block in self.coded)
 
     @property
+    def entry_nbytes(self) -> int:
+        """Bytes that the keys and values of one token take in all KV heads, held whole."""
+        dims = self._dims or (0, 0)
+        return self._kv_heads * sum(dim * dtype.itemsize for dim, dtype in zip(dims, self.dtypes, strict=True))
+
+    @property
     def reserved_nbytes(self) -> int:
         """Those of them that hold no entry: room behind the tail, and what the tail is only a view on."""
         if self.keys is None or self.values is None:
