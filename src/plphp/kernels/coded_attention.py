@@ -46,7 +46,7 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
         m[j] = mean over the query heads of softmax_j(q . index[j] * scaling)
 
     are read, each query for itself, and each query head attends to what its KV head reads. With ``rest`` what is left
-    has the logits of its index and, in the place of its values, the mean value of the prompt.
+    has the logits of its index and, in the place of its values, the mean value of its head.
 
     Parameters
     ----------
@@ -112,12 +112,12 @@ class _Rows:
         read = self._chosen(of_index)
         logits = logits.masked_fill(~read[:, :, None], -torch.inf)
         values = self.values
-        if self.coded.value_means is not None:
+        if self.coded.rest_values is not None:
             left = of_index.masked_fill(read[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
-            stands_in = torch.tensor([self.coded.reading[stored].rest for stored in self.stored]).to(left.device)
+            stands_in = torch.tensor([self.coded.reading[stored].stands_in for stored in self.stored]).to(left.device)
             left = left.masked_fill(~stands_in[:, None, None, None, None], -torch.inf)
-            means = self.coded.value_means.to(values.dtype).unflatten(0, (-1, self.coded.kv_heads))
-            values = torch.cat([values, means[list(self.stored)][:, :, None]], 2)
+            rest = self.coded.rest_values.to(values.dtype).unflatten(0, (-1, self.coded.kv_heads))
+            values = torch.cat([values, rest[list(self.stored)][:, :, None]], 2)
             logits = torch.cat([logits, left], -1)
         output, lse = _mixed(logits, values)
         return output, lse, read.double().sum(2)
