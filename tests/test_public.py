@@ -77,7 +77,8 @@ STANDARD = {
 CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"}
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
-    *("BankProgress", "Kind", "LayerBank", "PackedKV", "ProfiledPrompt", "PromptReport", "QueryRows", "ReAttention"),
+    *("BankProgress", "EntrySample", "Kind", "LayerBank", "LayerBooks", "PackedKV", "ProfiledPrompt", "PromptReport"),
+    *("QueryRows", "ReAttention"),
     "Rotation",
     "Value",
 }
