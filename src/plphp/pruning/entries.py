@@ -7,26 +7,22 @@ keys and values of a prompt in it until the prompt has been read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from plphp.errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError
-from plphp.io.quoting import one_line
+from plphp.errors import CacheStateError, UnsupportedFeatureError
 from plphp.kernels.coded import CodedKV
 from plphp.kernels.coder import Coder
 from plphp.kernels.packed import PackedKV
 
+from .memory import memory_named
 from .placement import held_whole, without_codes
 from .provisional import ProvisionalBlock
 
 MIN_GROWTH = 16
 """Tokens for which the tail reserves room at least when it grows."""
-NO_MEMORY = ("can't allocate memory", "not enough memory")
-"""What torch says on a CPU."""
 
 
 class LayerEntries:
@@ -167,7 +163,7 @@ class LayerEntries:
         """
         of_keys = torch.promote_types(self.dtypes[0], key_states.dtype)
         of_values = torch.promote_types(self.dtypes[1], value_states.dtype)
-        with _memory_named(f"what is held in {of_keys} and {of_values}"):
+        with memory_named(f"what is held in {of_keys} and {of_values}"):
             prefix = None if self.prefix is None else self.prefix.to(of_keys, of_values)
             keys = None if self.keys is None else self.keys.to(of_keys)
             values = None if self.values is None else self.values.to(of_values)
@@ -329,25 +325,7 @@ def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
 
 def _grown(buffer: Tensor, used: int, room: int) -> Tensor:
     """Copy the first ``used`` entries of a buffer to a new one with room for ``room``, zeros behind them."""
-    with _memory_named(f"keys and values of {tuple(buffer.shape[:2])} rows and heads with room for {room} tokens"):
+    with memory_named(f"keys and values of {tuple(buffer.shape[:2])} rows and heads with room for {room} tokens"):
         grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3]))
     grown[:, :, :used] = buffer[:, :, :used]
     return grown
-
-
-@contextmanager
-def _memory_named(what: str) -> Iterator[None]:
-    """Raise `CacheMemoryError` where torch finds no memory."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not lacks_memory(error):
-            raise
-        raise CacheMemoryError(
-            f"There is no memory for {what} ({one_line(error)}): free some, or decode fewer rows or shorter answers."
-        ) from error
-
-
-def lacks_memory(error: RuntimeError) -> bool:
-    """Whether torch raised it because there is no memory; on a CPU only the words tell."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
