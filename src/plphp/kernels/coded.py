@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -40,6 +40,13 @@ class Reading:
 
 
 ALL = Reading()
+
+
+def needs_means(rungs: Iterable[Rung], reading: Reading) -> tuple[bool, bool]:
+    """Whether rungs and reading need the means of keys, and those of values."""
+    rungs = tuple(rungs)
+    stands_in = reading.share < 1 and reading.rest
+    return any(rung.keys.centred for rung in rungs), stands_in or any(rung.values.centred for rung in rungs)
 
 
 @dataclass(frozen=True)

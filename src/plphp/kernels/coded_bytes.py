@@ -3,12 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from .codecs import Codec, Codes, groups_of
-from .coded import CodedKV, Tier
+from .codecs import SCALE, Codec, Codes, groups_of
+from .coded import CodedKV, Reading, Tier, needs_means
+from .rungs import Rung
+
+
+SHARED = 32
+"""Bits of a channel that a group of entries shares."""
+
+
+def head_nbytes(rung: Rung, entries: int, dim: int, value_dim: int) -> int:
+    """Bytes that so many entries of a KV head take in a rung: codes, scales and groups."""
+    return _of_shape(rung.keys, entries, dim) + _of_shape(rung.values, entries, value_dim)
+
+
+def means_of_shape(rungs: Iterable[Rung], reading: Reading, dim: int, value_dim: int) -> int:
+    """Bytes of the means that a row needs for each KV head, with entries in some rungs."""
+    needs = needs_means(rungs, reading)
+    return SCALE.itemsize * (needs[0] * dim + needs[1] * value_dim)
 
 
 def tier_nbytes(tier: Tier, stored_row: int) -> int:
@@ -22,9 +38,12 @@ def index_nbytes(tier: Tier, stored_row: int) -> int:
     return _side(tier.rung.keys, tier.keys, tier.counts[stored_row], index=True)
 
 
-def means_nbytes(block: CodedKV) -> int:
-    """Bytes of the means of one row."""
-    return block.means_nbytes // len(block.reading)
+def means_nbytes(block: CodedKV, row: int) -> int:
+    """Bytes of the means that a row of the batch needs: rows beside it may need more, and a block has them for all."""
+    stored = block.rows[row]
+    needs = needs_means((tier.rung for tier in block.tiers if any(tier.counts[stored])), block.reading[stored])
+    sides = zip(block.means, needs, strict=True)
+    return sum(mean.nbytes // len(block.reading) for mean, needed in sides if needed and mean is not None)
 
 
 def row_nbytes(block: CodedKV, row: int) -> int:
@@ -32,7 +51,7 @@ def row_nbytes(block: CodedKV, row: int) -> int:
     stored = block.rows[row]
     if not any(block.held[stored]):
         return 0
-    return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block)
+    return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block, row)
 
 
 def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -> float:
@@ -53,7 +72,7 @@ def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -
         return row_nbytes(block, row)
     if read is None:
         read = _most(block, stored)
-    total: float = means_nbytes(block)
+    total: float = means_nbytes(block, row)
     for tier, entries in zip(block.tiers, read, strict=True):
         held = sum(tier.counts[stored])
         if held:
@@ -83,6 +102,14 @@ def _of_entry(tier: Tier) -> float:
     streams = sum(stream.shape[1] for stream in (*key.streams[1:], *value.streams))
     scales = sum(codes.scales.shape[1] * codes.scales.itemsize for codes in (key, value) if codes.scales is not None)
     return streams + scales
+
+
+def _of_shape(codec: Codec, entries: int, dim: int) -> int:
+    """Bytes of the keys or values of a KV head."""
+    if not codec.group:
+        return round(entries * codec.bits(dim) * dim / 8)
+    [groups] = groups_of((entries,), codec.group)
+    return round((entries * (codec.bits(dim) - SHARED / codec.group) + groups * SHARED) * dim / 8)
 
 
 def _side(codec: Codec, codes: Codes, counts: Sequence[int], index: bool = False) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .books import LayerBooks
 from .codecs import Codes, stored
-from .coded import ALL, CodedKV, Reading, Tier
+from .coded import ALL, CodedKV, Reading, Tier, needs_means
 from .rungs import Rung
 
 Means = tuple[Tensor | None, Tensor | None]
@@ -72,9 +72,7 @@ class Coder:
 
     def means(self, keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]) -> Means:
         """The means that rungs and reading need, float16 [batch * kv_heads, dim] of keys and of values."""
-        of_keys = any(rung.keys.centred for rung in rungs)
-        stands_in = self.reading.share < 1 and self.reading.rest
-        of_values = stands_in or any(rung.values.centred for rung in rungs)
+        of_keys, of_values = needs_means(rungs, self.reading)
         return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
 
 
