@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from .codecs import SCALE, Codec, Codes, groups_of
 from .coded import CodedKV, Reading, Tier, needs_means
 from .rungs import Rung
-
 
 SHARED = 32
 """Bits of a channel that a group of entries shares."""
@@ -25,6 +25,20 @@ def means_of_shape(rungs: Iterable[Rung], reading: Reading, dim: int, value_dim:
     """Bytes of the means that a row needs for each KV head, with entries in some rungs."""
     needs = needs_means(rungs, reading)
     return SCALE.itemsize * (needs[0] * dim + needs[1] * value_dim)
+
+
+def read_of_shape(counts: Mapping[Rung, int], reading: Reading, dim: int, value_dim: int) -> float:
+    """Bytes that a query reads at most of the entries of a KV head in some rungs, without means."""
+    held = {rung: head_nbytes(rung, count, dim, value_dim) for rung, count in counts.items()}
+    if reading.share == 1:
+        return sum(held.values())
+    index = {rung: _index_of_shape(rung.keys, count, dim) for rung, count in counts.items()}
+    left, total = reading.entries(sum(counts.values())), float(sum(index.values()))
+    for rung in sorted(counts, key=lambda rung: (index[rung] - held[rung]) / counts[rung]):
+        taken = min(left, counts[rung])
+        left -= taken
+        total += taken / counts[rung] * (held[rung] - index[rung])
+    return total
 
 
 def tier_nbytes(tier: Tier, stored_row: int) -> int:
@@ -110,6 +124,15 @@ def _of_shape(codec: Codec, entries: int, dim: int) -> int:
         return round(entries * codec.bits(dim) * dim / 8)
     [groups] = groups_of((entries,), codec.group)
     return round((entries * (codec.bits(dim) - SHARED / codec.group) + groups * SHARED) * dim / 8)
+
+
+def _index_of_shape(codec: Codec, entries: int, dim: int) -> int:
+    """Those of the keys of a KV head that the index reads."""
+    books = getattr(codec, "books", ())
+    if books:
+        return round(entries * replace(codec, books=books[:1], width=0).bits(dim) * dim / 8)  # type: ignore[type-var]
+    unread = getattr(codec, "width", 1) - 1
+    return _of_shape(codec, entries, dim) - entries * unread * dim // 8
 
 
 def _side(codec: Codec, codes: Codes, counts: Sequence[int], index: bool = False) -> int:

@@ -210,9 +210,9 @@ class PruneReport:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that a decoding step reads at most of the cache as it is now; those of all entries where not all is known.
+        """Bytes that a decoding step reads at most of the cache as it is now, codebooks aside.
 
-        Codebooks are no part of it.
+        In reports of earlier versions `entry_bytes`.
         """
         return sum(layer.read for layer in self.held) if self.held else self.entry_bytes
 
@@ -244,7 +244,7 @@ class PruneReport:
 
     @property
     def vision_held(self) -> float:
-        """Bytes that hold vision tokens, as a fraction of those of all of them held whole, over prompts, layers, rows and
+        """Bytes of the vision tokens, as a fraction of those of all of them held whole, over prompts, layers, rows and
         heads; 1 if there are none. Without few bits, `retention`."""
         full = sum(row.entry_bytes * row.vision_tokens * len(row.kept) for row in self._rows)
         return sum(row.vision_bytes for row in self._rows) / full if full else self.retention

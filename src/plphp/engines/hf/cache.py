@@ -18,8 +18,8 @@ from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of
 from plphp.policy.bank import QueryBank
 from plphp.pruning.finite import features_of
-from plphp.pruning.reading import PromptReading
 from plphp.pruning.live_bytes import books_nbytes
+from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord, prompt_reports
 from plphp.pruning.report import BankProgress, PruneReport
 from plphp.pruning.scoring import Attended
