@@ -163,8 +163,8 @@ def summary(report: PruneReport) -> str:
     where = f"{reserved}{_devices(report)}"
     return (
         f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
-        f"({_change(report)}){where}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first use of its "
-        "operations included"
+        f"({_change(report)}){where}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first use of "
+        "its operations included"
     )
 
 
