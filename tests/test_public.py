@@ -78,7 +78,7 @@ CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
     *("BankProgress", "EntrySample", "Kind", "LayerBank", "LayerBooks", "PackedKV", "ProfiledPrompt", "PromptReport"),
-    *("Ladder", "QueryRows", "ReAttention", "Rotation", "Value"),
+    *("CodedKV", "Ladder", "LayerBytes", "QueryRows", "ReAttention", "Rotation", "RungBytes", "TierReport", "Value"),
 }
 """What public objects are made of: documented where they are reached from."""
 

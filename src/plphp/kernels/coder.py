@@ -73,7 +73,7 @@ class Coder:
 
 def rung_means(keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]) -> Means:
     """The means over vision tokens that rungs need, float16 [batch * kv_heads, dim] of keys and of values."""
-    of_keys, of_values = any(rung.keys.centred for rung in rungs), any(rung.values.centred for rung in rungs)
+    of_keys, of_values, _ = needs_means(rungs, ALL)
     return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
 
 
