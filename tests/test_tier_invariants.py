@@ -173,7 +173,9 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(line: str, folder: Path) -> No
     for part in embeds.chunk(3, dim=1):
         model(inputs_embeds=part, **passed(cache), use_cache=True)
     for one, other in zip(whole.layers, cache.layers, strict=True):
-        for ours, theirs in zip(one.coded[0].decoded(torch.float64), other.coded[0].decoded(torch.float64), strict=True):
+        for ours, theirs in zip(
+            one.coded[0].decoded(torch.float64), other.coded[0].decoded(torch.float64), strict=True
+        ):
             assert ours.counts == theirs.counts
             # Scales are rounded to float16, where noise of float64 may fall to either side: once in a million numbers.
             assert torch.allclose(ours.keys, theirs.keys, atol=1e-9)

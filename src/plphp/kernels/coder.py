@@ -111,9 +111,7 @@ def encoded(
     )
 
 
-def _means(
-    keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung], readings: Sequence[Reading]
-) -> Means:
+def _means(keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung], readings: Sequence[Reading]) -> Means:
     """The means that some rungs, and some ways to read, need, float16 [batch * kv_heads, dim] each."""
     of_keys = any(rung.keys.centred for rung in rungs)
     stands_in = any(reading.share < 1 and reading.rest for reading in readings)
