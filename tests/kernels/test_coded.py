@@ -218,9 +218,9 @@ def test_bytes_are_those_of_the_live_tensors(names: tuple[str, ...], share: floa
     assert sum(held) == live
     assert read == held if share == 1 else all(0 < a < b for a, b in zip(read, held, strict=True))
     if share < 1:
-        none, every = ([0.0] * len(block.tiers), [float(sum(tier.counts[0])) for tier in block.tiers])
+        none, every = ([0.0] * len(block.tiers), [float(sum(tier.counts[1])) for tier in block.tiers])
         assert read_nbytes(block, 0, every) == pytest.approx(held[0])
-        index = sum(index_nbytes(tier, 0) for tier in block.tiers)
+        index = sum(index_nbytes(tier, 1) for tier in block.tiers)
         assert read_nbytes(block, 0, none) == means_nbytes(block) + index
 
 
