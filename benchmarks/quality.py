@@ -3,8 +3,8 @@
 
 PART is one of, in this order:
 
-- ``bank``         queries of the bundled model's answers to development prompts, for query_bank: a file beside its
-                   weights
+- ``bank``         queries of the bundled model's answers to development prompts, for query_bank, and codebooks from
+                   the same prompts: a file beside its weights
 - ``attention``    vision attention per layer and head over development prompts: benchmarks/results/attention.json
 - ``calibration``  thresholds from some development prompts, measured on others: benchmarks/results/calibration.json
 - ``ablation``     choices within methods on the development split: benchmarks/results/ablation.json
@@ -305,7 +305,7 @@ def _prompts(processor: Any, each: int, seed: int, without: str = "") -> Iterato
 
 
 def bank(arguments: argparse.Namespace) -> None:
-    """Queries of answers to prompts that no other part uses."""
+    """Queries of answers to prompts that no other part uses, and codebooks from the same prompts."""
     import plphp
     from plphp.inputs.loading import load_model
     from plphp.policy.bank import BUNDLED
@@ -314,7 +314,12 @@ def bank(arguments: argparse.Namespace) -> None:
         raise SystemExit("This part is for the bundled model: use plphp collect for another one.")
     model, processor = load_model(None, "float32", None)
     prompts = _prompts(processor, arguments.samples or 8, seed=3)
-    found = plphp.collect_query_bank(model, prompts, progress=lambda step: print(step, file=sys.stderr))
+    found = plphp.collect_query_bank(
+        model,
+        prompts,
+        book_tokens=2**16,  # all of them: codebooks of few heads are soon learned
+        progress=lambda step: print(step, file=sys.stderr),
+    )
     record = {**found.record, "sha256": _weights(None)}
     dataclasses.replace(found, record=record).save(BUNDLED)
 
