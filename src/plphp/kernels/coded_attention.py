@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .coded import CodedKV
+from . import _coded_cpp, choice
+from .books import Books, LayerBooks
+from .coded import CodedKV, Coder, Reading
 from .packed import PackedKV
+from .precision import as_written
+from .rungs import RUNGS
 
 MAX_LOGITS = 2**24
 """Logits that are held at once; long query chunks are cut so that they stay below."""
@@ -40,6 +45,8 @@ def counting_reads() -> Iterator[list[Tensor]]:
 def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of queries over coded entries, all of them visible.
 
+    On a CPU a C++ kernel does short queries, which is built when it is first used.
+
     A query reads what the `Reading` of its row says. Of the entries j of a KV head, the k with the largest index mass
 
         m[j] = mean over the query heads of softmax_j(q . index[j] * scaling)
@@ -63,6 +70,17 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
     lse : Tensor
         Log-sum-exp of the logits, float32 or float64 [batch, q_heads, query]; -inf where a row holds nothing.
     """
+    if _counts.get() is None and query.shape[2] <= _coded_cpp.LONG and query.device.type == "cpu":
+        reason = _coded_cpp.unsupported(query, coded)
+        values = query.new_empty(0).expand(_coded_cpp.value_dim(coded))  # of this width, and of no memory
+        if choice.usable("attend_codes", "C++", reason, cpp_trial, query, values):
+            return _coded_cpp.attend(query, coded, scaling)
+    with as_written(query.device):
+        return reference(query, coded, scaling)
+
+
+def reference(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
+    """As `attend_codes`, in torch: everything is decoded first."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(dtype) * scaling).unflatten(1, (coded.kv_heads, -1))
     tiers = [_side_by_side(tier) for tier in coded.decoded(dtype)]
@@ -117,7 +135,7 @@ def _chosen(of_index: Tensor, coded: CodedKV) -> Tensor:
     """The entries that queries read, bool [batch, kv_heads, query, entries], from the logits of the index."""
     mass = of_index.softmax(-1).nan_to_num(0.0).mean(2)
     mass = mass.masked_fill(of_index[:, :, 0] == -torch.inf, -1.0)  # never before an entry, whatever its mass
-    order = mass.argsort(-1, descending=True, stable=True)
+    order = mass.argsort(dim=-1, descending=True, stable=True)
     position = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
@@ -151,3 +169,51 @@ def _note(read: Tensor, widths: list[int], held: Tensor) -> None:
     if counts is not None:
         of_tiers = (read & held[:, :, None]).double().mean(2).sum(1).split(widths, -1)
         counts.append(torch.stack([tier.sum(-1) for tier in of_tiers], -1))
+
+
+def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
+    """Largest difference between the C++ kernel and the reference on small cases, in outputs and log-sum-exps.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If it cannot be built.
+    """
+
+    def both(attend: Callable[[Tensor, CodedKV, float], tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        def joined(query: Tensor, coded: CodedKV) -> Tensor:
+            output, lse = attend(query, coded, dim**-0.5)
+            return torch.cat([output.double(), lse.double()[..., None]], -1)
+
+        return joined
+
+    worst = []
+    for length, reading in ((1, Reading()), (3, Reading(0.25)), (1, Reading(0.25, rest=False))):
+        coded = _trial_block(dim, value_dim, reading)
+
+        def case(keys: choice.Draw, _: choice.Draw, __: torch.device, length: int = length, coded: CodedKV = coded) -> tuple[Any, ...]:
+            return keys(2, 6, length, dim), coded
+
+        worst.append(choice.difference(both(_coded_cpp.attend), both(reference), case, device, dtypes))
+    return torch.tensor(worst, dtype=torch.float64).max().item()  # NaN if any is
+
+
+def _trial_block(dim: int, value_dim: int, reading: Reading) -> CodedKV:
+    """Rows that are swapped, an empty head, and entries in rungs of all kinds."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu")
+
+    def books(width: int) -> Books:
+        fine, residual = (draw(2, width // 8, 256, 8).half() for _ in range(2))
+        return Books(fine, residual * 0.3, draw(2, width // 16, 256, 16).half() if width % 16 == 0 else None)
+
+    names = ["pr2", "rvq", "pq", "c3", "kivi2", *(["pq16"] if dim % 16 == value_dim % 16 == 0 else [])]
+    placement = torch.randint(len(names) + 1, (2, 2, 300), generator=generator)
+    placement[1, 0] = 0
+    coder = Coder(tuple(RUNGS[name] for name in names), LayerBooks(books(dim), books(value_dim)), reading)
+    vision = torch.ones(2, 300, dtype=torch.bool)
+    coded = coder.encode(draw(2, 2, 300, dim), draw(2, 2, 300, value_dim), vision, placement.to(torch.uint8))
+    assert coded is not None
+    return coded.select((1, 0))
