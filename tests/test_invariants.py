@@ -29,8 +29,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 FAMILIES = sorted(TINY)
 STAGED = ("fastv", "vtw")
 """Methods that act inside prefill."""
-METHODS = tuple(sorted(plphp.available_methods().keys() - {"oracle", "query_bank", *STAGED}))
-"""Those that need nothing but a prompt; tests/studies/test_query_bank.py has the invariants of that method."""
+METHODS = tuple(sorted(plphp.available_methods().keys() - {"oracle", "query_bank", "quantized", *STAGED}))
+"""Those that need nothing but a prompt and hold entries whole; tests/studies/test_query_bank.py has the invariants of
+that method."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 4},
     "snapkv_vision": {"window": 4},
@@ -61,9 +62,9 @@ FULL = [family for family in FAMILIES if full_attention_only(family)]
 KINDS = ("llava", "qwen2-vl", "gemma3", "qwen3.5", "smolvlm")
 """Families that differ in what a method may touch: plain, with m-RoPE, with sliding windows, with linear attention, and
 with many segments per image."""
-MECHANISMS = ("plphp", "snapkv", "recall_rank", "expected_attention")
+MECHANISMS = ("plphp", "snapkv", "recall_rank", "expected_attention", "prompt_queries")
 """Methods that differ in what they ask of a family: rates by layer, evicted text, all kinds of evidence and draws,
-and turned queries."""
+turned queries as states, and those that ask."""
 
 
 def pairs(mechanisms: tuple[str, ...] = MECHANISMS) -> list[tuple[str, str]]:

@@ -78,8 +78,7 @@ CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
     *("BankProgress", "Kind", "LayerBank", "PackedKV", "ProfiledPrompt", "PromptReport", "QueryRows", "ReAttention"),
-    "Rotation",
-    "Value",
+    *("Ladder", "Rotation", "Value"),
 }
 """What public objects are made of: documented where they are reached from."""
 

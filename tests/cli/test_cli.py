@@ -301,6 +301,9 @@ class TestSupport:
         shown = " ".join(ok("methods").split())
         assert "arXiv:2502.14504" in shown
         assert "first of all" in shown
+        assert "│ t10 │ pr2=.20,rvq=.24,pq=.32 │" in shown
+        assert "│ rvq │ 2 │ yes │" in shown
+        assert "│ kivi2 │ 3 │ no │" in shown
         bank = next(method for method in json.loads(ok("methods", "--json")) if method["name"] == "query_bank")
         assert bank["when"].startswith("first of all")
         assert bank["options"]["collect"] == 16

@@ -31,6 +31,13 @@ def test_without_a_rate_the_target_is_two_fifths() -> None:
     assert read_settings(None, None, "shared", None, None) == PLPHPConfig(method="shared", target_retention=0.4)
 
 
+def test_a_method_with_a_ladder_of_its_own_has_no_default_target() -> None:
+    for bundled in (False, True):
+        assert read_settings(None, None, "quantized", None, None, bundled=bundled) == PLPHPConfig(method="quantized")
+    with pytest.raises(ConfigError, match=r"tiers=c3 says how much is kept, and so does retention_rate=0.3"):
+        read_settings(None, None, "quantized", 0.3, None)
+
+
 def test_explicit_rates_are_taken() -> None:
     assert read_settings(None, None, None, 0.3, None) == PLPHPConfig(retention_rate=0.3)
     assert read_settings(None, None, None, None, 0.5) == PLPHPConfig(target_retention=0.5)

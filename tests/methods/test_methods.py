@@ -351,6 +351,7 @@ def test_zipvl_takes_a_threshold_or_a_target() -> None:
     [
         *("snapkv", "snapkv_vision", "recall_rank", "vl_cache", "zipvl", "adakv", "tgv_kv", "mixkv"),
         "expected_attention",
+        "prompt_queries",
     ],
 )
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2-vl"])
@@ -373,7 +374,9 @@ def test_a_later_turn_with_an_image_evicts_of_its_own_prompt_alone(family: str, 
     assert_same_generation(expected[1], second)
 
 
-@pytest.mark.parametrize("method", ["fastv", "vtw", "snapkv", "recall_rank", "expected_attention", "tgv_kv"])
+@pytest.mark.parametrize(
+    "method", ["fastv", "vtw", "snapkv", "recall_rank", "expected_attention", "tgv_kv", "prompt_queries"]
+)
 def test_several_sequences_of_a_prompt(method: str) -> None:
     """Rows are repeated after the prompt was planned."""
     model, inputs = tiny_model("llava"), TINY["llava"].inputs(tiny_model("llava"), [1, 1])
@@ -548,7 +551,7 @@ def test_flash_attention_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
 def test_methods_with_a_mean_rate_meet_it() -> None:
     """Measured retention is what was asked for, on average over many prompts; counts are rounded."""
     model, tiny = tiny_model("llava-next"), TINY["llava-next"]
-    left_out = {"oracle", "query_bank", "none", "snapkv", "adakv", "plphp", "shared", "vtw"}
+    left_out = {"oracle", "query_bank", "quantized", "none", "snapkv", "adakv", "plphp", "shared", "vtw"}
     names = sorted(plphp.available_methods().keys() - left_out)
     for name in names:
         target = random.Random(name).choice([0.5, 0.7])

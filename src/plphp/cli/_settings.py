@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError
-from plphp.methods.registry import chain_of
+from plphp.methods.registry import chain_of, get_method
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.presets import with_defaults
 
@@ -52,6 +52,8 @@ def read_settings(
         settings = PLPHPConfig.parse(config)
     elif config_file is not None:
         settings = PLPHPConfig.from_toml(config_file)
+    elif method is not None and get_method(method).tiers is not None:  # its ladder says how much is kept
+        settings = PLPHPConfig.from_dict(explicit)
     else:
         settings = PLPHPConfig.from_dict(with_defaults(explicit, bundled))
     chain_of(settings)  # refuses unknown methods and options now, before anything is loaded

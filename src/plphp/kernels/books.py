@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,9 @@ class LayerBooks:
                 f"The codebooks of keys are of {self.keys.kv_heads} KV heads, and those of values of "
                 f"{self.values.kv_heads}: expected as many."
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerBooks:
+        return self  # nothing in it changes, and copies of a cache are of the same model
 
     @property
     def kv_heads(self) -> int:

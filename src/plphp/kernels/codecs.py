@@ -27,7 +27,7 @@ from torch import Tensor
 
 from plphp.errors import UnsupportedFeatureError
 
-from .bit_planes import BYTE, pack_planes, unpack_planes
+from .bit_planes import pack_planes, unpack_planes
 from .books import Books
 from .hadamard import hadamard
 
@@ -129,8 +129,12 @@ class Codec(Protocol):
     def group(self) -> int:
         """Entries that share a group; 0 where an entry's code depends on no other entry."""
 
+    @property
+    def index_scaled(self) -> bool:
+        """Whether the index of an entry needs its scales."""
+
     def bits(self, dim: int) -> float:
-        """Bits per channel of an entry of so many channels, scales counted, without what is shared."""
+        """Bits per channel of an entry of so many channels, with its scales and its part of its group."""
 
     def encode(self, states: Tensor, places: Places) -> Codes:
         """The codes of states, floating-point [entries, dim]."""
@@ -163,6 +167,7 @@ class Affine:
     axis: Literal["channel", "token"]
     group: int = 0
     centred: bool = False
+    index_scaled: bool = True
 
     def bits(self, dim: int) -> float:
         """See `Codec`."""
@@ -236,6 +241,11 @@ class Centred:
     width: int = 0
     centred: bool = True
     group: int = 0
+
+    @property
+    def index_scaled(self) -> bool:
+        """See `Codec`."""
+        return not self.books
 
     def bits(self, dim: int) -> float:
         """See `Codec`."""
@@ -368,8 +378,3 @@ def centroids(numbers: Tensor, book: Tensor, places: Places) -> Tensor:
     heads, parts = book.shape[:2]
     head = places.pair % heads
     return book[head[:, None], torch.arange(parts, device=numbers.device), numbers.long()].flatten(1)
-
-
-def planes_width(dim: int) -> int:
-    """Bytes of a bit plane, or of the numbers of fine centroids, of an entry of so many channels."""
-    return dim // BYTE

@@ -9,9 +9,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .books import LayerBooks
-from .codecs import Codec, Codes, Places, groups_of, stored
+from .codecs import Codec, Codes, Places, groups_of
 from .packed import PackedKV
 from .ragged import Ragged
 from .rungs import Rung
@@ -74,16 +75,7 @@ class Tier(Ragged):
         """Bytes of codes, scales and groups."""
         return self.keys.nbytes + self.values.nbytes
 
-    @property
-    def index_nbytes(self) -> int:
-        """Those of them that the index is made of."""
-        shared = [tensor for tensor in (self.keys.groups,) if tensor is not None]
-        # Where there are codebooks, the index is centroids without a scale.
-        scaled = self.keys.scales is not None and not getattr(self.rung.keys, "books", ())
-        shared += [self.keys.scales] if scaled and self.keys.scales is not None else []
-        return self.keys.streams[0].nbytes + sum(tensor.nbytes for tensor in shared)
-
-    def decoded(self, means: tuple[Tensor | None, Tensor | None], books: LayerBooks | None) -> tuple[Places, Places]:
+    def places(self, means: tuple[Tensor | None, Tensor | None], books: LayerBooks | None) -> tuple[Places, Places]:
         """Where the entries of keys and of values lie, and what they share."""
         pair, place = self.pair_of_entries()
         counts = tuple(count for row in self.counts for count in row)
@@ -107,6 +99,12 @@ class Tier(Ragged):
             of_rows = [sum(groups_of(row, codec.group)) for row in self.counts]
             groups = slice(sum(of_rows[:stored_row]), sum(of_rows[: stored_row + 1]))
         return codes.taken(self.entries_of(stored_row), groups)
+
+    def among(self, before: int, after: int) -> Tier:
+        """The same rows with others around them, which hold nothing."""
+        nothing = len(self.counts)
+        rows = ((nothing,) * before) + self.rows + ((nothing,) * after)
+        return replace(self, counts=(*self.counts, (0,) * self.kv_heads), rows=rows)
 
     def picked(self, keep: Tensor) -> Tier:
         """Make rows that each take some entries of this tier's only row, whose codes depend on no other entry.
@@ -197,15 +195,11 @@ class CodedKV:
         means = [None if mean is None else self._of_rows(mean, live) for mean in (self.key_means, self.value_means)]
         return CodedKV(tiers, means[0], means[1], self.books, tuple(self.reading[row] for row in live))
 
-    @classmethod
-    def stacked(cls, blocks: Sequence[CodedKV]) -> CodedKV:
-        """Put the rows of several blocks of one layer below each other, whose rows are in the order stored."""
-        books = next((block.books for block in blocks if block.books is not None), None)
-        rungs = list(dict.fromkeys(tier.rung for block in blocks for tier in block.tiers))
-        stored_rows = sum(len(block.reading) for block in blocks)
-        tiers = tuple(_stacked(rung, blocks, stored_rows) for rung in rungs)
-        means = [_stacked_means([block.means[side] for block in blocks], blocks) for side in (0, 1)]
-        return cls(tiers, means[0], means[1], books, tuple(reading for block in blocks for reading in block.reading))
+    def among(self, before: int, after: int) -> CodedKV:
+        """The same rows with others around them, for which nothing is held."""
+        tiers = tuple(tier.among(before, after) for tier in self.tiers)
+        means = [None if mean is None else pad(mean, (0, 0, 0, self.kv_heads)) for mean in self.means]
+        return CodedKV(tiers, means[0], means[1], self.books, (*self.reading, ALL))
 
     @property
     def means(self) -> tuple[Tensor | None, Tensor | None]:
@@ -226,7 +220,7 @@ class CodedKV:
         """
         result = []
         for tier in self.tiers:
-            of_keys, of_values = tier.decoded(self.means, self.books)
+            of_keys, of_values = tier.places(self.means, self.books)
             look = tier.rung.keys.index if index else tier.rung.keys.decode
             keys = look(tier.keys, of_keys, dtype)
             own = tier.rung.values.decode(tier.values, of_values, dtype) if values else keys
@@ -235,109 +229,3 @@ class CodedKV:
 
     def _of_rows(self, mean: Tensor, live: Sequence[int]) -> Tensor:
         return torch.cat([mean[row * self.kv_heads : (row + 1) * self.kv_heads] for row in live])
-
-
-def _stacked(rung: Rung, blocks: Sequence[CodedKV], stored_rows: int) -> Tier:
-    """The tiers of one rung below each other; a block without it has no entries in it."""
-    keys, values, counts = [], [], []
-    for block in blocks:
-        own = next((tier for tier in block.tiers if tier.rung == rung), None)
-        if own is None:
-            counts += [(0,) * block.kv_heads] * len(block.reading)
-        else:
-            keys.append(own.keys)
-            values.append(own.values)
-            counts += own.counts
-    return Tier(rung, Codes.joined(keys), Codes.joined(values), tuple(counts), tuple(range(stored_rows)))
-
-
-def _stacked_means(means: Sequence[Tensor | None], blocks: Sequence[CodedKV]) -> Tensor | None:
-    """Means below each other; 0 for the rows of a block without."""
-    some = next((mean for mean in means if mean is not None), None)
-    if some is None:
-        return None
-    pairs = [len(block.reading) * block.kv_heads for block in blocks]
-    return torch.cat([some.new_zeros(n, some.shape[1]) if m is None else m for m, n in zip(means, pairs, strict=True)])
-
-
-@dataclass(frozen=True)
-class Coder:
-    """Makes the tiers of a layer.
-
-    Parameters
-    ----------
-    rungs : tuple of Rung
-        Those of a ladder, from its top.
-    books : LayerBooks, optional
-        Codebooks of the layer.
-    reading : Reading
-        What a step is to read.
-    """
-
-    rungs: tuple[Rung, ...]
-    books: LayerBooks | None = None
-    reading: Reading = ALL
-
-    def encode(self, keys: Tensor, values: Tensor, vision: Tensor, placement: Tensor) -> CodedKV | None:
-        """Hold entries in few bits.
-
-        Parameters
-        ----------
-        keys, values : Tensor
-            [batch, kv_heads, seq, dim].
-        vision : Tensor
-            bool [batch, seq]; the tokens whose mean is taken off.
-        placement : Tensor
-            uint8 [batch, kv_heads, seq]; from 1 on, the number of an entry's rung. What is none of them is not coded.
-
-        Returns
-        -------
-        CodedKV or None
-            None where nothing is coded.
-
-        Raises
-        ------
-        UnsupportedFeatureError
-            If a rung cannot hold such entries.
-        """
-        batch = len(keys)
-        masks = [placement == number for number in range(1, len(self.rungs) + 1)]
-        used = [(rung, mask) for rung, mask in zip(self.rungs, masks, strict=True) if bool(mask.any())]
-        if not used:
-            return None
-        books = None if self.books is None else self.books.to(keys.device)
-        for rung, _ in used:
-            rung.check(keys.shape[3], values.shape[3], books)
-        means = self.means(keys, values, vision, [rung for rung, _ in used])
-        tiers = []
-        for rung, mask in used:
-            counts = tuple(tuple(row) for row in mask.sum(-1).tolist())
-            empty = torch.empty(sum(map(sum, counts)), 0, dtype=torch.uint8, device=keys.device)
-            blank = Codes((empty,))
-            places = Tier(rung, blank, blank, counts, tuple(range(batch))).decoded(means, books)
-            of_keys = rung.keys.encode(_wide(keys[mask]), places[0])
-            tiers.append(
-                Tier(rung, of_keys, rung.values.encode(_wide(values[mask]), places[1]), counts, tuple(range(batch)))
-            )
-        used_books = books if any(rung.needs_books for rung, _ in used) else None
-        return CodedKV(tuple(tiers), *means, used_books, (self.reading,) * batch)
-
-    def means(
-        self, keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The means that rungs and reading need, float16 [batch * kv_heads, dim] of keys and of values."""
-        of_keys = any(rung.keys.centred for rung in rungs)
-        stands_in = self.reading.share < 1 and self.reading.rest
-        of_values = stands_in or any(rung.values.centred for rung in rungs)
-        return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
-
-
-def _mean(states: Tensor, vision: Tensor) -> Tensor:
-    wide, weight = _wide(states), vision.to(states.device)[:, None, :, None]
-    total = torch.where(weight, wide, 0).sum(2)
-    return stored((total / weight.sum(2).clamp(min=1)).flatten(0, 1))
-
-
-def _wide(states: Tensor) -> Tensor:
-    """States in a dtype to work in."""
-    return states.detach().to(torch.promote_types(states.dtype, torch.float32))

@@ -35,7 +35,8 @@ def counting_reads() -> Iterator[list[Tensor]]:
         For each call of `attend_codes`, float64 [batch, tiers]: entries of each tier that a query of the row reads, in
         sum over the KV heads and in the mean over the queries.
     """
-    token = _counts.set(counts := [])
+    counts: list[Tensor] = []
+    token = _counts.set(counts)
     try:
         yield counts
     finally:
@@ -144,8 +145,8 @@ def _chosen(of_index: Tensor, coded: CodedKV) -> Tensor:
 
 
 def _rest(of_index: Tensor, read: Tensor, coded: CodedKV) -> Tensor:
-    """Log-sum-exp of the index logits of what is not read, [batch, kv_heads, group, query]; -inf where nothing stands in
-    for it."""
+    """Log-sum-exp of the index logits of what is not read, [batch, kv_heads, group, query]; -inf where it is left
+    out."""
     stands_in = torch.tensor([coded.reading[row].rest and coded.reading[row].share < 1 for row in coded.rows])
     left = of_index.masked_fill(read[:, :, None], -torch.inf).logsumexp(-1)
     return left.masked_fill(~stands_in.to(left.device)[:, None, None, None], -torch.inf)

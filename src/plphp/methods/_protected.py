@@ -5,13 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.policy.evidence import LayerScores
+from plphp.policy.evidence import SINKS, LayerScores
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SINKS = 4
-"""Tokens at the start of a conversation that attention falls on for want of anything better (arXiv:2309.17453)."""
 
 
 def sinks(scores: LayerScores) -> Tensor:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 from plphp.policy.allocation import uniform
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.method import Method
-from plphp.policy.rankers import by_best_position, by_peak, per_head
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
-from plphp.settings.options import Option, settings
+from plphp.settings.options import settings
+
+from . import _best
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RANKERS = {"best_rank": by_best_position, "peak": by_peak, "mean": per_head}
-OPTIONS = {"reduce": Option("best_rank", choices=tuple(RANKERS))}
+OPTIONS = {"reduce": _best.OPTIONS["reduce"]}
 
 
 def evidence(config: PLPHPConfig) -> Evidence:
@@ -33,7 +33,7 @@ def evidence(config: PLPHPConfig) -> Evidence:
 
 def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
     """By the option ``reduce``."""
-    return RANKERS[settings(OPTIONS, config.options)["reduce"]](scores, config)
+    return _best.RANKERS[settings(OPTIONS, config.options)["reduce"]](scores, config)
 
 
 METHOD = Method(

@@ -22,29 +22,24 @@ prompt's own.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError
 from plphp.policy.allocation import uniform
-from plphp.policy.evidence import Evidence, LayerScores, OwnBank
+from plphp.policy.evidence import Evidence, OwnBank
 from plphp.policy.method import Method
-from plphp.policy.rankers import by_best_position, by_peak, per_head, times_value_norm
 from plphp.policy.selection import Mix
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from . import _best
 
-RANKERS = {"peak": by_peak, "mean": per_head, "best_rank": by_best_position}
 OPTIONS = {
     "candidates": Option("vision", choices=("vision", "prompt")),
     "bank": Option(""),
     "collect": Option(16, low=1),
     "folder": Option(""),
-    "reduce": Option("best_rank", choices=tuple(RANKERS)),
-    "value_norm": Option(1, low=0, high=1),
+    **_best.OPTIONS,
     "random_share": Option(0.0, low=0, high=1),
 }
 
@@ -58,15 +53,8 @@ def evidence(config: PLPHPConfig) -> Evidence:
     return Evidence(
         candidates=options["candidates"],
         bank=options["bank"] or OwnBank(options["collect"], options["folder"]),
-        peak=options["reduce"] == "peak",
-        best_position=options["reduce"] == "best_rank",
-        value_norm=options["value_norm"] == 1,
+        **_best.asked(config),
     )
-
-
-def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
-    """The score s of the module's docstring."""
-    return times_value_norm(RANKERS[settings(OPTIONS, config.options)["reduce"]](scores, config), scores)
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
@@ -102,7 +90,7 @@ METHOD = Method(
     paper="own: queries of other answers, heads as in arXiv:2407.11550",
     kv=KVStage(
         allocate=uniform,
-        score=score,
+        score=_best.score,
         evidence=evidence,
         mix=lambda config: Mix(random=settings(OPTIONS, config.options)["random_share"]),
         heads="ragged",

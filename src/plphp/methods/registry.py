@@ -7,6 +7,8 @@ A package adds its own with the entry point group ``plphp.methods``, each entry 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from plphp import methods
 from plphp.errors import ConfigError, did_you_mean
@@ -15,6 +17,11 @@ from plphp.policy.chain import Chain
 from plphp.policy.method import Method
 from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_elsewhere
 from plphp.settings.options import check_options
+
+from ._tiers import check_books, refuse_tiers
+
+if TYPE_CHECKING:
+    from plphp.kernels.rungs import Rung
 
 METHODS_BY_NAME = Plugins(Method, methods, "METHOD", "plphp.methods", helpers=("registry",))
 
@@ -42,6 +49,13 @@ def available_methods() -> dict[str, Method]:
     return METHODS_BY_NAME.available()
 
 
+def available_rungs() -> Mapping[str, Rung]:
+    """All rungs of few bits by name: what a ladder may name beside ``whole``."""
+    from plphp.kernels.rungs import RUNGS  # imports torch, which what is looked at before a model does not
+
+    return RUNGS
+
+
 def get_method(name: str) -> Method:
     """The method of a name.
 
@@ -64,7 +78,8 @@ def resolve(config: PLPHPConfig) -> Method:
     ------
     ConfigError
         If there is none of that name, the config's options are not those of the method, or it asks for ragged heads
-        where the scores of the method say nothing of heads, or for a quota of each image where text competes.
+        where the scores of the method say nothing of heads, for a quota of each image where text competes, or for
+        tiers that there are not or that the method cannot fill.
     """
     method = get_method(config.method)
     check_options(method.name, method.options, config.options, SETTINGS)
@@ -78,6 +93,7 @@ def resolve(config: PLPHPConfig) -> Method:
             f"The method {method.name!r} ranks text and images together, and text has no image whose quota it could "
             "count for: leave out image_quota='per_image', or take a method that keeps all text."
         )
+    refuse_tiers(method, method.settled(config))
     return method
 
 
@@ -135,5 +151,7 @@ def _method_for(config: PLPHPConfig, layers: int) -> Method:
             raise ConfigError(f"exempt_layers names layer {layer}, but the model has the layers 0 to {layers - 1}.")
     warn_if_calibrated_elsewhere(config, layers)
     method = resolve(config)
-    method.check(config, layers)
+    settled = method.settled(config)
+    method.check(settled, layers)
+    check_books(method, settled, layers)
     return method

@@ -8,7 +8,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from plphp.errors import ConfigError
+from plphp.kernels.books import LayerBooks
 
+from .bank_books import book_tensors, books_in, sample_in, sample_tensors
+from .entry_sampling import EntrySample
 from .rotation import Rotation
 
 FORMAT = "plphp query bank 1"
@@ -91,22 +94,31 @@ class QueryBank:
         int64 [samples]; how many tokens after the prompt each query came.
     record : mapping
         JSON-ready: the model and how the bank was made; ``decoder_layers`` among it.
+    books : mapping of int to LayerBooks, optional
+        Codebooks of each layer, learned from the same prompts; None where there are none, as in the files of earlier
+        versions and of models whose heads have a number of channels that 8 does not divide.
+    sampled : EntrySample, optional
+        The vision entries that codebooks will be learned from, while a bank that collects itself is not complete.
     """
 
     layers: Mapping[int, LayerBank] = field(repr=False)
     ahead: Tensor = field(repr=False)
     record: Mapping[str, Any]
+    books: Mapping[int, LayerBooks] | None = field(default=None, repr=False)
+    sampled: EntrySample | None = field(default=None, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QueryBank:
         return self  # nothing in it changes, and copies of a cache ask with the same bank
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, with the queries in bfloat16."""
+        """Write a safetensors file, with the queries in bfloat16 and the codebooks in float16."""
         tensors, interleaved = {"ahead": self.ahead}, {}
         for number, layer in self.layers.items():
             tensors[f"{number}.queries"] = layer.queries.to(torch.bfloat16).contiguous()
             tensors[f"{number}.frequencies"] = layer.rotation.frequencies.clone()
             interleaved[number] = layer.rotation.interleaved
+        tensors.update({} if self.books is None else book_tensors(self.books))
+        tensors.update({} if self.sampled is None else sample_tensors(self.sampled))
         about = {"format": FORMAT, "interleaved": json.dumps(interleaved), "record": json.dumps(dict(self.record))}
         path = Path(path)
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another process may save here as well
@@ -144,14 +156,16 @@ class QueryBank:
             }
             if not all(bool(layer.queries.isfinite().all()) for layer in layers.values()):
                 raise ValueError("it holds NaN or inf")
-            return cls(layers, tensors["ahead"], json.loads(about["record"]))
+            queries = {number: layer.queries for number, layer in layers.items()}
+            books, sampled = books_in(tensors, queries), sample_in(tensors, queries)
+            return cls(layers, tensors["ahead"], json.loads(about["record"]), books, sampled)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"The query bank {path} is broken ({error!r}). {_ADVICE}") from error
 
     def rounded(self) -> QueryBank:
         """The bank as a file would hold it."""
         layers = {n: LayerBank(layer.queries.to(torch.bfloat16), layer.rotation) for n, layer in self.layers.items()}
-        return QueryBank(layers, self.ahead, self.record)
+        return replace(self, layers=layers)
 
     def of(self, layer: int) -> LayerBank:
         """The queries of a layer.

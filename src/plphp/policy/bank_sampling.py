@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from plphp.errors import ConfigError
+from plphp.kernels.books import LayerBooks
 
 from .bank import LayerBank, QueryBank
+from .entry_sampling import Entries, EntrySample
 from .rotation import Rotation
 
 log = logging.getLogger("plphp")
@@ -41,6 +43,8 @@ class BankSample:
         Answers that were taken.
     answer_tokens : int
         Tokens of answers that the sample was drawn from.
+    entries : EntrySample
+        Sample of the vision entries of the prompts.
     """
 
     def __init__(self, size: int = SAMPLES, seed: int = 0) -> None:
@@ -48,6 +52,8 @@ class BankSample:
             raise ConfigError(f"samples must be at least 1, got {size}.")
         self.size, self.seed = size, seed
         self.prompts = self.answer_tokens = 0
+        self.entries = EntrySample()
+        self._books: Mapping[int, LayerBooks] | None = None
         self._ahead: list[int] = []
         self._queries: dict[int, list[Tensor]] = {}
         self._random = random.Random(seed)
@@ -56,6 +62,8 @@ class BankSample:
     @classmethod
     def of(cls, bank: QueryBank, size: int = SAMPLES) -> BankSample:
         """Go on with the sample that a bank was made of with the seed 0, as if it had never stopped.
+
+        Codebooks that the bank has already stay: the entries that they were learned from are gone.
 
         Raises
         ------
@@ -73,16 +81,19 @@ class BankSample:
             sample._random.randrange(number + 1)  # the draws of the tokens that have gone by
         sample.prompts, sample.answer_tokens, sample._ahead = prompts, tokens, ahead
         sample._queries = {number: list(layer.queries.unbind(1)) for number, layer in bank.layers.items()}
+        sample.entries, sample._books = bank.sampled or sample.entries, bank.books
         return sample
 
-    def add(self, queries: Mapping[int, Tensor]) -> bool:
-        """Take the queries of a whole answer.
+    def add(self, queries: Mapping[int, Tensor], entries: Entries | None = None) -> bool:
+        """Take the queries of a whole answer, and entries of its prompt.
 
         Parameters
         ----------
         queries : mapping of int to Tensor
             By decoder layer, float [q_heads, tokens, dim]: the queries of the tokens of the answer, from its first on
             (its last token has none), rotated back to position 0.
+        entries : mapping of int to tuple of Tensor, optional
+            Vision entries of the prompt, see `plphp.policy.entry_sampling.centred`.
 
         Returns
         -------
@@ -107,6 +118,8 @@ class BankSample:
             if not all(bool(part.isfinite().all()) for part in queries.values()):
                 log.warning("An answer is left out of the query bank: there is NaN or inf among its queries.")
                 return False
+            if entries and self._books is None:
+                self.entries = self.entries.with_prompt(entries, seed=self.seed)
             self._draw({layer: part.detach().cpu() for layer, part in queries.items()}, tokens)
             self.prompts += 1
             return True
@@ -137,7 +150,12 @@ class BankSample:
             By decoder layer.
         record : mapping
             JSON-ready; what is known of the model, see `plphp.policy.bank.QueryBank`. The numbers of prompts, tokens
-            and samples, and the seed, are added.
+            and samples, and the seed, are added; where there are vision entries, how many of how many prompts.
+
+        Returns
+        -------
+        QueryBank
+            Its codebooks are still to be learned from the entries, see `plphp.policy.book_learning.with_books`.
 
         Raises
         ------
@@ -152,5 +170,8 @@ class BankSample:
                 layer: LayerBank(torch.stack(queries, dim=1), rotations[layer])
                 for layer, queries in sorted(self._queries.items())
             }
-            ahead = torch.tensor(self._ahead)
-        return QueryBank(layers, ahead, {**record, **counts, "seed": self.seed})
+            ahead, entries = torch.tensor(self._ahead), self.entries
+            if len(entries):
+                counts.update(book_tokens=len(entries), book_prompts=entries.prompts)
+            books, sampled = self._books, entries if len(entries) else None
+        return QueryBank(layers, ahead, {**record, **counts, "seed": self.seed}, books, sampled)

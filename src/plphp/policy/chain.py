@@ -76,6 +76,7 @@ class Chain:
             If two act at the same stage, or a later one acts at an earlier stage.
         """
         links: dict[str, Link[Any]] = {}
+        methods = [(method, method.settled(config)) for method, config in methods]
         for method, config in methods:
             for name, stage in method.stages.items():
                 _check_order(links, name, method.name)

@@ -19,6 +19,9 @@ from .states import LayerStates
 if TYPE_CHECKING:
     from torch import Tensor
 
+SINKS = 4
+"""Tokens at the start of a conversation that attention falls on for want of anything better (arXiv:2309.17453)."""
+
 
 @dataclass(frozen=True)
 class OwnBank:
@@ -66,6 +69,14 @@ class Evidence:
         prompt, from their attention to each other: float32 [q_heads, rows, rows], softmax mass over all keys, to
         float [rows], at least 0. Whatever the sum of the weights, they are scaled to 1; where all are 0, the rows count
         alike. A function of a module and no lambda: methods that ask the same share their scores.
+    turned_rows : int, optional
+        Most of the prompt's own queries that ask from behind it, in the place of its rows: evenly spread over the
+        tokens of this turn, text and vision, without the first 4 of the conversation, and turned there by the rotary
+        embedding of the layer, so that each sees the whole prompt. Only tokens of a known rotary position ask (see
+        `plphp.policy.states.LayerStates.position`): with m-RoPE the text behind the last image, and in the first turn
+        that before the first. Where none is left, the last token asks, as it is if its position is not known.
+    turned_ahead : int
+        How many tokens behind the first place behind the prompt these queries ask from.
     states : {"rows", "prompt"}, optional
         Ask for `LayerScores.states`, with the queries of the query rows or of all tokens of this turn's prompt.
     rotation : bool
@@ -86,6 +97,8 @@ class Evidence:
     bank: str | OwnBank | None = None
     beside_rows: bool = False
     weigh_rows: Callable[[Tensor], Tensor] | None = None
+    turned_rows: int | None = None
+    turned_ahead: int = 0
     states: Literal["rows", "prompt"] | None = None
     rotation: bool = False
 
@@ -97,8 +110,30 @@ class Evidence:
             raise ConfigError("Evidence.beside_rows says how a bank asks, and the evidence names no bank.")
         if self.weigh_rows is not None and self.bank is not None:
             raise ConfigError("Evidence.weigh_rows weighs the rows of a prompt, and a bank has no such rows.")
+        self._check_turned()
         if self.rotation and self.states is None:
             raise ConfigError("Evidence.rotation comes with the states of a layer: set Evidence.states.")
+
+    @property
+    def turns_queries(self) -> bool:
+        """Whether the rotary embedding of the model has to be known, which not every engine finds out."""
+        return self.rotation or self.turned_rows is not None
+
+    def _check_turned(self) -> None:
+        if self.turned_rows is None:
+            if self.turned_ahead:
+                raise ConfigError("Evidence.turned_ahead says from where turned rows ask: set Evidence.turned_rows.")
+            return
+        for name, low in (("turned_rows", 1), ("turned_ahead", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"Evidence.{name} must be an integer of at least {low}, got {value!r}.")
+        for name, value in (("bank", self.bank), ("weigh_rows", self.weigh_rows)):
+            if value is not None:
+                raise ConfigError(
+                    "Evidence.turned_rows takes the place of the rows that ask a prompt, and does not go together "
+                    f"with Evidence.{name}: leave out one of them."
+                )
 
 
 EVIDENCE = ("attention", "weighted_attention", "peak", "best_position", "density", "value_norm")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from plphp.errors import ConfigError
@@ -40,6 +40,9 @@ class Method:
     with_bank : callable, optional
         ``(config, file) -> config``: the settings with the query bank of a file, for a method that asks for a bank
         that the engine collects (`plphp.policy.evidence.OwnBank`).
+    tiers : str, optional
+        The ladder of a config that names none, for a method that holds entries in few bits in any case. Default: such
+        a config holds entries whole, or drops them.
     when : str
         When to take it, for ``plphp methods``, in words that complete "take it".
     """
@@ -53,6 +56,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     check: Callable[[PLPHPConfig, int], None] = lambda config, layers: None
     with_bank: Callable[[PLPHPConfig, str], PLPHPConfig] | None = None
+    tiers: str | None = None
     when: str = "to compare"
 
     def __post_init__(self) -> None:
@@ -67,6 +71,16 @@ class Method:
     def uses_class_rule(self, config: PLPHPConfig) -> bool:
         """Whether it sorts layers into classes by their vision attention scores, see `KVStage`."""
         return self.kv is not None and self.kv.uses_class_rule(config)
+
+    def settled(self, config: PLPHPConfig) -> PLPHPConfig:
+        """The config with the method's own ladder, if it names none.
+
+        Raises
+        ------
+        ConfigError
+            If the method has a ladder, and the config says otherwise how much is kept.
+        """
+        return config if self.tiers is None or config.tiers is not None else replace(config, tiers=self.tiers)
 
     def settings(self, config: PLPHPConfig) -> dict[str, Any]:
         """All options by name: those of the config, else the defaults."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from plphp.errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError
 from plphp.io.quoting import one_line
+from plphp.kernels.coded import CodedKV
+from plphp.kernels.coder import Coder
 from plphp.kernels.packed import PackedKV
 
-from .placement import held_whole
+from .placement import held_whole, without_codes
 from .provisional import ProvisionalBlock
 
 MIN_GROWTH = 16
@@ -40,7 +43,9 @@ class LayerEntries:
     keys, values : Tensor or None
         [batch, kv_heads, room, dim]; the tail, with room behind it.
     prefix : PackedKV or None
-        What `compact` kept so far.
+        What `compact` kept whole so far.
+    coded : tuple of CodedKV
+        What `compact` kept in few bits so far, a block for each prompt that has any.
     prefix_length : int
         Tokens seen up to the last final `compact`.
     tail_length : int
@@ -58,6 +63,7 @@ class LayerEntries:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.prefix: PackedKV | None = None
+        self.coded: tuple[CodedKV, ...] = ()
         self.prefix_length = 0
         self.tail_length = 0
         self.slot: Tensor | None = None
@@ -85,7 +91,13 @@ class LayerEntries:
         tail = 0 if self.keys is None else self.keys.untyped_storage().nbytes()
         tail += 0 if self.values is None else self.values.untyped_storage().nbytes()
         tail += 0 if self._provisional is None else self._provisional.block.nbytes
-        return tail + (0 if self.prefix is None else self.prefix.nbytes)
+        return tail + (0 if self.prefix is None else self.prefix.nbytes) + sum(block.nbytes for block in self.coded)
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes that the keys and values of one token take in all KV heads, held whole."""
+        dims = self._dims or (0, 0)
+        return self._kv_heads * sum(dim * dtype.itemsize for dim, dtype in zip(dims, self.dtypes, strict=True))
 
     @property
     def reserved_nbytes(self) -> int:
@@ -184,8 +196,10 @@ class LayerEntries:
         self.keys, self.values = [_grown(states, self.tail_length, needed) for states in (keys, values)]
         return needed
 
-    def compact(self, placement: Tensor, *, final: bool = True) -> None:
-        """Move the entries of the tail that are held into the prefix, and free the tail.
+    def compact(
+        self, placement: Tensor, *, final: bool = True, coder: Coder | None = None, vision: Tensor | None = None
+    ) -> None:
+        """Move the entries of the tail that are held into the prefix and a coded block, and free the tail.
 
         Parameters
         ----------
@@ -195,11 +209,15 @@ class LayerEntries:
         final : bool
             False where the rest is freed and what is held does not join the prefix yet: another placement of the same
             tail narrows it.
+        coder : Coder, optional
+            Holds what the placement puts in few bits.
+        vision : Tensor, optional
+            bool [batch, tail]; the vision tokens, for a coder.
 
         Raises
         ------
         UnsupportedFeatureError, CacheStateError
-            If an entry is to be held in few bits, or was dropped by an earlier placement, or the placement is not that
+            If an entry cannot be held in few bits, or was dropped by an earlier placement, or the placement is not that
             of the tail; the layer is as before.
         """
         shape = self.tail()[0].shape[:3] if self._provisional is None else self._provisional.held.shape
@@ -208,6 +226,10 @@ class LayerEntries:
                 f"The placement of a layer covers its tail, {tuple(shape)} rows, KV heads and tokens, got "
                 f"{tuple(placement.shape)}."
             )
+        coded = None
+        if coder is not None and vision is not None:
+            coded = coder.encode(*self.tail(), vision, placement)
+            placement = without_codes(placement)
         keep = held_whole(placement)
         if self._provisional is None:
             held = ProvisionalBlock.of(*self.tail(), keep)
@@ -217,18 +239,20 @@ class LayerEntries:
             self._provisional, self.keys, self.values = held, None, None
             return
         self.prefix = held.block if self.prefix is None else self.prefix.appended(held.block)
+        self.coded += () if coded is None else (coded,)
         self.prefix_length += self.tail_length
         self.tail_length = 0
         self._provisional = self.keys = self.values = None
 
-    def begin_with(self, prefix: PackedKV, source: LayerEntries) -> None:
-        """Take over a prefix that was compacted elsewhere, from the tokens that ``source`` has seen."""
+    def begin_with(self, prefix: PackedKV, coded: tuple[CodedKV, ...], source: LayerEntries) -> None:
+        """Take over what was compacted elsewhere, from the tokens that ``source`` has seen."""
         self.begin(*source.tail())
-        self.prefix, self.prefix_length = prefix, source.length
+        self.prefix, self.coded, self.prefix_length = prefix, coded, source.length
 
     def forget(self) -> None:
         """Forget everything."""
         self.prefix, self._provisional, self.keys, self.values = None, None, None, None
+        self.coded = ()
         self.prefix_length = self.tail_length = 0
         self._dims = None
 
@@ -270,9 +294,21 @@ class LayerEntries:
             rows = rows.nonzero()[:, 0]
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows.tolist())
+        self.coded = tuple(block.select(rows.tolist()) for block in self.coded)
         if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))
+
+    def placed_keys(self, dtype: torch.dtype) -> PackedKV | None:
+        """What queries see before the tail, codes as what they stand for: its keys, in a dtype; values mean nothing."""
+        if self.prefix is None or not self.coded:
+            return self.prefix
+        placed = self.prefix.to(dtype, dtype)
+        placed = replace(placed, values=placed.keys)
+        for block in self.coded:
+            for tier in block.decoded(dtype, values=False):
+                placed = placed.appended(tier)
+        return placed
 
     def _check_final(self) -> None:
         """Raise `CacheStateError` while the last placement is not the final one."""

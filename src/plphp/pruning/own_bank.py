@@ -8,12 +8,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
 from plphp.errors import ConfigError
 from plphp.policy.bank import QueryBank
 from plphp.policy.bank_folder import BankFolder, BankModel
 from plphp.policy.bank_sampling import BankSample
+from plphp.policy.book_learning import with_books
+from plphp.policy.entry_sampling import Entries
 from plphp.policy.evidence import OwnBank
 from plphp.policy.rotation import Rotation
 
@@ -34,6 +37,8 @@ class BankCollection:
         What is asked for.
     model : BankModel
         The model; its hash is needed where ``wanted`` names a folder.
+    device : torch.device, optional
+        Where the codebooks are learned when the bank is complete; default: main memory.
 
     Raises
     ------
@@ -41,8 +46,8 @@ class BankCollection:
         If the folder or the file in it cannot be used.
     """
 
-    def __init__(self, wanted: OwnBank, model: BankModel) -> None:
-        self.wanted, self.model = wanted, model
+    def __init__(self, wanted: OwnBank, model: BankModel, device: torch.device | None = None) -> None:
+        self.wanted, self.model, self._device = wanted, model, device
         self._folder = BankFolder(wanted.folder, model) if wanted.folder else None
         self._sample = BankSample()  # empty again once there is the bank
         self._bank: QueryBank | None = None
@@ -56,7 +61,10 @@ class BankCollection:
 
     @property
     def bank(self) -> QueryBank | None:
-        """The bank, once it is complete; its queries are rounded as in a file, so that a saved bank prunes alike."""
+        """The bank with its codebooks, once it is complete.
+
+        Its queries are rounded as in a file, so that a saved bank prunes alike.
+        """
         return self._bank
 
     @property
@@ -98,8 +106,15 @@ class BankCollection:
                     self.wanted.prompts - self._sample.prompts,
                 )
 
-    def add(self, answers: Sequence[Mapping[int, Tensor]], rotations: Mapping[int, Rotation]) -> BankProgress:
-        """Take the queries of whole answers; what comes after the bank is complete counts for nothing.
+    def add(
+        self,
+        answers: Sequence[Mapping[int, Tensor]],
+        rotations: Mapping[int, Rotation],
+        entries: Sequence[Entries] = (),
+    ) -> BankProgress:
+        """Take the queries of whole answers, and entries of their prompts.
+
+        What comes after the bank is complete counts for nothing.
 
         An answer is finished by now, so that a folder that cannot be used is no error: it is logged, and what could not
         be saved waits in memory for the next call. The bank of a folder is complete once it is saved.
@@ -110,35 +125,39 @@ class BankCollection:
             As for `plphp.policy.bank_sampling.BankSample.add`.
         rotations : mapping of int to Rotation
             By decoder layer.
+        entries : sequence of mapping of int to tuple of Tensor
+            For each answer the vision entries of its prompt, see `plphp.policy.entry_sampling.centred`; none at all
+            from an engine that does not hear them, whose bank has no codebooks.
 
         Returns
         -------
         BankProgress
         """
+        heard = list(zip(answers, entries or [{}] * len(answers), strict=True))
         with self._lock:
             taken = False
             try:
                 with nullcontext() if self._folder is None else self._folder.locked():
                     self.refresh()
                     taken = True
-                    if self._take(answers):
+                    if self._take(heard):
                         self._keep(rotations)
             except ConfigError as error:
                 if self._folder is None:
                     raise
                 log.error("%s Nothing is pruned before the query bank is saved; the next answer tries again.", error)
                 if not taken:
-                    self._take(answers)
+                    self._take(heard)
             return self.progress
 
-    def _take(self, answers: Sequence[Mapping[int, Tensor]]) -> bool:
+    def _take(self, heard: Sequence[tuple[Mapping[int, Tensor], Entries]]) -> bool:
         """Add answers to the sample as long as it wants any; whether there is something to save."""
         if self._bank is not None:
             return False
         before = self._sample.prompts
-        for queries in answers:
+        for queries, entries in heard:
             if self._sample.prompts < self.wanted.prompts:
-                self._useless = 0 if self._sample.add(queries) else self._useless + 1
+                self._useless = 0 if self._sample.add(queries, entries) else self._useless + 1
         if self._useless >= self.wanted.prompts:
             log.warning(
                 "The last %d answer(s) gave nothing to the query bank, and nothing is pruned before it is complete: an "
@@ -156,6 +175,8 @@ class BankCollection:
             log.info("The query bank is of %d of %d prompts.", done, wanted)
             return
         bank = self._sample.bank(rotations, self.model.record()).rounded()
+        if done >= wanted:
+            bank = with_books(bank, self._device)
         if self._folder is not None:
             self._folder.save(bank)
             self._read = self._folder.changed()
@@ -167,5 +188,6 @@ class BankCollection:
             log.info("The query bank is complete: %d prompts, %d queries; pruning from now on.%s", done, queries, where)
 
     def _finish(self, bank: QueryBank) -> None:
-        self._bank = bank
+        # The file of a session that wants more prompts has the entries alone.
+        self._bank = with_books(bank, self._device)
         self._sample = BankSample()

@@ -22,15 +22,15 @@ from plphp.policy.allocation import RowAllocation, ScoredLayer
 from plphp.policy.bank import QueryBank
 from plphp.policy.chain import Chain, Link
 from plphp.policy.evidence import LayerScores
-from plphp.policy.rankers import pooled
 from plphp.policy.rotation import Rotation
-from plphp.policy.selection import keep_masks
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 
+from .coders import coders_of
 from .finite import UnrankedRows
-from .placement import LayerPlacement, whole_or_dropped
+from .placement import LayerPlacement
 from .scoring import Attended, Scoring
+from .selecting import Budget, placements
 
 WORTH_A_COPY = 1 / 8
 """What a placement that is not final has to free of what a layer holds: in a batch, rows lose their rank one by one."""
@@ -112,6 +112,9 @@ class PromptReading:
         self.hidden: Tensor | None = None
         self.hidden_from = layers
         self._whole_rows: list[int] = []
+        self._coders = coders_of(chain.kv, own_bank)
+        # What is to be coded has to be whole until it is placed.
+        narrows = narrows and self._coders is None
         self._bounded = chain.kv.stage.bounded(chain.kv.config) if narrows else None
         self._gammas: dict[int, list[float]] = {}
         self._held: dict[int, float] = {}  # by layer that was narrowed, the mean rate over its rows
@@ -148,10 +151,10 @@ class PromptReading:
             return
         link = self.chain.kv
         for scores, [allocation] in self.allocate(link, [link.config]):
-            [keep] = self.select(link, scores, [allocation])
+            [placement] = self.select(link, scores, [(link.config, allocation)])
             if scores.states is not None:
                 scores.states.let_go()
-            yield self.place(scores, allocation, keep)
+            yield self.place(scores, allocation, placement)
         self.kv.scores.clear()
 
     def narrow(self) -> Iterator[LayerPlacement]:
@@ -170,8 +173,8 @@ class PromptReading:
             if rate > (1 - WORTH_A_COPY) * self._held.get(scores.layer, 1.0):
                 continue
             self._held[scores.layer] = rate
-            [keep] = self.select(link, scores, [most])
-            yield LayerPlacement(scores, most, whole_or_dropped(keep), final=False)
+            [placement] = self.select(link, scores, [(link.config, most)])
+            yield LayerPlacement(scores, most, placement, final=False)
 
     def observe(self, attended: Attended) -> bool:
         """Gather the queries of a chunk, and score the layer at the end of the prompt.
@@ -237,28 +240,14 @@ class PromptReading:
             rows = [self._whole_where_needed(layers.get(layer, exempt), unranked[layer]) for layers in by_config]
             yield self.kv.scores[layer], rows
 
-    def select(
-        self, link: Link[KVStage], scores: LayerScores, allocations: Sequence[Sequence[RowAllocation]]
-    ) -> Tensor:
-        """Head level: what each KV head of a layer keeps, by several allocations.
+    def select(self, link: Link[KVStage], scores: LayerScores, allocated: Sequence[Budget]) -> list[Tensor]:
+        """Head level: what becomes of the entries of each KV head of a layer, see `plphp.pruning.selecting`."""
+        return placements(link, scores, allocated, self._round_up)
 
-        The scores are those of the link's own config: configs that are allocated together differ in rates alone.
-
-        Returns
-        -------
-        Tensor
-            bool [allocations, batch, kv_heads, seq].
-        """
-        config = link.config
-        score = pooled(link.stage.scored(scores, config), scores, config)
-        rates = [[row.rate for row in rows] for rows in allocations]
-        mix, ragged = link.stage.mix(config), link.stage.ragged(config)
-        keep = keep_masks(score, scores, rates, config, mix, ragged=ragged)
-        return torch.stack([self._round_up(part, score, scores) for part in keep])
-
-    def place(self, scores: LayerScores, allocation: Sequence[RowAllocation], keep: Tensor) -> LayerPlacement:
-        """What becomes of the entries of a layer, bool [batch, kv_heads, seq] of which are kept."""
-        return LayerPlacement(scores, self._of_whole_prompt(scores.layer, allocation), whole_or_dropped(keep))
+    def place(self, scores: LayerScores, allocation: Sequence[RowAllocation], placement: Tensor) -> LayerPlacement:
+        """Put together what becomes of the entries of a layer, uint8 [batch, kv_heads, seq]."""
+        coder = None if self._coders is None else self._coders(scores.layer)
+        return LayerPlacement(scores, self._of_whole_prompt(scores.layer, allocation), placement, coder=coder)
 
     def budget_layers(self, config: PLPHPConfig) -> list[int]:
         """The layers that share the budget of a config: those that are pruned and not exempt."""

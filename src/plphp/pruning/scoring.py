@@ -19,7 +19,9 @@ from plphp.policy.states import LayerStates
 from plphp.settings.config import PLPHPConfig
 
 from .entries import LayerEntries
+from .rotary_positions import rotary_positions
 from .row_weights import row_weights
+from .turned_rows import TurnedRows
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Scoring:
         Rotary position embeddings by decoder layer, where the evidence asks for them.
     own_bank : QueryBank, optional
         The bank that the engine has collected, for evidence that asks for such a bank.
+    turned : TurnedRows, optional
+        The prompt's own queries that ask from behind it, for evidence that asks for them.
 
     Attributes
     ----------
@@ -85,6 +89,7 @@ class Scoring:
     rope_delta: Tensor | None = None
     rotations: Mapping[int, Rotation] = field(default_factory=dict)
     own_bank: QueryBank | None = None
+    turned: TurnedRows | None = None
     scores: dict[int, LayerScores] = field(default_factory=dict)
     unranked: dict[int, list[int]] = field(default_factory=dict)
     _gathered: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -109,13 +114,16 @@ class Scoring:
         """
         rows = evidence.rows if config.query_rows is None else config.query_rows
         own = replace(evidence, rows=rows)
-        if evidence.rotation and rotations is None:
+        if evidence.turns_queries and rotations is None:
             raise UnsupportedFeatureError(
                 f"The method {config.method!r} turns queries by the rotary embedding of the model, which this engine "
                 "does not know: use another method."
             )
-        known = rotations() if evidence.rotation and rotations is not None else {}
-        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, known, own_bank)
+        known = rotations() if evidence.turns_queries and rotations is not None else {}
+        turned = None
+        if evidence.turned_rows is not None:
+            turned = TurnedRows.of(spans, rope_delta, evidence.turned_rows, evidence.turned_ahead)
+        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, known, own_bank, turned)
 
     def asks_as(self, scoring: Scoring) -> bool:
         """Whether both ask the same of every layer of one prompt, so that the scores of one serve for both."""
@@ -127,6 +135,8 @@ class Scoring:
         self.queries = self.queries.repeat_interleave(times, dim=0)
         if self.rope_delta is not None:
             self.rope_delta = self.rope_delta.repeat_interleave(times, dim=0)
+        if self.turned is not None:
+            self.turned.repeat(times)
 
     def gather(self, attended: Attended) -> None:
         """Copy the queries of a chunk that will score the entries, or that the method asks for."""
@@ -136,6 +146,8 @@ class Scoring:
         if len(columns):
             part = query[:, :, columns.to(query.device)], columns + attended.begin
             self._gathered.setdefault(attended.layer, []).append(part)
+        if self.turned is not None:
+            self.turned.gather(attended.layer, query, attended.begin)
 
     def score(self, attended: Attended, hidden: Tensor | None = None) -> None:
         """Note the scores of a layer that has read the whole prompt.
@@ -170,12 +182,13 @@ class Scoring:
         own, own_position = gathered, position
         if not asking.all():
             own, own_position = gathered[:, :, asking.to(gathered.device)], position[asking]
-        rows = self._rows(attended, own, own_position, keys)
+        rows = self._rows(attended, own, own_position, valid)
+        placed = attended.entries.placed_keys(keys.dtype)
         mass = window_scores(
             *rows,
             keys,
             valid,
-            attended.entries.prefix,
+            placed,
             attended.scaling,
             peak=self.evidence.peak,
             best_position=self.evidence.best_position,
@@ -188,7 +201,7 @@ class Scoring:
         if self.evidence.weigh_rows is not None and mass.among_rows is not None:
             query, weight, index = rows
             weight = row_weights(self.evidence.weigh_rows, mass.among_rows, weight)
-            window = query, weight, index, keys, valid, attended.entries.prefix, attended.scaling
+            window = query, weight, index, keys, valid, placed, attended.scaling
             weighted = window_scores(*window).attention
         return LayerScores(
             mass.attention,
@@ -211,7 +224,7 @@ class Scoring:
         """Keys, values and the gathered queries of a layer; tokens that are not ``valid`` do not count."""
         index = (position - attended.entries.prefix_length).to(valid.device)
         gathered = (self.queries if self.evidence.states == "rows" else self._gathering())[:, position]
-        rotary, end = self._rotary()
+        rotary, end = rotary_positions(self.spans, self.rope_delta)
         return LayerStates(
             tail=attended.entries.tail,
             held={"queries": queries},
@@ -223,31 +236,23 @@ class Scoring:
             rotation=self.rotations[attended.layer] if self.evidence.rotation else None,
         )
 
-    def _rotary(self) -> tuple[Tensor, Tensor]:
-        """Rotary positions of all tokens, int64 [batch, seq], and of the next, [batch, 1], see `LayerStates`."""
-        number = self.spans.valid.cumsum(1) - 1
-        if self.rope_delta is None:
-            return number, number[:, -1:] + 1
-        delta, vision = self.rope_delta.to(number.device), self.spans.vision.long()
-        behind_images = vision.flip(1).cumsum(1).flip(1) == 0
-        ahead = (vision.cumsum(1) == 0) & (self.spans.start == 0)
-        position = torch.where(behind_images, number + delta, torch.where(ahead, number, -1))
-        return position, number[:, -1:] + 1 + delta
-
-    def _rows(self, attended: Attended, own: Tensor, position: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows(self, attended: Attended, own: Tensor, position: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries that ask, their weights, and their indices in the tail, see `plphp.kernels.window_scores`."""
+        if self.turned is not None:
+            rotation = self.rotations[attended.layer]
+            return self.turned.turned(attended.layer, rotation, valid, attended.entries.prefix_length)
         bank = None
         if self.evidence.bank is not None:
-            bank = self._rows_of_bank(self._bank(self.evidence.bank), attended.layer, own, keys.shape[2])
+            bank = self._rows_of_bank(self._bank(self.evidence.bank), attended.layer, own, valid.shape[1])
             if not self.evidence.beside_rows:
                 return bank
         asking = self.queries[:, position].float()
-        weight = (asking / asking.sum(1, keepdim=True)).to(keys.device)
-        rows = own, weight, (position - attended.entries.prefix_length).to(keys.device)
+        weight = (asking / asking.sum(1, keepdim=True)).to(valid.device)
+        rows = own, weight, (position - attended.entries.prefix_length).to(valid.device)
         if bank is None:
             return rows
         # Each query counts as much as any other.
-        share = (asking.sum(1, keepdim=True) / (asking.sum(1, keepdim=True) + bank[1].shape[1])).to(keys.device)
+        share = (asking.sum(1, keepdim=True) / (asking.sum(1, keepdim=True) + bank[1].shape[1])).to(valid.device)
         return (
             torch.cat([own.float(), bank[0].float()], dim=2),
             torch.cat([weight * share, bank[1] * (1 - share)], dim=1),

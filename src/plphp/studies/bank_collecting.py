@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queries of a model's own answers, for the method that asks with them what an answer will look at."""
+"""A query bank: queries of a model's own answers, to ask with what an answer will look at, and codebooks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from plphp.engines.hf.rotation_probe import find_rotations
 from plphp.errors import ConfigError
 from plphp.policy.bank import QueryBank
 from plphp.policy.bank_sampling import SAMPLES, BankSample
+from plphp.policy.book_learning import with_books
+from plphp.policy.entry_sampling import Entries
 from plphp.policy.rotation import Rotation
 
 from .provenance import provenance
@@ -32,6 +34,9 @@ def collect_query_bank(
     progress: Callable[[str], None] = lambda step: None,
 ) -> QueryBank:
     """Let a model answer prompts greedily, unpruned, and keep a sample of the queries that it wrote its answers with.
+
+    From a sample of the vision entries of the same prompts the codebooks of product codes are learned, see
+    `plphp.kernels.books`; there are none for a model whose heads have a number of channels that 8 does not divide.
 
     Take prompts like those that will be pruned, but others: a few dozen.
 
@@ -69,7 +74,8 @@ def collect_query_bank(
     sample = BankSample(samples, seed)
     rotations = find_rotations(model)
     _answer_all(model, prompts, max_new_tokens, sample, rotations, progress)
-    return sample.bank(rotations, {**provenance(model), "max_new_tokens": max_new_tokens})
+    bank = sample.bank(rotations, {**provenance(model), "max_new_tokens": max_new_tokens})
+    return with_books(bank, model.device)
 
 
 def _answer_all(
@@ -80,14 +86,14 @@ def _answer_all(
     rotations: Mapping[int, Rotation],
     progress: Callable[[str], None],
 ) -> None:
-    """Let the model answer the prompts, and sample the queries of the answers."""
+    """Let the model answer the prompts, and sample the queries of the answers and the entries of the prompts."""
     count = 0
     lease = Lease.of(model)
     try:
         for count, inputs in enumerate(prompts, 1):
             progress(f"prompt {count}")
-            for queries in _answer(model, lease, inputs, count, max_new_tokens, rotations):
-                sample.add(queries)
+            for queries, entries in _answer(model, lease, inputs, count, max_new_tokens, rotations):
+                sample.add(queries, entries)
     finally:
         # Not left to the cache: an error that is kept would keep it, and the model attached.
         lease.end()
@@ -105,8 +111,8 @@ def _answer(
     number: int,
     max_new_tokens: int,
     rotations: Mapping[int, Rotation],
-) -> list[dict[int, Tensor]]:
-    """Let the model answer one prompt; the queries of the answer."""
+) -> list[tuple[dict[int, Tensor], Entries]]:
+    """Let the model answer one prompt; the queries of the answer, and entries of the prompt."""
     cache = PrunedCache(lease.attachment, NOTHING_EVICTED)
     cache.plan(inputs)
     _check_prompt(cache, number)
@@ -121,7 +127,8 @@ def _answer(
             num_beams=1,
             num_return_sequences=1,
         )
-    return heard.answers(output, GenerationConfig(), rotations)  # a single row ends with its last token
+    answers = heard.answers(output, GenerationConfig(), rotations)  # a single row ends with its last token
+    return list(zip(answers, heard.entries(), strict=True))
 
 
 def _check_prompt(cache: PrunedCache, number: int) -> None:

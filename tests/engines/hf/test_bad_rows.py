@@ -118,7 +118,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "recall_rank, target": {
         "method": "recall_rank", "options": {"layers": "vision_attention"}, "target_retention": 0.4,
     },
-    **{name: {"method": name} for name in ("adakv", "tgv_kv", "mixkv", "expected_attention")},
+    **{name: {"method": name} for name in ("adakv", "tgv_kv", "mixkv", "expected_attention", "prompt_queries")},
     "query_bank": {"method": "query_bank"},
 }  # fmt: skip
 

@@ -34,6 +34,8 @@ LINES = (
     "mixkv:window=4,retention_rate=0.3",
     "expected_attention:retention_rate=0.3",
     "expected_attention:retention_rate=0.2,epsilon=0.01,heads=ragged",
+    "prompt_queries:retention_rate=0.3",
+    "prompt_queries:retention_rate=0.2,rows=5,ahead=0,reduce=peak,heads=equal",
     "adakv:window=4,retention_rate=0.3",
     "random:retention_rate=0.5",
     "value_norm:retention_rate=0.5,image_quota=per_image",

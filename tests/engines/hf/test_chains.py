@@ -33,6 +33,7 @@ KV = (
     "tgv_kv:retention_rate=0.5",
     "mixkv:window=3,retention_rate=0.4",
     "expected_attention:retention_rate=0.4",
+    "prompt_queries:retention_rate=0.4",
     "uniform:retention_rate=0.4,image_quota=per_image,score_pool=3,exempt_layers=-1",
 )
 

@@ -42,7 +42,7 @@ FAMILIES = tuple(MODELS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MARGIN = 4
 """Times the noise of stock: the largest of some hundred random numbers varies by a factor of 2."""
-METHODS = ("plphp", "snapkv", "recall_rank", "expected_attention", "tgv_kv", "mixkv")
+METHODS = ("plphp", "snapkv", "recall_rank", "expected_attention", "tgv_kv", "mixkv", "prompt_queries")
 ROWS = (2, 0, 1)
 
 

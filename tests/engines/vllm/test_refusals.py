@@ -127,8 +127,18 @@ def test_the_rest_passes() -> None:
             {"additional_config": {"plphp": {**OWN_BANK, "options": {"folder": "/dev/null/banks"}}}},
             "Cannot make the folder /dev/null/banks",
         ),
+        (
+            {"additional_config": {"plphp": {**QUERY_BANK, "tiers": "t10"}}},
+            "in few bits in vLLM, as tiers=t10 of the method 'query_bank'.*block tables.*read no codes",
+        ),
+        ({"additional_config": {"plphp": {"method": "quantized"}}}, "tiers=c3 of the method 'quantized'"),
         ({"additional_config": {"plphp": {"method": "snapkv", "heads": "ragged"}}}, "'snapkv'.*Set heads=equal"),
         ({"additional_config": {"plphp": {"method": "query_bank"}}}, "'query_bank'.*Set heads=equal"),
+        ({"additional_config": {"plphp": {"method": "prompt_queries"}}}, "'prompt_queries'.*Set heads=equal"),
+        (
+            {"additional_config": {"plphp": {"method": "prompt_queries", "heads": "equal"}}},
+            "the method 'prompt_queries' in vLLM, which turns queries",
+        ),
         (
             {"additional_config": {"plphp": {"method": "expected_attention"}}},
             "the method 'expected_attention' in vLLM, which turns queries",

@@ -51,6 +51,20 @@ def test_settings_that_fix_the_retention_are_taken_as_they_are() -> None:
     assert full.label == "full"
 
 
+def test_tiers_say_how_much_is_kept() -> None:
+    text = 'query_bank:bank=bundled,tiers="pr2=.2,pq=.3",quantized,t=fastv:layer=1+query_bank:tiers=t7.5,random'
+    variants = make_variants(split_methods([text]), [0.5])[1:]
+    assert [(variant.label, variant.retention, variant.config.tiers) for variant in variants] == [
+        ('query_bank:bank=bundled,tiers="pr2=.2,pq=.3"', None, "pr2=.2,pq=.3"),
+        ("quantized", None, "c3"),
+        ("t", None, "t7.5"),
+        ("random", 0.5, None),
+    ]
+    for text in ("quantized@0.5", 'query_bank:tiers="pr2=.2,pq=.3"@0.5'):
+        with pytest.raises(ConfigError, match="asks for retentions of a method that says itself"):
+            make_variants([text], [0.5])
+
+
 def test_a_method_may_have_retentions_of_its_own() -> None:
     variants = make_variants(["plphp", "fastv@0.5+0.25", "mine=uniform:query_rows=8@0.1"], [0.4])
     assert [variant.name for variant in variants[1:]] == ["plphp@0.4", "fastv@0.5", "fastv@0.25", "mine@0.1"]

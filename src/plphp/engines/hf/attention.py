@@ -89,7 +89,8 @@ def _attention_over(base: str) -> Attention:
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         attend = partial(_stock(base, module), module, **kwargs)
-        prefix = pending.cache.layers[pending.layer].prefix
+        layer = pending.cache.layers[pending.layer]
+        prefix = layer.prefix
         if prefix is None:
             # Under autocast keys may be wider than values; a dynamic cache would have widened the values to them.
             value = value.to(torch.promote_types(key.dtype, value.dtype))
@@ -105,7 +106,7 @@ def _attention_over(base: str) -> Attention:
             if prefix is None:
                 output, _ = attend(query, key, value, attention_mask)
             else:
-                output = decode_attention(query, prefix, key, value, attention_mask, scaling)
+                output = decode_attention(query, prefix, key, value, attention_mask, scaling, layer.coded)
         pending.cache.after_attention(pending.layer, query, scaling)
         return output, None
 

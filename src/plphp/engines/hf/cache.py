@@ -203,7 +203,7 @@ class PrunedCache(GuardedCache):
                 layer = self._pruned[part.scores.layer]
                 if part.final:
                     self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
-                layer.compact(part.placement, final=part.final)
+                layer.compact(part.placement, final=part.final, coder=part.coder, vision=part.scores.vision)
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None

@@ -163,7 +163,7 @@ class CapturedStep:
 
     def _graph_memory(self) -> list[Any]:
         """What the graph reads of the layers and writes to them."""
-        return [part for layer in self._layers for part in (layer.prefix, layer.keys, layer.values)]
+        return [part for layer in self._layers for part in (layer.prefix, layer.coded, layer.keys, layer.values)]
 
 
 def reserve(cache: DecodedCache, room: int) -> int:

@@ -41,7 +41,7 @@ class SessionBank:
     """
 
     def __init__(self, model: PreTrainedModel, wanted: OwnBank) -> None:
-        self.collection = BankCollection(wanted, bank_model(model, hashed=bool(wanted.folder)))
+        self.collection = BankCollection(wanted, bank_model(model, hashed=bool(wanted.folder)), model.device)
         self._checked: QueryBank | None = None
 
     def newest(self) -> QueryBank | None:
@@ -84,7 +84,7 @@ class SessionBank:
         with cache.listening(heard):
             output = generate(cache, call)
         answers = heard.answers(output, call.config, rotations)
-        cache.collecting = self.collection.add(answers, rotations)
+        cache.collecting = self.collection.add(answers, rotations, heard.entries())
         session.note(cache.report())
         return output
 

@@ -81,6 +81,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     named = chain_of(config)  # what is refused for its stage is refused before its settings are held against the model
     named.refuse_unanswered()
     named.refuse_all_but(STAGES, "vLLM")
+    _refuse_tiers(named.kv)
     _refuse_ragged(named.kv)
     chain = chain_of(config, text.num_hidden_layers)
     # A bank holds the queries of a model's heads: one of another model is refused here, not at the first request.
@@ -99,6 +100,17 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     return chain
 
 
+def _refuse_tiers(link: Link[KVStage]) -> None:
+    """Raise where entries are held in few bits."""
+    if link.config.tiers is not None:
+        raise UnsupportedFeatureError(
+            f"plphp does not hold entries in few bits in vLLM, as tiers={link.config.tiers} of the method "
+            f"{link.method!r} asks for: its block tables hold whole blocks of one dtype, and its attention backends "
+            "read no codes. Leave tiers out and give a retention (target_retention=0.4), or serve the model with "
+            "transformers."
+        )
+
+
 def _refuse_ragged(link: Link[KVStage]) -> None:
     """Raise where the KV heads of a layer compete for its places."""
     if link.stage.ragged(link.config):
@@ -110,7 +122,7 @@ def _refuse_ragged(link: Link[KVStage]) -> None:
 
 def _refuse_rotation(evidence: Evidence, method: str) -> None:
     """Raise for a method that turns queries: how a model of vLLM does it has not been found out."""
-    if evidence.rotation:
+    if evidence.turns_queries:
         raise UnsupportedFeatureError(
             f"plphp does not run the method {method!r} in vLLM, which turns queries by the rotary embedding of the "
             "model: use another method, or serve it with transformers."

@@ -17,7 +17,7 @@ from plphp.evaluation.settings import FULL
 from .intervals import LEVEL, RESAMPLES, Resampled, averaged, resample
 from .store import FORMAT, read_config, read_records, read_skipped
 
-MEASURES = ("kept", "vision_kept", "agreement", "kl", "right_share")
+MEASURES = ("kept", "vision_kept", "read", "agreement", "kl", "right_share")
 """Beside the score; their figures are plain means."""
 Records = Sequence[Mapping[str, Any]]
 """Scored samples of a task, as the store holds them."""

@@ -21,8 +21,9 @@ from plphp.pruning.report import PruneReport
 
 from .controls import blank, interpolated_positions
 from .conversation import Conversation, batch_inputs, encode, end_tokens
-from .forcing import Shares, decode, generate_greedily, groups_of, on_device
+from .forcing import decode, generate_greedily, groups_of, on_device
 from .scoring import Outcome
+from .shares import Shares
 from .variants import Variant
 
 if TYPE_CHECKING:
@@ -137,8 +138,10 @@ def _graded(sample: Sample, answers: Sequence[_Answer], metric: Metric) -> Outco
     scores = [metric.score(answer.text, sample.accepted_answers(answer.turn)) for answer in answers]
     score = metric.over_turns(scores)
     text = "\n".join(answer.text for answer in answers)
-    kept, vision = (statistics.fmean(getattr(answer.shares, name) for answer in answers) for name in ("kept", "vision"))
-    return Outcome(score, kept, vision, text=None if score == 1 else text)
+    kept, vision, read = (
+        statistics.fmean(getattr(answer.shares, name) for answer in answers) for name in ("kept", "vision", "read")
+    )
+    return Outcome(score, kept, vision, read, text=None if score == 1 else text)
 
 
 def _limit(conversation: Conversation, turn: int) -> int:
@@ -197,7 +200,7 @@ def _shares(report: PruneReport, of_sample: float = 1.0) -> list[Shares]:
         If the attention of a row held NaN or inf: it has an answer, but none that a method can be judged by.
     """
     if not report.prompts:
-        return [Shares(of_sample, of_sample)] * report.batch
+        return [Shares(of_sample, of_sample, of_sample)] * report.batch
     shares = []
     for row in range(report.batch):
         layers = [layer.rows[row] for layer in report.prompts[0].layers]
@@ -207,5 +210,5 @@ def _shares(report: PruneReport, of_sample: float = 1.0) -> list[Shares]:
         vision = sum(sum(layer.kept) for layer in layers)
         stored = vision - sum(sum(map(len, layer.evicted_text)) for layer in layers)
         kept, vision_kept = (stored / total, vision / total) if total else (1.0, 1.0)
-        shares.append(Shares(of_sample * kept, of_sample * vision_kept))
+        shares.append(Shares(of_sample * kept, of_sample * vision_kept, of_sample * kept))
     return shares

@@ -21,6 +21,7 @@ from plphp.inputs.prompt import count_vision_tokens
 
 from .controls import blank, interpolated_positions, smaller_inputs
 from .conversation import prompt_inputs
+from .shares import Shares, UnreadShares
 from .variants import Variant
 
 if TYPE_CHECKING:
@@ -52,23 +53,6 @@ class Group:
     variants: tuple[Variant, ...]
     share: float = 1.0
     interpolated: bool = False
-
-
-@dataclass(frozen=True)
-class Shares:
-    """What a variant kept of a prompt, as fractions of the vision entries of a full cache for the sample as it is.
-
-    Parameters
-    ----------
-    kept : float
-        Entries kept, less the prompt's text; mean over layers and KV heads. For a method that evicts no text these are
-        the vision entries kept; a method that does is counted by the memory it holds.
-    vision : float
-        Vision entries kept.
-    """
-
-    kept: float
-    vision: float
 
 
 @dataclass(frozen=True)
@@ -136,14 +120,16 @@ def force(
     forced: dict[str, Forced] = {}
     for group in groups:
         branches, shares = _read(model, group, draft)
+        unread = UnreadShares(branches, count_vision_tokens(model.config, group.inputs))
         tokens, divergences = [], []
-        for position, logits in _next_logits(model, branches, draft, positions, len(group.variants)):
+        for position, logits in _next_logits(model, branches, draft, positions, len(group.variants), unread):
             probabilities = logits.float().log_softmax(-1)
             full = reference.setdefault(position, probabilities[0].clone())
             tokens.append(logits.argmax(-1))
             divergences.append((full.exp() * (full - probabilities)).sum(-1).clamp(min=0))
         token_rows = torch.stack(tokens, 1).tolist()
         divergence_rows = torch.stack(divergences, 1).tolist()
+        shares = unread.taken_off(shares, group.share)
         for row, variant in enumerate(group.variants):
             forced[variant.name] = Forced(tuple(token_rows[row]), tuple(divergence_rows[row]), shares[row])
     return forced
@@ -181,9 +167,10 @@ def decode(
     """
     history, rows = history.to(model.device), len(group.variants)
     branches, shares = _read(model, group, torch.cat([history, answer.to(model.device)]))
+    unread = UnreadShares(branches, count_vision_tokens(model.config, group.inputs))
     logits = branches.logits
     if len(history):
-        [(_, logits)] = _next_logits(model, branches, history, [len(history)], rows)
+        [(_, logits)] = _next_logits(model, branches, history, [len(history)], rows, unread)
     answers: list[list[int]] = [[] for _ in range(rows)]
     running = set(range(rows))
     for step in range(max_new_tokens):
@@ -194,8 +181,10 @@ def decode(
             answers[row].append(tokens[row])
         if not running or step == max_new_tokens - 1:
             break
-        output: Any = model(input_ids=greedy[:, None], **passed(branches.cache))
+        with unread.counted(1):
+            output: Any = model(input_ids=greedy[:, None], **passed(branches.cache))
         logits = output.logits[:, -1]
+    shares = unread.taken_off(shares, group.share)
     return {variant.name: (answers[row], shares[row]) for row, variant in enumerate(group.variants)}
 
 
@@ -213,13 +202,18 @@ def _read(model: PreTrainedModel, group: Group, answer: Tensor) -> tuple[Branche
     tokens_per_vision = inputs["input_ids"].shape[1] / max(1, count_vision_tokens(model.config, inputs))
     kept_of_vision = [1 - round((1 - kept) * tokens_per_vision, 12) for kept in branches.kept]
     return branches, [
-        Shares(group.share * kept, group.share * vision)
+        Shares(group.share * kept, group.share * vision, group.share * kept)
         for kept, vision in zip(kept_of_vision, branches.vision_kept, strict=True)
     ]
 
 
 def _next_logits(
-    model: PreTrainedModel, branches: Branches, draft: Tensor, positions: Sequence[int], rows: int
+    model: PreTrainedModel,
+    branches: Branches,
+    draft: Tensor,
+    positions: Sequence[int],
+    rows: int,
+    unread: UnreadShares,
 ) -> Iterator[tuple[int, Tensor]]:
     """Logits [rows, vocab] at each position, in order."""
     asked = frozenset(positions)
@@ -228,7 +222,8 @@ def _next_logits(
     piece = max(1, MAX_LOGITS // (rows * branches.logits.shape[-1]))
     for start in range(0, len(draft), piece):
         ids = draft[start : start + piece].expand(rows, -1)
-        output: Any = model(input_ids=ids, **passed(branches.cache))
+        with unread.counted(ids.shape[1]):
+            output: Any = model(input_ids=ids, **passed(branches.cache))
         for offset in range(ids.shape[1]):
             if start + offset + 1 in asked:
                 yield start + offset + 1, output.logits[:, offset]

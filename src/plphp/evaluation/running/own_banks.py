@@ -110,7 +110,7 @@ class RunBanks:
         bank, samples = self._collected(model, processor, wanted, variant.config)
         self._folder.mkdir(parents=True, exist_ok=True)
         record = {**bank.record, "weights_sha256": self._weights, OF_RUN: {**about, "samples": samples}}
-        QueryBank(bank.layers, bank.ahead, record).save(file)
+        dataclasses.replace(bank, record=record).save(file)
         return file
 
     def _file(self, wanted: OwnBank) -> Path:

@@ -33,10 +33,12 @@ class Outcome:
     score : float, optional
         Score by the task's metric, in [0, 1]; None where no answer is scored.
     kept : float
-        Vision KV kept, measured: a fraction of the full cache's vision entries over layers and KV heads; evicted text
-        counts like evicted vision entries.
+        Vision KV held, measured in bytes: a fraction of the full cache's vision entries over layers and KV heads;
+        evicted text counts like evicted vision entries.
     vision_kept : float
         Vision entries kept alone, as a fraction of the full cache's: above ``kept`` where text left.
+    read : float, optional
+        Vision KV that a decoding step reads, measured as ``kept``; None where it is not measured.
     right_tokens, tokens : int, optional
         Tokens of the scored answers that are right before the first error, and how many there are.
     text : str, optional
@@ -51,6 +53,7 @@ class Outcome:
     score: float | None
     kept: float
     vision_kept: float
+    read: float | None = None
     right_tokens: int | None = None
     tokens: int | None = None
     text: str | None = None
@@ -102,6 +105,7 @@ def verify(
             score=float(right == len(positions)),
             kept=answer.shares.kept,
             vision_kept=answer.shares.vision,
+            read=answer.shares.read,
             right_tokens=right,
             tokens=len(positions),
             text=None if right == len(positions) else _wrong_answer(processor, conversation, answer, right),
@@ -147,7 +151,8 @@ def label_free(
     outcomes = {}
     for name, variant in forced.items():
         agreement, kl = _closeness(variant, answer, positions, len(positions))
-        outcomes[name] = Outcome(None, variant.shares.kept, variant.shares.vision, agreement=agreement, kl=kl)
+        shares = variant.shares
+        outcomes[name] = Outcome(None, shares.kept, shares.vision, shares.read, agreement=agreement, kl=kl)
     return outcomes
 
 

@@ -26,7 +26,7 @@ CONTROLS = {
     "downsample": "every image made smaller before it is read, nothing evicted",
 }
 """What may be compared beside the methods."""
-FIXED_BY = ("retention_rate", "target_retention", "attentive_threshold", "indifferent_threshold")
+FIXED_BY = ("retention_rate", "target_retention", "attentive_threshold", "indifferent_threshold", "tiers")
 """Settings that say how much is kept: a method with any of them in its settings is taken as it is."""
 
 
@@ -151,8 +151,9 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
             raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, [*available_methods(), *CONTROLS])}")
     config = PLPHPConfig.parse(line.chain)
     chain_of(config)  # names, options and stages; what depends on the model's layers comes when it is there
-    if keys_of(line.chain) & set(FIXED_BY):
-        return [Variant(line.label, None, config)]
+    method = get_method(config.method)
+    if keys_of(line.chain) & set(FIXED_BY) or method.tiers is not None:
+        return [Variant(line.label, None, method.settled(config))]
     if not retention:
         raise ConfigError(f"Give at least one retention for the method {line.label!r}, or settings that fix it.")
     return [Variant(line.label, rate, with_retention(config, rate)) for rate in retention]

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of the vision KV variants hold, and how much of it their decoding steps read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from plphp.engines.hf.branching import Branches
+from plphp.engines.hf.layer import PrunedLayer
+from plphp.kernels.coded_attention import counting_reads
+from plphp.kernels.coded_bytes import read_nbytes, row_nbytes
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a variant kept of a prompt, as fractions of the vision entries of a full cache for the sample as it is.
+
+    Parameters
+    ----------
+    kept : float
+        Bytes held, less those of the prompt's text; mean over layers and KV heads. For a method that holds entries
+        whole and evicts no text these are the vision entries kept; a method that evicts text is counted by the memory
+        it holds.
+    vision : float
+        Vision entries kept.
+    read : float
+        Bytes that a decoding step reads of them, see ``kept``.
+    """
+
+    kept: float
+    vision: float
+    read: float
+
+
+class UnreadShares:
+    """Counts what passes over a draft leave unread.
+
+    Parameters
+    ----------
+    branches : Branches
+        What is read.
+    vision : int
+        Vision tokens of the prompt.
+    """
+
+    def __init__(self, branches: Branches, vision: int) -> None:
+        layers = [layer for layer in branches.cache.layers if isinstance(layer, PrunedLayer)]
+        self._blocks = [block for layer in layers for block in layer.coded]
+        self._full = max(1, sum(layer.entry_nbytes for layer in layers) * vision)
+        self._unread = [0.0] * len(branches.configs)
+        self._tokens = 0
+
+    @contextmanager
+    def counted(self, tokens: int) -> Iterator[None]:
+        """Count a pass over some tokens of the draft while the context is open."""
+        if not any(block.recalls for block in self._blocks):
+            yield
+            return
+        with counting_reads() as counts:
+            yield
+        self._tokens += tokens
+        for block, read in zip(self._blocks, counts, strict=True):
+            for row, entries in enumerate(read.tolist()):
+                self._unread[row] += tokens * (row_nbytes(block, row) - read_nbytes(block, row, entries))
+
+    def taken_off(self, shares: Sequence[Shares], of_sample: float) -> list[Shares]:
+        """The shares of the variants, less what a step leaves unread.
+
+        Parameters
+        ----------
+        shares : sequence of Shares
+            As if everything that is held were read.
+        of_sample : float
+            Vision tokens of the prompt, over those of the sample as it is.
+        """
+        scale = of_sample / self._full / max(1, self._tokens)
+        return [replace(own, read=own.read - scale * left) for own, left in zip(shares, self._unread, strict=True)]

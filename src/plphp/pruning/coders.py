@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coders of a run: by decoder layer, what holds its entries in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from plphp.errors import ConfigError
+from plphp.kernels.books import LayerBooks
+from plphp.kernels.coded import Reading
+from plphp.kernels.coder import Coder
+from plphp.kernels.rungs import RUNGS
+from plphp.policy.bank import QueryBank, bank_at
+from plphp.policy.chain import Link
+from plphp.policy.stages import KVStage
+from plphp.settings.ladder import WHOLE
+
+Coders = Callable[[int], Coder]
+"""The coder of a decoder layer."""
+
+
+def coders_of(link: Link[KVStage], own_bank: QueryBank | None = None) -> Coders | None:
+    """The coders that a config asks for; None where it holds entries whole or not at all.
+
+    Parameters
+    ----------
+    link : Link of KVStage
+        With a config whose ``tiers`` may name a ladder.
+    own_bank : QueryBank, optional
+        The bank that the engine has collected, for a method that asks for such a bank.
+
+    Raises
+    ------
+    ConfigError
+        If a rung needs codebooks and there are none.
+    """
+    config = link.config
+    if config.ladder is None:
+        return None
+    rungs = tuple(RUNGS[name] for name in config.ladder.names if name != WHOLE)
+    reading = Reading(config.read, config.rest)
+    books: Mapping[int, LayerBooks] | None = None
+    if any(rung.needs_books for rung in rungs):
+        books = _books_of(link, own_bank)
+
+    def coder(layer: int) -> Coder:
+        if books is not None and layer not in books:
+            raise ConfigError(
+                f"The codebooks are of the layers {', '.join(map(str, books))}, not of layer {layer}: collect a bank "
+                "with this model."
+            )
+        return Coder(rungs, None if books is None else books[layer], reading)
+
+    return coder
+
+
+def _books_of(link: Link[KVStage], own_bank: QueryBank | None) -> Mapping[int, LayerBooks]:
+    """The codebooks that the config names, else those of the method's bank."""
+    config = link.config
+    asked = config.books or link.stage.evidence(config).bank
+    bank = bank_at(asked) if isinstance(asked, str) else own_bank
+    where = f"The query bank {asked}" if isinstance(asked, str) else "The query bank"
+    if bank is None:
+        raise ConfigError(
+            f"The ladder {config.tiers!r} needs codebooks, and {link.method!r} has no bank: give books=FILE, or take a "
+            "ladder of rotated bits."
+        )
+    if bank.books is None:
+        raise ConfigError(f"{where} has no codebooks, which the ladder {config.tiers!r} needs: collect it again.")
+    return bank.books

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head level: from scores and the rates of rows to what becomes of every entry of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from plphp.policy.allocation import RowAllocation
+from plphp.policy.chain import Link
+from plphp.policy.evidence import LayerScores
+from plphp.policy.rankers import pooled
+from plphp.policy.selection import keep_masks
+from plphp.policy.stages import KVStage
+from plphp.settings.config import PLPHPConfig
+
+from .placement import by_ladder, whole_or_dropped
+
+NOT_PRUNED = ("exempt", "no-vision", "non-finite")
+"""Classes of rows that are held as they are."""
+Budget: TypeAlias = tuple[PLPHPConfig, Sequence[RowAllocation]]
+"""A config, and what the layer level decided for each row by it."""
+RoundUp: TypeAlias = Callable[[Tensor, Tensor, LayerScores], Tensor]
+"""Keeps more than was selected, see `plphp.pruning.reading.PromptReading`."""
+
+
+def placements(link: Link[KVStage], scores: LayerScores, budgets: Sequence[Budget], round_up: RoundUp) -> list[Tensor]:
+    """What becomes of the entries of a layer, by several configs that share its scores.
+
+    Parameters
+    ----------
+    link : Link of KVStage
+        Gives the scores, by its own config.
+    scores : LayerScores
+        Of the layer.
+    budgets : sequence of Budget
+        Their configs differ from the link's in how much is held, and in how, alone.
+    round_up : callable
+        Applied to what is kept.
+
+    Returns
+    -------
+    list of Tensor
+        For each config, uint8 [batch, kv_heads, seq], see `plphp.pruning.placement.Placement`.
+    """
+    own = link.config
+    score = pooled(link.stage.scored(scores, own), scores, own)
+    rates = [_cumulative_rates(config, rows) for config, rows in budgets]
+    mix, ragged = link.stage.mix(own), link.stage.ragged(own)
+    kept = keep_masks(score, scores, [row for part in rates for row in part], own, mix, ragged=ragged)
+    masks = iter(round_up(mask, score, scores) for mask in kept)
+    placed = []
+    for (config, rows), part in zip(budgets, rates, strict=True):
+        held = [next(masks) for _ in part]
+        if config.ladder is None:
+            placed.append(whole_or_dropped(held[0]))
+        else:
+            whole = [number for number, row in enumerate(rows) if row.layer_class in NOT_PRUNED]
+            placed.append(by_ladder(config.ladder, held, scores, whole))
+    return placed
+
+
+def _cumulative_rates(config: PLPHPConfig, rows: Sequence[RowAllocation]) -> list[list[float]]:
+    """For each rung of a ladder, or for all that is kept whole, the rate of each row down to it."""
+    if config.ladder is None:
+        return [[row.rate for row in rows]]
+    by_row = [config.ladder.cumulative(row.rate) for row in rows]
+    return [list(rates) for rates in zip(*by_row, strict=True)]
