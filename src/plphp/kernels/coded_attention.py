@@ -14,13 +14,16 @@ from torch.nn.functional import pad
 
 from . import _coded_cpp, choice
 from .books import Books, LayerBooks
-from .coded import CodedKV, Coder, Reading
+from .coded import CodedKV, Reading
+from .coder import Coder
 from .packed import PackedKV
 from .precision import as_written
 from .rungs import RUNGS
 
 MAX_LOGITS = 2**24
 """Logits that are held at once; long query chunks are cut so that they stay below."""
+LOWEST = -1e6
+"""What stands in a trial for the log-sum-exp of nothing: -inf less -inf would be no number."""
 
 _counts: ContextVar[list[Tensor] | None] = ContextVar("plphp_read_counts", default=None)
 
@@ -184,7 +187,7 @@ def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: 
     def both(attend: Callable[[Tensor, CodedKV, float], tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
         def joined(query: Tensor, coded: CodedKV) -> Tensor:
             output, lse = attend(query, coded, dim**-0.5)
-            return torch.cat([output.double(), lse.double()[..., None]], -1)
+            return torch.cat([output.double(), lse.double().clamp(min=LOWEST)[..., None]], -1)
 
         return joined
 

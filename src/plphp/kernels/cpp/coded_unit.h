@@ -28,6 +28,34 @@ struct Some {
   int64_t entry(int i) const { return tier.starts[head] + place(i); }
 };
 
+// The bytes of some entries in a stream.
+struct Bytes {
+  const uint8_t* first;
+  const int32_t* list;
+  int parts;
+
+  Bytes(const Some& some, const uint8_t* stream, int parts)
+      : first(stream + (some.tier.starts[some.head] + some.from) * parts), list(some.list), parts(parts) {}
+  const uint8_t* operator[](int i) const { return first + int64_t(list ? list[i] : i) * parts; }
+};
+
+// The bytes of some entries in bit planes, from the highest down; see tables.h for PARTS.
+template <int N, int PARTS, int PLANES>
+struct PlanesOf {
+  const Bytes bytes[PLANES];
+  const int parts;
+
+  Row<N> looked_up(Row<N>* table, int i) const {
+    Row<N> sum = ::looked_up<N, PARTS>(table, bytes[0][i], parts);
+    for (int plane = 1; plane < PLANES; ++plane) sum = sum + sum + ::looked_up<N, PARTS>(table, bytes[plane][i], parts);
+    return sum;
+  }
+  void let_fall(Row<N>* weights, int i, Row<N> weight) const {
+    for (int plane = PLANES - 1; plane >= 0; --plane, weight += weight)
+      ::let_fall<N, PARTS>(weights, bytes[plane][i], parts, weight);
+  }
+};
+
 // Where the softmax of a unit stands: values are relative to the maxima.
 template <int N>
 struct Partial {
@@ -49,6 +77,7 @@ class Work {
   int32_t* chosen;                         // [entries]
   std::pair<uint32_t, int32_t>* candidates;  // [entries]
   Row of_mean, of_rotated, on_mean, on_rotated;
+  bool all_centred = true;  // the values of all tiers
 
  public:
   // Scratch memory for units of up to `entries` entries; of each table those parts that are used.
@@ -75,8 +104,7 @@ class Work {
       if (!tables[book]) continue;
       const int parts = parts_of(book, dim);
       const uint16_t* own = call.key_books[book] + call.kv_head(unit.head) * CENTROIDS * dim;
-      book == 2 ? tabulate<N, 2 * BYTE>(own, parts, query, tables[book])
-                : tabulate<N, BYTE>(own, parts, query, tables[book]);
+      tabulate<N>(own, parts, dim / parts, query, tables[book]);
     }
     if (tables[BITS]) {
       std::copy(query, query + dim, rotated);
@@ -96,7 +124,9 @@ class Work {
   }
 
  private:
-  explicit Work(const Call& call) : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)) {}
+  explicit Work(const Call& call) : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)) {
+    for (int i = 0; i < call.tier_count; ++i) all_centred &= call.tiers[i].values.kind == CENTRED;
+  }
 
   // Bytes of an entry that a table is for.
   static int parts_of(int table, int dim) { return table == 2 ? dim / (2 * BYTE) : dim / BYTE; }
@@ -135,45 +165,36 @@ class Work {
 
   // ---- logits
 
+  // Of what is stored of keys, `index` takes the first stream alone.
   void score(const Some& some, Row* to, bool index) {
     const Side& side = some.tier.keys;
     if (side.kind == CHANNEL) return score_steps(some, to, index);
-    std::fill(to, to + some.count, of_mean);
+    if (!side.books) std::fill(to, to + some.count, of_mean);
     for (int book = 0; book < (index ? std::min<int64_t>(1, side.books) : side.books); ++book) {
       const int table = int(side.book[book]), parts = parts_of(table, dim);
-      by_parts(parts, [&](auto constant) {
+      const Bytes bytes(some, side.streams[book], parts);
+      by_parts(parts, [&, own = tables[table], mean = of_mean](auto constant) {
         for (int i = 0; i < some.count; ++i)
-          to[i] += looked_up<N, constant>(tables[table], side.streams[book] + some.entry(i) * parts, parts);
+          to[i] = (book ? to[i] : mean) + looked_up<N, constant>(own, bytes[i], parts);
       });
     }
     if (!side.planes || (index && side.books)) return;
-    const float half = float(1 << (side.planes - 1));
+    const float half = float(1 << (side.planes - 1)), weight = index ? half : 1;
     const Row middle = of_rotated * (index ? half / 2 : half - 0.5f);
-    by_parts(dim / BYTE, [&](auto constant) {
-      for (int i = 0; i < some.count; ++i) {
-        const Row sum = of_planes<constant>(side, tables[BITS], some.entry(i), index);
-        to[i] += (sum - middle) * half_number(side.scales[some.entry(i)]);
-      }
+    const uint16_t* scales = side.scales;
+    by_planes(some, side, index, dim, [&, own = tables[BITS]](auto bytes) {
+      for (int i = 0; i < some.count; ++i)
+        to[i] += (bytes.looked_up(own, i) * weight - middle) * half_number(scales[some.entry(i)]);
     });
-  }
-
-  // What the bit planes of an entry add up to, or what the first of them does.
-  template <int PARTS>
-  Row of_planes(const Side& side, const Row* table, int64_t entry, bool index) const {
-    const int parts = dim / BYTE;
-    Row sum = {};
-    for (int plane = 0; plane < (index ? 1 : side.planes); ++plane)
-      sum += looked_up<N, PARTS>(table, side.streams[side.books + plane] + entry * parts, parts) *
-             float(1 << (side.planes - 1 - plane));
-    return sum;
   }
 
   // Where entries share the steps of a channel, a table is for one group of them.
   void score_steps(const Some& some, Row* to, bool index) {
     const Side& side = some.tier.keys;
-    const float half = float(1 << (side.planes - 1));
-    for (int i = 0; i < some.count;) {
-      const int64_t group = some.place(i) / side.group;
+    const float half = float(1 << (side.planes - 1)), weight = index ? half : 1;
+    for (int first = 0, end; first < some.count; first = end) {
+      const int64_t group = some.place(first) / side.group;
+      for (end = first + 1; end < some.count && some.place(end) / side.group == group;) ++end;
       half_numbers(side.groups + (some.tier.group_starts[some.head] + group) * 2 * dim, 2 * dim, numbers);
       Row lowest = {}, total = {};
       for (int at = 0; at < dim; ++at) {
@@ -183,9 +204,8 @@ class Work {
       }
       if (index) lowest += total * ((half - 1) / 2);
       tabulate_bits<N>(dim / BYTE, stepped, tables[STEPS]);
-      by_parts(dim / BYTE, [&](auto constant) {
-        for (; i < some.count && some.place(i) / side.group == group; ++i)
-          to[i] = lowest + of_planes<constant>(side, tables[STEPS], some.entry(i), index);
+      by_planes(some, side, index, dim, [&, own = tables[STEPS]](auto bytes) {
+        for (int i = first; i < end; ++i) to[i] = lowest + bytes.looked_up(own, i) * weight;
       });
     }
   }
@@ -197,24 +217,32 @@ class Work {
   void reweigh(int count, Row& top, Row& total) {
     const int rows = WIDE / N, padded = (count + rows - 1) / rows * rows;
     std::fill(logits + count, logits + padded, Row{} - INFINITY);
-    top = Row{} + LOWEST;
-    for (int i = 0; i < count; ++i) top = logits[i] > top ? logits[i] : top;
-    Row tops[WIDE / N], sums[WIDE / N] = {};
-    std::fill(tops, tops + rows, top);
-    float* flat = (float*)logits;
+    constexpr int VECTORS = WIDE / LANES;
+    float* const flat = (float*)logits;
+    Floats tops[VECTORS], sums[VECTORS] = {};
+    std::fill(tops, tops + VECTORS, all(LOWEST));
     for (int64_t at = 0; at < int64_t(padded) * N; at += WIDE)
-      for (int i = 0; i < WIDE; i += LANES) {
-        const Floats weight = exp_of(load(flat + at + i) - load((float*)tops + i));
-        store(flat + at + i, weight);
-        store((float*)sums + i, load((float*)sums + i) + weight);
+      for (int i = 0; i < VECTORS; ++i) {
+        const Floats here = load(flat + at + i * LANES);
+        tops[i] = here > tops[i] ? here : tops[i];
+      }
+    top = Row{} + LOWEST;
+    for (int i = 0; i < rows; ++i) top = ((Row*)tops)[i] > top ? ((Row*)tops)[i] : top;
+    for (int i = 0; i < rows; ++i) ((Row*)tops)[i] = top;
+    for (int64_t at = 0; at < int64_t(padded) * N; at += WIDE)
+      for (int i = 0; i < VECTORS; ++i) {
+        const Floats weight = exp_of(load(flat + at + i * LANES) - tops[i]);
+        store(flat + at + i * LANES, weight);
+        sums[i] += weight;
       }
     total = Row{};
-    for (const Row& sum : sums) total += sum;
+    for (int i = 0; i < rows; ++i) total += ((Row*)sums)[i];
   }
 
   void attend_all(const Unit& unit, Partial<N>& result) {
     by_tiers(unit, [&](const Some& some, int64_t at) { score(some, logits + at, false); });
     reweigh(int(unit.to - unit.from), result.top, result.total);
+    if (all_centred) on_mean = result.total;
     by_tiers(unit, [&](const Some& some, int64_t at) { mix(some, logits + at); });
   }
 
@@ -268,7 +296,7 @@ class Work {
     if (wanted < held && call.rests[unit.head / call.kv_heads])
       for (int lane = 0; lane < N; ++lane) logits[count][lane] = top[lane] + std::log(rest[lane]);
     reweigh(count + 1, result.top, result.total);
-    on_mean += logits[count];
+    on_mean = all_centred ? result.total : logits[count];
     by_chosen([&](const Some& some, int at) { mix(some, logits + at); });
   }
 
@@ -286,24 +314,37 @@ class Work {
   void mix(const Some& some, const Row* own) {
     const Side& side = some.tier.values;
     if (side.kind == TOKEN) return mix_steps(some, own);
-    for (int i = 0; i < some.count; ++i) on_mean += own[i];
+    for (int i = 0; i < some.count && !all_centred; ++i) on_mean += own[i];
     for (int book = 0; book < side.books; ++book) {
       const int table = int(side.book[book]), parts = parts_of(table, value_dim);
-      by_parts(parts, [&](auto constant) {
-        for (int i = 0; i < some.count; ++i)
-          let_fall<N, constant>(weights[table], side.streams[book] + some.entry(i) * parts, parts, own[i]);
+      const Bytes bytes(some, side.streams[book], parts);
+      by_parts(parts, [&, collected = weights[table]](auto constant) {
+        for (int i = 0; i < some.count; ++i) let_fall<N, constant>(collected, bytes[i], parts, own[i]);
       });
     }
     if (!side.planes) return;
-    const int parts = value_dim / BYTE;
-    const float middle = float(1 << (side.planes - 1)) - 0.5f;
-    by_parts(parts, [&](auto constant) {
+    Row scales = {};
+    by_planes(some, side, false, value_dim, [&, collected = weights[BITS]](auto bytes) {
       for (int i = 0; i < some.count; ++i) {
         const Row scaled = own[i] * half_number(side.scales[some.entry(i)]);
-        on_rotated += scaled * middle;
-        for (int plane = 0; plane < side.planes; ++plane)
-          let_fall<N, constant>(weights[BITS], side.streams[side.books + plane] + some.entry(i) * parts, parts,
-                                scaled * float(1 << (side.planes - 1 - plane)));
+        scales += scaled;
+        bytes.let_fall(collected, i, scaled);
+      }
+    });
+    on_rotated += scales * (float(1 << (side.planes - 1)) - 0.5f);
+  }
+
+  // Call work(bit planes of some entries): of all planes, or of the first alone.
+  template <class Todo>
+  void by_planes(const Some& some, const Side& side, bool one, int dim, Todo todo) const {
+    const int parts = dim / BYTE;
+    const auto plane = [&](int number) { return Bytes(some, side.streams[side.books + number], parts); };
+    by_parts(parts, [&](auto constant) {
+      switch (one ? 1 : side.planes) {
+        case 1: return todo(PlanesOf<N, constant, 1>{{plane(0)}, parts});
+        case 2: return todo(PlanesOf<N, constant, 2>{{plane(0), plane(1)}, parts});
+        case 3: return todo(PlanesOf<N, constant, 3>{{plane(0), plane(1), plane(2)}, parts});
+        default: return todo(PlanesOf<N, constant, 4>{{plane(0), plane(1), plane(2), plane(3)}, parts});
       }
     });
   }
@@ -339,8 +380,8 @@ class Work {
     for (int book = 0; book < BOOKS; ++book) {
       if (!weights[book]) continue;
       const uint16_t* own = call.value_books[book] + call.kv_head(unit.head) * CENTROIDS * value_dim;
-      book == 2 ? spread<N, 2 * BYTE>(own, parts / 2, weights[book], out)
-                : spread<N, BYTE>(own, parts, weights[book], out);
+      const int own_parts = parts_of(book, value_dim);
+      spread<N>(own, own_parts, value_dim / own_parts, weights[book], out);
     }
     if (!call.value_means) return;
     const uint16_t* mean = call.value_means + call.pairs[unit.head] * value_dim;

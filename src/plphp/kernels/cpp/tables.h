@@ -8,11 +8,13 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
 
 #include "coded_call.h"
+#include "vectors.h"
 
 namespace {
 
@@ -36,47 +38,88 @@ inline float half_number(uint16_t half) {
   return result.value;
 #endif
 }
-inline void half_numbers(const uint16_t* from, int count, float* to) {
-  int i = 0;
+inline Row<BYTE> eight_halves(const uint16_t* from) {
 #ifdef __F16C__
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  return (Row<BYTE>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Row<BYTE> result;
+  for (int i = 0; i < BYTE; ++i) result[i] = half_number(from[i]);
+  return result;
 #endif
-  for (; i < count; ++i) to[i] = half_number(from[i]);
+}
+// `count` is a multiple of eight.
+inline void half_numbers(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += BYTE) {
+    const Row<BYTE> eight = eight_halves(from + i);
+    std::memcpy(to + i, &eight, sizeof(eight));
+  }
 }
 
-// table [parts, 256] of each centroid's product with the queries [channel]; book float16 [parts, 256, channels].
-template <int N, int CHANNELS>
-inline void tabulate(const uint16_t* book, int parts, const Row<N>* query, Row<N>* table) {
-  for (int part = 0; part < parts; ++part) {
-    Row<N> own[CHANNELS];
-    std::memcpy(own, query + part * CHANNELS, sizeof(own));
-    for (int number = 0; number < CENTROIDS; ++number, book += CHANNELS) {
-      float centroid[CHANNELS];
-      half_numbers(book, CHANNELS, centroid);
-      Row<N> even = own[0] * centroid[0], odd = own[1] * centroid[1];
-      for (int i = 2; i < CHANNELS; i += 2) {
-        even += own[i] * centroid[i];
-        odd += own[i + 1] * centroid[i + 1];
-      }
-      *table++ = even + odd;
+// Two centroids at once where vectors are twice as wide as N lanes.
+template <int N>
+constexpr int TOGETHER = LANES == 2 * N ? 2 : 1;
+template <int N>
+using Rows = Row<N * TOGETHER<N>>;
+
+// A channel of as many centroids, which lie side by side with eight numbers each: in all lanes of their rows.
+template <int N, int CHANNEL, class Centroids, int... LANE>
+inline Rows<N> broadcast(Centroids centroids, std::integer_sequence<int, LANE...>) {
+  return __builtin_shufflevector(centroids, centroids, (LANE / N * BYTE + CHANNEL)...);
+}
+
+// Call work(the first of as many centroids, each of eight of their channels as rows).
+template <int N, class Work, int... CHANNEL>
+inline void by_centroids(const uint16_t* book, int channels, Work work, std::integer_sequence<int, CHANNEL...>) {
+  constexpr std::make_integer_sequence<int, N * TOGETHER<N>> lanes;
+  for (int number = 0; number < CENTROIDS; number += TOGETHER<N>) {
+    const Row<BYTE> first = eight_halves(book + number * channels);
+    if constexpr (TOGETHER<N> == 1) {
+      const Rows<N> of_channels[] = {Rows<N>{} + first[CHANNEL]...};
+      work(number, of_channels);
+    } else {
+      const Row<BYTE> second = eight_halves(book + (number + 1) * channels);
+      const Row<2 * BYTE> both =
+          __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const Rows<N> of_channels[] = {broadcast<N, CHANNEL>(both, lanes)...};
+      work(number, of_channels);
     }
   }
+}
+constexpr std::make_integer_sequence<int, BYTE> CHANNELS_OF_BYTE;
+
+// table [parts, 256] of each centroid's product with the queries [channel]; book float16 [parts, 256, channels].
+template <int N>
+inline void tabulate(const uint16_t* book, int parts, int channels, const Row<N>* query, Row<N>* table) {
+  for (int part = 0; part < parts; ++part, book += CENTROIDS * channels, table += CENTROIDS)
+    for (int at = 0; at < channels; at += BYTE) {
+      Rows<N> own[BYTE];
+      for (int i = 0; i < TOGETHER<N> * BYTE; ++i) ((Row<N>*)own)[i] = *(query + i / TOGETHER<N>);
+      query += BYTE;
+      by_centroids<N>(book + at, channels, [&](int number, const Rows<N>* centroids) {
+        Rows<N> even = own[0] * centroids[0], odd = own[1] * centroids[1];
+        for (int i = 2; i < BYTE; i += 2) {
+          even += own[i] * centroids[i];
+          odd += own[i + 1] * centroids[i + 1];
+        }
+        Rows<N>& to = *(Rows<N>*)(table + number);
+        to = at ? to + (even + odd) : even + odd;
+      }, CHANNELS_OF_BYTE);
+    }
 }
 
 // Weights [parts, 256] that fell on centroids, to a sum of values [channel].
-template <int N, int CHANNELS>
-inline void spread(const uint16_t* book, int parts, const Row<N>* weights, Row<N>* out) {
-  for (int part = 0; part < parts; ++part, out += CHANNELS) {
-    Row<N> own[CHANNELS] = {};
-    for (int number = 0; number < CENTROIDS; ++number, book += CHANNELS) {
-      float centroid[CHANNELS];
-      half_numbers(book, CHANNELS, centroid);
-      const Row<N> weight = *weights++;
-      for (int i = 0; i < CHANNELS; ++i) own[i] += weight * centroid[i];
+template <int N>
+inline void spread(const uint16_t* book, int parts, int channels, const Row<N>* weights, Row<N>* out) {
+  for (int part = 0; part < parts; ++part, book += CENTROIDS * channels, weights += CENTROIDS)
+    for (int at = 0; at < channels; at += BYTE) {
+      Rows<N> own[BYTE] = {};
+      by_centroids<N>(book + at, channels, [&](int number, const Rows<N>* centroids) {
+        const Rows<N> weight = *(const Rows<N>*)(weights + number);
+        for (int i = 0; i < BYTE; ++i) own[i] += weight * centroids[i];
+      }, CHANNELS_OF_BYTE);
+      for (int i = 0; i < TOGETHER<N> * BYTE; ++i) out[i / TOGETHER<N>] += ((Row<N>*)own)[i];
+      out += BYTE;
     }
-    for (int i = 0; i < CHANNELS; ++i) out[i] += own[i];
-  }
 }
 
 // table [parts, 256] of the sum of the queries [channel] over the bits of each byte.
@@ -103,17 +146,23 @@ inline void spread_bits(int parts, Row<N>* weights, Row<N>* out) {
     }
 }
 
+// The place of a byte in the table of its part: written so that a part is a constant beside the address.
+template <int N>
+inline Row<N>& at(Row<N>* table, int part, uint8_t byte) {
+  return *(Row<N>*)((char*)table + (size_t(byte) * sizeof(Row<N>)) + size_t(part) * CENTROIDS * sizeof(Row<N>));
+}
+
 // What the bytes of an entry add up to; PARTS of them, or `parts` where PARTS is 0.
 template <int N, int PARTS>
-inline Row<N> looked_up(const Row<N>* table, const uint8_t* bytes, int parts) {
+inline Row<N> looked_up(Row<N>* table, const uint8_t* bytes, int parts) {
   Row<N> even = {}, odd = {};
   const int count = PARTS ? PARTS : parts;
   int part = 0;
   for (; part + 2 <= count; part += 2) {
-    even += table[part * CENTROIDS + bytes[part]];
-    odd += table[(part + 1) * CENTROIDS + bytes[part + 1]];
+    even += at<N>(table, part, bytes[part]);
+    odd += at<N>(table, part + 1, bytes[part + 1]);
   }
-  if (part < count) even += table[part * CENTROIDS + bytes[part]];
+  if (part < count) even += at<N>(table, part, bytes[part]);
   return even + odd;
 }
 
@@ -121,7 +170,7 @@ inline Row<N> looked_up(const Row<N>* table, const uint8_t* bytes, int parts) {
 template <int N, int PARTS>
 inline void let_fall(Row<N>* weights, const uint8_t* bytes, int parts, Row<N> weight) {
   const int count = PARTS ? PARTS : parts;
-  for (int part = 0; part < count; ++part) weights[part * CENTROIDS + bytes[part]] += weight;
+  for (int part = 0; part < count; ++part) at<N>(weights, part, bytes[part]) += weight;
 }
 
 // Call work(number of bytes as a constant): 0 where it is none of those that loops are unrolled for.
