@@ -3,34 +3,64 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <utility>
+
+#include "tables.h"
 
 namespace {
 
-// Where a choice ends: what has more mass than `mass` is chosen, and what has as much up to entry `last`. Masses are the
+// Where a choice ends: what has more mass than `mass` is chosen, and what has as much before entry `end`. Masses are the
 // bits of floats from 0 on, which are in the order of the floats.
 struct Choice {
-  uint32_t mass;
-  int32_t last;
-  bool has(uint32_t own, int32_t entry) const { return own > mass || (own == mass && entry <= last); }
+  int32_t mass;
+  int end;
+  bool has(int32_t own, int entry) const { return own > mass || (own == mass && entry < end); }
 };
 
-// The `wanted` of `held` masses, at least 1 and fewer than held; of equal ones the first. `candidates` has room for all.
-inline Choice choose(const uint32_t* masses, int held, int wanted, std::pair<uint32_t, int32_t>* candidates) {
-  constexpr int SHIFT = 20, BINS = 1 << (31 - SHIFT);
-  int32_t counts[BINS];
-  std::memset(counts, 0, sizeof(counts));
-  for (int i = 0; i < held; ++i) ++counts[masses[i] >> SHIFT & (BINS - 1)];
-  int bin = BINS - 1;
-  for (; wanted > counts[bin]; --bin) wanted -= counts[bin];
-  int found = 0;
-  for (int i = 0; i < held; ++i) {
-    candidates[found] = {masses[i], -i};
-    found += int(masses[i] >> SHIFT & (BINS - 1)) == bin;
+inline int count_above(const int32_t* masses, int held, int32_t mass) {
+  int count = 0;
+  for (int i = 0; i < held; ++i) count += masses[i] > mass;
+  return count;
+}
+
+// The `wanted` largest of `held` masses, at least 1 and fewer than held; of equal ones the first. By halving: a look at
+// all masses takes less than putting them in order.
+inline Choice choose(const int32_t* masses, int held, int wanted) {
+  int32_t most = 0;
+  for (int i = 0; i < held; ++i) most = std::max(most, masses[i]);
+  // More than `wanted` are above `low`, and no more than that above `high`.
+  int32_t low = -1, high = most;
+  int above = 0;
+  while (high - low > 1 && above < wanted) {
+    const int32_t middle = low + (high - low) / 2;
+    const int count = count_above(masses, held, middle);
+    if (count <= wanted) above = count;
+    (count <= wanted ? high : low) = middle;
   }
-  std::nth_element(candidates, candidates + wanted - 1, candidates + found, std::greater<>());
-  return {candidates[wanted - 1].first, -candidates[wanted - 1].second};
+  int end = 0;
+  for (int equal = wanted - above; equal > 0; ++end) equal -= masses[end] == high;
+  return {high, end};
+}
+
+// The sums over the lanes of N rows.
+template <int N, int COUNT, int... LANE>
+inline void fold(Row<N>* rows, std::integer_sequence<int, LANE...> lanes) {
+  for (int i = 0; i < COUNT; ++i)
+    rows[i] = __builtin_shufflevector(rows[2 * i], rows[2 * i + 1], (2 * LANE)...) +
+              __builtin_shufflevector(rows[2 * i], rows[2 * i + 1], (2 * LANE + 1)...);
+  if constexpr (COUNT > 1) fold<N, COUNT / 2>(rows, lanes);
+}
+
+// Of every entry the mean of its weights, each over the total of its row: `shares` are one over these, and 0 for a lane
+// that is no row. Whole vectors are taken, from weights and to masses.
+template <int N>
+inline void weigh(const Row<N>* weights, int held, Row<N> shares, int32_t* masses) {
+  typedef int32_t Bits __attribute__((vector_size(4 * N)));
+  for (int i = 0; i < held; i += N) {
+    Row<N> rows[N];
+    for (int j = 0; j < N; ++j) rows[j] = weights[i + j] * shares;
+    fold<N, N / 2>(rows, std::make_integer_sequence<int, N>());
+    *(Bits*)(masses + i) = (Bits)rows[0] & 0x7fffffff;  // NaN may have a sign
+  }
 }
 
 }  // namespace

@@ -73,9 +73,8 @@ class Work {
   Row *tables[TABLES], *weights[TABLES];   // [parts, 256], where one is used
   Row* logits;                             // [entries], then weights
   float* numbers;                          // [2, dim]
-  uint32_t* masses;                        // [entries]
+  int32_t* masses;                         // [entries]
   int32_t* chosen;                         // [entries]
-  std::pair<uint32_t, int32_t>* candidates;  // [entries]
   Row of_mean, of_rotated, on_mean, on_rotated;
   bool all_centred = true;  // the values of all tiers
 
@@ -147,10 +146,9 @@ class Work {
       if (uses(table, &Tier::keys)) take(tables[table], parts_of(table, dim) * CENTROIDS);
       if (uses(table, &Tier::values)) take(weights[table], parts_of(table, value_dim) * CENTROIDS);
     }
-    take(logits, entries + 1 + WIDE / N);
-    take(masses, entries);
-    take(chosen, entries);
-    take(candidates, entries + 1);
+    take(logits, entries + 1 + WIDE);
+    take(masses, entries + N);
+    take(chosen, entries + 1);
     return used;
   }
   bool uses(int table, Side Tier::*side) const {
@@ -262,25 +260,26 @@ class Work {
   // The entries with the largest index mass are read; what is left may stand in as one more entry.
   void attend_chosen(const Unit& unit, Partial<N>& result) {
     const int held = int(unit.to), wanted = int(std::min<int64_t>(held, call.reads[unit.head]));
-    int found[2] = {0, 0};  // entries that are read, and those of the tiers before
+    int count = 0;
     Row top, total, rest = {};
     if (wanted < held) {
       by_tiers(unit, [&](const Some& some, int64_t at) { score(some, logits + at, true); });
       reweigh(held, top, total);
-      Row share = {};
-      for (int lane = 0; lane < unit.rows; ++lane) share[lane] = 1 / total[lane];
-      for (int i = 0; i < held; ++i) masses[i] = mass_of(logits[i] * share);
+      Row shares = {};
+      for (int lane = 0; lane < unit.rows; ++lane) shares[lane] = 1 / total[lane];
+      std::fill(logits + held, logits + held + N, Row{});
+      weigh<N>(logits, held, shares, masses);
     }
-    const Choice choice = wanted < held ? choose(masses, held, wanted, candidates) : Choice{0, held};
+    const Choice choice = wanted < held ? choose(masses, held, wanted) : Choice{-1, 0};
     int ends[MOST_TIERS] = {};
     by_tiers(unit, [&](const Some& some, int64_t at) {
       for (int i = 0; i < some.count; ++i) {
         const bool read = wanted == held || choice.has(masses[at + i], int(at + i));
-        chosen[found[0]] = i;
-        found[0] += read;
-        if (wanted < held) rest += logits[at + i] * float(!read);
+        chosen[count] = i;
+        count += read;
+        rest += logits[at + i] * float(!read);
       }
-      ends[&some.tier - call.tiers] = found[0];
+      ends[&some.tier - call.tiers] = count;
     });
     const auto by_chosen = [&](auto todo) {
       for (int i = 0, at = 0; i < call.tier_count; ++i) {
@@ -291,22 +290,12 @@ class Work {
       }
     };
     by_chosen([&](const Some& some, int at) { score(some, logits + at, false); });
-    const int count = found[0];
     logits[count] = Row{} - INFINITY;
     if (wanted < held && call.rests[unit.head / call.kv_heads])
       for (int lane = 0; lane < N; ++lane) logits[count][lane] = top[lane] + std::log(rest[lane]);
     reweigh(count + 1, result.top, result.total);
     on_mean = all_centred ? result.total : logits[count];
     by_chosen([&](const Some& some, int at) { mix(some, logits + at); });
-  }
-
-  static uint32_t mass_of(Row shares) {
-    float sum[4] = {};
-    for (int lane = 0; lane < N; ++lane) sum[lane % 4] += shares[lane];
-    const float mass = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    uint32_t bits;
-    std::memcpy(&bits, &mass, sizeof(bits));
-    return bits;
   }
 
   // ---- values
