@@ -57,7 +57,7 @@ class _Tier(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "out", "lse", "tiers", "key_means", "value_means")),
+        *((name, ctypes.c_void_p) for name in ("query", "out", "lse", "tiers", "key_means", "value_means", "rest_values")),
         *((name, ctypes.c_void_p * len(BOOKS)) for name in ("key_books", "value_books")),
         *((name, ctypes.c_void_p) for name in ("pairs", "reads", "rests")),
         *((name, ctypes.c_int64) for name in ("tier_count", "batch", "kv_heads", "group", "length", "dim")),
@@ -95,9 +95,11 @@ def unsupported(query: Tensor, coded: CodedKV) -> str | None:
         return "it knows no keys with steps per token"
     if any(isinstance(t.rung.values, Affine) and t.rung.values.axis == "channel" for t in coded.tiers):
         return "it knows no values with steps per channel"
-    if query.shape[1] // coded.kv_heads <= MOST_LANES:
-        return None
-    return f"more than {MOST_LANES} query heads choose together what they read" if coded.recalls else None
+    if query.shape[2] > LONG:
+        return f"there are {query.shape[2]} queries, and it is faster than torch up to {LONG}"
+    if coded.recalls and query.shape[1] // coded.kv_heads > MOST_LANES:
+        return f"more than {MOST_LANES} query heads choose together what they read"
+    return None
 
 
 def value_dim(coded: CodedKV) -> int:
@@ -158,13 +160,13 @@ def _plan(coded: CodedKV) -> _Plan:
         for row, reading in zip(coded.rows, readings, strict=True)
         for count in coded.held[row]
     ]
-    has_mean = coded.value_means is not None
-    rests = [int(reading.rest and reading.share < 1 and has_mean) for reading in readings]
+    rests = [int(reading.stands_in and coded.rest_values is not None) for reading in readings]
     books = (None, None) if coded.books is None else (coded.books.keys, coded.books.values)
     call = _Call(
         tiers=ctypes.cast(tiers, ctypes.c_void_p),
         key_means=_address(coded.key_means, alive),
         value_means=_address(coded.value_means, alive),
+        rest_values=_address(coded.rest_values, alive),
         key_books=_books(books[0], alive),
         value_books=_books(books[1], alive),
         pairs=_numbers(pairs, alive),

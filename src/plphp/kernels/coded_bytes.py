@@ -22,9 +22,15 @@ def index_nbytes(tier: Tier, stored_row: int) -> int:
     return _side(tier.rung.keys, tier.keys, tier.counts[stored_row], index=True)
 
 
-def means_nbytes(block: CodedKV) -> int:
-    """Bytes of the means of one row."""
-    return block.means_nbytes // len(block.reading)
+def means_nbytes(block: CodedKV, stored_row: int) -> int:
+    """Bytes of the means that the tiers of a stored row need, and of what stands in for its rest."""
+    rungs = [tier.rung for tier in block.tiers if any(tier.counts[stored_row])]
+    needed = (
+        (block.key_means, any(rung.keys.centred for rung in rungs)),
+        (block.value_means, any(rung.values.centred for rung in rungs)),
+        (block.rest_values, block.reading[stored_row].stands_in),
+    )
+    return sum(mean[: block.kv_heads].nbytes for mean, needs in needed if mean is not None and needs)
 
 
 def row_nbytes(block: CodedKV, row: int) -> int:
@@ -32,7 +38,7 @@ def row_nbytes(block: CodedKV, row: int) -> int:
     stored = block.rows[row]
     if not any(block.held[stored]):
         return 0
-    return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block)
+    return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block, stored)
 
 
 def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -> float:
@@ -53,7 +59,7 @@ def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -
         return row_nbytes(block, row)
     if read is None:
         read = _most(block, stored)
-    total: float = means_nbytes(block)
+    total: float = means_nbytes(block, stored)
     for tier, entries in zip(block.tiers, read, strict=True):
         held = sum(tier.counts[stored])
         if held:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,17 +65,31 @@ class Coder:
         books = None if self.books is None else self.books.to(keys.device)
         for rung, _ in used:
             rung.check(keys.shape[3], values.shape[3], books)
-        means = self.means(keys, values, vision, [rung for rung, _ in used])
+        means = rung_means(keys, values, vision, [rung for rung, _ in used])
         tiers = tuple(encoded(rung, keys, values, mask, means, books) for rung, mask in used)
         used_books = books if any(rung.needs_books for rung, _ in used) else None
-        return CodedKV(tiers, *means, used_books, (self.reading,) * len(keys))
+        return with_rest(CodedKV(tiers, *means, used_books, (self.reading,) * len(keys)))
 
-    def means(self, keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]) -> Means:
-        """The means that rungs and reading need, float16 [batch * kv_heads, dim] of keys and of values."""
-        of_keys = any(rung.keys.centred for rung in rungs)
-        stands_in = self.reading.share < 1 and self.reading.rest
-        of_values = stands_in or any(rung.values.centred for rung in rungs)
-        return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
+
+def rung_means(keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]) -> Means:
+    """The means over vision tokens that rungs need, float16 [batch * kv_heads, dim] of keys and of values."""
+    of_keys, of_values = any(rung.keys.centred for rung in rungs), any(rung.values.centred for rung in rungs)
+    return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
+
+
+def with_rest(block: CodedKV) -> CodedKV:
+    """The block with what stands in for entries that a step does not read, where a row asks for it."""
+    if not any(reading.stands_in for reading in block.reading):
+        return block
+    total: Tensor | int = 0
+    for tier, decoded in zip(block.tiers, block.decoded(torch.float32), strict=True):
+        pair = tier.pair_of_entries()[0]
+        total = total + decoded.values.new_zeros(
+            len(block.reading) * block.kv_heads, decoded.values.shape[1]
+        ).index_add_(0, pair, decoded.values)
+    assert isinstance(total, Tensor)
+    counts = torch.tensor([count for row in block.held for count in row], dtype=total.dtype).to(total.device)
+    return replace(block, rest_values=stored(total / counts.clamp(min=1)[:, None]))
 
 
 def encoded(
@@ -179,8 +193,7 @@ def _block(
     if not masks:
         return None
     reading = tuple(ALL if coder is None else coder.reading for coder in coders)
-    asking = Coder(tuple(masks), books, min(reading, key=lambda own: own.share))
-    means = asking.means(keys, values, vision, asking.rungs)
+    means = rung_means(keys, values, vision, tuple(masks))
     books = None if books is None else books.to(keys.device)
     of_rows = [None if mean is None else mean.repeat(len(coders), 1) for mean in means]
     tiers = []
@@ -193,7 +206,7 @@ def _block(
             spread = [states.expand(len(coders), -1, -1, -1) for states in (keys, values)]
             tiers.append(encoded(rung, spread[0], spread[1], mask, (of_rows[0], of_rows[1]), books))
     needed = books if any(rung.needs_books for rung in masks) else None
-    return CodedKV(tuple(tiers), of_rows[0], of_rows[1], needed, reading)
+    return with_rest(CodedKV(tuple(tiers), of_rows[0], of_rows[1], needed, reading))
 
 
 def _held_in(rung: Rung, placement: Tensor, coder: Coder | None) -> Tensor:

@@ -7,26 +7,19 @@ keys and values of a prompt in it until the prompt has been read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from plphp.errors import CacheMemoryError, CacheStateError, UnsupportedFeatureError
-from plphp.io.quoting import one_line
+from plphp.errors import CacheStateError, UnsupportedFeatureError
 from plphp.kernels.coded import CodedKV
 from plphp.kernels.coder import Coder
 from plphp.kernels.packed import PackedKV
 
 from .placement import held_whole, without_codes
 from .provisional import ProvisionalBlock
-
-MIN_GROWTH = 16
-"""Tokens for which the tail reserves room at least when it grows."""
-NO_MEMORY = ("can't allocate memory", "not enough memory")
-"""What torch says on a CPU."""
+from .room import appended, grown, memory_named
 
 
 class LayerEntries:
@@ -155,8 +148,8 @@ class LayerEntries:
             # A prompt is held as it came: no copy of what is compacted in a moment.
             self.keys, self.values = key_states, value_states
         else:
-            self.keys = _appended(self.keys, key_states, self.tail_length)
-            self.values = _appended(self.values, value_states, self.tail_length)
+            self.keys = appended(self.keys, key_states, self.tail_length)
+            self.values = appended(self.values, value_states, self.tail_length)
         self.tail_length = new
         return self.tail()
 
@@ -167,7 +160,7 @@ class LayerEntries:
         """
         of_keys = torch.promote_types(self.dtypes[0], key_states.dtype)
         of_values = torch.promote_types(self.dtypes[1], value_states.dtype)
-        with _memory_named(f"what is held in {of_keys} and {of_values}"):
+        with memory_named(f"what is held in {of_keys} and {of_values}"):
             prefix = None if self.prefix is None else self.prefix.to(of_keys, of_values)
             keys = None if self.keys is None else self.keys.to(of_keys)
             values = None if self.values is None else self.values.to(of_values)
@@ -193,7 +186,7 @@ class LayerEntries:
         """
         keys, values = self.tail()
         needed = self.tail_length + room
-        self.keys, self.values = [_grown(states, self.tail_length, needed) for states in (keys, values)]
+        self.keys, self.values = [grown(states, self.tail_length, needed) for states in (keys, values)]
         return needed
 
     def compact(
@@ -314,40 +307,3 @@ class LayerEntries:
         """Raise `CacheStateError` while the last placement is not the final one."""
         if self._provisional is not None:
             raise CacheStateError("The prompt has not been read to its end: the layer waits for its final placement.")
-
-
-def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
-    """Write ``new`` behind the first ``used`` entries of a buffer, or of a larger one if there is no room."""
-    needed = used + new.shape[2]
-    if buffer is None or buffer.shape[2] < needed:
-        buffer = _grown(new[:, :, :0] if buffer is None else buffer, used, needed + max(MIN_GROWTH, needed // 8))
-    elif buffer.is_inference() and not torch.is_inference_mode_enabled():
-        buffer = buffer.clone()  # a turn under inference_mode, then one outside of it
-    buffer[:, :, used:needed] = new
-    return buffer
-
-
-def _grown(buffer: Tensor, used: int, room: int) -> Tensor:
-    """Copy the first ``used`` entries of a buffer to a new one with room for ``room``, zeros behind them."""
-    with _memory_named(f"keys and values of {tuple(buffer.shape[:2])} rows and heads with room for {room} tokens"):
-        grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3]))
-    grown[:, :, :used] = buffer[:, :, :used]
-    return grown
-
-
-@contextmanager
-def _memory_named(what: str) -> Iterator[None]:
-    """Raise `CacheMemoryError` where torch finds no memory."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not lacks_memory(error):
-            raise
-        raise CacheMemoryError(
-            f"There is no memory for {what} ({one_line(error)}): free some, or decode fewer rows or shorter answers."
-        ) from error
-
-
-def lacks_memory(error: RuntimeError) -> bool:
-    """Whether torch raised it because there is no memory; on a CPU only the words tell."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)

@@ -13,7 +13,7 @@ namespace {
 struct Choice {
   int32_t mass;
   int end;
-  bool has(int32_t own, int entry) const { return own > mass || (own == mass && entry < end); }
+  int has(int32_t own, int entry) const { return (own > mass) | ((own == mass) & (entry < end)); }  // no branches
 };
 
 inline int count_above(const int32_t* masses, int held, int32_t mass) {

@@ -33,7 +33,7 @@ struct Call {
   void* out;          // [batch, q_heads, length, value_dim]
   float* lse;         // [batch, q_heads, length]
   const Tier* tiers;
-  const uint16_t *key_means, *value_means;            // float16 [pairs, dim], or null
+  const uint16_t *key_means, *value_means, *rest_values;  // float16 [pairs, dim], or null
   const uint16_t *key_books[BOOKS], *value_books[BOOKS];  // float16 [kv_heads, parts, 256, channels], or null
   const int64_t* pairs;  // [batch * kv_heads]: of each head its row in the means
   const int64_t* reads;  // [batch * kv_heads]: entries that a query reads; -1 for all, without a look at the index

@@ -75,7 +75,7 @@ class Work {
   float* numbers;                          // [2, dim]
   int32_t* masses;                         // [entries]
   int32_t* chosen;                         // [entries]
-  Row of_mean, of_rotated, on_mean, on_rotated;
+  Row of_mean, of_rotated, on_mean, on_rotated, on_rest;
   bool all_centred = true;  // the values of all tiers
 
  public:
@@ -114,7 +114,7 @@ class Work {
   }
 
   void attend(const Unit& unit, Partial<N>& result) {
-    on_mean = on_rotated = Row{};
+    on_mean = on_rotated = on_rest = Row{};
     for (int table = 0; table < TABLES; ++table)
       if (weights[table]) std::memset(weights[table], 0, parts_of(table, value_dim) * CENTROIDS * sizeof(Row));
     std::memset(mixed, 0, value_dim * sizeof(Row));
@@ -269,15 +269,19 @@ class Work {
       for (int lane = 0; lane < unit.rows; ++lane) shares[lane] = 1 / total[lane];
       std::fill(logits + held, logits + held + N, Row{});
       weigh<N>(logits, held, shares, masses);
+    } else {
+      std::fill(masses, masses + held, 0);
     }
     const Choice choice = wanted < held ? choose(masses, held, wanted) : Choice{-1, 0};
     int ends[MOST_TIERS] = {};
     by_tiers(unit, [&](const Some& some, int64_t at) {
+      const Row* left = logits + at;
+      const int32_t* own = masses + at;
       for (int i = 0; i < some.count; ++i) {
-        const bool read = wanted == held || choice.has(masses[at + i], int(at + i));
+        const int read = choice.has(own[i], int(at) + i);
         chosen[count] = i;
         count += read;
-        rest += logits[at + i] * float(!read);
+        rest += left[i] * float(1 - read);
       }
       ends[&some.tier - call.tiers] = count;
     });
@@ -294,7 +298,8 @@ class Work {
     if (wanted < held && call.rests[unit.head / call.kv_heads])
       for (int lane = 0; lane < N; ++lane) logits[count][lane] = top[lane] + std::log(rest[lane]);
     reweigh(count + 1, result.top, result.total);
-    on_mean = all_centred ? result.total : logits[count];
+    on_rest = logits[count];
+    if (all_centred) on_mean = result.total - on_rest;
     by_chosen([&](const Some& some, int at) { mix(some, logits + at); });
   }
 
@@ -372,9 +377,12 @@ class Work {
       const int own_parts = parts_of(book, value_dim);
       spread<N>(own, own_parts, value_dim / own_parts, weights[book], out);
     }
-    if (!call.value_means) return;
-    const uint16_t* mean = call.value_means + call.pairs[unit.head] * value_dim;
-    for (int i = 0; i < value_dim; ++i) out[i] += on_mean * half_number(mean[i]);
+    const auto add = [&](const uint16_t* means, Row weight) {
+      const uint16_t* own = means + call.pairs[unit.head] * value_dim;
+      for (int i = 0; i < value_dim; ++i) out[i] += weight * half_number(own[i]);
+    };
+    if (call.value_means) add(call.value_means, on_mean);
+    if (call.rest_values && call.reads[unit.head] >= 0) add(call.rest_values, on_rest);
   }
 };
 
