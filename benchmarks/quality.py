@@ -128,7 +128,6 @@ TIERS = (
     "t7.5=query_bank:bank=bundled,tiers=t7.5",
     "t5=query_bank:bank=bundled,tiers=t5",
     "t10_read20=query_bank:bank=bundled,tiers=t10,read=0.2",
-    "t10_own=query_bank:collect=16,tiers=t10",
     "c3=quantized:tiers=c3",
     "kivi2=quantized:tiers=kivi2",
     "r15=query_bank:bank=bundled,tiers=r15",
@@ -137,13 +136,12 @@ TIERS = (
     # The same bytes in whole entries.
     "query_bank=query_bank:bank=bundled",
     "random1=random:seed=1",
-    "plphp",
-    "snapkv",
 )
 LADDERS_RETENTION = (0.1, 0.05)
 LADDERS = {
     "t15": "query_bank:bank=bundled,tiers=t15",
     "t10": "query_bank:bank=bundled,tiers=t10",
+    "t10, own bank of 16": "query_bank:collect=16,tiers=t10",
     "t7.5": "query_bank:bank=bundled,tiers=t7.5",
     "t5": "query_bank:bank=bundled,tiers=t5",
     "t5, equal heads": "query_bank:bank=bundled,tiers=t5,heads=equal",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -45,6 +45,12 @@ class Reading:
 
 
 ALL = Reading()
+
+
+def needs_means(rungs: Iterable[Rung], reading: Reading) -> tuple[bool, bool, bool]:
+    """Whether rungs and reading need the means of keys, those of values, and what stands in for the rest."""
+    rungs = tuple(rungs)
+    return any(rung.keys.centred for rung in rungs), any(rung.values.centred for rung in rungs), reading.stands_in
 
 
 @dataclass(frozen=True)

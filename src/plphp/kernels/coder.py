@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .books import LayerBooks
 from .codecs import Codes, stored
-from .coded import ALL, CodedKV, Reading, Tier
+from .coded import ALL, CodedKV, Reading, Tier, needs_means
 from .rungs import Rung
 
 Means = tuple[Tensor | None, Tensor | None]
@@ -57,15 +57,19 @@ class Coder:
         ------
         UnsupportedFeatureError
             If a rung cannot hold such entries.
+        ConfigError
+            If the codebooks are of another model.
         """
         masks = [placement == number for number in range(1, len(self.rungs) + 1)]
         used = [(rung, mask) for rung, mask in zip(self.rungs, masks, strict=True) if bool(mask.any())]
         if not used:
             return None
         books = None if self.books is None else self.books.to(keys.device)
-        for rung, _ in used:
-            rung.check(keys.shape[3], values.shape[3], books)
-        means = rung_means(keys, values, vision, [rung for rung, _ in used])
+        rungs = [rung for rung, _ in used]
+        _check(rungs, keys, values, books)
+        # Rows that hold nothing here have no mean: there may be NaN in them, for which they are kept whole.
+        holding = torch.stack([mask for _, mask in used]).any(0).flatten(1).any(1)
+        means = rung_means(keys, values, vision.to(keys.device) & holding[:, None], rungs)
         tiers = tuple(encoded(rung, keys, values, mask, means, books) for rung, mask in used)
         used_books = books if any(rung.needs_books for rung, _ in used) else None
         return with_rest(CodedKV(tiers, *means, used_books, (self.reading,) * len(keys)))
@@ -73,7 +77,7 @@ class Coder:
 
 def rung_means(keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]) -> Means:
     """The means over vision tokens that rungs need, float16 [batch * kv_heads, dim] of keys and of values."""
-    of_keys, of_values = any(rung.keys.centred for rung in rungs), any(rung.values.centred for rung in rungs)
+    of_keys, of_values, _ = needs_means(rungs, ALL)
     return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
 
 
@@ -195,10 +199,10 @@ def _block(
     reading = tuple(ALL if coder is None else coder.reading for coder in coders)
     means = rung_means(keys, values, vision, tuple(masks))
     books = None if books is None else books.to(keys.device)
+    _check(tuple(masks), keys, values, books)
     of_rows = [None if mean is None else mean.repeat(len(coders), 1) for mean in means]
     tiers = []
     for rung, mask in masks.items():
-        rung.check(keys.shape[3], values.shape[3], books)
         if rung.independent:
             every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
             tiers.append(encoded(rung, keys, values, every, means, books).picked(mask))
