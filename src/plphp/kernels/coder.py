@@ -132,6 +132,14 @@ def encoded(
     )
 
 
+def _check(rungs: Sequence[Rung], keys: Tensor, values: Tensor, books: LayerBooks | None) -> None:
+    """Raise an error unless rungs can hold such keys and values, with these codebooks."""
+    for rung in rungs:
+        rung.check(keys.shape[3], values.shape[3], books)
+    if books is not None and any(rung.needs_books for rung in rungs):
+        books.check(keys.shape[1], keys.shape[3], values.shape[3])
+
+
 def _mean(states: Tensor, vision: Tensor) -> Tensor:
     wide, weight = _wide(states), vision.to(states.device)[:, None, :, None]
     total = torch.where(weight, wide, 0).sum(2)
