@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Triton kernels of coded entries share: how codes become numbers in registers, and logits.
+
+What is rotated stays so: queries come rotated, and so do their products with what codes stand for. Books, bit planes,
+steps and groups are those of `plphp.kernels.codecs`. ``start`` is the first entry of a pair of a row and a KV head, and
+``entry`` the number of an entry of that pair.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROTATED: tl.constexpr = tl.constexpr(1)
+CHANNEL: tl.constexpr = tl.constexpr(2)
+TOKEN: tl.constexpr = tl.constexpr(3)
+"""What bit planes are: rotated numbers, or steps that entries share per channel, or channels per entry."""
+CENTROIDS: tl.constexpr = tl.constexpr(256)
+
+
+@triton.jit
+def centroids(
+    streams, books, start, entry, channel, head, mask, BOOKS: tl.constexpr, PART: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """The sums of the centroids of some entries, float32 in the shape of the mask."""
+    parts: tl.constexpr = DIM // PART
+    part = channel // PART
+    result = tl.zeros(mask.shape, tl.float32)
+    for number in tl.static_range(BOOKS):
+        of_pair = streams[number] + start * parts
+        code = tl.load(of_pair + (entry * parts + part), mask=mask, other=0).to(tl.int32)
+        at = ((head * parts + part) * CENTROIDS + code) * PART + channel % PART
+        result += tl.load(books[number] + at, mask=mask, other=0.0).to(tl.float32)
+    return result
+
+
+@triton.jit
+def planes(streams, start, entry, channel, mask, FIRST: tl.constexpr, PLANES: tl.constexpr, DIM: tl.constexpr):
+    """The codes of bit planes, float32 in the shape of the mask."""
+    width: tl.constexpr = DIM // 8
+    code = tl.zeros(mask.shape, tl.int32)
+    for plane in tl.static_range(PLANES):
+        of_pair = streams[FIRST + plane] + start * width
+        byte = tl.load(of_pair + (entry * width + channel // 8), mask=mask, other=0).to(tl.int32)
+        code = 2 * code + ((byte >> (channel % 8)) & 1)
+    return code.to(tl.float32)
+
+
+@triton.jit
+def stepped(
+    code, steps, start, group_start, entry, channel, mask,
+    KIND: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """What codes of equal steps stand for; ``steps`` holds the lowest numbers, and behind them the steps."""
+    if KIND == CHANNEL:
+        width: tl.constexpr = DIM
+        at = steps + group_start * (2 * width) + (entry // GROUP * (2 * width) + channel)
+    else:
+        width: tl.constexpr = DIM // GROUP
+        at = steps + start * (2 * width) + (entry * (2 * width) + channel // GROUP)
+    low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return code * tl.load(at + width, mask=mask, other=0.0).to(tl.float32) + low
+
+
+@triton.jit
+def logits_of(
+    q, turned, streams, steps, books, start, group_start, head, entry, inside, factor, shift,
+    BOOKS: tl.constexpr, PART: tl.constexpr, PLANES: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Products of queries, as they are and rotated, [TILE, WIDE], with keys without their mean, [TILE, ENTRIES]."""
+    channel, at = tl.arange(0, WIDE)[:, None], entry[None, :]
+    mask = inside[None, :] & (channel < DIM)
+    logits = tl.zeros([TILE, ENTRIES], tl.float32)
+    if BOOKS > 0:
+        k = centroids(streams, books, start, at, channel, head, mask, BOOKS, PART, DIM)
+        logits += tl.dot(q, k.to(q.dtype), input_precision="ieee")
+    if PLANES > 0:
+        code = planes(streams, start, at, channel, mask, BOOKS, PLANES, DIM) * factor + shift
+        if KIND == ROTATED:
+            # Codes are exact in any dtype, and so the step of an entry comes last.
+            step = tl.load(steps + start + entry, mask=inside, other=0.0).to(tl.float32)
+            logits += tl.dot(turned, code.to(turned.dtype), input_precision="ieee") * step[None, :]
+        else:
+            k = stepped(code, steps, start, group_start, at, channel, mask, KIND, GROUP, DIM)
+            logits += tl.dot(q, k.to(q.dtype), input_precision="ieee")
+    return logits
+
+
+@triton.jit
+def of_mean(
+    q, means, table, pair, CENTRED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Products of queries [TILE, WIDE] with the mean that was taken off the keys."""
+    result = tl.zeros([TILE], tl.float32)
+    if CENTRED:
+        channel = tl.arange(0, WIDE)
+        stored = tl.load(table + pair).to(tl.int64)
+        mean = tl.load(means + stored * DIM + channel, mask=channel < DIM, other=0.0).to(tl.float32)
+        result += tl.sum(q.to(tl.float32) * mean[None, :], 1)
+    return result
