@@ -331,7 +331,7 @@ class TestSupport:
     ) -> None:
         kernels = json.loads(ok("doctor", "--model", folder, "--json"))["kernels"]
         triton = [check for check in kernels if "Triton" in check["name"]]
-        assert len(triton) == 9 * max(1, torch.cuda.device_count())
+        assert len(triton) == 12 * max(1, torch.cuda.device_count())
         if not torch.cuda.is_available():
             assert {(check["ok"], check["detail"]) for check in triton} == {(False, "not used: it needs a CUDA device")}
         cpp = {check["name"]: check["detail"] for check in kernels if "C++" in check["name"]}

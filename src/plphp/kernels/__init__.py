@@ -17,6 +17,7 @@ TRIALS = {
     ("compact_kv", "Triton"): compact.triton_trial,
     ("decode_attention", "Triton"): decode.triton_trial,
     ("decode_attention", "C++"): decode.cpp_trial,
+    ("attend_codes", "Triton"): coded_attention.triton_trial,
     ("attend_codes", "C++"): coded_attention.cpp_trial,
 }
 """Trials of all kernels, by the operation and the language; see `plphp.kernels.choice`."""

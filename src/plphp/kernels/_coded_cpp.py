@@ -14,7 +14,7 @@ from torch import Tensor
 from plphp.errors import CacheMemoryError
 
 from . import choice
-from .books import COARSE_PART, PART, Books
+from .books import Books
 from .coded import CodedKV, Tier
 from .codecs import Affine, Centred, Codec, Codes, groups_of
 from .cpp_library import library
@@ -102,13 +102,6 @@ def unsupported(query: Tensor, coded: CodedKV) -> str | None:
     return None
 
 
-def value_dim(coded: CodedKV) -> int:
-    """Channels of the values of a block."""
-    codec, stream = coded.tiers[0].rung.values, coded.tiers[0].values.streams[0]
-    channels = COARSE_PART if getattr(codec, "books", ())[:1] == ("coarse",) else PART
-    return stream.shape[1] * channels
-
-
 def attend(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
     """Softmax attention over coded entries; all as in `plphp.kernels.coded_attention.attend_codes`.
 
@@ -175,9 +168,9 @@ def _plan(coded: CodedKV) -> _Plan:
         tier_count=len(tiers),
         batch=coded.batch,
         kv_heads=coded.kv_heads,
-        value_dim=value_dim(coded),
+        value_dim=coded.value_dim,
     )
-    return _Plan(call, value_dim(coded), (tiers, *alive))
+    return _Plan(call, coded.value_dim, (tiers, *alive))
 
 
 def _tier(tier: Tier, alive: list[object]) -> _Tier:

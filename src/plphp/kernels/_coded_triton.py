@@ -15,11 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import choice
 from ._codes_triton import CHANNEL, ROTATED, TOKEN
 from ._tier_triton import attend_tier, choose, index_logits, merge_tiers, turn
 from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
-from .books import COARSE_PART, PART, Books
+from .books import PART, Books
 from .coded import CodedKV, Tier
 from .codecs import Affine, Centred, Codec, Codes, groups_of
 from .hadamard import hadamard
@@ -84,19 +83,6 @@ class _Heads(NamedTuple):
     group: int
     value_dim: int
     constants: dict[str, int]
-
-
-def unsupported(query: Tensor, coded: CodedKV, most_rows: int) -> str | None:
-    """Say why the kernels cannot attend, see `plphp.kernels.coded_attention.attend_codes`; None where they can."""
-    reason = choice.unsupported_by_triton(query)
-    if reason is not None:
-        return reason
-    rows = query.shape[1] // coded.kv_heads * query.shape[2]
-    if rows > most_rows:
-        return f"a KV head has {rows} query rows, and it takes up to {most_rows}"
-    if any(isinstance(tier.rung.values, Affine) and tier.rung.values.axis == "channel" for tier in coded.tiers):
-        return "it knows no values with steps per channel"
-    return None
 
 
 @on_its_device
@@ -177,7 +163,7 @@ def _heads(query: Tensor, coded: CodedKV, plan: _Plan) -> _Heads:
         rotation = hadamard(dim, torch.float32, query.device)
         turn[(query.numel() // dim,)](query, rotation, turned, DIM=dim, WIDE=wide_of(dim))
     constants = {"KV_HEADS": coded.kv_heads, "DIM": dim, "WIDE": wide_of(dim), "IN_FLOAT32": multiplies_bits(query)}
-    return _Heads(query, turned, length, q_heads // coded.kv_heads, value_dim(coded), constants)
+    return _Heads(query, turned, length, q_heads // coded.kv_heads, coded.value_dim, constants)
 
 
 def _chosen(heads: _Heads, coded: CodedKV, plan: _Plan, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,13 +195,6 @@ def _chosen(heads: _Heads, coded: CodedKV, plan: _Plan, scaling: float) -> tuple
 def _named(side: _Side, prefix: str) -> dict[str, int]:
     names = ("BOOKS", "PART", "PLANES", "KIND", "GROUP", "CENTRED")
     return {prefix + name: value for name, value in zip(names, side.constants, strict=True)}
-
-
-def value_dim(coded: CodedKV) -> int:
-    """Channels of the values of a block."""
-    codec, stream = coded.tiers[0].rung.values, coded.tiers[0].values.streams[0]
-    channels = COARSE_PART if getattr(codec, "books", ())[:1] == ("coarse",) else PART
-    return stream.shape[1] * channels
 
 
 def _plan(coded: CodedKV) -> _Plan:

@@ -17,7 +17,6 @@ from ._triton_shapes import LOG2_E, chunk_of, load_tile, multiplies_bits, on_its
 from .packed import PackedKV
 
 
-@on_its_device
 def attend(
     query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:
@@ -26,6 +25,15 @@ def attend(
     Queries and all keys have one dtype, and all values one, which may be another. ``bias`` is additive, float32
     [batch or 1, q_heads or 1, length, tail], in the place of the causal mask.
     """
+    return attend_parts(query, prefix, tail_keys, tail_values, bias, scaling)[0]
+
+
+@on_its_device
+def attend_parts(
+    query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """As `attend`; beside the output [batch, length, q_heads, dim] the log-sum-exps of the logits, float32 [batch,
+    q_heads, length]."""
     batch, q_heads, length, dim = query.shape
     kv_heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
     group = q_heads // kv_heads
@@ -50,11 +58,12 @@ def attend(
         TILE=tile, ENTRIES=entries, WIDE=wide, VALUE_WIDE=value_wide,
     )  # fmt: skip
     out = torch.empty(batch, length, q_heads, value_dim, dtype=query.dtype, device=query.device)
+    out_lse = torch.empty(batch, q_heads, length, dtype=torch.float32, device=query.device)
     _merge[(batch * kv_heads * rows,)](
-        partial, lse, out, splits, length,
+        partial, lse, out, out_lse, splits, length,
         Q_HEADS=q_heads, ROWS=rows, VALUE_DIM=value_dim, VALUE_WIDE=value_wide,
     )  # fmt: skip
-    return out
+    return out, out_lse
 
 
 @triton.jit
@@ -158,7 +167,7 @@ def _over_entries(
 
 @triton.jit
 def _merge(
-    partial, lse, out, splits, length,
+    partial, lse, out, out_lse, splits, length,
     Q_HEADS: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunks of one row [group x length] of one KV head by their log-sum-exps."""
@@ -181,3 +190,5 @@ def _merge(
     row, q_head = pair // kv_heads, (pair % kv_heads) * (ROWS // length) + of_pair // length
     at = ((row * length + of_pair % length) * Q_HEADS + q_head) * VALUE_DIM
     tl.store(out + at + dims, (mixed / total).to(out.dtype.element_ty), mask=wide)
+    # Rows [group x length] of a pair lie in the order of query heads and queries.
+    tl.store(out_lse + program, top + tl.log(total))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .books import LayerBooks
+from .books import COARSE_PART, PART, LayerBooks
 from .codecs import Codec, Codes, Places, groups_of
 from .packed import PackedKV
 from .ragged import Ragged
@@ -177,6 +177,12 @@ class CodedKV:
     def kv_heads(self) -> int:
         """KV heads."""
         return self.tiers[0].kv_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of the values."""
+        codec, stream = self.tiers[0].rung.values, self.tiers[0].values.streams[0]
+        return stream.shape[1] * (COARSE_PART if getattr(codec, "books", ())[:1] == ("coarse",) else PART)
 
     @property
     def means_nbytes(self) -> int:

@@ -19,6 +19,9 @@ from .precision import as_written
 MAX_LOGITS = 2**24
 """Logits that are held at once; long query chunks are cut so that they stay below."""
 
+TRITON_ROWS = 128
+"""Most query rows [group x query] of a KV head in the Triton kernels: as many as in those of `decode_attention`."""
+
 _counts: ContextVar[list[Tensor] | None] = ContextVar("plphp_read_counts", default=None)
 
 
@@ -43,7 +46,8 @@ def counting_reads() -> Iterator[list[Tensor]]:
 def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of queries over coded entries, all of them visible.
 
-    On a CPU a C++ kernel does short queries, which is built when it is first used.
+    On a CUDA device Triton kernels do it, where they can and do it right (`triton_trial`); on a CPU a C++ kernel, which
+    is built when it is first used, does short queries.
 
     A query reads what the `Reading` of its row says. Of the entries j of a KV head, the k with the largest index mass
 
@@ -68,13 +72,37 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
     lse : Tensor
         Log-sum-exp of the logits, float32 or float64 [batch, q_heads, query]; -inf where a row holds nothing.
     """
-    # What the C++ kernel is not made for torch does well: that is no loss, and not logged.
-    if _counts.get() is None and _coded_cpp.unsupported(query, coded) is None:
-        values = query.new_empty(1).expand(_coded_cpp.value_dim(coded))  # of this width, and of no memory
-        if choice.usable("attend_codes", "C++", None, cpp_trial, query, values):
+    if _counts.get() is None:
+        values = query[:1, :1, :1, :1].expand(1, 1, 1, coded.value_dim)  # of this width, and of no memory
+        reason = unsupported_by_triton(query, coded)
+        if choice.usable("attend_codes", "Triton", reason, triton_trial, query, values):
+            from . import _coded_triton
+
+            return _coded_triton.attend(query, coded, scaling)
+        # What the C++ kernel is not made for torch does well: that is no loss, and not logged.
+        suits_cpp = _coded_cpp.unsupported(query, coded) is None
+        if suits_cpp and choice.usable("attend_codes", "C++", None, cpp_trial, query, values):
             return _coded_cpp.attend(query, coded, scaling)
     with as_written(query.device):
         return reference(query, coded, scaling)
+
+
+def unsupported_by_triton(query: Tensor, coded: CodedKV) -> str | None:
+    """Say why the Triton kernels cannot attend, see `attend_codes`; None where they can."""
+    reason = choice.unsupported_by_triton(query)
+    rows = query.shape[1] // coded.kv_heads * query.shape[2]
+    if reason is None and rows > TRITON_ROWS:
+        return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}"
+    if reason is None and any(tier.rung.values.group for tier in coded.tiers):
+        return "it knows no values with steps per channel"
+    return reason
+
+
+def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
+    """Largest difference between the Triton kernels and the reference on small cases."""
+    from . import _coded_triton
+
+    return coded_trial.difference(_coded_triton.attend, reference, device, dtypes, dim, value_dim)
 
 
 def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:

@@ -110,11 +110,10 @@ def decode_attention(
         return result[0].to(query.dtype).transpose(1, 2).contiguous()
     length, tail, dtype = query.shape[2], tail_keys.shape[2], query.dtype
     query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
-    reason = unsupported_by_triton(query, tail_keys, tail_values)
-    if choice.usable("decode_attention", "Triton", reason, triton_trial, tail_keys, tail_values):
+    if _suits_triton(query, tail_keys, tail_values):
         from . import _decode_triton
 
-        shown = None if mask is None else tail_bias(mask.to(query.device), length, tail, torch.float32)
+        shown = _shown(mask, query, tail)
         return _decode_triton.attend(query, prefix, tail_keys, tail_values, shown, scaling).to(dtype)
     bias = tail_bias(mask, length, tail, torch.float32)
     bias = None if bias is None else bias.to(query.device)
@@ -129,9 +128,14 @@ def _with_lse(
 ) -> tuple[Tensor, Tensor]:
     """As `decode_attention` without codes; the output is [batch, q_heads, query, dim], beside its log-sum-exps."""
     length, tail = query.shape[2], tail_keys.shape[2]
-    query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
+    states = query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
+    if _suits_triton(query, tail_keys, tail_values):
+        from . import _decode_triton
+
+        output, lse = _decode_triton.attend_parts(*states, _shown(mask, query, tail), scaling)
+        return output.transpose(1, 2), lse
     bias = tail_bias(mask, length, tail, torch.float32)
-    states = query, prefix, tail_keys, tail_values
+    bias = None if bias is None else bias.to(query.device)
     if _suits_cpp(*states):
         output, lse = _decode_cpp.attend_parts(*states, bias, scaling)
         return output.transpose(1, 2), lse
@@ -147,6 +151,17 @@ def _with_coded(whole: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> t
     with as_written(whole.device):
         share = torch.sigmoid(part_lse - lse)[..., None]
         return torch.lerp(whole.to(dtype), part.to(dtype), share.to(dtype)), torch.logaddexp(lse, part_lse)
+
+
+def _suits_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> bool:
+    """Whether the Triton kernel attends; if not, the reason is logged once."""
+    reason = unsupported_by_triton(query, tail_keys, tail_values)
+    return choice.usable("decode_attention", "Triton", reason, triton_trial, tail_keys, tail_values)
+
+
+def _shown(mask: Tensor | None, query: Tensor, tail: int) -> Tensor | None:
+    """The bias of the Triton kernel, which masks what is causal by itself."""
+    return None if mask is None else tail_bias(mask.to(query.device), query.shape[2], tail, torch.float32)
 
 
 def _suits_cpp(query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor) -> bool:
