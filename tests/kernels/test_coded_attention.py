@@ -99,10 +99,10 @@ def test_long_queries_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         block = encoded(("c3", "r2"), reading=reading)
         output, lse = attend_codes(query, block, SCALING)
         with monkeypatch.context() as patch:
-            patch.setattr("plphp.kernels.coded_attention.MAX_LOGITS", 2 * query.shape[0] * query.shape[1] * 60)
+            patch.setattr("plphp.kernels.coded_attention.MAX_LOGITS", 1)
             with counting_reads() as counts:
                 cut = attend_codes(query, block, SCALING)
-        assert len(counts) > 1
+        assert len(counts) == query.shape[2]
         assert torch.allclose(cut[0], output, atol=1e-12)
         assert torch.allclose(cut[1], lse, atol=1e-12)
 
