@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 
 from plphp.engines.hf.attachment import Lease
 from plphp.errors import CacheMemoryError
-from plphp.pruning.memory import lacks_memory
+from plphp.pruning.room import lacks_memory
 from plphp.studies.model_cost import model_cost
 
 ONEDNN = "could not create a primitive"

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 
 import plphp
+from plphp.policy.bank import bank_at
 
 FOLDER = Path(plphp.__file__).parent / "reference_model"
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "images"
@@ -140,3 +141,17 @@ def test_a_streamed_answer_is_the_same_text(model, processor) -> None:
     streamed = "".join(streamer)
     thread.join()
     assert streamed == _generate(model, processor, [_example(entry)])[0]
+
+
+def test_the_bundled_bank_has_codebooks_that_fit(model) -> None:
+    """Learned from so many vision tokens that every centroid is the mean of some."""
+    bank = bank_at("bundled")
+    text = model.config.text_config
+    assert bank.books is not None
+    assert list(bank.books) == list(range(text.num_hidden_layers))
+    assert bank.record["book_tokens"] > 40_000
+    for books in bank.books.values():
+        books.check(text.num_key_value_heads, text.head_dim, text.head_dim)
+        for side in (books.keys, books.values):
+            assert side.residual.float().square().mean() < side.fine.float().square().mean() / 2
+            assert all(len(part.unique(dim=0)) == 256 for part in side.fine.flatten(0, 1))

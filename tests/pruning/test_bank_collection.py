@@ -18,6 +18,8 @@ from torch import Tensor
 from plphp import ConfigError, QueryBank
 from plphp.policy.bank_folder import BankFolder, BankModel
 from plphp.policy.bank_sampling import BankSample
+from plphp.policy.book_learning import with_books
+from plphp.policy.entry_sampling import EntrySample
 from plphp.policy.evidence import OwnBank
 from plphp.policy.rotation import Rotation
 from plphp.pruning.own_bank import BankCollection
@@ -36,6 +38,77 @@ def numbers(bank: QueryBank | None) -> list[float]:
     assert bank is not None
     queries: list[float] = bank.layers[2].queries[0, :, 0].tolist()
     return queries
+
+
+def entries(number: int, tokens: int = 6) -> dict[int, tuple[Tensor, Tensor]]:
+    """Of a layer with one KV head."""
+    states = torch.randn(2, 1, tokens, 8, generator=torch.Generator().manual_seed(number)).half()
+    return {2: (states[0], states[1])}
+
+
+def wide(number: int) -> dict[int, Tensor]:
+    """An answer of a layer whose heads have a product code."""
+    return {2: torch.full((1, 2, 8), float(number))}
+
+
+def test_entries_are_kept_until_the_bank_is_complete_and_become_codebooks(tmp_path: Path) -> None:
+    whole = BankCollection(OwnBank(3), MODEL)
+    whole.add([wide(n) for n in (1, 2, 3)], ROTATIONS, [entries(n) for n in (1, 2, 3)])
+    assert whole.bank is not None
+    assert whole.bank.sampled is None
+    assert whole.bank.books is not None
+    expected = with_books(QueryBank(whole.bank.layers, whole.bank.ahead, {}, None, sampled(1, 2, 3))).books
+    assert expected is not None
+    for number in (1, 2, 3):  # in three processes
+        collection = BankCollection(OwnBank(3, str(tmp_path)), MODEL)
+        collection.add([wide(number)], ROTATIONS, [entries(number)])
+        kept = QueryBank.load(tmp_path / NAME)
+        assert (kept.books is None) == (kept.sampled is not None) == (number < 3)
+        assert kept.record["book_tokens"] == 6 * number
+    for bank in (whole.bank, collection.bank, kept, BankCollection(OwnBank(3, str(tmp_path)), MODEL).bank):
+        assert bank is not None
+        assert bank.books is not None
+        assert torch.equal(bank.books[2].keys.fine, expected[2].keys.fine)
+        assert torch.equal(bank.books[2].values.residual, expected[2].values.residual)
+
+
+def sampled(*prompts: int) -> EntrySample:
+    sample = EntrySample()
+    for number in prompts:
+        sample = sample.with_prompt(entries(number))
+    return sample
+
+
+def test_a_session_of_fewer_prompts_learns_from_what_the_file_holds_and_leaves_it(tmp_path: Path) -> None:
+    BankCollection(OwnBank(3, str(tmp_path)), MODEL).add([wide(1), wide(2)], ROTATIONS, [entries(1), entries(2)])
+    content = (tmp_path / NAME).read_bytes()
+    fewer = BankCollection(OwnBank(2, str(tmp_path)), MODEL).bank
+    assert fewer is not None
+    assert fewer.books is not None
+    assert fewer.sampled is None
+    assert (tmp_path / NAME).read_bytes() == content
+
+
+def test_codebooks_stay_where_a_bank_is_added_to(tmp_path: Path) -> None:
+    """The entries that they were learned from are gone: those of the newest prompts alone would make worse ones."""
+    first = BankCollection(OwnBank(2, str(tmp_path)), MODEL)
+    first.add([wide(1), wide(2)], ROTATIONS, [entries(1), entries(2)])
+    larger = BankCollection(OwnBank(3, str(tmp_path)), MODEL)
+    larger.add([wide(3)], ROTATIONS, [entries(3)])
+    assert first.bank is not None
+    assert larger.bank is not None
+    assert first.bank.books is not None
+    assert larger.bank.books is not None
+    assert torch.equal(larger.bank.books[2].keys.fine, first.bank.books[2].keys.fine)
+    assert larger.bank.record["prompts"] == 3
+
+
+def test_an_engine_without_entries_collects_a_bank_without_codebooks(tmp_path: Path) -> None:
+    collection = BankCollection(OwnBank(1, str(tmp_path)), MODEL)
+    collection.add([answer(1)], ROTATIONS)
+    assert collection.bank is not None
+    assert collection.bank.books is None
+    assert QueryBank.load(tmp_path / NAME).books is None
 
 
 def test_in_memory() -> None:

@@ -28,6 +28,7 @@ from plphp.policy.rotation import Rotation
 from precision import EXACT, working_dtype
 from test_invariants import FAMILIES
 from tiny_models import TINY, tiny_model
+from tiny_models.family import TinyFamily
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -126,6 +127,53 @@ def test_the_bank_holds_the_projected_queries(family: str) -> None:
     for number, rows in heard.items():
         assert (collected.layers[number].queries - torch.stack(rows, dim=1)).abs().max() < EXACT
     assert "generate" not in model.__dict__
+
+
+def wide(family: str) -> TinyFamily:
+    """A tiny model whose heads have a product code: 16 channels of keys and values."""
+    tiny = TINY[family]
+
+    def config() -> Any:
+        made = tiny.config()
+        made.get_text_config().head_dim = 16
+        return made
+
+    return dataclasses.replace(tiny, config=config)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "exaone4.5"])
+def test_the_codebooks_are_of_the_vision_entries_of_a_stock_cache(family: str) -> None:
+    """There are fewer than 256, so that each is a centroid, less the mean of its prompt."""
+    tiny = wide(family)
+    model = tiny.build()
+    inputs = [tiny.inputs(model, [2], seed=seed) for seed in (10, 11)]
+    collected = plphp.collect_query_bank(model, inputs, max_new_tokens=NEW)
+    books = collected.books
+    assert books is not None
+    assert books.keys() == collected.layers.keys()
+    assert collected.sampled is None
+    expected: dict[int, list[list[Tensor]]] = {layer: [[], []] for layer in books}
+    for prompt in inputs:
+        with plphp.prune(model, PLPHPConfig(retention_rate=0.3)) as run:
+            generate(model, prompt, max_new_tokens=2)
+        vision = [position for image in run.report.prompts[0].images[0] for position in image.positions]
+        with torch.no_grad():
+            stock = cache_in(model(**prompt, use_cache=True))
+        for layer, sides in expected.items():
+            for side, states in zip(sides, (stock.layers[layer].keys, stock.layers[layer].values), strict=True):
+                of_vision = states[0][:, vision].double()
+                side.append(of_vision - of_vision.mean(1, keepdim=True))
+    count = sum(part.shape[1] for part in expected[max(books)][0])
+    assert 20 < count < 256
+    assert (collected.record["book_tokens"], collected.record["book_prompts"]) == (count, 2)
+    for layer, sides in expected.items():
+        for own, parts in zip((books[layer].keys, books[layer].values), sides, strict=True):
+            vectors = torch.cat(parts, dim=1)
+            for centroids, width in ((own.fine, 8), (own.coarse, 16)):
+                assert centroids is not None
+                held = vectors.unflatten(2, (-1, width)).transpose(1, 2)
+                far = torch.cdist(held, centroids.double()).amin(-1)
+                assert (far <= 1e-3 * held.norm(dim=-1).amax()).all(), "a vision entry is no centroid"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -293,6 +341,7 @@ def test_prompts_that_cannot_be_collected_from_are_refused() -> None:
     for questions, longest in (([], NEW), (prompts("llava", 1), 1)):
         with pytest.raises(ConfigError, match=r"prompt\(s\) gave no answer of more than one token"):
             plphp.collect_query_bank(model, questions, max_new_tokens=longest)
+    assert bank("llava").books is None, "12 channels have no product code"
     with pytest.raises(ConfigError, match="samples must be at least 1, got 0"):
         plphp.collect_query_bank(model, prompts("llava", 1), samples=0)
     assert "generate" not in model.__dict__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plphp collect``: queries of the model's own answers, for the method ``query_bank``."""
+"""``plphp collect``: queries of the model's own answers, for the method ``query_bank``, and codebooks."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ def collect(
     out: Annotated[Path, option(None, "safetensors file to write the query bank to.")],
     model: ModelOption = None,
     samples: Annotated[int, option(None, "Tokens of answers whose queries are kept.", min=1, show_default=True)] = 400,
+    book_tokens: Annotated[
+        int, option(None, "Vision tokens that codebooks are learned from.", min=1, show_default=True)
+    ] = 4096,
     max_new_tokens: Annotated[int, option(None, "Longest answer.", min=2, show_default=True)] = 128,
     allow_urls: AllowUrlsOption = False,
     seed: SeedOption = 0,
@@ -34,7 +37,7 @@ def collect(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the model answer prompts like yours, unpruned, and keep a sample of the queries of its answers."""
+    """Let the model answer prompts like yours, unpruned, and keep queries of its answers, and codebooks."""
     check_in_file(prompts, "prompts")
     check_out_file(out, "query bank")
     check_model(model, dtype, device)
@@ -50,6 +53,7 @@ def collect(
             weights,
             prompt_inputs(processor, questions, weights.device),
             samples=samples,
+            book_tokens=book_tokens,
             max_new_tokens=max_new_tokens,
             seed=seed,
             progress=lambda step: show(f"{step} of {len(questions)}"),
@@ -60,4 +64,8 @@ def collect(
         return
     tokens = f"{bank.record['samples']} of {bank.record['answer_tokens']} tokens"
     print(f"queries of {tokens} in {bank.record['prompts']} answer(s)")
+    if bank.books is None:
+        print("no codebooks: no product code fits the heads of this model, or no prompt had finite keys and values")
+    else:
+        print(f"codebooks from {bank.record['book_tokens']} vision tokens of {bank.record['book_prompts']} prompt(s)")
     print(out)

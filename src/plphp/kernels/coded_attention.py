@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .coded import CodedKV
 from .packed import PackedKV
@@ -46,7 +46,7 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
         m[j] = mean over the query heads of softmax_j(q . index[j] * scaling)
 
     are read, each query for itself, and each query head attends to what its KV head reads. With ``rest`` what is left
-    has the logits of its index and, in the place of its values, the mean value of the prompt.
+    has the logits of its index and, in the place of its values, the mean value of its head.
 
     Parameters
     ----------
@@ -66,89 +66,119 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(dtype) * scaling).unflatten(1, (coded.kv_heads, -1))
-    tiers = [_side_by_side(tier) for tier in coded.decoded(dtype)]
-    keys, values, held = (torch.cat(parts, 2) for parts in zip(*tiers, strict=True))
-    index = None
-    if coded.recalls:
-        found = [_side_by_side(tier)[0] for tier in coded.decoded(dtype, values=False, index=True)]
-        index = torch.cat(found, 2)
-    batch, _, entries = held.shape
-    step = max(1, MAX_LOGITS // max(1, batch * query.shape[1] * entries))
-    outputs, lses = [], []
-    for part in grouped.split(step, 3):
-        logits = _logits(part, keys, held)
-        rest = None
-        if index is not None:
-            of_index = _logits(part, index, held)
-            read = _chosen(of_index, coded)
-            _note(read, [tier[2].shape[2] for tier in tiers], held)
-            logits = logits.masked_fill(~read[:, :, None], -torch.inf)
-            rest = _rest(of_index, read, coded)
-        else:
-            _note(held[:, :, None], [tier[2].shape[2] for tier in tiers], held)
-        output, lse = _mixed(logits, values, rest, coded)
-        outputs.append(output.flatten(1, 2))
-        lses.append(lse.flatten(1, 2))
-    return torch.cat(outputs, 2).to(query.dtype), torch.cat(lses, 2)
+    order, tier_of = _in_heads(coded)
+    held = _joined(coded, coded.decoded(dtype), order)
+    index = _joined(coded, coded.decoded(dtype, values=False, index=True), order) if coded.recalls else None
+    recalling = [coded.reading[stored].share < 1 for stored in coded.rows]
+    outputs, lses, reads = [], [], []
+    # Rows that read everything are not looked up in the index.
+    for recall in sorted(set(recalling)):
+        rows = [row for row, own in enumerate(recalling) if own == recall]
+        part = _Rows(coded, rows, held, index if recall else None)
+        output, lse, read = part.attend(grouped[rows])
+        outputs.append(output)
+        lses.append(lse)
+        reads.append(_of_tiers(read, part, tier_of))
+    back = torch.tensor(sorted(range(len(recalling)), key=recalling.__getitem__)).argsort().to(query.device)
+    counts = _counts.get()
+    if counts is not None:
+        counts.append(torch.cat(reads)[back])
+    return torch.cat(outputs)[back].flatten(1, 2).to(query.dtype), torch.cat(lses)[back].flatten(1, 2)
 
 
-def _side_by_side(tier: PackedKV) -> tuple[Tensor, Tensor, Tensor]:
+class _Rows:
+    """Some rows of a block, all of which recall or none, with their entries side by side."""
+
+    def __init__(self, coded: CodedKV, rows: list[int], held: PackedKV, index: PackedKV | None) -> None:
+        self.coded, self.stored = coded, tuple(coded.rows[row] for row in rows)
+        self.block = replace(held, rows=self.stored)
+        self.keys, self.values, self.held = _side_by_side(self.block)
+        self.index = None if index is None else _side_by_side(replace(index, rows=self.stored))[0]
+
+    def attend(self, grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The output and the log-sum-exp of queries [rows, kv_heads, group, query, dim], and how often each entry is
+        read, in the mean over the queries, float64 [rows, kv_heads, longest]."""
+        step = max(1, MAX_LOGITS // max(1, self.held.numel() * grouped.shape[2]))
+        parts = [self._attend(part) for part in grouped.split(step, 3)]
+        outputs, lses, reads = zip(*parts, strict=True)
+        return torch.cat(outputs, 3), torch.cat(lses, 3), torch.stack(reads).sum(0) / grouped.shape[3]
+
+    def _attend(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = _logits(query, self.keys, self.held)
+        if self.index is None:
+            output, lse = _mixed(logits, self.values)
+            return output, lse, self.held.double() * query.shape[3]
+        of_index = _logits(query, self.index, self.held)
+        read = self._chosen(of_index)
+        logits = logits.masked_fill(~read[:, :, None], -torch.inf)
+        values = self.values
+        if self.coded.rest_values is not None:
+            left = of_index.masked_fill(read[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+            stands_in = torch.tensor([self.coded.reading[stored].stands_in for stored in self.stored]).to(left.device)
+            left = left.masked_fill(~stands_in[:, None, None, None, None], -torch.inf)
+            rest = self.coded.rest_values.to(values.dtype).unflatten(0, (-1, self.coded.kv_heads))
+            values = torch.cat([values, rest[list(self.stored)][:, :, None]], 2)
+            logits = torch.cat([logits, left], -1)
+        output, lse = _mixed(logits, values)
+        return output, lse, read.double().sum(2)
+
+    def _chosen(self, of_index: Tensor) -> Tensor:
+        """The entries that queries read, bool [rows, kv_heads, query, longest], from the logits of the index."""
+        mass = of_index.softmax(-1).mean(2).masked_fill(~self.held[:, :, None], -1.0)
+        wanted = [
+            [self.coded.reading[stored].entries(count) for count in self.coded.held[stored]] for stored in self.stored
+        ]
+        most = torch.tensor(wanted).to(mass.device)[:, :, None, None]
+        position = torch.arange(mass.shape[-1], device=mass.device).expand_as(mass)
+        order = mass.argsort(dim=-1, descending=True, stable=True)
+        return (torch.empty_like(order).scatter_(-1, order, position) < most) & self.held[:, :, None]
+
+
+def _in_heads(coded: CodedKV) -> tuple[Tensor, Tensor]:
+    """The entries of all tiers in the order of their heads, and within a head of their tiers: int64 [entries], places
+    among the entries of one tier after the other; and the number of the tier of each, int64 [entries]."""
+    pair = torch.cat([tier.pair_of_entries()[0] for tier in coded.tiers])
+    counts = torch.tensor([sum(map(sum, tier.counts)) for tier in coded.tiers])
+    tier_of = torch.arange(len(coded.tiers)).repeat_interleave(counts).to(pair.device)
+    order = pair.argsort(stable=True)
+    return order, tier_of[order]
+
+
+def _joined(coded: CodedKV, tiers: list[PackedKV], order: Tensor) -> PackedKV:
+    """The entries of all tiers in one block."""
+    keys, values = (torch.cat(states)[order] for states in zip(*((t.keys, t.values) for t in tiers), strict=True))
+    return PackedKV(keys, values, coded.held, coded.rows)
+
+
+def _side_by_side(block: PackedKV) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values of a block with 0 behind the entries of a head, [batch, kv_heads, longest, dim], and which places
     hold an entry, bool [batch, kv_heads, longest]."""
-    starts, counts = tier.index
-    longest = max(tier.pair_counts, default=0)
-    place = torch.arange(longest, device=tier.device)
+    starts, counts = block.index
+    place = torch.arange(max(1, *block.pair_counts), device=block.device)
     held = place < counts[..., None]
     entries = torch.where(held, starts[..., None] + place, 0)
-    if not len(tier.keys):
-        blank = pad(tier.keys, (0, 0, 0, 1)), pad(tier.values, (0, 0, 0, 1))
-    else:
-        blank = tier.keys, tier.values
-    keys, values = (torch.where(held[..., None], states[entries], 0) for states in blank)
+    keys, values = (torch.where(held[..., None], states[entries], 0) for states in (block.keys, block.values))
     return keys, values, held
+
+
+def _of_tiers(read: Tensor, rows: _Rows, tier_of: Tensor) -> Tensor:
+    """How many entries of each tier are read, float64 [rows, tiers]."""
+    starts, counts = rows.block.index
+    place = torch.arange(read.shape[2], device=read.device)
+    tier = tier_of[torch.where(place < counts[..., None], starts[..., None] + place, 0)]
+    return read.new_zeros(len(read), len(rows.coded.tiers)).scatter_add_(1, tier.flatten(1), read.flatten(1))
 
 
 def _logits(query: Tensor, keys: Tensor, held: Tensor) -> Tensor:
     """Logits [batch, kv_heads, group, query, entries]; -inf where there is no entry."""
     logits = query @ keys[:, :, None].mT
-    return logits.masked_fill(~held[:, :, None, None], -torch.inf)
+    return logits.masked_fill_(~held[:, :, None, None], -torch.inf)
 
 
-def _chosen(of_index: Tensor, coded: CodedKV) -> Tensor:
-    """The entries that queries read, bool [batch, kv_heads, query, entries], from the logits of the index."""
-    mass = of_index.softmax(-1).nan_to_num(0.0).mean(2)
-    mass = mass.masked_fill(of_index[:, :, 0] == -torch.inf, -1.0)  # never before an entry, whatever its mass
-    order = mass.argsort(dim=-1, descending=True, stable=True)
-    position = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    wanted = [[coded.reading[row].entries(count) for count in coded.held[row]] for row in coded.rows]
-    return position < torch.tensor(wanted, device=order.device)[:, :, None, None]
-
-
-def _rest(of_index: Tensor, read: Tensor, coded: CodedKV) -> Tensor:
-    """Log-sum-exp of the index logits of what is not read, [batch, kv_heads, group, query]; -inf where it is left
-    out."""
-    stands_in = torch.tensor([coded.reading[row].rest and coded.reading[row].share < 1 for row in coded.rows])
-    left = of_index.masked_fill(read[:, :, None], -torch.inf).logsumexp(-1)
-    return left.masked_fill(~stands_in.to(left.device)[:, None, None, None], -torch.inf)
-
-
-def _mixed(logits: Tensor, values: Tensor, rest: Tensor | None, coded: CodedKV) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exp of logits, with the rest as one more entry."""
-    if rest is not None and coded.value_means is not None:
-        rows = torch.tensor(coded.rows, device=values.device)
-        mean = coded.value_means.to(values.dtype).unflatten(0, (-1, coded.kv_heads))[rows]
-        values = torch.cat([values, mean[:, :, None]], 2)
-        logits = torch.cat([logits, rest[..., None]], -1)
-    lse = logits.logsumexp(-1)
-    # Of a row without entries nothing is read: its log-sum-exp says so.
-    weights = (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return weights @ values[:, :, None], lse
-
-
-def _note(read: Tensor, widths: list[int], held: Tensor) -> None:
-    counts = _counts.get()
-    if counts is not None:
-        of_tiers = (read & held[:, :, None]).double().mean(2).sum(1).split(widths, -1)
-        counts.append(torch.stack([tier.sum(-1) for tier in of_tiers], -1))
+def _mixed(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of logits; 0 and -inf where there is no entry."""
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top.masked_fill(top == -torch.inf, 0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    output = weights @ values[:, :, None] / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return output, (top + total.log())[..., 0]

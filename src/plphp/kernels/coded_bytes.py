@@ -23,8 +23,8 @@ def head_nbytes(rung: Rung, entries: int, dim: int, value_dim: int) -> int:
 
 def means_of_shape(rungs: Iterable[Rung], reading: Reading, dim: int, value_dim: int) -> int:
     """Bytes of the means that a row needs for each KV head, with entries in some rungs."""
-    needs = needs_means(rungs, reading)
-    return SCALE.itemsize * (needs[0] * dim + needs[1] * value_dim)
+    of_keys, of_values, of_rest = needs_means(rungs, reading)
+    return SCALE.itemsize * (of_keys * dim + (of_values + of_rest) * value_dim)
 
 
 def read_of_shape(counts: Mapping[Rung, int], reading: Reading, dim: int, value_dim: int) -> float:
@@ -52,12 +52,12 @@ def index_nbytes(tier: Tier, stored_row: int) -> int:
     return _side(tier.rung.keys, tier.keys, tier.counts[stored_row], index=True)
 
 
-def means_nbytes(block: CodedKV, row: int) -> int:
-    """Bytes of the means that a row of the batch needs: rows beside it may need more, and a block has them for all."""
-    stored = block.rows[row]
-    needs = needs_means((tier.rung for tier in block.tiers if any(tier.counts[stored])), block.reading[stored])
-    sides = zip(block.means, needs, strict=True)
-    return sum(mean.nbytes // len(block.reading) for mean, needed in sides if needed and mean is not None)
+def means_nbytes(block: CodedKV, stored_row: int) -> int:
+    """Bytes of the means that the tiers of a stored row need, and of what stands in for its rest."""
+    rungs = (tier.rung for tier in block.tiers if any(tier.counts[stored_row]))
+    needs = needs_means(rungs, block.reading[stored_row])
+    means = zip((*block.means, block.rest_values), needs, strict=True)
+    return sum(mean[: block.kv_heads].nbytes for mean, needed in means if needed and mean is not None)
 
 
 def row_nbytes(block: CodedKV, row: int) -> int:
@@ -65,7 +65,7 @@ def row_nbytes(block: CodedKV, row: int) -> int:
     stored = block.rows[row]
     if not any(block.held[stored]):
         return 0
-    return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block, row)
+    return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block, stored)
 
 
 def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -> float:
@@ -86,7 +86,7 @@ def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -
         return row_nbytes(block, row)
     if read is None:
         read = _most(block, stored)
-    total: float = means_nbytes(block, row)
+    total: float = means_nbytes(block, stored)
     for tier, entries in zip(block.tiers, read, strict=True):
         held = sum(tier.counts[stored])
         if held:

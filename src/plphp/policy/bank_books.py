@@ -70,9 +70,10 @@ def sample_in(tensors: Mapping[str, Tensor], queries: Mapping[int, Tensor]) -> E
     if not any("sampled." in name for name in tensors):
         return None
     layers = {layer: (tensors[f"{layer}.sampled.keys"], tensors[f"{layer}.sampled.values"]) for layer in queries}
-    sample = EntrySample(tensors["sampled.draws"], layers, int(tensors["sampled.prompts"]))
-    if not len(sample) or sample.prompts < 1:
+    draws, prompts = tensors["sampled.draws"], tensors["sampled.prompts"]
+    if draws.dim() != 1 or not len(draws) or prompts.numel() != 1 or int(prompts) < 1:
         raise ValueError("it holds a sample of no entries")
+    sample = EntrySample(draws, layers, int(prompts))
     for layer, pair in layers.items():
         _check_fits(layer, pair[0].shape[0], pair[0].shape[2], queries[layer])
         _check_finite(f"{layer}.sampled", *pair)
@@ -80,10 +81,9 @@ def sample_in(tensors: Mapping[str, Tensor], queries: Mapping[int, Tensor]) -> E
 
 
 def _books(tensors: Mapping[str, Tensor], name: str) -> Books:
-    fine, residual = tensors[f"{name}.fine"], tensors[f"{name}.residual"]
-    coarse = tensors.get(f"{name}.coarse")
-    _check_finite(name, *(part for part in (fine, residual, coarse) if part is not None))
-    return Books(fine, residual, coarse)
+    books = Books(tensors[f"{name}.fine"], tensors[f"{name}.residual"], tensors.get(f"{name}.coarse"))
+    _check_finite(name, *books.tensors().values())
+    return books
 
 
 def _check_finite(name: str, *parts: Tensor) -> None:
@@ -93,7 +93,7 @@ def _check_finite(name: str, *parts: Tensor) -> None:
 
 def _check_fits(layer: int, kv_heads: int, dim: int, queries: Tensor) -> None:
     """Raise where keys of so many heads and this dimension are not those of the queries of a layer."""
-    if queries.shape[0] % kv_heads or queries.shape[2] != dim:
+    if not kv_heads or queries.shape[0] % kv_heads or queries.shape[2] != dim:
         raise ValueError(
             f"layer {layer} has {queries.shape[0]} query heads of dimension {queries.shape[2]}, and codebooks of "
             f"{kv_heads} KV heads of dimension {dim}"

@@ -16,7 +16,7 @@ from plphp.errors import ConfigError
 from plphp.kernels.books import LayerBooks
 
 from .bank import LayerBank, QueryBank
-from .entry_sampling import Entries, EntrySample
+from .entry_sampling import TOKENS, Entries, EntrySample
 from .rotation import Rotation
 
 log = logging.getLogger("plphp")
@@ -36,6 +36,8 @@ class BankSample:
         Tokens that are kept at most.
     seed : int
         Of the draws. The sample depends on it and on the lengths of the answers in their order.
+    book_tokens : int
+        Vision tokens whose entries are kept at most, for codebooks.
 
     Attributes
     ----------
@@ -47,10 +49,11 @@ class BankSample:
         Sample of the vision entries of the prompts.
     """
 
-    def __init__(self, size: int = SAMPLES, seed: int = 0) -> None:
-        if size < 1:
-            raise ConfigError(f"samples must be at least 1, got {size}.")
-        self.size, self.seed = size, seed
+    def __init__(self, size: int = SAMPLES, seed: int = 0, book_tokens: int = TOKENS) -> None:
+        for name, number in (("samples", size), ("book_tokens", book_tokens)):
+            if number < 1:
+                raise ConfigError(f"{name} must be at least 1, got {number}.")
+        self.size, self.seed, self.book_tokens = size, seed, book_tokens
         self.prompts = self.answer_tokens = 0
         self.entries = EntrySample()
         self._books: Mapping[int, LayerBooks] | None = None
@@ -119,7 +122,7 @@ class BankSample:
                 log.warning("An answer is left out of the query bank: there is NaN or inf among its queries.")
                 return False
             if entries and self._books is None:
-                self.entries = self.entries.with_prompt(entries, seed=self.seed)
+                self.entries = self.entries.with_prompt(entries, self.book_tokens, self.seed)
             self._draw({layer: part.detach().cpu() for layer, part in queries.items()}, tokens)
             self.prompts += 1
             return True

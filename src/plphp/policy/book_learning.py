@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codebooks from a sample of keys and values: k-means, for all heads and all parts of a head side by side."""
+"""Codebooks from a sample of keys and values: k-means for each part of each head."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ import logging
 import torch
 from torch import Tensor
 
-from plphp.kernels.books import CENTROIDS, COARSE_PART, PART, Books, LayerBooks
+from plphp.kernels.books import COARSE_PART, PART, Books, LayerBooks
 
 from .bank import QueryBank
 from .entry_sampling import EntrySample
+from .k_means import centroids_of, nearest_of
 
 log = logging.getLogger("plphp")
-
-ROUNDS = 15
-"""Of Lloyd's algorithm, at most."""
-ENOUGH = 1e-3
-"""Relative fall of the summed squared error below which no round follows."""
-ROOM = 2**24
-"""Distances, from every vector to every centroid, that are worked out at once: 64 MB."""
 
 
 def with_books(bank: QueryBank, device: torch.device | None = None) -> QueryBank:
@@ -79,85 +73,16 @@ def learn(states: Tensor, seed: int = 0) -> Books:
     """
     states = states.float()
     parts = _parts(states, PART)
-    fine = _centroids(parts, seed).half()
+    fine = centroids_of(parts, seed).half()
     # Of what the centroids leave as they are held, so that the second code takes their rounding back as well.
-    left = parts - fine.float().gather(1, _nearest(parts, fine.float())[0][..., None].expand_as(parts))
-    residual = _centroids(left, seed).half()
+    left = parts - fine.float().gather(1, nearest_of(parts, fine.float())[0][..., None].expand_as(parts))
+    residual = centroids_of(left, seed).half()
     coarse = None
     if states.shape[2] % COARSE_PART == 0:
-        coarse = _centroids(_parts(states, COARSE_PART), seed).half().unflatten(0, (len(states), -1))
+        coarse = centroids_of(_parts(states, COARSE_PART), seed).half().unflatten(0, (len(states), -1))
     return Books(fine.unflatten(0, (len(states), -1)), residual.unflatten(0, (len(states), -1)), coarse)
 
 
 def _parts(states: Tensor, width: int) -> Tensor:
     """The vectors of each part of each head, [kv_heads * parts, tokens, width]."""
     return states.unflatten(2, (-1, width)).transpose(1, 2).flatten(0, 1).contiguous()
-
-
-def _centroids(vectors: Tensor, seed: int) -> Tensor:
-    """256 centroids [problems, 256, width] of each set of vectors [problems, tokens, width]."""
-    draws = torch.rand(len(vectors), CENTROIDS, 1, generator=torch.Generator().manual_seed(seed))
-    together = max(1, ROOM // (vectors.shape[1] * CENTROIDS))
-    pieces = zip(vectors.split(together), draws.to(vectors.device).double().split(together), strict=True)
-    return torch.cat([_settled(piece, _spread(piece, numbers)) for piece, numbers in pieces])
-
-
-def _spread(vectors: Tensor, draws: Tensor) -> Tensor:
-    """First centroids, [problems, 256, width]: each is a vector, drawn by its squared distance from those before.
-
-    ``draws`` are float64 [problems, 256, 1] in [0, 1).
-    """
-    problems, tokens, width = vectors.shape
-    chosen = []
-    away = torch.ones(problems, tokens, device=vectors.device)
-    for number in range(CENTROIDS):
-        sums = away.double().cumsum(1)
-        place = torch.searchsorted(sums, draws[:, number] * sums[:, -1:], right=True).clamp(max=tokens - 1)
-        newest = vectors.gather(1, place[..., None].expand(problems, 1, width))
-        chosen.append(newest)
-        apart = (vectors - newest).square().sum(-1)
-        away = apart if number == 0 else torch.minimum(away, apart)
-    return torch.cat(chosen, dim=1)
-
-
-def _settled(vectors: Tensor, centroids: Tensor) -> Tensor:
-    """Centroids after rounds of Lloyd's algorithm: each moves to the mean of the vectors that are nearest to it."""
-    error = float("inf")
-    for _ in range(ROUNDS):
-        nearest, apart = _nearest(vectors, centroids)
-        centroids = _moved(vectors, centroids, nearest, apart)
-        before, error = error, float(apart.double().sum())
-        if before - error <= ENOUGH * error:
-            break
-    return centroids
-
-
-def _nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of each vector's nearest centroid, int64 [problems, tokens], and the squared distance from it."""
-    together = max(1, ROOM // (vectors.shape[1] * centroids.shape[1]))
-    pieces = [_of_piece(*piece) for piece in zip(vectors.split(together), centroids.split(together), strict=True)]
-    nearest, apart = zip(*pieces, strict=True)
-    return torch.cat(nearest), torch.cat(apart)
-
-
-def _of_piece(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    lengths = centroids.square().sum(-1)[:, None]
-    least, nearest = torch.baddbmm(lengths, vectors, centroids.mT, alpha=-2).min(-1)
-    return nearest, (least + vectors.square().sum(-1)).clamp(min=0)
-
-
-def _moved(vectors: Tensor, centroids: Tensor, nearest: Tensor, apart: Tensor) -> Tensor:
-    """Means of the vectors of each centroid; those of none begin anew at the vectors that are farthest off."""
-    # In float64, so that the order in which a GPU adds decides nothing.
-    index = nearest[..., None].expand_as(vectors)
-    sums = torch.zeros_like(centroids, dtype=torch.float64).scatter_add_(1, index, vectors.double())
-    counts = torch.zeros_like(centroids[..., 0], dtype=torch.float64)
-    counts = counts.scatter_add_(1, nearest, torch.ones_like(apart, dtype=torch.float64))[..., None]
-    means = (sums / counts.clamp(min=1)).float()
-    empty = counts[..., 0] == 0
-    if not bool(empty.any()):
-        return means
-    farthest = apart.topk(min(CENTROIDS, apart.shape[1]), dim=1).indices
-    number = (empty.cumsum(1) - 1).clamp(min=0, max=farthest.shape[1] - 1)
-    place = farthest.gather(1, number)[..., None].expand_as(centroids)
-    return torch.where(empty[..., None], vectors.gather(1, place), means)

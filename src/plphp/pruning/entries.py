@@ -17,12 +17,9 @@ from plphp.kernels.coded import CodedKV
 from plphp.kernels.coder import Coder
 from plphp.kernels.packed import PackedKV
 
-from .memory import memory_named
 from .placement import held_whole, without_codes
 from .provisional import ProvisionalBlock
-
-MIN_GROWTH = 16
-"""Tokens for which the tail reserves room at least when it grows."""
+from .room import appended, grown, memory_named
 
 
 class LayerEntries:
@@ -165,8 +162,8 @@ class LayerEntries:
             # A prompt is held as it came: no copy of what is compacted in a moment.
             self.keys, self.values = key_states, value_states
         else:
-            self.keys = _appended(self.keys, key_states, self.tail_length)
-            self.values = _appended(self.values, value_states, self.tail_length)
+            self.keys = appended(self.keys, key_states, self.tail_length)
+            self.values = appended(self.values, value_states, self.tail_length)
         self.tail_length = new
         return self.tail()
 
@@ -203,7 +200,7 @@ class LayerEntries:
         """
         keys, values = self.tail()
         needed = self.tail_length + room
-        self.keys, self.values = [_grown(states, self.tail_length, needed) for states in (keys, values)]
+        self.keys, self.values = [grown(states, self.tail_length, needed) for states in (keys, values)]
         return needed
 
     def compact(
@@ -324,22 +321,3 @@ class LayerEntries:
         """Raise `CacheStateError` while the last placement is not the final one."""
         if self._provisional is not None:
             raise CacheStateError("The prompt has not been read to its end: the layer waits for its final placement.")
-
-
-def _appended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
-    """Write ``new`` behind the first ``used`` entries of a buffer, or of a larger one if there is no room."""
-    needed = used + new.shape[2]
-    if buffer is None or buffer.shape[2] < needed:
-        buffer = _grown(new[:, :, :0] if buffer is None else buffer, used, needed + max(MIN_GROWTH, needed // 8))
-    elif buffer.is_inference() and not torch.is_inference_mode_enabled():
-        buffer = buffer.clone()  # a turn under inference_mode, then one outside of it
-    buffer[:, :, used:needed] = new
-    return buffer
-
-
-def _grown(buffer: Tensor, used: int, room: int) -> Tensor:
-    """Copy the first ``used`` entries of a buffer to a new one with room for ``room``, zeros behind them."""
-    with memory_named(f"keys and values of {tuple(buffer.shape[:2])} rows and heads with room for {room} tokens"):
-        grown = buffer.new_zeros((*buffer.shape[:2], room, buffer.shape[3]))
-    grown[:, :, :used] = buffer[:, :, :used]
-    return grown

@@ -30,6 +30,8 @@ from .options import Options, Value
 
 DECODE_MODES = ("eager", "auto", "graph")
 DEFAULT_RATE, DEFAULT_DELTA = 0.4, 0.3
+DEFAULT: dict[str, Any] = {"method": "quantized", "tiers": "c3"}
+"""Settings of a run that is given none: they need nothing that was measured on the model."""
 QueryRows = int | Literal["text", "text_after_first"]
 
 _logger = logging.getLogger("plphp")
@@ -289,7 +291,7 @@ def checked_mode(decode: str) -> str:
 
 
 def checked(config: object) -> PLPHPConfig:
-    """Return a config, the default one for None.
+    """Return a config, for None the one of `DEFAULT`: every vision entry in 3 bits.
 
     Raises
     ------
@@ -297,7 +299,7 @@ def checked(config: object) -> PLPHPConfig:
         If it is anything else.
     """
     if config is None:
-        return PLPHPConfig()
+        return PLPHPConfig(**DEFAULT)
     if not isinstance(config, PLPHPConfig):
         raise ConfigError(
             f"config must be a PLPHPConfig, got {type(config).__name__}: use PLPHPConfig.parse for text and "

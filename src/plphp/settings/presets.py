@@ -9,31 +9,31 @@ from typing import Any
 
 import tomli_w
 
-from .config import PLPHPConfig
+from .config import DEFAULT, PLPHPConfig
 
 DEFAULT_TARGET = 0.4
 """Default target retention. A target and not a rate, as no thresholds fit every model and prompt."""
-BUNDLED_METHOD = "query_bank"
-"""Default method of the bundled model: it keeps most of that model's answers (docs/quality.md)."""
+BUNDLED_METHOD, BUNDLED_TIERS = "query_bank", "t10"
+"""Default method of the bundled model, which has a bank with codebooks, and its ladder (docs/quality.md)."""
 BUNDLED_OPTIONS = {"query_bank": {"bank": "bundled"}}
 """Options of methods that need something measured on the model, which ships with the bundled model."""
 HEADER = "# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml.\n\n"
 
 
 def default_settings(bundled: bool) -> PLPHPConfig:
-    """Return the settings of ``plphp generate`` without options: 40 % of the vision tokens are kept.
+    """Return the settings of ``plphp generate`` without options.
 
     Parameters
     ----------
     bundled : bool
-        Whether the settings are for the bundled model, which is pruned by its query bank; every model besides is
-        pruned by the paper's method.
+        Whether the settings are for the bundled model, whose query bank decides what is held in how many bits; of every
+        model besides all vision entries are held in 3 bits.
     """
     return PLPHPConfig.from_dict(with_defaults({}, bundled))
 
 
 def with_defaults(explicit: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
-    """Add defaults to the settings that a user has set.
+    """Add defaults to the settings that a user has set; with any of them vision tokens are evicted.
 
     Parameters
     ----------
@@ -47,6 +47,9 @@ def with_defaults(explicit: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
     dict
         Values for `PLPHPConfig.from_dict`.
     """
+    if not explicit:
+        own = {"method": BUNDLED_METHOD, "tiers": BUNDLED_TIERS, "options": BUNDLED_OPTIONS[BUNDLED_METHOD]}
+        return own if bundled else dict(DEFAULT)
     values = dict(explicit) if "retention_rate" in explicit else {"target_retention": DEFAULT_TARGET, **explicit}
     if not bundled:
         return values

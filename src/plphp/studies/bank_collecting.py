@@ -18,7 +18,7 @@ from plphp.errors import ConfigError
 from plphp.policy.bank import QueryBank
 from plphp.policy.bank_sampling import SAMPLES, BankSample
 from plphp.policy.book_learning import with_books
-from plphp.policy.entry_sampling import Entries
+from plphp.policy.entry_sampling import TOKENS, Entries
 from plphp.policy.rotation import Rotation
 
 from .provenance import provenance
@@ -29,6 +29,7 @@ def collect_query_bank(
     prompts: Iterable[Mapping[str, Any]],
     *,
     samples: int = SAMPLES,
+    book_tokens: int = TOKENS,
     max_new_tokens: int = 128,
     seed: int = 0,
     progress: Callable[[str], None] = lambda step: None,
@@ -48,6 +49,9 @@ def collect_query_bank(
         Inputs of ``generate`` with one row, without padding, and with at least one vision token.
     samples : int
         Tokens of answers whose queries are kept, at random; all if there are fewer.
+    book_tokens : int
+        Vision tokens that the codebooks are learned from, at random, at most 512 of a prompt. More make better
+        codebooks and take longer.
     max_new_tokens : int
         Longest answer.
     seed : int
@@ -71,7 +75,7 @@ def collect_query_bank(
     --------
     >>> plphp.collect_query_bank(model, prompts).save("bank.safetensors")  # doctest: +SKIP
     """
-    sample = BankSample(samples, seed)
+    sample = BankSample(samples, seed, book_tokens)
     rotations = find_rotations(model)
     _answer_all(model, prompts, max_new_tokens, sample, rotations, progress)
     bank = sample.bank(rotations, {**provenance(model), "max_new_tokens": max_new_tokens})

@@ -108,7 +108,7 @@ def compare(
     inputs : mapping
         Inputs of ``generate``, see `plphp.inputs.prompt.build_inputs`.
     config : PLPHPConfig, optional
-        Settings of the pruned run; default: ``PLPHPConfig()``.
+        Settings of the pruned run; default: every vision entry in 3 bits, ``quantized:tiers=c3``.
     rounds : int
         How often each of the two runs; times are medians over the steps of all rounds.
     seed : int

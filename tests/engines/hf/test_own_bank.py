@@ -121,6 +121,35 @@ def test_a_padded_batch_gives_the_queries_of_its_rows_alone(family: str) -> None
     assert alone.bank.record["answer_tokens"] == sum(lengths) - len(lengths)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_padded_batch_gives_the_codebooks_of_its_rows_alone(copies: int) -> None:
+    """Whatever stands before a row, and however many answers it has: there are fewer entries than centroids."""
+
+    def config() -> Any:
+        made = TINY["llava"].config()
+        made.text_config.head_dim = 16
+        return made
+
+    tiny = dataclasses.replace(TINY["llava"], config=config)
+    model = tiny.build()
+    options: dict[str, Any] = {"max_new_tokens": NEW, "num_return_sequences": copies, "do_sample": copies > 1}
+    banks = []
+    for calls in (tiny.rows(model, list(ROWS), seed=5), [tiny.inputs(model, list(ROWS), seed=5)]):
+        with plphp.prune(model, settings(collect=3)) as run:
+            for inputs in calls:
+                generate(model, inputs, **options)
+        assert run.bank is not None
+        assert run.bank.books is not None
+        assert run.bank.record["book_prompts"] == 3
+        banks.append(run.bank)
+    for layer, expected in banks[0].books.items():
+        for side in ("keys", "values"):
+            ours, theirs = (getattr(books, side).tensors() for books in (banks[1].books[layer], expected))
+            assert expected.keys.fine.abs().max() > 0.1
+            for name in ("fine", "coarse"):
+                assert (ours[name].float() - theirs[name].float()).abs().max() < 1e-2, (layer, side, name)
+
+
 def test_a_batch_that_would_collect_too_much_counts_up_to_the_last_wanted_row() -> None:
     model = tiny_model("llava")
     batch, rows = rows_of("llava", (1, 2, 1))

@@ -51,6 +51,9 @@ def test_the_bank_is_of_the_first_answers_to_samples_that_are_not_scored(finishe
     assert bank.ahead.tolist() == expected.ahead.tolist()
     for number, layer in expected.layers.items():
         assert (bank.layers[number].queries.float() - layer.queries.float()).abs().max() < 0.05  # a step of bfloat16
+    assert bank.books is not None
+    assert bank.books.keys() == bank.layers.keys()
+    assert bank.record["book_tokens"] == expected.record["book_tokens"] > 512
     assert bank.record["weights_sha256"] == weights_hash(model)
     assert (bank.record["prompts"], bank.record["samples"]) == (4, len(bank.ahead))
     assert bank.record["collected"] == {

@@ -97,7 +97,7 @@ class PrunedCache(GuardedCache):
         inputs : mapping
             What is passed to ``generate`` or to the model: ``input_ids``, ``attention_mask``, image features.
         config : PLPHPConfig, optional
-            Default: ``PLPHPConfig()``.
+            Default: every vision entry in 3 bits, ``quantized:tiers=c3``.
         vision_mask : Tensor, optional
             bool [batch, seq]; the vision tokens, if they cannot be found from ``input_ids``.
         decode : {"eager", "auto", "graph"}

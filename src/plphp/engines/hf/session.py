@@ -154,7 +154,7 @@ def prune(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
         A supported vision-language model, in evaluation mode, or what `torch.compile`, ``DataParallel`` or PEFT (LoRA)
         made of such a model.
     config : PLPHPConfig, optional
-        Default: ``PLPHPConfig()``.
+        Default: every vision entry in 3 bits, ``quantized:tiers=c3``.
     decode : {"eager", "auto", "graph"}
         Replay decoding steps from a CUDA graph ("graph"), where that is possible and pays ("auto"), or never.
 
@@ -197,7 +197,7 @@ def apply(model: Any, config: PLPHPConfig | None = None, *, decode: str = "eager
     model : PreTrainedModel
         A supported vision-language model, or a wrapper as for `prune`.
     config : PLPHPConfig, optional
-        Default: ``PLPHPConfig()``.
+        Default: every vision entry in 3 bits, ``quantized:tiers=c3``.
     decode : {"eager", "auto", "graph"}
         As for `prune`.
 
