@@ -175,7 +175,7 @@ class Affine:
 
     def bits(self, dim: int) -> float:
         """See `Codec`."""
-        return self.width + (32 / self.group if self.axis == "channel" else 32 / self._channels(dim))
+        return self.width + (32 / self.group if self.axis == "channel" else 32 / self.channels(dim))
 
     def encode(self, states: Tensor, places: Places) -> Codes:
         """See `Codec`."""
@@ -188,7 +188,7 @@ class Affine:
             low, step = self._steps(low, high)
             codes = self._codes(states, low.to(states.dtype)[group], step.to(states.dtype)[group])
             return Codes(pack_planes(codes, self.width), None, torch.stack([low, step], 1))
-        parts = states.unflatten(1, (-1, self._channels(states.shape[1])))
+        parts = states.unflatten(1, (-1, self.channels(states.shape[1])))
         low, step = self._steps(parts.amin(2), parts.amax(2))
         codes = self._codes(parts, low.to(states.dtype)[..., None], step.to(states.dtype)[..., None])
         return Codes(pack_planes(codes.flatten(1), self.width), torch.cat([low, step], 1))
@@ -209,7 +209,7 @@ class Affine:
             return numbers * step + low
         assert codes.scales is not None
         low, step = codes.scales.to(numbers.dtype).unflatten(1, (2, -1)).unbind(1)
-        parts = numbers.unflatten(1, (-1, self._channels(numbers.shape[1])))
+        parts = numbers.unflatten(1, (-1, self.channels(numbers.shape[1])))
         return (parts * step[..., None] + low[..., None]).flatten(1)
 
     def _steps(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ class Affine:
         return ((states - low) / step).round().clamp(0, 2**self.width - 1).int()
 
     @staticmethod
-    def _channels(dim: int) -> int:
+    def channels(dim: int) -> int:
         return math.gcd(dim, TOKEN_GROUP)
 
 
