@@ -36,9 +36,7 @@ def random_books(layer: int, kv_heads: int, dim: int, device: torch.device) -> L
     return LayerBooks(side(), side())
 
 
-def random_coder(
-    ladder: Ladder, read: float, layer: int, kv_heads: int, dim: int, device: torch.device = torch.device("cpu")
-) -> Coder:
+def random_coder(ladder: Ladder, read: float, layer: int, kv_heads: int, dim: int, device: torch.device) -> Coder:
     """What holds the entries of a layer as a ladder says, with random codebooks where it needs any.
 
     Parameters
