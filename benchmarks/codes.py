@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from plphp.pruning.placement import Placement
 from plphp.settings.ladder import Ladder
 
 
-@functools.lru_cache(maxsize=256)
-def random_books(layer: int, kv_heads: int, dim: int, device: torch.device) -> LayerBooks:
+@functools.lru_cache(maxsize=8)
+def random_books(kv_heads: int, dim: int, device: torch.device) -> LayerBooks:
     """Codebooks of random centroids for keys and values that are normally distributed."""
-    generator = torch.Generator().manual_seed(layer)
+    generator = torch.Generator().manual_seed(0)
 
     def centroids(channels: int, spread: float) -> Tensor:
         shape = (kv_heads, dim // channels, CENTROIDS, channels)
@@ -36,7 +36,7 @@ def random_books(layer: int, kv_heads: int, dim: int, device: torch.device) -> L
     return LayerBooks(side(), side())
 
 
-def random_coder(ladder: Ladder, read: float, layer: int, kv_heads: int, dim: int, device: torch.device) -> Coder:
+def random_coder(ladder: Ladder, read: float, kv_heads: int, dim: int, device: torch.device) -> Coder:
     """What holds the entries of a layer as a ladder says, with random codebooks where it needs any.
 
     Parameters
@@ -45,73 +45,70 @@ def random_coder(ladder: Ladder, read: float, layer: int, kv_heads: int, dim: in
         Of rungs of few bits alone.
     read : float
         Share of the coded entries that a step reads.
-    layer, kv_heads, dim, device
+    kv_heads, dim, device
         Of the codebooks.
     """
     rungs = tuple(RUNGS[name] for name in ladder.names)
     needed = any(rung.needs_books for rung in rungs)
-    return Coder(rungs, random_books(layer, kv_heads, dim, device) if needed else None, Reading(read))
+    return Coder(rungs, random_books(kv_heads, dim, device) if needed else None, Reading(read))
 
 
-def random_placement(ladder: Ladder, vision: Tensor, kv_heads: int, seed: int) -> Tensor:
-    """Where the entries of a layer go: text whole, and of every head a random part of the vision tokens to each rung.
+def random_placement(ladder: Ladder, vision: Tensor, kv_heads: int) -> Tensor:
+    """Where the entries of a row go: text whole, and random vision entries of all heads together to each rung.
 
     Parameters
     ----------
     ladder : Ladder
-        Its shares are what each head holds.
+        Its shares are what a layer holds in sum over the heads.
     vision : Tensor
-        bool [batch, seq]; as many vision tokens in every row.
-    kv_heads, seed : int
+        bool [1, seq].
+    kv_heads : int
 
     Returns
     -------
     Tensor
-        uint8 [batch, kv_heads, seq], on the CPU.
+        uint8 [1, kv_heads, seq], on the CPU.
     """
-    batch, tokens = len(vision), int(vision[0].sum())
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(batch, kv_heads, tokens, generator=generator).argsort(-1)
-    bounds = torch.tensor([round(part * tokens) for part in ladder.cumulative()])
+    entries = kv_heads * int(vision.sum())
+    order = torch.randperm(entries, generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([round(part * entries) for part in ladder.cumulative()])
     number = torch.bucketize(order, bounds, right=True) + 1
+    placement = torch.full((1, kv_heads, vision.shape[1]), int(Placement.WHOLE), dtype=torch.uint8)
     placed = torch.where(number > len(bounds), int(Placement.DROPPED), number).to(torch.uint8)
-    placement = torch.full((batch, kv_heads, vision.shape[1]), int(Placement.WHOLE), dtype=torch.uint8)
-    placement[vision[:, None].expand_as(placement)] = placed.flatten()
+    placement[vision[:, None].expand_as(placement)] = placed
     return placement
 
 
-def fill(
-    layer: LayerEntries, rows: Iterable[tuple[Tensor, Tensor]], vision: Tensor, coder: Coder, placement: Tensor
-) -> None:
-    """Compact a prompt into a layer, a row at a time: keys and values of one row alone are whole at once.
+def coded_row(keys: Tensor, values: Tensor, vision: Tensor, ladder: Ladder, read: float) -> LayerEntries:
+    """A prompt on a ladder, with random codebooks.
 
     Parameters
     ----------
-    layer : LayerEntries
-        Without any entries.
-    rows : iterable of tuple of Tensor
-        Keys and values of each row, [1, kv_heads, seq, dim].
+    keys, values : Tensor
+        [1, kv_heads, seq, dim].
     vision : Tensor
-        bool [batch, seq].
-    coder : Coder
-    placement : Tensor
-        uint8 [batch, kv_heads, seq].
+        bool [1, seq].
+    ladder, read
+        See `random_coder`.
     """
-    prefixes: list[PackedKV] = []
-    blocks: list[CodedKV] = []
-    for number, (keys, values) in enumerate(rows):
-        own = LayerEntries()
-        own.append(keys, values)
-        row = slice(number, number + 1)
-        own.compact(placement[row].to(keys.device), coder=coder, vision=vision[row].to(keys.device))
-        assert own.prefix is not None
-        prefixes.append(own.prefix)
-        blocks += own.coded
-    length = keys.shape[2]
-    layer.begin(keys, values)
-    layer.prefix, layer.prefix_length = PackedKV.stacked(prefixes), length
-    del prefixes
-    layer.coded = (stacked(blocks),)
+    device, heads = keys.device, keys.shape[1]
+    row = LayerEntries()
+    row.append(keys, values)
+    row.compact(
+        random_placement(ladder, vision, heads).to(device),
+        coder=random_coder(ladder, read, heads, keys.shape[3], device),
+        vision=vision.to(device),
+    )
+    return row
+
+
+def fill(layer: LayerEntries, row: LayerEntries, batch: int) -> None:
+    """Put copies of a coded row into an empty layer, in memory of their own: nothing is whole in the meantime."""
+    assert row.prefix is not None
+    blank = row.prefix.keys.new_empty(batch, row.prefix.kv_heads, 0, row.prefix.keys.shape[1])
+    layer.begin(blank, blank)
+    layer.prefix, layer.prefix_length = PackedKV.stacked([row.prefix] * batch), row.prefix_length
+    layer.coded = tuple(stacked([block] * batch) for block in row.coded)
 
 
 def stacked(blocks: Sequence[CodedKV]) -> CodedKV:

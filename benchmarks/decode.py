@@ -6,7 +6,8 @@ what is kept of them differs between layers and between the rows of a batch, as 
 interleaved step by step in one process; figures are medians. The floor is the time in which the memory moves the
 weights and the kept keys and values once at the bandwidth of a large copy, measured beforehand; reading alone may be
 faster than copying, so that more than all of the floor can be reached. Entries in few bits are coded with random
-codebooks; of what a step reads of them, the floor counts the bytes that one step was seen to read. On a GPU two more
+codebooks, a ladder's shares in sum over the heads of a layer, and all layers and rows hold copies of the same codes; of
+them the floor counts the bytes that one step was seen to read. On a GPU two more
 are measured: transformers' StaticCache with a compiled model, and our steps replayed from a CUDA graph.
 """
 
@@ -125,21 +126,14 @@ def pruned_cache(
 
 
 def tiered_cache(lease: Lease, batch: int, vision: int, tiers: Tiers) -> plphp.PrunedCache:
-    """Ours, with the vision tokens on a ladder, for the model of a lease; one row is whole at a time."""
+    """Ours, with the vision tokens on a ladder, for the model of a lease; all rows are copies of one that is coded."""
     model = lease.attachment.model
     cache = plphp.PrunedCache(lease.attachment, plphp.PLPHPConfig())
-    is_vision = torch.zeros(batch, vision + TEXT_TOKENS, dtype=torch.bool)
+    is_vision = torch.zeros(1, vision + TEXT_TOKENS, dtype=torch.bool)
     is_vision[:, TEXT_TOKENS // 2 :][:, :vision] = True
-    for number, layer in enumerate(cache.layers):
-        seeds = range(batch * number, batch * (number + 1))
-        _, heads, _, dim = entries(model, 1, 1, 0)[0].shape
-        codes.fill(
-            layer,
-            (entries(model, 1, vision + TEXT_TOKENS, seed) for seed in seeds),
-            is_vision,
-            codes.random_coder(tiers.ladder, tiers.read, number, heads, dim, model.device),
-            codes.random_placement(tiers.ladder, is_vision, heads, number),
-        )
+    row = codes.coded_row(*entries(model, 1, vision + TEXT_TOKENS, 0), is_vision, tiers.ladder, tiers.read)
+    for layer in cache.layers:
+        codes.fill(layer, row, batch)
     return cache
 
 
