@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entries in few bits for models of random weights: random codebooks, random tiers, and layers filled with them."""
+"""Entries in few bits for models of random weights: random codebooks, random tiers, and layers filled with them; and a
+query bank of random queries."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from plphp.engines.hf.attachment import Lease
+from plphp.engines.hf.rotation_probe import rotations_of
 from plphp.kernels.books import CENTROIDS, COARSE_PART, PART, Books, LayerBooks
 from plphp.kernels.codecs import Codes
 from plphp.kernels.coded import CodedKV, Reading, Tier
 from plphp.kernels.coder import Coder
 from plphp.kernels.packed import PackedKV
 from plphp.kernels.rungs import RUNGS
+from plphp.policy.bank import LayerBank, QueryBank
 from plphp.pruning.entries import LayerEntries
 from plphp.pruning.placement import Placement
 from plphp.settings.ladder import Ladder
@@ -121,3 +127,21 @@ def stacked(blocks: Sequence[CodedKV]) -> CodedKV:
     means = [None if own[0] is None else torch.cat(own) for own in zip(*(b.means for b in blocks), strict=True)]
     reading = tuple(own for block in blocks for own in block.reading)
     return CodedKV(tuple(tiers), means[0], means[1], blocks[0].books, reading)
+
+
+def random_bank(model: Any, path: Path, samples: int = 400) -> str:
+    """Write a query bank of a model, of random queries and codebooks, and return its path."""
+    lease = Lease.of(model)
+    rotations = rotations_of(lease.attachment)
+    lease.end()
+    text = model.config.get_text_config()
+    dim = text.hidden_size // text.num_attention_heads
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        layer: LayerBank(torch.randn(text.num_attention_heads, samples, dim, generator=generator), rotation)
+        for layer, rotation in rotations.items()
+    }
+    books = random_books(text.num_key_value_heads, dim, torch.device("cpu"))
+    record = {"decoder_layers": text.num_hidden_layers}
+    QueryBank(layers, torch.arange(samples), record, dict.fromkeys(layers, books)).save(path)
+    return str(path)
