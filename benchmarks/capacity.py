@@ -3,7 +3,7 @@
 
 For each cache the largest batch is searched that can be filled, layer by layer, and decode a token of every sequence,
 in so much memory beside the weights. On a GPU the allocator is limited, on a CPU the process (Linux). "worked out" is
-what `plphp estimate` says of the same.
+what `plphp estimate` says of the same; of ladders, how often the bytes of one sequence go into the memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.cache_utils import Cache
 from plphp.engines.hf.attachment import Lease
 from plphp.errors import CacheMemoryError
 from plphp.pruning.room import lacks_memory
+from plphp.studies.compare import kv_bytes
 from plphp.studies.model_cost import model_cost
 
 ONEDNN = "could not create a primitive"
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=64 if on_gpu else 2, help="GiB beside the weights")
     parser.add_argument("--vision-tokens", type=int, default=7000)
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2])
+    parser.add_argument("--tiers", type=decode.Tiers.parse, nargs="*", default=decode.TIERS)
     args = parser.parse_args()
 
     if sys.platform == "linux":  # what is freed is to be given back: else it counts as used
@@ -111,15 +114,20 @@ def main() -> None:
     stock = build_model(args.shape, getattr(torch, args.dtype), device)
     ours = twin(stock)
     lease, cost = Lease.of(ours), model_cost(stock)
-    makers: dict[str, tuple[Any, float, Callable[[int], Cache]]] = {
-        BASELINE: (stock, 1.0, lambda batch: decode.dynamic_cache(stock, batch, vision))
-    }
+    makers: dict[str, tuple[Any, int, Callable[[int], Cache]]] = {}
+
+    def at(rate: float) -> int:
+        return cost.kv_bytes(vision + TEXT_TOKENS + 1, vision, rate)
+
+    makers[BASELINE] = stock, at(1.0), partial(decode.dynamic_cache, stock, vision=vision)
     for rate in args.retention:
-        makers[f"plphp {rate:g}"] = ours, rate, lambda batch, r=rate: decode.pruned_cache(lease, batch, vision, r)
+        makers[f"plphp {rate:g}"] = ours, at(rate), partial(decode.pruned_cache, lease, vision=vision, rate=rate)
+    for tiers in args.tiers:
+        make = partial(decode.tiered_cache, lease, vision=vision, tiers=tiers)
+        makers[tiers.name] = ours, kv_bytes(make(1)), make
     rows: list[dict[str, Any]] = []
-    for name, (model, rate, make_cache) in makers.items():
+    for name, (model, each, make_cache) in makers.items():
         found = largest(lambda batch, model=model, make=make_cache: fits(make, model, batch, memory))
-        each = cost.kv_bytes(vision + TEXT_TOKENS + 1, vision, rate)
         rows.append({"variant": name, "largest_batch": found, "worked_out": memory // each, "sequence_bytes": each})
     lease.end()
 

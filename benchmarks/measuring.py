@@ -48,7 +48,7 @@ def table(title: str, headings: Iterable[str]) -> Table:
 def origin(script: str, args: argparse.Namespace) -> dict[str, Any]:
     """Describe where a file of results comes from, of a script's arguments; without ``device`` it ran on the CPU."""
     device = torch.device(getattr(args, "device", "cpu"))
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings = json.loads(json.dumps({name: value for name, value in vars(args).items() if name != "out"}, default=str))
     return {
         "script": f"benchmarks/{script}.py",
         "date": datetime.date.today().isoformat(),

@@ -2,21 +2,27 @@
 """Time and peak memory of prefill, and what pruning adds to it: ``python benchmarks/prefill.py``.
 
 The text model reads random embeddings, as they come from the vision tower and the projector; the tower itself, whose
-cost pruning does not change, is left out. Every layer keeps the same share. Variants are interleaved; figures are
-medians. Pruning as a whole, and scoring and compaction in it, are timed in runs of their own, as waiting for the device
-after each of them slows a run down; the rest of it is ranking, allocation and the account for the report.
+cost pruning does not change, is left out. Every layer keeps the same share. Ladders with codebooks are filled by
+`query_bank`, with a bank of random queries and random codebooks; the others take everything. Variants are interleaved;
+figures are medians. Pruning as a whole, and scoring and compaction in it, are timed in runs of their own, as waiting
+for the device after each of them slows a run down; the rest of it is ranking, allocation and the account for the
+report.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
+import codes
 import measuring
 import torch
 from measuring import BASELINE
@@ -28,8 +34,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import plphp
 from plphp.engines.hf.cache_argument import passed
+from plphp.kernels.rungs import RUNGS
 from plphp.pruning.entries import LayerEntries
 from plphp.pruning.scoring import Scoring
+from plphp.settings.ladder import Ladder
 from plphp.show.tables import human_bytes
 from plphp.studies.compare import kv_bytes
 
@@ -53,16 +61,27 @@ def make_inputs(model: LlavaForConditionalGeneration, batch: int, vision: int) -
 
 
 def variants(
-    model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], is_vision: Tensor, retention: list[float]
+    model: LlavaForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    is_vision: Tensor,
+    retention: Sequence[float],
+    ladders: Sequence[str] = (),
+    bank: str = "",
 ) -> dict[str, Callable[[], Cache]]:
-    """What is compared: each makes its cache for one prefill."""
+    """What is compared: each makes its cache for one prefill; ``bank`` is a file for ladders that need codebooks."""
 
-    def pruned(rate: float) -> Cache:
-        settings = plphp.PLPHPConfig(retention_rate=rate, retention_delta=0.0)
+    def pruned(settings: plphp.PLPHPConfig) -> Cache:
         return plphp.PrunedCache.for_inputs(model, inputs, settings, vision_mask=is_vision)
 
     made: dict[str, Callable[[], Cache]] = {BASELINE: lambda: DynamicCache(config=model.config.get_text_config())}
-    return made | {f"plphp {rate:g}": partial(pruned, rate) for rate in retention}
+    for rate in retention:
+        made[f"plphp {rate:g}"] = partial(pruned, plphp.PLPHPConfig(retention_rate=rate, retention_delta=0.0))
+    for name in ladders:
+        settings = plphp.PLPHPConfig(method="quantized", tiers=name)
+        if any(RUNGS[rung].needs_books for rung in Ladder.parse(name).names):
+            settings = plphp.PLPHPConfig(method="query_bank", options={"bank": bank}, tiers=name)
+        made[name] = partial(pruned, settings)
+    return made
 
 
 @torch.inference_mode()
@@ -98,11 +117,11 @@ def timed_parts(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def measure(
-    model: LlavaForConditionalGeneration, batch: int, vision: int, args: argparse.Namespace
+    model: LlavaForConditionalGeneration, batch: int, vision: int, args: argparse.Namespace, bank: str
 ) -> list[dict[str, Any]]:
     """Every variant at one batch and length."""
     inputs, is_vision = make_inputs(model, batch, vision)
-    made = variants(model, inputs, is_vision, args.retention)
+    made = variants(model, inputs, is_vision, args.retention, args.tiers, bank)
     works = {name: partial(prefill, model, inputs, make_cache) for name, make_cache in made.items()}
     times = measuring.interleaved(works, model.device, args.rounds, warm_up=1)
     rows = []
@@ -153,12 +172,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8] if on_gpu else [1])
     parser.add_argument("--vision-tokens", type=int, nargs="+", default=[2000, 7000] if on_gpu else [2000, 4000])
     parser.add_argument("--retention", type=float, nargs="+", default=[1.0, 0.4])
+    parser.add_argument("--tiers", nargs="*", default=["t10", "c3"], help="ladders")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
     model = build_model(args.shape, getattr(torch, args.dtype), torch.device(args.device))
     started = time.perf_counter()
-    rows = [row for batch in args.batch for vision in args.vision_tokens for row in measure(model, batch, vision, args)]
+    with tempfile.TemporaryDirectory() as folder:
+        bank = codes.random_bank(model, Path(folder) / "bank.safetensors")
+        points = itertools.product(args.batch, args.vision_tokens)
+        rows = [row for batch, vision in points for row in measure(model, batch, vision, args, bank)]
     show(rows, args)
     about = measuring.origin("prefill", args)
     measuring.write(args.out, {**about, "seconds": time.perf_counter() - started, "results": rows})

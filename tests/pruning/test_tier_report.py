@@ -21,7 +21,7 @@ from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer
 from plphp.kernels.books import Books, LayerBooks
 from plphp.kernels.coded import CodedKV
-from plphp.kernels.coded_bytes import read_nbytes
+from plphp.kernels.coded_bytes import read_nbytes, row_nbytes
 from plphp.kernels.rungs import RUNGS
 from plphp.policy import bank as banks
 from plphp.pruning import coders
@@ -190,7 +190,10 @@ def test_codebooks_are_counted_apart(model: Any) -> None:
 
 def test_branches_report_every_row_by_itself(model: Any) -> None:
     inputs = FAMILY.inputs(model, [1])
-    lines = [PLPHPConfig(retention_rate=0.3), *(settings(ladder) for ladder in ("pq=.2,r2=.4", "c3", "kivi2=.5"))]
+    ladders = ("kivi2=.5", "pq=.2,r2=.4", "c3", "whole=.2,kivi2")
+    lines = [settings(ladder) for ladder in ladders]
+    lines[1:1] = [PLPHPConfig(retention_rate=0.3)]
+    lines[3:3] = [dataclasses.replace(settings("r3=.5"), method="plphp")]
     cache = plphp.branch(model, inputs, lines).cache
     together = cache.report()
     assert sum(own.nbytes for own in together.held) == together.kv_bytes
@@ -199,7 +202,10 @@ def test_branches_report_every_row_by_itself(model: Any) -> None:
         with torch.no_grad():
             model(**inputs, **passed(alone))
         for many, few in zip(together.prompts[0].layers, alone.report().prompts[0].layers, strict=True):
-            assert many.rows[row] == few.rows[0]
+            own, layer = many.rows[row], cache.layers[many.layer]
+            assert own == few.rows[0]
+            coded = sum(row_nbytes(block, row) for block in layer.coded)
+            assert own.vision_bytes - own.entry_bytes * sum(own.whole) == coded
 
 
 def test_what_is_shown(model: Any) -> None:

@@ -114,7 +114,7 @@ class TestRungs:
 
     @staticmethod
     def report() -> PruneReport:
-        low, high = TierReport("pq", [[1], [1, 9]], [4, 8]), TierReport("pr2", [[2], []], [14, 0])
+        low, high = TierReport("pq", [[1], [1, 9]], [4, 8]), TierReport("c3", [[2], []], [14, 0])
         row = RowReport(0.3, "uniform", 0.4, 9, KEPT[0], entry_bytes=64, tiers=[high, low], means_bytes=10)
         dropped = RowReport(
             0.1, "uniform", 0.4, 9, [[3], []], entry_bytes=64, tiers=[TierReport("pq", [[3], []], [4, 0])]
@@ -134,7 +134,7 @@ class TestRungs:
         assert [name for name in names if name.isalnum() and not name.isdigit()][:4] == [
             "dropped",
             "pq",
-            "pr2",
+            "c3",
             "whole",
         ]
 
@@ -156,7 +156,7 @@ class TestRungs:
         assert "kept per KV head" not in shown
         row = report_values(report)["prompts"][0]["layers"][0]["rows"][0]
         assert row["tiers"] == {
-            "pr2": {"entries": [1, 0], "nbytes": [14, 0]},
+            "c3": {"entries": [1, 0], "nbytes": [14, 0]},
             "pq": {"entries": [1, 2], "nbytes": [4, 8]},
         }
 

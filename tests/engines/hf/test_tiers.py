@@ -102,6 +102,20 @@ def test_tokens_behind_a_prompt_are_taken_back(folder: Path) -> None:
         cache.crop(-6)
 
 
+def test_rows_are_selected_with_their_codes(folder: Path) -> None:
+    model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2, 1, 0])
+    order = torch.tensor([1, 2, 0, 1])
+    padding = torch.cat([inputs["attention_mask"], torch.ones(3, DRAFT.shape[1], dtype=torch.long)], 1)
+    logits = []
+    for rows in (torch.arange(3), order):
+        cache = read(model, inputs, settings(MIXED, folder, "llava"))
+        cache.reorder_cache(rows)
+        drafts = DRAFT.expand(len(rows), -1)
+        with torch.no_grad():
+            logits.append(model(input_ids=drafts, attention_mask=padding[rows], **passed(cache)).logits)
+    assert_exact(logits[1], logits[0][order])
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_prompts_that_are_read_in_any_mode_are_answered_in_any(mode: Any, folder: Path) -> None:
     model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2])
