@@ -57,7 +57,10 @@ class _Tier(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "out", "lse", "tiers", "key_means", "value_means", "rest_values")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "out", "lse", "tiers", "key_means", "value_means", "rest_values")
+        ),
         *((name, ctypes.c_void_p * len(BOOKS)) for name in ("key_books", "value_books")),
         *((name, ctypes.c_void_p) for name in ("pairs", "reads", "rests")),
         *((name, ctypes.c_int64) for name in ("tier_count", "batch", "kv_heads", "group", "length", "dim")),

@@ -208,7 +208,9 @@ def _over_codes(
         at, mask = entry[:, None], inside[:, None] & (channel < VALUE_DIM)
         mixed, mixed_turned = mixed * fade[:, None], mixed_turned * fade[:, None]
         if VALUE_BOOKS > 0:
-            v = centroids(value_streams, value_books, start, at, channel, head, mask, VALUE_BOOKS, VALUE_PART, VALUE_DIM)
+            v = centroids(
+                value_streams, value_books, start, at, channel, head, mask, VALUE_BOOKS, VALUE_PART, VALUE_DIM
+            )
             mixed += tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         if VALUE_PLANES > 0:
             code = planes(value_streams, start, at, channel, mask, VALUE_BOOKS, VALUE_PLANES, VALUE_DIM) + value_shift

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,6 +138,31 @@ class Tier(Ragged):
         )
 
 
+class Readers(NamedTuple):
+    """Rows of the batch that all recall, or that all read everything, as tensors on the device of the codes.
+
+    Parameters
+    ----------
+    recall : bool
+        Whether they recall.
+    rows, stored : Tensor
+        int64 [rows]; their numbers in the batch, and the stored rows that they read.
+    wanted : Tensor
+        int32 [rows, kv_heads]; how many entries a query reads.
+    stands_in : Tensor
+        bool [rows]; whether something stands in for the rest.
+    longest : int
+        Most entries of a head, at least 1.
+    """
+
+    recall: bool
+    rows: Tensor
+    stored: Tensor
+    wanted: Tensor
+    stands_in: Tensor
+    longest: int
+
+
 @dataclass(frozen=True)
 class CodedKV:
     """What a layer holds of one prompt in few bits. Immutable; blocks of several prompts lie beside each other.
@@ -206,6 +232,32 @@ class CodedKV:
     def recalls(self) -> bool:
         """Whether a step leaves any of the entries unread."""
         return any(reading.share < 1 for reading in self.reading)
+
+    @cached_property
+    def readers(self) -> tuple[tuple[Readers, ...], Tensor]:
+        """Those of the rows that read everything and those of the rows that recall; and where each row of the batch is
+        when they lie behind each other, int64 [batch]. Made once: a step that is being captured in a CUDA graph must not
+        bring anything from the host."""
+        parts, order = [], []
+        for recall in (False, True):
+            rows = [row for row, stored in enumerate(self.rows) if (self.reading[stored].share < 1) == recall]
+            if not rows:
+                continue
+            stored = [self.rows[row] for row in rows]
+            wanted = [[self.reading[row].entries(count) for count in self.held[row]] for row in stored]
+            tensors = (
+                torch.tensor(numbers, dtype=dtype).to(self.tiers[0].device, non_blocking=True)
+                for numbers, dtype in (
+                    (rows, torch.int64),
+                    (stored, torch.int64),
+                    (wanted, torch.int32),
+                    ([self.reading[row].stands_in for row in stored], torch.bool),
+                )
+            )
+            parts.append(Readers(recall, *tensors, max(1, *(count for row in stored for count in self.held[row]))))
+            order += rows
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), dtype=torch.int64)
+        return tuple(parts), back.to(self.tiers[0].device, non_blocking=True)
 
     def select(self, rows: Sequence[int]) -> CodedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""

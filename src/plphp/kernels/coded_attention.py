@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import _coded_cpp, choice, coded_trial
-from .coded import CodedKV
+from .coded import CodedKV, Readers
 from .packed import PackedKV
 from .precision import as_written
 
@@ -117,37 +116,56 @@ def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: 
 
 
 def reference(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
-    """As `attend_codes`, in torch: everything is decoded first."""
+    """As `attend_codes`, in torch: everything is decoded first. Nothing comes from the host once it has run."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(dtype) * scaling).unflatten(1, (coded.kv_heads, -1))
     order, tier_of = _in_heads(coded)
-    held = _joined(coded, coded.decoded(dtype), order)
-    index = _joined(coded, coded.decoded(dtype, values=False, index=True), order) if coded.recalls else None
-    recalling = [coded.reading[stored].share < 1 for stored in coded.rows]
+    held = _joined(coded.decoded(dtype), order)
+    index = _joined(coded.decoded(dtype, values=False, index=True), order)[0] if coded.recalls else None
+    counts = _counts.get()
     outputs, lses, reads = [], [], []
+    readers, back = coded.readers
     # Rows that read everything are not looked up in the index.
-    for recall in sorted(set(recalling)):
-        rows = [row for row, own in enumerate(recalling) if own == recall]
-        part = _Rows(coded, rows, held, index if recall else None)
-        output, lse, read = part.attend(grouped[rows])
+    for own in readers:
+        part = _Rows(coded, own, *held, index if own.recall else None)
+        output, lse, read = part.attend(grouped[own.rows])
         outputs.append(output)
         lses.append(lse)
-        reads.append(_of_tiers(read, part, tier_of))
-    back = torch.tensor(sorted(range(len(recalling)), key=recalling.__getitem__)).argsort().to(query.device)
-    counts = _counts.get()
+        if counts is not None:
+            reads.append(part.of_tiers(read, tier_of))
     if counts is not None:
         counts.append(torch.cat(reads)[back])
     return torch.cat(outputs)[back].flatten(1, 2).to(query.dtype), torch.cat(lses)[back].flatten(1, 2)
 
 
 class _Rows:
-    """Some rows of a block, all of which recall or none, with their entries side by side."""
+    """Some rows of a block, all of which recall or none, with their entries side by side.
 
-    def __init__(self, coded: CodedKV, rows: list[int], held: PackedKV, index: PackedKV | None) -> None:
-        self.coded, self.stored = coded, tuple(coded.rows[row] for row in rows)
-        self.block = replace(held, rows=self.stored)
-        self.keys, self.values, self.held = _side_by_side(self.block)
-        self.index = None if index is None else _side_by_side(replace(index, rows=self.stored))[0]
+    ``entries`` are the places of the entries of a head among all, and ``held`` says which there are, int64 and bool
+    [rows, kv_heads, longest].
+    """
+
+    def __init__(self, coded: CodedKV, readers: Readers, keys: Tensor, values: Tensor, index: Tensor | None) -> None:
+        self.coded, self.readers = coded, readers
+        counts = torch.stack([tier.stored_counts for tier in coded.tiers]).sum(0)
+        starts = counts.cumsum(0) - counts
+        starts, counts = (numbers.view(-1, coded.kv_heads)[readers.stored, :, None] for numbers in (starts, counts))
+        place = torch.arange(readers.longest, device=counts.device)
+        self.held = place < counts
+        self.entries = torch.where(self.held, starts + place, 0)
+        self.keys, self.values = self._side_by_side(keys), self._side_by_side(values)
+        self.index = None if index is None else self._side_by_side(index)
+
+    def _side_by_side(self, states: Tensor) -> Tensor:
+        """States [entries, dim] with 0 behind those of a head, [rows, kv_heads, longest, dim]."""
+        if not len(states):
+            return states.new_zeros(*self.held.shape, states.shape[1])
+        return torch.where(self.held[..., None], states[self.entries], 0)
+
+    def of_tiers(self, read: Tensor, tier_of: Tensor) -> Tensor:
+        """How many entries of each tier are read, float64 [rows, tiers]."""
+        tier = tier_of[self.entries]
+        return read.new_zeros(len(read), len(self.coded.tiers)).scatter_add_(1, tier.flatten(1), read.flatten(1))
 
     def attend(self, grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output and the log-sum-exp of queries [rows, kv_heads, group, query, dim], and how often each entry is
@@ -168,10 +186,9 @@ class _Rows:
         values = self.values
         if self.coded.rest_values is not None:
             left = of_index.masked_fill(read[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
-            stands_in = torch.tensor([self.coded.reading[stored].stands_in for stored in self.stored]).to(left.device)
-            left = left.masked_fill(~stands_in[:, None, None, None, None], -torch.inf)
+            left = left.masked_fill(~self.readers.stands_in[:, None, None, None, None], -torch.inf)
             rest = self.coded.rest_values.to(values.dtype).unflatten(0, (-1, self.coded.kv_heads))
-            values = torch.cat([values, rest[list(self.stored)][:, :, None]], 2)
+            values = torch.cat([values, rest[self.readers.stored][:, :, None]], 2)
             logits = torch.cat([logits, left], -1)
         output, lse = _mixed(logits, values)
         return output, lse, read.double().sum(2)
@@ -179,10 +196,7 @@ class _Rows:
     def _chosen(self, of_index: Tensor) -> Tensor:
         """The entries that queries read, bool [rows, kv_heads, query, longest], from the logits of the index."""
         mass = of_index.softmax(-1).mean(2).masked_fill(~self.held[:, :, None], -1.0)
-        wanted = [
-            [self.coded.reading[stored].entries(count) for count in self.coded.held[stored]] for stored in self.stored
-        ]
-        most = torch.tensor(wanted).to(mass.device)[:, :, None, None]
+        most = self.readers.wanted[:, :, None, None]
         position = torch.arange(mass.shape[-1], device=mass.device).expand_as(mass)
         order = mass.argsort(dim=-1, descending=True, stable=True)
         return (torch.empty_like(order).scatter_(-1, order, position) < most) & self.held[:, :, None]
@@ -192,35 +206,15 @@ def _in_heads(coded: CodedKV) -> tuple[Tensor, Tensor]:
     """The entries of all tiers in the order of their heads, and within a head of their tiers: int64 [entries], places
     among the entries of one tier after the other; and the number of the tier of each, int64 [entries]."""
     pair = torch.cat([tier.pair_of_entries()[0] for tier in coded.tiers])
-    counts = torch.tensor([sum(map(sum, tier.counts)) for tier in coded.tiers])
-    tier_of = torch.arange(len(coded.tiers)).repeat_interleave(counts).to(pair.device)
+    tiers = [pair.new_full((sum(map(sum, tier.counts)),), number) for number, tier in enumerate(coded.tiers)]
     order = pair.argsort(stable=True)
-    return order, tier_of[order]
+    return order, torch.cat(tiers)[order]
 
 
-def _joined(coded: CodedKV, tiers: list[PackedKV], order: Tensor) -> PackedKV:
-    """The entries of all tiers in one block."""
+def _joined(tiers: list[PackedKV], order: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and the values of the entries of all tiers, [entries, dim]."""
     keys, values = (torch.cat(states)[order] for states in zip(*((t.keys, t.values) for t in tiers), strict=True))
-    return PackedKV(keys, values, coded.held, coded.rows)
-
-
-def _side_by_side(block: PackedKV) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of a block with 0 behind the entries of a head, [batch, kv_heads, longest, dim], and which places
-    hold an entry, bool [batch, kv_heads, longest]."""
-    starts, counts = block.index
-    place = torch.arange(max(1, *block.pair_counts), device=block.device)
-    held = place < counts[..., None]
-    entries = torch.where(held, starts[..., None] + place, 0)
-    keys, values = (torch.where(held[..., None], states[entries], 0) for states in (block.keys, block.values))
-    return keys, values, held
-
-
-def _of_tiers(read: Tensor, rows: _Rows, tier_of: Tensor) -> Tensor:
-    """How many entries of each tier are read, float64 [rows, tiers]."""
-    starts, counts = rows.block.index
-    place = torch.arange(read.shape[2], device=read.device)
-    tier = tier_of[torch.where(place < counts[..., None], starts[..., None] + place, 0)]
-    return read.new_zeros(len(read), len(rows.coded.tiers)).scatter_add_(1, tier.flatten(1), read.flatten(1))
+    return keys, values
 
 
 def _logits(query: Tensor, keys: Tensor, held: Tensor) -> Tensor:

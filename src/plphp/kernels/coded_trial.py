@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import choice
 from .books import Books, LayerBooks
 from .coded import CodedKV, Reading
+from .codecs import Codes
 from .coder import Coder
 from .rungs import RUNGS
 
@@ -36,7 +38,7 @@ def difference(
         def case(
             keys: choice.Draw, _: choice.Draw, where: torch.device, length: int = length, coded: CodedKV = coded
         ) -> tuple[Tensor, CodedKV]:
-            return keys(2, 6, length, dim), coded
+            return keys(2, 6, length, dim), _moved(coded, where)
 
         both = partial(_joined, kernel, dim**-0.5), partial(_joined, reference, dim**-0.5)
         worst.append(choice.difference(*both, case, device, dtypes))
@@ -46,6 +48,23 @@ def difference(
 def _joined(attend: Attend, scaling: float, query: Tensor, coded: CodedKV) -> Tensor:
     output, lse = attend(query, coded, scaling)
     return torch.cat([output.double(), lse.double().clamp(min=LOWEST)[..., None]], -1)
+
+
+def _moved(coded: CodedKV, device: torch.device) -> CodedKV:
+    """The block on a device; itself if it is there."""
+    if coded.tiers[0].device == device:
+        return coded
+
+    def codes(own: Codes) -> Codes:
+        return Codes(tuple(stream.to(device) for stream in own.streams), moved(own.scales), moved(own.groups))
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    tiers = tuple(replace(tier, keys=codes(tier.keys), values=codes(tier.values)) for tier in coded.tiers)
+    books = None if coded.books is None else coded.books.to(device)
+    means = moved(coded.key_means), moved(coded.value_means)
+    return CodedKV(tiers, *means, books, coded.reading, moved(coded.rest_values))
 
 
 def _block(dim: int, value_dim: int, reading: Reading) -> CodedKV:

@@ -215,7 +215,15 @@ def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_di
     """Largest difference between the Triton kernel and the reference on a small case."""
     from . import _decode_triton
 
-    return choice.difference(_decode_triton.attend, _by_torch, _trial_case(dim, value_dim), device, dtypes)
+    def lse(*arguments: Any) -> Tensor:
+        return _decode_triton.attend_parts(*arguments)[1]
+
+    def reference_lse(*arguments: Any) -> Tensor:
+        return attend_parts(*arguments, want_lse=True)[1].flatten(1, 2)
+
+    pairs = (_decode_triton.attend, _by_torch), (lse, reference_lse)
+    worst = [choice.difference(*pair, _trial_case(dim, value_dim), device, dtypes) for pair in pairs]
+    return torch.tensor(worst, dtype=torch.float64).max().item()  # NaN if any is
 
 
 def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
