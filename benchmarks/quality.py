@@ -11,8 +11,10 @@ PART is one of, in this order:
 - ``transfer``     query_bank on each group of tasks with a bank of the other groups: benchmarks/results/transfer.json
 - ``heads``        ragged heads, banks and candidates on the development split: benchmarks/results/heads.json
 - ``test``         the methods of earlier years at all retentions on the test split: benchmarks/results/quality.json
+- ``ladders``      ladders and rungs on the development split: benchmarks/results/ladders.json
 - ``rivals``       ragged heads, banks and this year's rivals on the test split: benchmarks/results/rivals.json,
                    docs/quality/*.png
+- ``tiers``        few bits in the place of eviction, on the test split: benchmarks/results/tiers.json
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
 docs/quality.md from the results. Another model needs folders of its own (``--results``, ``--runs``).
@@ -120,6 +122,52 @@ HEADS = {
 """Choices within query_bank, and what ragged heads do for others; the first is what all are compared with."""
 
 
+TIERS_RETENTION = (0.1, 0.05)
+TIERS = (
+    "t10=query_bank:bank=bundled,tiers=t10",
+    "t7.5=query_bank:bank=bundled,tiers=t7.5",
+    "t5=query_bank:bank=bundled,tiers=t5",
+    "t10_read20=query_bank:bank=bundled,tiers=t10,read=0.2",
+    "c3=quantized:tiers=c3",
+    "kivi2=quantized:tiers=kivi2",
+    "r15=query_bank:bank=bundled,tiers=r15",
+    "p12.5=prompt_queries:books=bundled,tiers=p12.5",
+    "r20=prompt_queries:tiers=r20",
+    # The same bytes in whole entries.
+    "query_bank=query_bank:bank=bundled",
+    "random1=random:seed=1",
+)
+LADDERS_RETENTION = (0.1, 0.05)
+LADDERS = {
+    "t15": "query_bank:bank=bundled,tiers=t15",
+    "t10": "query_bank:bank=bundled,tiers=t10",
+    "t10, own bank of 16": "query_bank:collect=16,tiers=t10",
+    "t7.5": "query_bank:bank=bundled,tiers=t7.5",
+    "t5": "query_bank:bank=bundled,tiers=t5",
+    "t5, equal heads": "query_bank:bank=bundled,tiers=t5,heads=equal",
+    "t10, read 20 %": "query_bank:bank=bundled,tiers=t10,read=0.2",
+    "t10, read 20 %, nothing stands in": "query_bank:bank=bundled,tiers=t10,read=0.2,rest=false",
+    "t10, read 10 %": "query_bank:bank=bundled,tiers=t10,read=0.1",
+    "kivi4": "quantized:tiers=kivi4",
+    "kivi2": "quantized:tiers=kivi2",
+    "c4": "quantized:tiers=c4",
+    "c3": "quantized:tiers=c3",
+    "c3, read 20 %": "quantized:tiers=c3,read=0.2",
+    "r3": "quantized:tiers=r3",
+    "r2": "quantized:tiers=r2",
+    "rvq": "quantized:tiers=rvq,books=bundled",
+    "pq": "quantized:tiers=pq,books=bundled",
+    "pq16": "quantized:tiers=pq16,books=bundled",
+    "r15": "query_bank:bank=bundled,tiers=r15",
+    "p12.5": "prompt_queries:books=bundled,tiers=p12.5",
+    "r20": "prompt_queries:tiers=r20",
+    "t10 by the last row": "plphp:books=bundled,tiers=t10",
+    "t10 at random": "random:books=bundled,tiers=t10",
+    "whole entries": "query_bank:bank=bundled",
+}
+"""Ladders, single rungs for everything, and other evidence."""
+
+
 def main() -> None:
     """Run one part."""
     parts: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -131,6 +179,8 @@ def main() -> None:
         "heads": heads,
         "test": test,
         "rivals": rivals,
+        "ladders": ladders,
+        "tiers": tiers,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
@@ -241,6 +291,36 @@ def heads(arguments: argparse.Namespace) -> None:
         samples=arguments.samples or 40,
     )
     write_results(out, arguments.results / "heads.json", next(iter(HEADS)))
+
+
+def ladders(arguments: argparse.Namespace) -> None:
+    """Ladders and rungs on the development split."""
+    from plphp.evaluation import write_results
+
+    out = _evaluate(
+        arguments,
+        "ladders",
+        tuple(f"{label}={method}" for label, method in LADDERS.items()),
+        split="dev",
+        retention=LADDERS_RETENTION,
+        samples=arguments.samples or 40,
+    )
+    write_results(out, arguments.results / "ladders.json")
+
+
+def tiers(arguments: argparse.Namespace) -> None:
+    """Few bits in the place of eviction on the test split."""
+    from plphp.evaluation import write_results
+
+    out = _evaluate(
+        arguments,
+        "tiers",
+        TIERS,
+        split="test",
+        retention=TIERS_RETENTION,
+        samples=arguments.samples or 500,
+    )
+    write_results(out, arguments.results / "tiers.json")
 
 
 def ablation(arguments: argparse.Namespace) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 from joined_results import joined
 from quality_tables import GLANCE, OTHERS, Figures, tables_page
+from tier_tables import first_table
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 RESULTS = FOLDER / "quality.json"
 PAGE = Path(__file__).parent / "quality.md"
 TABLES = Path(__file__).parent / "quality-tables.md"
 RIVALS = FOLDER / "rivals.json"
+TIERS = FOLDER / "tiers.json"
 METHODS = {
     "query_bank": "ours: it asks with queries of the model's answers to *other* prompts of the same tasks, and the KV "
     "heads of a layer compete for its places",
@@ -35,10 +37,19 @@ METHODS = {
 """What is shown on the first page, in this order: the methods with a word about each."""
 RANDOM = "random1"
 
-HEAD = """# Quality
+TITLE = "# Quality\n\n"
+FEW_BITS = """**Few bits in the place of eviction** lose nothing, or little, where eviction loses answers. The same
+tasks, model and samples as below; *held* is measured in bytes, scales and means counted, and *read* is what a
+decoding step reads of it. Scores in per cent, differences in points with paired 95 % intervals, the mean over the
+groups. [What was aimed at](quality-tables.md#few-bits-what-was-aimed-at).
 
-**Asked:** how many answers survive when a part of the vision KV is evicted, and all methods keep the same measured
-memory? {asked}
+"""
+EVICTION = """
+## Eviction
+
+"""
+HEAD = """**Asked:** how many answers survive when a part of the vision KV is evicted, and all methods keep the same
+measured memory? {asked}
 
 **Answered**, for this model alone: points lost in the worst group with {rates} % of the vision KV kept, and
 comparisons with random draws, one for each group and rate, that leave 0 outside of their 95 % interval.
@@ -68,7 +79,9 @@ def page(results: Mapping[str, Any]) -> str:
     answers = (f"- `{label}` ({METHODS[label]}): {_answer(results, names)}." for label, names in shown.items())
     lines = "".join(textwrap.fill(answer, 116, subsequent_indent="  ") + "\n" for answer in answers)
     head = HEAD.format(asked=_asked(results), rates=_rates())
-    return _wrapped(head) + lines + NOT_MEASURED + _table(results, shown) + END.format(sources=_sources(results))
+    few_bits = FEW_BITS + first_table(results["tiers"]) + EVICTION if "tiers" in results else ""
+    end = END.format(sources=_sources(results))
+    return TITLE + few_bits + _wrapped(head) + lines + NOT_MEASURED + _table(results, shown) + end
 
 
 def committed() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,6 +98,8 @@ def committed() -> tuple[dict[str, Any], dict[str, Any]]:
     if RIVALS.exists():
         rivals = json.loads(RIVALS.read_text(encoding="utf-8"))
         results = {**joined(results, rivals), "rivals": rivals}
+    if "tiers" in others:
+        results = {**results, "tiers": others["tiers"]}
     for name, more in others.items():
         weights = more["model"]["sha256"] if isinstance(more["model"], dict) else more.get("sha256")
         if weights != results["model"]["sha256"]:
@@ -93,7 +108,8 @@ def committed() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _sources(results: Mapping[str, Any]) -> str:
-    return " and ".join(f"`{path.name}`" for path in (RESULTS, RIVALS) if path is RESULTS or "rivals" in results)
+    names = [path.name for path in (TIERS, RESULTS, RIVALS) if path is RESULTS or path.stem in results]
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _asked(results: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tier_tables import ladders_section, section
+
 FOLDER = Path(__file__).parent
 PLOTS = FOLDER / "quality"
 """Where the plots are looked for; ``benchmarks/quality.py`` draws them."""
@@ -44,8 +46,10 @@ python benchmarks/quality.py calibration   # fixed thresholds on other prompts, 
 python benchmarks/quality.py ablation      # choices within plphp and other evidence, development split
 python benchmarks/quality.py transfer      # query_bank with a bank of other tasks, development split
 python benchmarks/quality.py heads         # ragged heads, banks and candidates, development split
+python benchmarks/quality.py ladders       # ladders and rungs, development split
 python benchmarks/quality.py test          # the methods of earlier years at all retention rates, test split
 python benchmarks/quality.py rivals        # ragged heads, banks and this year's rivals, test split
+python benchmarks/quality.py tiers         # few bits in the place of eviction, test split
 python docs/make_quality.py
 ```
 
@@ -386,6 +390,8 @@ def _calibration(results: Mapping[str, Any]) -> str:
 
 
 OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "tiers": section,
+    "ladders": ladders_section,
     "heads": _heads,
     "ablation": _ablation,
     "transfer": _transfer,

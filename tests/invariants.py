@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -187,7 +188,7 @@ def assert_padded_rows_are_the_rows_alone(model: Any, tiny: Any, config: plphp.P
 
 
 def live_bytes(cache: Any) -> int:
-    """Bytes of every key and value tensor in the cache, found without asking the cache."""
+    """Bytes of every tensor of keys, values and codes in the cache, found without asking the cache."""
     storages: dict[int, int] = {}
     for layer in cache.layers:
         provisional = getattr(getattr(layer, "_provisional", None), "block", None)
@@ -196,4 +197,19 @@ def live_bytes(cache: Any) -> int:
                 tensor = getattr(holder, name, None)
                 if isinstance(tensor, Tensor):
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        for block in getattr(layer, "coded", ()):
+            for tensor in tensors_of(block):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def tensors_of(block: Any) -> list[Tensor]:
+    """All tensors that are stored in a coded block, whatever their names; the codebooks belong to the model."""
+    if isinstance(block, Tensor):
+        return [block]
+    if isinstance(block, (tuple, list)):
+        return [tensor for part in block for tensor in tensors_of(part)]
+    if not dataclasses.is_dataclass(block):
+        return []
+    fields = (getattr(block, field.name) for field in dataclasses.fields(block) if field.name != "books")
+    return [tensor for part in fields for tensor in tensors_of(part)]

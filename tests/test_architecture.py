@@ -34,7 +34,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     ),
     "show": ("errors", "policy", "pruning", "studies"),
     "evaluation": (
-        *("errors", "io", "policy", "methods", "pruning", "inputs", "engines.hf", "settings", "studies"),
+        *("errors", "io", "kernels", "policy", "methods", "pruning", "inputs", "engines.hf", "settings", "studies"),
         "show",
     ),
     "extend": ("errors", "families", "methods", "policy", "settings"),

@@ -77,8 +77,8 @@ STANDARD = {
 CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"}
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
-    *("BankProgress", "Kind", "LayerBank", "PackedKV", "ProfiledPrompt", "PromptReport", "QueryRows", "ReAttention"),
-    *("Ladder", "Rotation", "Value"),
+    *("BankProgress", "EntrySample", "Kind", "LayerBank", "LayerBooks", "PackedKV", "ProfiledPrompt", "PromptReport"),
+    *("CodedKV", "Ladder", "LayerBytes", "QueryRows", "ReAttention", "Rotation", "RungBytes", "TierReport", "Value"),
 }
 """What public objects are made of: documented where they are reached from."""
 

@@ -55,6 +55,19 @@ def test_the_table(folder: Path) -> None:
     assert ok("estimate", "--gpu", "1MB,1GB/s").count("no ") >= 2  # not even the weights fit
 
 
+def test_a_ladder() -> None:
+    asked = ("--tokens-per-image", 7000, "--tiers", "t10", "--read", 0.2, "--gpu", "H200")
+    figures = values(*asked)["pruned"]
+    cost = model_cost(empty_model(None, "auto"))
+    assert figures == vars(estimate(cost, Workload(7000, 100), 1.0, accelerator("H200"), tiers="t10", read=0.2))
+    assert (figures["tiers"], figures["read"], figures["retention"]) == ("t10", 0.2, 0.76)
+    shown = ok("estimate", *asked)
+    assert "tiers t10, 0.2 read" in shown
+    assert "codebooks of the model" in shown
+    assert "leave target_retention out" in error("estimate", "--tiers", "t10", "--target-retention", 0.4)
+    assert "Unknown ladder" in error("estimate", "--tiers", "t7.4")
+
+
 def test_mistakes_end_as_one_line(folder: Path, tmp_path: Path) -> None:
     assert "WIDTHxHEIGHT in pixels, such as 1024x768, got '640'" in error("estimate", "--image-size", "640")
     assert "WIDTHxHEIGHT" in error("estimate", "--image-size", "0x5")

@@ -16,7 +16,16 @@ from test_packed import entries_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plphp.kernels import _decode_cpp, choice, compact_kv, decode, decode_attention, scores, window_scores
+from plphp.kernels import (
+    _decode_cpp,
+    _decode_torch,
+    choice,
+    compact_kv,
+    decode,
+    decode_attention,
+    scores,
+    window_scores,
+)
 from plphp.kernels.packed import PackedKV
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from plphp import CacheStateError, UnsupportedFeatureError
+from plphp import CacheStateError
 from plphp.pruning.entries import LayerEntries
 from plphp.pruning.placement import Placement
 
@@ -22,8 +22,8 @@ def entries() -> LayerEntries:
 def test_few_bits_are_refused_and_nothing_is_lost() -> None:
     held = entries()
     placement = torch.full((1, 2, 5), Placement.WHOLE, dtype=torch.uint8)
-    placement[0, 1, 3] = Placement.FEW_BITS
-    with pytest.raises(UnsupportedFeatureError, match="No layer holds entries in few bits yet"):
+    placement[0, 1, 3] = 1
+    with pytest.raises(CacheStateError, match="asks for few bits, and no coder came with it: leave out tiers"):
         held.compact(placement)
     assert (held.prefix, held.tail_length) == (None, 5)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from plphp import BackendUnavailableError, ConfigError, PLPHPConfig, PruneReport
 from plphp.pruning.report import ImageReport, LayerReport, PromptReport, RowReport
+from plphp.pruning.tier_report import LayerBytes, TierReport
 from plphp.show.plots import plot_kept, plot_vision_attention
 from plphp.show.tables import comparison_table, layer_table, report_values, summary
 from plphp.studies.compare import Comparison, Run
@@ -106,6 +107,63 @@ class TestKept:
         for draw in (plot_kept, plot_vision_attention):
             with pytest.raises(BackendUnavailableError, match=r"plphp\[plots\]"):
                 draw(make_report())
+
+
+class TestRungs:
+    """With tiers the colours are rungs in the order of their bytes, and the bar names them."""
+
+    @staticmethod
+    def report() -> PruneReport:
+        low, high = TierReport("pq", [[1], [1, 9]], [4, 8]), TierReport("c3", [[2], []], [14, 0])
+        row = RowReport(0.3, "uniform", 0.4, 9, KEPT[0], entry_bytes=64, tiers=[high, low], means_bytes=10)
+        dropped = RowReport(
+            0.1, "uniform", 0.4, 9, [[3], []], entry_bytes=64, tiers=[TierReport("pq", [[3], []], [4, 0])]
+        )
+        layers = [
+            LayerReport(0, [dataclasses.replace(row, kept_positions=[[1, 2, 5], [1, 9]])]),
+            LayerReport(1, [dropped]),
+        ]
+        return make_report(prompts=[PromptReport(0, 12, make_report().prompts[0].images, layers)])
+
+    def test_heads(self) -> None:
+        figure = plot_kept(self.report(), layer=0)
+        first, second = heat_maps(figure)[:2]
+        assert first == [[pytest.approx(1 / 3), pytest.approx(2 / 3), 0.0], [0.0, 1.0, 0.0]]
+        assert second == [[pytest.approx(1 / 3), 0.0, 0.0], [0.0, 0.0, 0.0]]
+        names = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+        assert [name for name in names if name.isalnum() and not name.isdigit()][:4] == [
+            "dropped",
+            "pq",
+            "c3",
+            "whole",
+        ]
+
+    def test_layers(self) -> None:
+        figure = plot_kept(self.report())
+        first, second = heat_maps(figure)[:2]
+        assert first[0] == [pytest.approx(1 / 3), pytest.approx(1 / 3), 0.0]
+        assert second[0] == [0.0, 0.0, pytest.approx(1 / 6)]
+        held = (64 + 26 + 10) / (64 * 18)
+        assert any(f"{held:.1%} of the bytes" in text for text in drawn_texts(figure))
+
+    def test_table_and_summary(self) -> None:
+        report = self.report()
+        shown = TestTables().text(report)
+        first, second = (line.split() for line in shown.splitlines() if "uniform" in line)
+        cells = [cell for cell in first if cell != "│"]
+        assert cells == ["0", "0.300", "uniform", "0.40", "8.7%", "1", "0", "1", "0", "1", "2"]
+        assert [cell for cell in second if cell != "│"] == ["1", "0.100", "uniform", "0.40", "0.3%", *"2x010"]
+        assert "kept per KV head" not in shown
+        row = report_values(report)["prompts"][0]["layers"][0]["rows"][0]
+        assert row["tiers"] == {
+            "c3": {"entries": [1, 0], "nbytes": [14, 0]},
+            "pq": {"entries": [1, 2], "nbytes": [4, 8]},
+        }
+
+    def test_bytes_of_several_devices(self) -> None:
+        held = [LayerBytes(0, "cuda:0", whole=1024), LayerBytes(1, "cuda:1", tail=76)]
+        assert "of reserved room, 1.0 KiB on cuda:0 and 76 B on cuda:1, " in summary(make_report(held=held))
+        assert "cuda" not in summary(make_report(held=held[:1]))
 
 
 class TestVisionAttention:

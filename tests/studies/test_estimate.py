@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -13,10 +16,16 @@ import plphp
 from plphp.engines.hf.cache import PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer, layer_nbytes
-from plphp.errors import ConfigError, UnsupportedModelError
+from plphp.errors import ConfigError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.kernels.books import Books, LayerBooks
+from plphp.kernels.coded import Reading
+from plphp.policy import bank as banks
+from plphp.pruning import coders
+from plphp.settings.ladder import Ladder
 from plphp.studies.accelerators import ACCELERATORS, Accelerator, accelerator
 from plphp.studies.estimate import Workload, estimate
 from plphp.studies.model_cost import LayerCost, ModelCost, model_cost
+from plphp.studies.tier_cost import TierCost
 from tiny_models import TINY, tiny_model
 
 NEW = 3
@@ -54,6 +63,60 @@ def test_kv_bytes_are_those_of_the_live_tensors(name: str, rate: float) -> None:
     cost = model_cost(empty(name))
     assert cost.kv_bytes(cache.get_seq_length(), vision, rate) == held(cache)
     assert [layer.prunable for layer in cost.layers] == [isinstance(layer, PrunedLayer) for layer in cache.layers]
+
+
+LADDERS = ("c3", "kivi2", "pr2=.2,rvq=.24,pq=.32", "whole=.1,c4=.3,pq16=.2", "r1=.3,kivi4")
+
+
+@pytest.mark.parametrize("read", [1.0, 0.3])
+@pytest.mark.parametrize("ladder", LADDERS)
+@torch.inference_mode()
+def test_bytes_of_a_ladder_are_those_of_a_run(ladder: str, read: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held by the live tensors, and read at most by what a report says of them."""
+    config = TINY["llava"].config()
+    config.text_config.head_dim = 16
+    family = dataclasses.replace(TINY["llava"], config=lambda: config)
+    model = family.build()
+    shapes = [(2, 2, 256, 8), (2, 2, 256, 8), (2, 1, 256, 16)]
+    books = LayerBooks(*(Books(*(torch.randn(shape).half() for shape in shapes)) for _ in range(2)))
+    layers = config.text_config.num_hidden_layers
+    bank = SimpleNamespace(decoder_layers=layers, books=dict.fromkeys(range(layers), books))
+    for module in (banks, coders):
+        monkeypatch.setattr(module, "bank_at", lambda name: bank)
+    needed = "any.st" if "p" in ladder else None
+    settings = plphp.PLPHPConfig(method="uniform", tiers=ladder, read=read, books=needed)
+    inputs = family.inputs(model, [2])
+    cache = PrunedCache.for_inputs(model, inputs, settings)
+    vision = int(cache.reading.spans.vision.sum())
+    model(**inputs, **passed(cache))
+    report, cost, tiers = cache.report(), model_cost(model), TierCost(Ladder.parse(ladder), Reading(read))
+    assert cost.kv_bytes(cache.get_seq_length(), vision, tiers=tiers) == report.entry_bytes
+    assert cost.read_bytes(cache.get_seq_length(), vision, tiers) == pytest.approx(report.read_bytes, abs=layers)
+    assert cost.book_bytes(tiers) == (layers * books.nbytes if needed else 0)
+    workload = Workload(vision, cache.get_seq_length() - vision - 1, 1, batch=3)
+    figures = estimate(cost, workload, tiers=ladder, read=read, accelerator=Accelerator("ours", 10**7, 10))
+    assert figures.kv_bytes == 3 * report.entry_bytes
+    assert figures.step_bytes == cost.step_weight_bytes + 3 * cost.read_bytes(cache.get_seq_length(), vision, tiers)
+    assert figures.memory_bytes == cost.weight_bytes + figures.book_bytes + figures.kv_bytes
+    assert figures.largest_batch == (9 * 10**6 - cost.weight_bytes - figures.book_bytes) // report.entry_bytes
+
+
+def test_what_is_no_ladder_of_an_estimate() -> None:
+    cost = ModelCost(100, 60, False, (LayerCost(48, None, 0, True, 1, (12, 12)),))
+    for arguments, message in (
+        ({"tiers": "c5"}, "Unknown ladder 'c5'|Unknown rung 'c5'"),
+        ({"tiers": "c3", "retention": 0.5}, "tiers=c3 says how much is kept, and so does retention=0.5"),
+        ({"read": 0.5}, "there are none: give tiers"),
+        ({"tiers": "c3", "read": 0.0}, "read must be above 0"),
+        ({"tiers": "c3", "read": 1.5}, "read must be between 0 and 1, got 1.5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            estimate(cost, Workload(9, 1), **arguments)
+    with pytest.raises(UnsupportedFeatureError, match="multiple of 8, and this model has 12 and 12"):
+        estimate(cost, Workload(9, 1), tiers="c3")
+    narrow = ModelCost(100, 60, False, (LayerCost(32, None, 0, True, 1, (8, 8)),))
+    with pytest.raises(UnsupportedFeatureError, match=r"'pq16' .* multiple of 16, and this model has 8 and 8"):
+        estimate(narrow, Workload(9, 1), tiers="pq=.2,pq16")
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -5,7 +5,7 @@ from .batches import PER_TOKEN, collate, drop_empty
 from .family import TinyFamily
 from .images import PINPOINTS
 from .stock import ANY, NEWEST
-from .table import REFUSED, TINY, tiny_model
+from .table import REFUSED, TIERS, TINY, tiers_model, tiny_model
 from .tokens import BOS, EOS, IMAGE, PAD, SPECIAL, TEXT_IDS, VIDEO, VOCAB
 from .weights import randomize
 
@@ -21,6 +21,7 @@ __all__ = [
     "REFUSED",
     "SPECIAL",
     "TEXT_IDS",
+    "TIERS",
     "TINY",
     "VIDEO",
     "VOCAB",
@@ -28,5 +29,6 @@ __all__ = [
     "collate",
     "drop_empty",
     "randomize",
+    "tiers_model",
     "tiny_model",
 ]

@@ -48,6 +48,21 @@ def mrope(model_type: str, rope: Part | None = None, **changes: Any) -> Part:
     return text(model_type, rope_parameters=parameters, **changes)
 
 
+def heads_of_eight(made: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that makes the same configuration with heads of 8 channels, which tiers can hold."""
+
+    def narrowed() -> Any:
+        whole = made()
+        own = whole.get_text_config()
+        own.num_attention_heads, own.num_key_value_heads, own.head_dim = 6, 2, 8
+        rope = getattr(own, "rope_parameters", None) or {}
+        if "mrope_section" in rope:
+            rope["mrope_section"] = [2, 1, 1]
+        return whole
+
+    return narrowed
+
+
 def alternating(layer_type: str) -> Part:
     """Return four layers, every second of them with full attention."""
     return {"num_hidden_layers": 4, "layer_types": [layer_type, "full_attention"] * 2}

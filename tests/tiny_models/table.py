@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from precision import working_dtype
 
 from . import gemma, llava, qwen, tiled
+from .configs import heads_of_eight
 from .family import TinyFamily
 
 TINY: dict[str, TinyFamily] = {**llava.MODELS, **qwen.MODELS, **tiled.MODELS, **gemma.MODELS}
@@ -27,6 +29,17 @@ REFUSED: dict[str, TinyFamily] = {
 """Models of known families that are refused for their text model: capped scores, shared or latent KV."""
 
 
+TIERS: dict[str, TinyFamily] = {
+    name: dataclasses.replace(family, config=heads_of_eight(family.config)) for name, family in TINY.items()
+}
+"""The same with heads of 8 channels: tiers hold heads whose channels 8 divides."""
+
+
+def tiers_model(name: str, dtype: torch.dtype | None = None) -> Any:
+    """Return the model of `TIERS` of a name, as `tiny_model` does."""
+    return _shared_tiers(name, dtype or working_dtype())
+
+
 def tiny_model(name: str, dtype: torch.dtype | None = None) -> Any:
     """Return the tiny model of a name, shared by all tests of a process; see `TinyFamily.build` for ``dtype``."""
     return _shared(name, dtype or working_dtype())
@@ -35,3 +48,8 @@ def tiny_model(name: str, dtype: torch.dtype | None = None) -> Any:
 @functools.cache
 def _shared(name: str, dtype: torch.dtype) -> Any:
     return TINY[name].build(dtype=dtype)
+
+
+@functools.cache
+def _shared_tiers(name: str, dtype: torch.dtype) -> Any:
+    return TIERS[name].build(dtype=dtype)

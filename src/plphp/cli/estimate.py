@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from plphp.errors import ConfigError
 from plphp.settings.config import PLPHPConfig
+from plphp.settings.ladder import LADDERS
 from plphp.studies.accelerators import ACCELERATORS, accelerator
 
 from ._app import app, console, print_json, progress
@@ -17,6 +18,10 @@ from ._options import DtypeOption, JsonOption, model_option, option
 if TYPE_CHECKING:
     from plphp.studies.estimate import Estimate, Workload
     from plphp.studies.model_cost import ModelCost
+
+
+RETENTION = 0.4
+"""Of the estimate, where none is asked for."""
 
 
 def _number(text: str, **limits: Any) -> Any:
@@ -34,7 +39,14 @@ def estimate(
     text_tokens: Annotated[int, _number("Text tokens of each prompt.", min=0)] = 100,
     new_tokens: Annotated[int, _number("Tokens of each answer.", min=1)] = 256,
     batch: Annotated[int, _number("Sequences that are decoded together.", min=1)] = 1,
-    target_retention: Annotated[float, _number("Mean fraction of the vision tokens to keep.")] = 0.4,
+    target_retention: Annotated[
+        float | None, option(None, f"Mean fraction of the vision tokens to keep; default {RETENTION}.")
+    ] = None,
+    tiers: Annotated[
+        str | None,
+        option(None, "Ladder that holds the vision tokens instead, such as t10.", complete=lambda: list(LADDERS)),
+    ] = None,
+    read: Annotated[float, _number("Share of the entries of the ladder that a step reads.")] = 1.0,
     gpu: Annotated[
         str | None,
         option(
@@ -48,7 +60,9 @@ def estimate(
     """Work out from a model's configuration what pruning saves: bytes, sequences and time. Nothing is measured."""
     size = read_size(image_size)
     device = None if gpu is None else accelerator(gpu)
-    PLPHPConfig(target_retention=target_retention)  # refuses what is no retention
+    # Refuses what is no retention, no ladder, and both.
+    PLPHPConfig(target_retention=target_retention, tiers=tiers, read=read)
+    rate = 1.0 if tiers is not None else RETENTION if target_retention is None else target_retention
     check_model(model, dtype)
     with progress("loading plphp", quiet=as_json) as show:
         from plphp.inputs.loading import empty_model
@@ -66,7 +80,8 @@ def estimate(
             vision_tokens = _count_vision_tokens(model, empty.config, images, size)
         cost = model_cost(empty)
     workload = Workload(vision_tokens, text_tokens, new_tokens, batch)
-    unpruned, pruned = (work_out(cost, workload, rate, device, reserve) for rate in (1.0, target_retention))
+    unpruned = work_out(cost, workload, 1.0, device, reserve)
+    pruned = work_out(cost, workload, rate, device, reserve, tiers=tiers, read=read)
     if as_json:
         shared = {
             "model": model or "the bundled model",

@@ -29,7 +29,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "prefix_keys", "prefix_values", "tail_keys", "tail_values")),
-        *((name, ctypes.c_void_p) for name in ("index", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("index", "bias", "out", "lse")),
         *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "group", "length", "dim", "value_dim", "tail")),
         *((name, _STRIDES) for name in ("query_strides", "key_strides", "value_strides", "bias_strides")),
         ("threads", ctypes.c_int64),
@@ -41,6 +41,27 @@ def attend(
     query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:
     """Softmax attention over a packed prefix and a dense tail; all as in `plphp.kernels.decode_attention`.
+
+    See `attend_parts` for parameters and exceptions.
+
+    Returns
+    -------
+    Tensor
+        [batch, query, q_heads, dim], contiguous, in the dtype of the query.
+    """
+    return attend_parts(query, prefix, tail_keys, tail_values, bias, scaling, want_lse=False)[0]
+
+
+def attend_parts(
+    query: Tensor,
+    prefix: PackedKV,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    want_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, with the log-sum-exps of the logits.
 
     Parameters
     ----------
@@ -55,10 +76,15 @@ def attend(
     scaling : float
         Factor on the logits.
 
+    want_lse : bool
+        Whether log-sum-exps are asked for.
+
     Returns
     -------
-    Tensor
+    output : Tensor
         [batch, query, q_heads, dim], contiguous, in the dtype of the query.
+    lse : Tensor
+        float32 [batch, q_heads, query]; empty where it is not asked for.
 
     Raises
     ------
@@ -73,8 +99,11 @@ def attend(
     if step < length:
         biases = [None] * -(-length // step) if bias is None else bias.expand(-1, -1, length, -1).split(step, 2)
         parts = zip(query.split(step, 2), biases, strict=True)
-        return torch.cat([attend(part, prefix, tail_keys, tail_values, own, scaling) for part, own in parts], dim=1)
+        states = prefix, tail_keys, tail_values
+        outputs, lses = zip(*(attend_parts(part, *states, own, scaling, want_lse) for part, own in parts), strict=True)
+        return torch.cat(outputs, 1), torch.cat(lses, 2)
     out = query.new_empty(batch, length, q_heads, value_dim)
+    lse = query.new_empty(batch, q_heads, length if want_lse else 0, dtype=torch.float32)
     if bias is not None:
         # Memory for the last axis alone, which the kernel reads side by side; rows and heads may share theirs.
         bias = bias.expand(-1, -1, -1, tail).contiguous().expand(batch, q_heads, length, tail)
@@ -85,6 +114,7 @@ def attend(
         *(tensor.data_ptr() for tensor in states),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
+        lse.data_ptr() if want_lse else None,
         *(batch, kv_heads, q_heads // kv_heads, length, dim, value_dim, tail),
         *(_STRIDES(*tensor.stride()[:3]) for tensor in (query, tail_keys, tail_values)),
         _STRIDES() if bias is None else _STRIDES(*bias.stride()[:3]),
@@ -93,4 +123,4 @@ def attend(
     )
     if getattr(library("decode"), KERNELS[query.dtype, tail_values.dtype])(ctypes.byref(call)):
         raise CacheMemoryError(f"There is no memory for attention over {tail} new and the kept tokens.")
-    return out
+    return out, lse

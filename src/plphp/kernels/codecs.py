@@ -29,6 +29,7 @@ from plphp.errors import UnsupportedFeatureError
 
 from .bit_planes import pack_planes, unpack_planes
 from .books import Books
+from .centroids import centroids, nearest
 from .hadamard import hadamard
 
 SCALE = torch.float16
@@ -39,8 +40,6 @@ TOKEN_GROUP = 32
 """Channels of an entry that share their scale, where entries have several."""
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of the largest rotated number that the codes of an entry may reach; what leaves the least error is taken."""
-AT_ONCE = 2**22
-"""Distances to centroids that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,11 @@ class Places:
     kv_heads: int
     means: Tensor | None = None
     books: Books | None = None
+
+    @property
+    def head(self) -> Tensor:
+        """The KV head of each entry, int64 [entries]."""
+        return self.pair % self.kv_heads
 
     def group_of(self, size: int) -> Tensor:
         """The group of each entry, int64 [entries], where a pair has one for every ``size`` entries."""
@@ -171,7 +175,7 @@ class Affine:
 
     def bits(self, dim: int) -> float:
         """See `Codec`."""
-        return self.width + (32 / self.group if self.axis == "channel" else 32 / self._channels(dim))
+        return self.width + (32 / self.group if self.axis == "channel" else 32 / self.channels(dim))
 
     def encode(self, states: Tensor, places: Places) -> Codes:
         """See `Codec`."""
@@ -184,7 +188,7 @@ class Affine:
             low, step = self._steps(low, high)
             codes = self._codes(states, low.to(states.dtype)[group], step.to(states.dtype)[group])
             return Codes(pack_planes(codes, self.width), None, torch.stack([low, step], 1))
-        parts = states.unflatten(1, (-1, self._channels(states.shape[1])))
+        parts = states.unflatten(1, (-1, self.channels(states.shape[1])))
         low, step = self._steps(parts.amin(2), parts.amax(2))
         codes = self._codes(parts, low.to(states.dtype)[..., None], step.to(states.dtype)[..., None])
         return Codes(pack_planes(codes.flatten(1), self.width), torch.cat([low, step], 1))
@@ -205,7 +209,7 @@ class Affine:
             return numbers * step + low
         assert codes.scales is not None
         low, step = codes.scales.to(numbers.dtype).unflatten(1, (2, -1)).unbind(1)
-        parts = numbers.unflatten(1, (-1, self._channels(numbers.shape[1])))
+        parts = numbers.unflatten(1, (-1, self.channels(numbers.shape[1])))
         return (parts * step[..., None] + low[..., None]).flatten(1)
 
     def _steps(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +222,7 @@ class Affine:
         return ((states - low) / step).round().clamp(0, 2**self.width - 1).int()
 
     @staticmethod
-    def _channels(dim: int) -> int:
+    def channels(dim: int) -> int:
         return math.gcd(dim, TOKEN_GROUP)
 
 
@@ -256,10 +260,11 @@ class Centred:
         """See `Codec`."""
         rest = states - self._means(places, states.dtype)[places.pair]
         streams: list[Tensor] = []
+        head = places.head
         for name in self.books:
             book = self._book(places, name, states.dtype)
-            numbers = nearest(rest, book, places)
-            rest = rest - centroids(numbers, book, places)
+            numbers = nearest(rest, book, head)
+            rest = rest - centroids(numbers, book, head)
             streams.append(numbers)
         if not self.width:
             return Codes(tuple(streams))
@@ -270,7 +275,7 @@ class Centred:
         """See `Codec`."""
         result = self._means(places, dtype)[places.pair]
         for name, numbers in zip(self.books, codes.streams, strict=False):
-            result = result + centroids(numbers, self._book(places, name, dtype), places)
+            result = result + centroids(numbers, self._book(places, name, dtype), places.head)
         if self.width:
             numbers = unpack_planes(codes.streams[len(self.books) :]).to(dtype)
             result = result + self._unrotated(numbers, codes, 2 ** (self.width - 1) - 0.5)
@@ -340,41 +345,3 @@ def stored(numbers: Tensor) -> Tensor:
             "leave out tiers for this prompt."
         )
     return result
-
-
-def nearest(states: Tensor, book: Tensor, places: Places) -> Tensor:
-    """The nearest centroid of each part of each entry.
-
-    Parameters
-    ----------
-    states : Tensor
-        [entries, dim].
-    book : Tensor
-        [kv_heads, parts, 256, channels].
-    places : Places
-        Gives the KV head of each entry.
-
-    Returns
-    -------
-    Tensor
-        uint8 [entries, parts].
-    """
-    heads, parts, size, channels = book.shape
-    head = places.pair % heads
-    order = head.argsort(stable=True)
-    numbers = torch.empty(len(states), parts, dtype=torch.uint8, device=states.device)
-    length = book.square().sum(3)
-    for number, entries in enumerate(order.split(torch.bincount(head, minlength=heads).tolist())):
-        for some in entries.split(max(1, AT_ONCE // (parts * size))):
-            of_part = states[some].unflatten(1, (parts, channels)).transpose(0, 1)
-            # |x - c|^2 less |x|^2, which no centroid changes.
-            distance = torch.baddbmm(length[number][:, None], of_part, book[number].mT, alpha=-2)
-            numbers[some] = distance.argmin(2).T.to(torch.uint8)
-    return numbers
-
-
-def centroids(numbers: Tensor, book: Tensor, places: Places) -> Tensor:
-    """The centroids of some numbers, uint8 [entries, parts], side by side: [entries, dim]."""
-    heads, parts = book.shape[:2]
-    head = places.pair % heads
-    return book[head[:, None], torch.arange(parts, device=numbers.device), numbers.long()].flatten(1)

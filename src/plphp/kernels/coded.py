@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -34,12 +34,23 @@ class Reading:
     share: float = 1.0
     rest: bool = True
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether something stands in for entries that are not read."""
+        return self.share < 1 and self.rest
+
     def entries(self, held: int) -> int:
         """How many of the entries of a head a query reads."""
         return held if self.share == 1 else min(held, max(1, int(self.share * held + 0.5)))
 
 
 ALL = Reading()
+
+
+def needs_means(rungs: Iterable[Rung], reading: Reading) -> tuple[bool, bool, bool]:
+    """Whether rungs and reading need the means of keys, those of values, and what stands in for the rest."""
+    rungs = tuple(rungs)
+    return any(rung.keys.centred for rung in rungs), any(rung.values.centred for rung in rungs), reading.stands_in
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,9 @@ class CodedKV:
         Codebooks of the layer. They belong to the model and are no part of `nbytes`.
     reading : tuple of Reading
         By stored row, what a step reads of its entries.
+    rest_values : Tensor, optional
+        float16 [stored rows * kv_heads, dim]; the mean of what the values of a head stand for, where it stands in for
+        what a step does not read.
     """
 
     tiers: tuple[Tier, ...]
@@ -147,6 +161,7 @@ class CodedKV:
     value_means: Tensor | None
     books: LayerBooks | None
     reading: tuple[Reading, ...]
+    rest_values: Tensor | None = None
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -165,8 +180,8 @@ class CodedKV:
 
     @property
     def means_nbytes(self) -> int:
-        """Bytes of the means."""
-        return sum(tensor.nbytes for tensor in (self.key_means, self.value_means) if tensor is not None)
+        """Bytes of the means, and of what stands in for the rest."""
+        return sum(tensor.nbytes for tensor in (*self.means, self.rest_values) if tensor is not None)
 
     @property
     def nbytes(self) -> int:
@@ -192,14 +207,16 @@ class CodedKV:
         tiers = tuple(tier.of_rows(live, read) for tier in self.tiers)
         if len(live) == len(self.reading):
             return replace(self, tiers=tiers)
-        means = [None if mean is None else self._of_rows(mean, live) for mean in (self.key_means, self.value_means)]
-        return CodedKV(tiers, means[0], means[1], self.books, tuple(self.reading[row] for row in live))
+        keys, values, rest = (self._of_rows(mean, live) for mean in (*self.means, self.rest_values))
+        return CodedKV(tiers, keys, values, self.books, tuple(self.reading[row] for row in live), rest)
 
     def among(self, before: int, after: int) -> CodedKV:
         """The same rows with others around them, for which nothing is held."""
         tiers = tuple(tier.among(before, after) for tier in self.tiers)
-        means = [None if mean is None else pad(mean, (0, 0, 0, self.kv_heads)) for mean in self.means]
-        return CodedKV(tiers, means[0], means[1], self.books, (*self.reading, ALL))
+        keys, values, rest = (
+            None if mean is None else pad(mean, (0, 0, 0, self.kv_heads)) for mean in (*self.means, self.rest_values)
+        )
+        return CodedKV(tiers, keys, values, self.books, (*self.reading, ALL), rest)
 
     @property
     def means(self) -> tuple[Tensor | None, Tensor | None]:
@@ -227,5 +244,7 @@ class CodedKV:
             result.append(PackedKV(keys, own, tier.counts, tier.rows))
         return result
 
-    def _of_rows(self, mean: Tensor, live: Sequence[int]) -> Tensor:
+    def _of_rows(self, mean: Tensor | None, live: Sequence[int]) -> Tensor | None:
+        if mean is None:
+            return None
         return torch.cat([mean[row * self.kv_heads : (row + 1) * self.kv_heads] for row in live])

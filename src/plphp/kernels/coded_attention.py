@@ -11,8 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from . import _coded_cpp, choice, coded_trial
 from .coded import CodedKV
 from .packed import PackedKV
+from .precision import as_written
 
 MAX_LOGITS = 2**24
 """Logits that are held at once; long query chunks are cut so that they stay below."""
@@ -41,12 +43,14 @@ def counting_reads() -> Iterator[list[Tensor]]:
 def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of queries over coded entries, all of them visible.
 
+    On a CPU a C++ kernel does short queries, which is built when it is first used.
+
     A query reads what the `Reading` of its row says. Of the entries j of a KV head, the k with the largest index mass
 
         m[j] = mean over the query heads of softmax_j(q . index[j] * scaling)
 
     are read, each query for itself, and each query head attends to what its KV head reads. With ``rest`` what is left
-    has the logits of its index and, in the place of its values, the mean value of the prompt.
+    has the logits of its index and, in the place of its values, the mean value of its head.
 
     Parameters
     ----------
@@ -64,6 +68,28 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
     lse : Tensor
         Log-sum-exp of the logits, float32 or float64 [batch, q_heads, query]; -inf where a row holds nothing.
     """
+    # What the C++ kernel is not made for torch does well: that is no loss, and not logged.
+    if _counts.get() is None and _coded_cpp.unsupported(query, coded) is None:
+        values = query.new_empty(1).expand(_coded_cpp.value_dim(coded))  # of this width, and of no memory
+        if choice.usable("attend_codes", "C++", None, cpp_trial, query, values):
+            return _coded_cpp.attend(query, coded, scaling)
+    with as_written(query.device):
+        return reference(query, coded, scaling)
+
+
+def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
+    """Largest difference between the C++ kernel and the reference on small cases.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If it cannot be built.
+    """
+    return coded_trial.difference(_coded_cpp.attend, reference, device, dtypes, dim, value_dim)
+
+
+def reference(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
+    """As `attend_codes`, in torch: everything is decoded first."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(dtype) * scaling).unflatten(1, (coded.kv_heads, -1))
     order, tier_of = _in_heads(coded)
@@ -112,12 +138,12 @@ class _Rows:
         read = self._chosen(of_index)
         logits = logits.masked_fill(~read[:, :, None], -torch.inf)
         values = self.values
-        if self.coded.value_means is not None:
+        if self.coded.rest_values is not None:
             left = of_index.masked_fill(read[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
-            stands_in = torch.tensor([self.coded.reading[stored].rest for stored in self.stored]).to(left.device)
+            stands_in = torch.tensor([self.coded.reading[stored].stands_in for stored in self.stored]).to(left.device)
             left = left.masked_fill(~stands_in[:, None, None, None, None], -torch.inf)
-            means = self.coded.value_means.to(values.dtype).unflatten(0, (-1, self.coded.kv_heads))
-            values = torch.cat([values, means[list(self.stored)][:, :, None]], 2)
+            rest = self.coded.rest_values.to(values.dtype).unflatten(0, (-1, self.coded.kv_heads))
+            values = torch.cat([values, rest[list(self.stored)][:, :, None]], 2)
             logits = torch.cat([logits, left], -1)
         output, lse = _mixed(logits, values)
         return output, lse, read.double().sum(2)

@@ -3,12 +3,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from .codecs import Codec, Codes, groups_of
-from .coded import CodedKV, Tier
+from .codecs import SCALE, Codec, Codes, groups_of
+from .coded import CodedKV, Reading, Tier, needs_means
+from .rungs import Rung
+
+SHARED = 32
+"""Bits of a channel that a group of entries shares."""
+
+
+def head_nbytes(rung: Rung, entries: int, dim: int, value_dim: int) -> int:
+    """Bytes that so many entries of a KV head take in a rung: codes, scales and groups."""
+    return _of_shape(rung.keys, entries, dim) + _of_shape(rung.values, entries, value_dim)
+
+
+def means_of_shape(rungs: Iterable[Rung], reading: Reading, dim: int, value_dim: int) -> int:
+    """Bytes of the means that a row needs for each KV head, with entries in some rungs."""
+    of_keys, of_values, of_rest = needs_means(rungs, reading)
+    return SCALE.itemsize * (of_keys * dim + (of_values + of_rest) * value_dim)
+
+
+def read_of_shape(counts: Mapping[Rung, int], reading: Reading, dim: int, value_dim: int) -> float:
+    """Bytes that a query reads at most of the entries of a KV head in some rungs, without means."""
+    held = {rung: head_nbytes(rung, count, dim, value_dim) for rung, count in counts.items()}
+    if reading.share == 1:
+        return sum(held.values())
+    index = {rung: _index_of_shape(rung.keys, count, dim) for rung, count in counts.items()}
+    left, total = reading.entries(sum(counts.values())), float(sum(index.values()))
+    for rung in sorted(counts, key=lambda rung: (index[rung] - held[rung]) / counts[rung]):
+        taken = min(left, counts[rung])
+        left -= taken
+        total += taken / counts[rung] * (held[rung] - index[rung])
+    return total
 
 
 def tier_nbytes(tier: Tier, stored_row: int) -> int:
@@ -22,9 +52,12 @@ def index_nbytes(tier: Tier, stored_row: int) -> int:
     return _side(tier.rung.keys, tier.keys, tier.counts[stored_row], index=True)
 
 
-def means_nbytes(block: CodedKV) -> int:
-    """Bytes of the means of one row."""
-    return block.means_nbytes // len(block.reading)
+def means_nbytes(block: CodedKV, stored_row: int) -> int:
+    """Bytes of the means that the tiers of a stored row need, and of what stands in for its rest."""
+    rungs = (tier.rung for tier in block.tiers if any(tier.counts[stored_row]))
+    needs = needs_means(rungs, block.reading[stored_row])
+    means = zip((*block.means, block.rest_values), needs, strict=True)
+    return sum(mean[: block.kv_heads].nbytes for mean, needed in means if needed and mean is not None)
 
 
 def row_nbytes(block: CodedKV, row: int) -> int:
@@ -32,7 +65,7 @@ def row_nbytes(block: CodedKV, row: int) -> int:
     stored = block.rows[row]
     if not any(block.held[stored]):
         return 0
-    return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block)
+    return sum(tier_nbytes(tier, stored) for tier in block.tiers) + means_nbytes(block, stored)
 
 
 def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -> float:
@@ -53,7 +86,7 @@ def read_nbytes(block: CodedKV, row: int, read: Sequence[float] | None = None) -
         return row_nbytes(block, row)
     if read is None:
         read = _most(block, stored)
-    total: float = means_nbytes(block)
+    total: float = means_nbytes(block, stored)
     for tier, entries in zip(block.tiers, read, strict=True):
         held = sum(tier.counts[stored])
         if held:
@@ -83,6 +116,23 @@ def _of_entry(tier: Tier) -> float:
     streams = sum(stream.shape[1] for stream in (*key.streams[1:], *value.streams))
     scales = sum(codes.scales.shape[1] * codes.scales.itemsize for codes in (key, value) if codes.scales is not None)
     return streams + scales
+
+
+def _of_shape(codec: Codec, entries: int, dim: int) -> int:
+    """Bytes of the keys or values of a KV head."""
+    if not codec.group:
+        return round(entries * codec.bits(dim) * dim / 8)
+    [groups] = groups_of((entries,), codec.group)
+    return round((entries * (codec.bits(dim) - SHARED / codec.group) + groups * SHARED) * dim / 8)
+
+
+def _index_of_shape(codec: Codec, entries: int, dim: int) -> int:
+    """Those of the keys of a KV head that the index reads."""
+    books = getattr(codec, "books", ())
+    if books:
+        return round(entries * replace(codec, books=books[:1], width=0).bits(dim) * dim / 8)  # type: ignore[type-var]
+    unread = getattr(codec, "width", 1) - 1
+    return _of_shape(codec, entries, dim) - entries * unread * dim // 8
 
 
 def _side(codec: Codec, codes: Codes, counts: Sequence[int], index: bool = False) -> int:

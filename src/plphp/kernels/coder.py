@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .books import LayerBooks
 from .codecs import Codes, stored
-from .coded import ALL, CodedKV, Reading, Tier
+from .coded import ALL, CodedKV, Reading, Tier, needs_means
 from .rungs import Rung
 
 Means = tuple[Tensor | None, Tensor | None]
@@ -57,25 +57,43 @@ class Coder:
         ------
         UnsupportedFeatureError
             If a rung cannot hold such entries.
+        ConfigError
+            If the codebooks are of another model.
         """
         masks = [placement == number for number in range(1, len(self.rungs) + 1)]
         used = [(rung, mask) for rung, mask in zip(self.rungs, masks, strict=True) if bool(mask.any())]
         if not used:
             return None
         books = None if self.books is None else self.books.to(keys.device)
-        for rung, _ in used:
-            rung.check(keys.shape[3], values.shape[3], books)
-        means = self.means(keys, values, vision, [rung for rung, _ in used])
+        rungs = [rung for rung, _ in used]
+        _check(rungs, keys, values, books)
+        # Rows that hold nothing here have no mean: there may be NaN in them, for which they are kept whole.
+        holding = torch.stack([mask for _, mask in used]).any(0).flatten(1).any(1)
+        means = rung_means(keys, values, vision.to(keys.device) & holding[:, None], rungs)
         tiers = tuple(encoded(rung, keys, values, mask, means, books) for rung, mask in used)
         used_books = books if any(rung.needs_books for rung, _ in used) else None
-        return CodedKV(tiers, *means, used_books, (self.reading,) * len(keys))
+        return with_rest(CodedKV(tiers, *means, used_books, (self.reading,) * len(keys)))
 
-    def means(self, keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]) -> Means:
-        """The means that rungs and reading need, float16 [batch * kv_heads, dim] of keys and of values."""
-        of_keys = any(rung.keys.centred for rung in rungs)
-        stands_in = self.reading.share < 1 and self.reading.rest
-        of_values = stands_in or any(rung.values.centred for rung in rungs)
-        return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
+
+def rung_means(keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]) -> Means:
+    """The means over vision tokens that rungs need, float16 [batch * kv_heads, dim] of keys and of values."""
+    of_keys, of_values, _ = needs_means(rungs, ALL)
+    return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
+
+
+def with_rest(block: CodedKV) -> CodedKV:
+    """The block with what stands in for entries that a step does not read, where a row asks for it."""
+    if not any(reading.stands_in for reading in block.reading):
+        return block
+    total: Tensor | int = 0
+    for tier, decoded in zip(block.tiers, block.decoded(torch.float32), strict=True):
+        pair = tier.pair_of_entries()[0]
+        total = total + decoded.values.new_zeros(
+            len(block.reading) * block.kv_heads, decoded.values.shape[1]
+        ).index_add_(0, pair, decoded.values)
+    assert isinstance(total, Tensor)
+    counts = torch.tensor([count for row in block.held for count in row], dtype=total.dtype).to(total.device)
+    return replace(block, rest_values=stored(total / counts.clamp(min=1)[:, None]))
 
 
 def encoded(
@@ -112,6 +130,14 @@ def encoded(
         counts,
         rows,
     )
+
+
+def _check(rungs: Sequence[Rung], keys: Tensor, values: Tensor, books: LayerBooks | None) -> None:
+    """Raise an error unless rungs can hold such keys and values, with these codebooks."""
+    for rung in rungs:
+        rung.check(keys.shape[3], values.shape[3], books)
+    if books is not None and any(rung.needs_books for rung in rungs):
+        books.check(keys.shape[1], keys.shape[3], values.shape[3])
 
 
 def _mean(states: Tensor, vision: Tensor) -> Tensor:
@@ -179,13 +205,12 @@ def _block(
     if not masks:
         return None
     reading = tuple(ALL if coder is None else coder.reading for coder in coders)
-    asking = Coder(tuple(masks), books, min(reading, key=lambda own: own.share))
-    means = asking.means(keys, values, vision, asking.rungs)
+    means = rung_means(keys, values, vision, tuple(masks))
     books = None if books is None else books.to(keys.device)
+    _check(tuple(masks), keys, values, books)
     of_rows = [None if mean is None else mean.repeat(len(coders), 1) for mean in means]
     tiers = []
     for rung, mask in masks.items():
-        rung.check(keys.shape[3], values.shape[3], books)
         if rung.independent:
             every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
             tiers.append(encoded(rung, keys, values, every, means, books).picked(mask))
@@ -193,7 +218,7 @@ def _block(
             spread = [states.expand(len(coders), -1, -1, -1) for states in (keys, values)]
             tiers.append(encoded(rung, spread[0], spread[1], mask, (of_rows[0], of_rows[1]), books))
     needed = books if any(rung.needs_books for rung in masks) else None
-    return CodedKV(tuple(tiers), of_rows[0], of_rows[1], needed, reading)
+    return with_rest(CodedKV(tuple(tiers), of_rows[0], of_rows[1], needed, reading))
 
 
 def _held_in(rung: Rung, placement: Tensor, coder: Coder | None) -> Tensor:

@@ -15,7 +15,6 @@ from ._decode_torch import attend as _by_torch
 from ._decode_torch import attend_parts
 from .coded import CodedKV
 from .coded_attention import attend_codes
-from .merge import merge_states
 from .packed import PackedKV
 from .precision import as_written
 
@@ -105,10 +104,10 @@ def decode_attention(
         [batch, query, q_heads, dim], contiguous, in the dtype of ``query``.
     """
     if coded:
-        whole, lse = _with_lse(query, prefix, tail_keys, tail_values, mask, scaling)
-        parts = [attend_codes(query, block, scaling) for block in coded]
-        outputs, lses = zip((whole, lse), *parts, strict=True)
-        return merge_states(outputs, lses)[0].to(query.dtype).transpose(1, 2).contiguous()
+        result = _with_lse(query, prefix, tail_keys, tail_values, mask, scaling)
+        for block in coded:
+            result = _with_coded(*result, *attend_codes(query, block, scaling))
+        return result[0].to(query.dtype).transpose(1, 2).contiguous()
     length, tail, dtype = query.shape[2], tail_keys.shape[2], query.dtype
     query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
     reason = unsupported_by_triton(query, tail_keys, tail_values)
@@ -119,9 +118,7 @@ def decode_attention(
         return _decode_triton.attend(query, prefix, tail_keys, tail_values, shown, scaling).to(dtype)
     bias = tail_bias(mask, length, tail, torch.float32)
     bias = None if bias is None else bias.to(query.device)
-    # What the C++ kernel is not made for torch does well: that is no loss, and not logged.
-    suits_cpp = unsupported_by_cpp(query, prefix, tail_keys, tail_values) is None
-    if suits_cpp and choice.usable("decode_attention", "C++", None, cpp_trial, tail_keys, tail_values):
+    if _suits_cpp(query, prefix, tail_keys, tail_values):
         return _decode_cpp.attend(query, prefix, tail_keys, tail_values, bias, scaling).to(dtype)
     with as_written(query.device):
         return _by_torch(query, prefix, tail_keys, tail_values, bias, scaling).to(dtype)
@@ -134,9 +131,28 @@ def _with_lse(
     length, tail = query.shape[2], tail_keys.shape[2]
     query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
     bias = tail_bias(mask, length, tail, torch.float32)
+    states = query, prefix, tail_keys, tail_values
+    if _suits_cpp(*states):
+        output, lse = _decode_cpp.attend_parts(*states, bias, scaling)
+        return output.transpose(1, 2), lse
     with as_written(query.device):
-        output, lse = attend_parts(query, prefix, tail_keys, tail_values, bias, scaling, want_lse=True)
+        output, lse = attend_parts(*states, bias, scaling, want_lse=True)
         return output.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _with_coded(whole: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """As `merge_states` does, but without its guards for parts that may be empty, which take longer than the merge
+    itself, for every layer of every step: the tail never is, and what is coded is 0 where it is."""
+    dtype = torch.promote_types(lse.dtype, part_lse.dtype)
+    with as_written(whole.device):
+        share = torch.sigmoid(part_lse - lse)[..., None]
+        return torch.lerp(whole.to(dtype), part.to(dtype), share.to(dtype)), torch.logaddexp(lse, part_lse)
+
+
+def _suits_cpp(query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor) -> bool:
+    """Whether the C++ kernel attends. What it is not made for torch does well: that is no loss, and not logged."""
+    suits = unsupported_by_cpp(query, prefix, tail_keys, tail_values) is None
+    return suits and choice.usable("decode_attention", "C++", None, cpp_trial, tail_keys, tail_values)
 
 
 def _evened(

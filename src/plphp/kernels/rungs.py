@@ -13,7 +13,7 @@ from .bit_planes import BYTE
 from .books import Books, LayerBooks
 from .codecs import Affine, Centred, Codec
 
-KEY_GROUP = 256
+KEY_GROUP = 1024
 """Entries of a head that share the steps of a channel, where a prompt of any length keeps its precision."""
 
 

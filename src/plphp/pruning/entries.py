@@ -83,14 +83,28 @@ class LayerEntries:
         """Bytes of all tensors that the layer holds, reserved room included."""
         tail = 0 if self.keys is None else self.keys.untyped_storage().nbytes()
         tail += 0 if self.values is None else self.values.untyped_storage().nbytes()
-        tail += 0 if self._provisional is None else self._provisional.block.nbytes
-        return tail + (0 if self.prefix is None else self.prefix.nbytes) + sum(block.nbytes for block in self.coded)
+        packed = self.provisional_nbytes + (0 if self.prefix is None else self.prefix.nbytes)
+        return tail + packed + sum(block.nbytes for block in self.coded)
+
+    @property
+    def provisional_nbytes(self) -> int:
+        """Those of what waits for its final placement."""
+        return 0 if self._provisional is None else self._provisional.block.nbytes
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Channels of keys and of values; 0 before the first entries."""
+        return self._dims or (0, 0)
+
+    @property
+    def pair_nbytes(self) -> int:
+        """Bytes that the key and the value of one token take in a KV head, held whole."""
+        return sum(dim * dtype.itemsize for dim, dtype in zip(self.dims, self.dtypes, strict=True))
 
     @property
     def entry_nbytes(self) -> int:
         """Bytes that the keys and values of one token take in all KV heads, held whole."""
-        dims = self._dims or (0, 0)
-        return self._kv_heads * sum(dim * dtype.itemsize for dim, dtype in zip(dims, self.dtypes, strict=True))
+        return self._kv_heads * self.pair_nbytes
 
     @property
     def reserved_nbytes(self) -> int:

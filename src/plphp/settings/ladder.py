@@ -27,13 +27,18 @@ LADDERS = MappingProxyType(
         "t10": "pr2=.20,rvq=.24,pq=.32",
         "t7.5": "pr2=.10,rvq=.20,pq=.35",
         "t5": "pr2=.05,rvq=.12,pq=.27",
+        "p12.5": "pr2=.25,rvq=.3,pq",
+        "r20": "r4=.1,r3=.4,r2",
+        "r15": "r4=.25,r3=.2,r2=.2",
         "kivi4": "kivi4",
         "kivi2": "kivi2",
         "c4": "c4",
         "c3": "c3",
     }
 )
-"""Ladders by name, as text. The number of t15 to t5 is what they hold, in per cent of the bytes of whole entries."""
+"""Ladders by name, as text. The number in a name with one is what it holds, in per cent of the bytes of whole entries:
+``t`` with a bank and its codebooks, ``p`` with codebooks alone, ``r`` without any, of which r15 drops what a bank says
+is not needed. The rest holds everything in one rung."""
 WHOLE = "whole"
 """Name of the rung that holds an entry in the dtype of the model."""
 ROUNDING = 1e-9

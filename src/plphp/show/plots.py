@@ -7,8 +7,8 @@ Needs matplotlib (``pip install plphp[plots]``). The figures are drawn without a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -38,6 +38,13 @@ THUMBNAIL = 256
 """Pixels of the longer side of an image as it is drawn under its tokens."""
 
 
+class Scale(NamedTuple):
+    """What the colours say: a name, and levels in [0, 1] by what is written at them."""
+
+    name: str
+    ticks: dict[str, float]
+
+
 def plot_kept(
     report: PruneReport,
     images: Sequence[Image.Image] | None = None,
@@ -46,7 +53,7 @@ def plot_kept(
     prompt: int = 0,
     row: int = 0,
 ) -> Figure:
-    """Draw which vision tokens stayed, as a heat map over each image.
+    """Draw which vision tokens stayed, as a heat map over each image; with tiers, in which rung.
 
     Parameters
     ----------
@@ -56,7 +63,7 @@ def plot_kept(
         The images of the row, in prompt order; they are stretched over the grid of their tokens.
     layer : int, optional
         Layer of which a tile per KV head is drawn. Default: a tile per layer, with the fraction of heads that keep
-        each token.
+        each token, or with tiers their mean place between "dropped" and the rung of most bits.
     prompt, row : int
         Which prompt (turn) and which row of the batch.
 
@@ -80,9 +87,14 @@ def plot_kept(
     rows = dict(layer_rows(report, prompt, row))
     if layer is not None and layer not in rows:
         raise ConfigError(f"The report has the layers {', '.join(map(str, rows))}, not {layer}.")
-    tiles = _layer_tiles(rows) if layer is None else _head_tiles(rows[layer])
-    what = "fraction of KV heads keeping it" if layer is None else f"kept in layer {layer}"
-    return _tile_figure(tiles, shown, images, what)
+    levels = _levels(rows.values())
+    tiles = _layer_tiles(rows, levels) if layer is None else _head_tiles(rows[layer], levels)
+    if any(own.tiers for own in rows.values()):
+        scale = Scale("held in, mean over KV heads" if layer is None else f"held in, layer {layer}", levels)
+    else:
+        what = "fraction of KV heads keeping it" if layer is None else f"kept in layer {layer}"
+        scale = Scale(what, {"0": 0.0, "0.5": 0.5, "1": 1.0})
+    return _tile_figure(tiles, shown, images, scale)
 
 
 def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0) -> Figure:
@@ -146,26 +158,50 @@ def new_figure(**options: Any) -> Figure:
     return figure
 
 
-Tile = tuple[str, list[list[int]]]
-"""Title, and the kept positions of each head that the tile stands for."""
+Head = list[tuple[float, list[int]]]
+"""Levels in [0, 1], with the positions that a head holds in each."""
+Tile = tuple[str, list[Head]]
+"""Title, and the heads that the tile stands for."""
+DROPPED, WHOLE = "dropped", "whole"
 
 
-def _layer_tiles(rows: dict[int, RowReport]) -> list[Tile]:
-    return [(f"layer {number}\n{_rate(row)}", row.kept_positions) for number, row in rows.items()]
+def _levels(rows: Iterable[RowReport]) -> dict[str, float]:
+    """A level in [0, 1] for each way to hold a vision token in these layers, evenly spaced by the order of bytes."""
+    nbytes: dict[str, float] = {}
+    whole = False
+    for row in rows:
+        whole = whole or any(row.whole)
+        for tier in row.tiers:
+            nbytes[tier.rung] = max(nbytes.get(tier.rung, 0.0), sum(tier.nbytes) / max(1, sum(tier.entries)))
+    ways = [DROPPED, *sorted(nbytes, key=nbytes.__getitem__), *([WHOLE] if whole or not nbytes else [])]
+    return {name: number / (len(ways) - 1) for number, name in enumerate(ways)}
+
+
+def _layer_tiles(rows: dict[int, RowReport], levels: dict[str, float]) -> list[Tile]:
+    return [(f"layer {number}\n{_rate(row)}", _heads(row, levels)) for number, row in rows.items()]
+
+
+def _heads(row: RowReport, levels: dict[str, float]) -> list[Head]:
+    """The heads of a layer. What is in a rung is drawn over what is held at all, which is whole elsewhere."""
+    return [
+        [(levels.get(WHOLE, 1.0), kept), *((levels[tier.rung], tier.positions[head]) for tier in row.tiers)]
+        for head, kept in enumerate(row.kept_positions)
+    ]
 
 
 def _rate(row: RowReport) -> str:
-    """Class and rate of a layer, with the share of the vision entries where text left, too."""
+    """Class and rate of a layer, with the share of the vision entries where text left, too, and of their bytes."""
     vision = f", {row.vision_kept:.2f} of vision" if any(row.evicted_text) else ""
-    return f"{row.layer_class} {row.rate:.2f}{vision}"
+    held = f"\n{row.vision_held:.1%} of the bytes" if row.tiers else ""
+    return f"{row.layer_class} {row.rate:.2f}{vision}{held}"
 
 
-def _head_tiles(row: RowReport) -> list[Tile]:
-    return [(f"head {head}", [positions]) for head, positions in enumerate(row.kept_positions)]
+def _head_tiles(row: RowReport, levels: dict[str, float]) -> list[Tile]:
+    return [(f"head {number}", [head]) for number, head in enumerate(_heads(row, levels))]
 
 
 def _tile_figure(
-    tiles: list[Tile], shown: list[ImageReport], images: Sequence[Image.Image] | None, what: str
+    tiles: list[Tile], shown: list[ImageReport], images: Sequence[Image.Image] | None, scale: Scale
 ) -> Figure:
     columns = min(COLUMNS, len(tiles))
     lines = math.ceil(len(tiles) / columns)
@@ -177,12 +213,13 @@ def _tile_figure(
         drawn = None
         picture = _grey(images[number]) if images else None
         for axes, (title, kept) in zip(grid.flat, tiles, strict=False):
-            drawn = _draw(axes, _kept_fraction(image, kept), picture if image.grid else None)
+            drawn = _draw(axes, _mean_level(image, kept), picture if image.grid else None)
             axes.set_title(title, fontsize="x-small")
         for axes in grid.flat:
             axes.set_axis_off()
-        bar = part.colorbar(drawn, ax=grid, shrink=0.8, ticks=[0, 0.5, 1])
-        bar.set_label(what, fontsize="x-small")
+        bar = part.colorbar(drawn, ax=grid, shrink=0.8, ticks=list(scale.ticks.values()))
+        bar.ax.set_yticklabels(list(scale.ticks))
+        bar.set_label(scale.name, fontsize="x-small")
         bar.ax.tick_params(labelsize="x-small")
     return figure
 
@@ -195,12 +232,16 @@ def _image_title(number: int, images: int, image: ImageReport) -> str:
     return f"{name}: {height} x {width} tokens" + (f", mean over {frames} frames" if frames > 1 else "")
 
 
-def _kept_fraction(image: ImageReport, kept: list[list[int]]) -> Any:
-    """Fraction of heads that keep each token, [height, width]; without a grid [1, tokens]."""
-    fraction = np.mean([np.isin(image.positions, positions) for positions in kept], axis=0)
+def _mean_level(image: ImageReport, heads: list[Head]) -> Any:
+    """Mean over heads of the level in which each holds a token, [height, width]; without a grid [1, tokens]."""
+    levels = np.zeros((len(heads), len(image.positions)))
+    for own, head in zip(levels, heads, strict=True):
+        for level, positions in head:
+            own[np.isin(image.positions, positions)] = level
+    mean = levels.mean(axis=0)
     if image.grid is None:
-        return fraction[None]
-    return fraction.reshape(image.grid).mean(axis=0)
+        return mean[None]
+    return mean.reshape(image.grid).mean(axis=0)
 
 
 def _grey(image: Image.Image) -> Any:
@@ -209,14 +250,14 @@ def _grey(image: Image.Image) -> Any:
     return np.asarray(small)
 
 
-def _draw(axes: Any, fraction: Any, picture: Any) -> Any:
-    height, width = fraction.shape
+def _draw(axes: Any, levels: Any, picture: Any) -> Any:
+    height, width = levels.shape
     extent = (0, width, height, 0)
     if picture is not None:
         # pale, so that the colours above it stay those of the bar
         axes.imshow(picture, extent=extent, cmap="gray", vmin=-128, vmax=255, aspect="equal")
     return axes.imshow(
-        fraction,
+        levels,
         extent=extent,
         cmap=COLOURS,
         vmin=0,

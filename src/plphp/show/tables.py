@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from plphp.studies.compare import Comparison, Run
     from plphp.studies.estimate import Estimate
 
+TOTALS = ("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held")
+"""Properties of a report that stand beside its fields in JSON."""
 MAX_HEADS = 8
 """Heads whose counts are spelled out; beyond it a range is shown."""
 
@@ -58,6 +60,7 @@ def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
     """Table of the layers: vision attention score, class, retention rate, tokens kept per KV head.
 
     Where text may leave, the rate says how much memory is left, and the share of the vision entries stands beside it.
+    With tiers the bytes that hold the vision tokens stand there, and how many of them are in which rung.
 
     Parameters
     ----------
@@ -74,13 +77,22 @@ def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
     rows = layer_rows(report, prompt, row)
     table = Table(title=_layer_title(report, prompt, row, rows[0][1].vision_tokens if rows else 0))
     text_may_leave = any(layer.evicted_text for _, layer in rows)
-    headings = ("layer", "vision attention", "class", "rate", *(("of vision",) if text_may_leave else ()))
-    for heading in (*headings, "kept per KV head"):
+    rungs = list(dict.fromkeys(tier.rung for _, layer in rows for tier in layer.tiers))
+    whole = rungs and any(any(layer.whole) for _, layer in rows)
+    headings = ["layer", "vision attention", "class", "rate", *(("of vision",) if text_may_leave else ())]
+    headings += ["held", *(["whole"] if whole else []), *rungs] if rungs else ["kept per KV head"]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "class" else "right", overflow="fold")
     for number, layer in rows:
         cells = [str(number), f"{layer.vision_score:.3f}", layer.layer_class, f"{layer.rate:.2f}"]
         cells += [f"{layer.vision_kept:.2f}"] if text_may_leave else []
-        table.add_row(*cells, _counts(layer.kept))
+        if rungs:
+            entries = {tier.rung: tier.entries for tier in layer.tiers}
+            by_rung = [_counts(entries[name]) if name in entries else "" for name in rungs]
+            cells += [f"{layer.vision_held:.1%}", *([_counts(layer.whole)] if whole else []), *by_rung]
+        else:
+            cells += [_counts(layer.kept)]
+        table.add_row(*cells)
     return table
 
 
@@ -121,8 +133,9 @@ def report_values(report: PruneReport) -> dict[str, Any]:
     values = {
         field.name: getattr(report, field.name)
         for field in dataclasses.fields(report)
-        if field.name not in ("prompts", "collecting")
+        if field.name not in ("prompts", "collecting", "held")
     }
+    values["held"] = [dataclasses.asdict(layer) for layer in report.held]
     values["collecting"] = None if report.collecting is None else dataclasses.asdict(report.collecting)
     prompts = [
         {
@@ -134,20 +147,24 @@ def report_values(report: PruneReport) -> dict[str, Any]:
         }
         for prompt in report.prompts
     ]
-    totals = {name: getattr(report, name) for name in ("entry_bytes", "kv_reduction", "retention")}
-    return {**values, **totals, "prompts": prompts}
+    return {**values, **{name: getattr(report, name) for name in TOTALS}, "prompts": prompts}
 
 
 def summary(report: PruneReport) -> str:
-    """Line on a report: KV bytes of the tokens seen so far, retention, time spent on pruning."""
+    """Line on a report: KV bytes of the tokens seen so far, what is held of the images, time spent on pruning."""
     reserved = f" and {human_bytes(report.reserved_bytes)} of reserved room" if report.reserved_bytes else ""
     kept = f"{report.retention:.0%} of the vision entries kept" if report.prompts else "no vision tokens"
+    if report.rung_bytes:
+        kept += f" in {report.vision_held:.1%} of their bytes ({', '.join(report.rung_bytes)})"
+    if report.config.get("read", 1.0) < 1:
+        kept += f", a step reads at most {human_bytes(report.read_bytes)}"
     if report.text_evicted:
         kept += f" and {report.text_evicted} text entries evicted"
+    where = f"{reserved}{_devices(report)}"
     return (
         f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
-        f"({_change(report)}){reserved}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first "
-        "use of its operations included"
+        f"({_change(report)}){where}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first use of "
+        "its operations included"
     )
 
 
@@ -172,7 +189,9 @@ def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
     """Table of both estimates side by side, with their ratios."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("everything kept", f"retention {pruned.retention:g}", "ratio"):
+    asked = f"retention {pruned.retention:g}" if pruned.tiers is None else f"tiers {pruned.tiers}"
+    asked += f", {pruned.read:g} read" if pruned.read < 1 else ""
+    for heading in ("everything kept", asked, "ratio"):
         table.add_column(heading, justify="right")
     lines: list[tuple[str, str, Callable[[float], str]]] = [
         ("KV cache of a sequence", "sequence_kv_bytes", human_bytes),
@@ -180,6 +199,8 @@ def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
         ("weights and KV cache", "memory_bytes", human_bytes),
         ("read in a decoding step", "step_bytes", human_bytes),
     ]
+    if pruned.book_bytes:
+        lines.insert(2, ("codebooks of the model", "book_bytes", human_bytes))
     if unpruned.fits is not None:
         lines += [
             ("step takes at least", "step_seconds", lambda seconds: f"{1000 * seconds:.2f} ms"),
@@ -215,6 +236,12 @@ def _change(report: PruneReport) -> str:
     return f"{-report.kv_reduction:+.0%}" if report.kv_reduction else "0%"
 
 
+def _devices(report: PruneReport) -> str:
+    """The bytes of each device where there are several, as in ", 1.0 GiB on cuda:0 and 2.0 GiB on cuda:1"."""
+    parts = [f"{human_bytes(nbytes)} on {device}" for device, nbytes in report.device_bytes.items()]
+    return f", {' and '.join(parts)}" if len(parts) > 1 else ""
+
+
 def _row_values(row: RowReport) -> dict[str, Any]:
     return {
         "vision_score": row.vision_score,
@@ -223,6 +250,9 @@ def _row_values(row: RowReport) -> dict[str, Any]:
         "vision_tokens": row.vision_tokens,
         "kept": row.kept,
         "vision_kept": row.vision_kept,
+        "vision_held": row.vision_held,
+        "tiers": {tier.rung: {"entries": tier.entries, "nbytes": tier.nbytes} for tier in row.tiers},
+        "means_bytes": row.means_bytes,
         "text_evicted": [len(head) for head in row.evicted_text],
     }
 

@@ -16,6 +16,8 @@ from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
 from plphp.policy.allocation import kept_count
 
+from .tier_cost import TierCost, book_nbytes
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -31,12 +33,22 @@ class LayerCost:
         Bytes of a state that does not grow with the tokens (linear attention).
     prunable : bool
         Whether vision tokens are evicted from the layer.
+    kv_heads : int
+        KV heads; 0 where the layer holds a state alone.
+    dims : tuple of int
+        Channels of their keys and values.
     """
 
     entry_bytes: int
     window: int | None
     state_bytes: int
     prunable: bool
+    kv_heads: int = 0
+    dims: tuple[int, int] = (0, 0)
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes that it holds of so many tokens, all of them whole."""
+        return self.state_bytes + self.entry_bytes * (tokens if self.window is None else min(tokens, self.window))
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,9 @@ class ModelCost:
     experts: bool
     layers: tuple[LayerCost, ...]
 
-    def kv_bytes(self, tokens: int, vision_tokens: int = 0, retention: float = 1.0) -> int:
+    def kv_bytes(
+        self, tokens: int, vision_tokens: int = 0, retention: float = 1.0, tiers: TierCost | None = None
+    ) -> int:
         """Bytes of the KV cache of a sequence, without room that a cache reserves for more tokens.
 
         Parameters
@@ -72,13 +86,44 @@ class ModelCost:
             Vision tokens among them.
         retention : float
             Fraction of the vision tokens that every layer and KV head keeps.
+        tiers : TierCost, optional
+            What holds them in the place of that.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If a rung cannot hold keys and values of such widths.
         """
+        if tiers is not None:
+            return round(self._in_tiers(tokens, vision_tokens, tiers)[0])
         evicted = vision_tokens - kept_count(retention, vision_tokens, min_kept=1)
-        total = 0
+        return sum(layer.nbytes(tokens) - layer.entry_bytes * evicted * layer.prunable for layer in self.layers)
+
+    def read_bytes(self, tokens: int, vision_tokens: int, tiers: TierCost) -> int:
+        """Bytes that a decoding step reads at most of what `kv_bytes` counts."""
+        return round(self._in_tiers(tokens, vision_tokens, tiers)[1])
+
+    def book_bytes(self, tiers: TierCost) -> int:
+        """Bytes of the codebooks that tiers need, for all sequences together."""
+        if not tiers.needs_books:
+            return 0
+        return sum(book_nbytes(layer.kv_heads, layer.dims) for layer in self.layers if layer.prunable)
+
+    def _in_tiers(self, tokens: int, vision_tokens: int, tiers: TierCost) -> tuple[float, float]:
+        """Bytes that are held for a sequence, and those that a decoding step reads at most."""
+        held = read = 0.0
         for layer in self.layers:
-            held = tokens if layer.window is None else min(tokens, layer.window)
-            total += layer.state_bytes + layer.entry_bytes * (held - evicted if layer.prunable else held)
-        return total
+            if layer.prunable:
+                tiers.check(layer.dims)
+                of_head = tiers.head_bytes(vision_tokens, layer.dims, layer.entry_bytes // layer.kv_heads)
+                whole = layer.state_bytes + layer.entry_bytes * (tokens - vision_tokens)
+                held, read = (
+                    total + whole + layer.kv_heads * own for total, own in zip((held, read), of_head, strict=True)
+                )
+            else:
+                own = layer.nbytes(tokens)
+                held, read = held + own, read + own
+        return held, read
 
 
 def model_cost(model: PreTrainedModel) -> ModelCost:
@@ -129,6 +174,8 @@ def _layer_cost(layer: Any) -> LayerCost:
         window=getattr(layer, "sliding_window", None),
         state_bytes=0,
         prunable=type(layer) is DynamicLayer,
+        kv_heads=keys.shape[1],
+        dims=(keys.shape[3], values.shape[3]),
     )
 
 

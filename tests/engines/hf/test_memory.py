@@ -75,12 +75,12 @@ def test_without_a_bound_all_layers_are_held_until_the_last(results: dict[str, A
 
 def test_nothing_outlives_the_cache() -> None:
     from invariants import generate
-    from plphp import PrunedCache
+    from plphp import PLPHPConfig, PrunedCache
     from tiny_models import TINY, tiny_model
 
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])
-    cache = PrunedCache.for_inputs(model, inputs)
+    cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig())
     generate(model, inputs, **passed(cache))
     pointers = StorageWeakRef(cache.layers[0].prefix.keys.untyped_storage())
     assert not pointers.expired()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from sample_figures import METRICS, several_groups
 
 from plphp.errors import ConfigError
-from plphp.evaluation import available_tasks, plot_scores, save_score_plots, score_tables, task_table
+from plphp.evaluation import available_tasks, plot_scores, save_score_plots, score_tables, summarize, task_table
 
 
 def text(*tables: Any, width: int = 110) -> str:
@@ -66,6 +67,38 @@ def test_the_share_of_the_vision_entries_stands_beside_the_kv_where_text_left() 
     assert line.split()[:3] == ["10", "12.0", "34.5"]
 
 
+def test_what_a_step_reads_stands_beside_what_is_held_where_it_is_less() -> None:
+    metrics = copy.deepcopy(METRICS)
+    variants = metrics["groups"]["one_image"]["variants"]
+    for values in variants.values():
+        values["read"] = values["kept"]
+    assert "read" not in text(*score_tables(metrics))
+    variants["plphp@0.1"]["read"] = 0.046
+    shown = text(*score_tables(metrics))
+    assert any(line.split()[:4] == ["method", "asked", "held", "read"] for line in shown.splitlines())
+    [line] = (line for line in shown.splitlines() if " 12.0 " in line)
+    assert line.split()[:3] == ["10", "12.0", "4.6"]
+    [other] = (line for line in shown.splitlines() if " 51.0 " in line)
+    assert other.split()[2:4] == ["51.0", "80.0"]
+
+
+@pytest.mark.parametrize("measure", ["read", "vision_kept"])
+def test_no_mean_of_the_samples_that_happen_to_say_it(measure: str, tmp_path: Path) -> None:
+    """Those of earlier versions say neither."""
+    task = {"name": "t", "group": "g", "metric": "exact_match", "mode": "verify", "chance": 0, "scored": True}
+    variants = [{"name": name, "label": name, "retention": None} for name in ("full", "plphp")]
+    config = {"format": 1, "settings": {}, "refused": {}, "tasks": [task], "variants": variants}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "predictions").mkdir()
+    old, new = {"score": 1.0, "kept": 0.5}, {"score": 1.0, "kept": 0.5, measure: 0.25}
+    for second, expected in ((new, 0.25), (old, None)):
+        lines = [{"index": n, "outcomes": {"full": new, "plphp": own}} for n, own in enumerate((new, second))]
+        (tmp_path / "predictions" / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        figures = summarize(tmp_path, resamples=10)["tasks"]["t"]["variants"]
+        assert figures["full"][measure] == 0.25
+        assert figures["plphp"].get(measure) == expected
+
+
 def test_columns_without_values_are_left_out() -> None:
     bare = {name: {"kept": 1.0, "agreement": 1.0, "kl": 0.0} for name in METRICS["groups"]["one_image"]["variants"]}
     shown = text(
@@ -79,6 +112,7 @@ def test_plots(tmp_path: Path) -> None:
     axes = plot_scores(METRICS, "one_image").axes[0]
     [line] = [line for line in axes.get_lines() if line.get_label() == "plphp"]
     assert line.get_xydata().tolist() == [[12.0, 40.0], [51.0, 80.0]]
+    assert axes.get_xlabel() == "bytes held of the vision KV, measured (%)"
     assert {entry.get_text() for entry in axes.figure.legends[0].get_texts()} == {"full KV", "plphp", "[zero]"}
     assert save_score_plots(METRICS, tmp_path / "plots") == [tmp_path / "plots" / "score-one_image.png"]
     assert (tmp_path / "plots" / "score-one_image.png").stat().st_size > 5000

@@ -92,6 +92,23 @@ def test_evicted_text_counts_like_evicted_vision_entries(bundled: Any) -> None:
     assert outcomes["snapkv@0.3"].vision_kept > 0.35  # in the place of text
 
 
+def test_bytes_of_few_bits_are_the_same_however_answers_are_made(bundled: Any) -> None:
+    model, processor = bundled
+    lines = ["quantized", "recall=quantized:tiers=c3,read=0.2", "t10=query_bank:bank=bundled,tiers=t10"]
+    variants = make_variants(lines, [])
+    sample = drawn("cell", 1)[0]
+    verified = verify(model, processor, sample, variants)
+    [generated] = generate_samples(model, processor, [sample], variants, "exact_match", max_new_tokens=4)
+    for name, outcome in verified.items():
+        assert generated[name].kept == pytest.approx(outcome.kept, abs=1e-6), name
+        assert generated[name].vision_kept == pytest.approx(outcome.vision_kept, abs=1e-6), name
+        assert generated[name].read == (None if name == "recall" else pytest.approx(outcome.read, abs=1e-6)), name
+    assert 0.09 < verified["quantized"].kept == verified["quantized"].read < 0.12
+    assert verified["recall"].read < 0.5 * verified["recall"].kept
+    assert 0.045 < verified["t10"].kept < 0.053  # of float32, which is twice the bytes of bfloat16
+    assert verified["t10"].vision_kept == pytest.approx(0.76, abs=0.01)
+
+
 def test_right_tokens_end_at_the_first_error(bundled: Any) -> None:
     model, processor = bundled
     sample = own_history(model, processor, drawn("cell", 1)[0])

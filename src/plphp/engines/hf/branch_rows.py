@@ -100,8 +100,8 @@ def decided_rows(
     with as_written(device):
         for scores, rows in reading.allocate(step, configs):
             placed = torch.cat(reading.select(step, scores, list(zip(configs, rows, strict=True))))
-            record = LayerRecord.of(spans, 0, reading.place(scores, [row for [row] in rows], placed))
             own = [None if coder is None else coder(scores.layer) for coder in coders]
+            record = LayerRecord.of(spans, 0, reading.place(scores, [row for [row] in rows], placed), own)
             decided[scores.layer] = Decided(placed, record, own)
     return decided
 

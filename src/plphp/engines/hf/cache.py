@@ -18,6 +18,7 @@ from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of
 from plphp.policy.bank import QueryBank
 from plphp.pruning.finite import features_of
+from plphp.pruning.live_bytes import books_nbytes
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord, prompt_reports
 from plphp.pruning.report import BankProgress, PruneReport
@@ -29,6 +30,7 @@ from .contexts import Session
 from .generate_call import GenerateCall
 from .generation import generate
 from .guarded import GuardedCache
+from .layer import held_bytes
 from .refusals import refuse_stages
 from .rotation_probe import rotations_of
 
@@ -254,8 +256,10 @@ class PrunedCache(GuardedCache):
             kv_bytes=self.nbytes,
             reserved_bytes=self.reserved_nbytes,
             pruning_seconds=self.pruning_seconds,
-            prompts=prompt_reports(self.records),
+            prompts=prompt_reports(self.records, self._pruned),
             collecting=self.collecting,
+            held=[held_bytes(number, layer) for number, layer in enumerate(self.layers)],
+            book_bytes=books_nbytes(self._pruned.values()),
         )
 
     def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

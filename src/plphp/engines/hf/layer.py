@@ -12,6 +12,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from plphp.errors import UnsupportedFeatureError
 from plphp.pruning.entries import LayerEntries
+from plphp.pruning.live_bytes import layer_bytes
+from plphp.pruning.tier_report import LayerBytes
 
 
 class PrunedLayer(LayerEntries, CacheLayerMixin):
@@ -108,7 +110,21 @@ def layer_nbytes(layer: Any) -> int:
     """Bytes that a layer of any kind holds."""
     if isinstance(layer, PrunedLayer):
         return layer.nbytes
+    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(layer))
+
+
+def held_bytes(number: int, layer: Any) -> LayerBytes:
+    """What layer ``number`` of any kind holds, and what a decoding step reads of it."""
+    if isinstance(layer, PrunedLayer):
+        return layer_bytes(number, layer)
+    devices = [str(tensor.device) for tensor in _tensors(layer)]
+    total = layer_nbytes(layer)
+    return LayerBytes(number, devices[0] if devices else "", other=total, read=total)
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """The tensors of a layer of transformers."""
     tensors = [getattr(layer, name, None) for name in ("keys", "values")]
     for states in ("conv_states", "recurrent_states"):
         tensors += list(getattr(layer, states, {}).values())
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]

@@ -18,7 +18,7 @@ from .summary import summarize
 
 OPTIONS = {"retention": "target_retention"}
 """Options of ``plphp eval`` that are not named like the setting."""
-PER_TASK = ("score", "kept")
+PER_TASK = ("score", "kept", "read")
 """What compact results hold of each task; of groups they hold everything."""
 
 

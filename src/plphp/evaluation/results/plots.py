@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score against measured KV, per group of tasks: a line for each method, with its interval as a band.
+"""Score against the bytes held, per group of tasks: a line for each method, with its interval as a band.
 
 Needs matplotlib (``pip install plphp[plots]``).
 """
@@ -22,7 +22,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def plot_scores(metrics: Mapping[str, Any], group: str) -> Figure:
-    """Draw the score of each method against the vision KV that it kept.
+    """Draw the score of each method against the bytes that it holds of the vision KV.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def plot_scores(metrics: Mapping[str, Any], group: str) -> Figure:
             axes.axhline(100 * line[0]["score"]["mean"], color="#888888", linewidth=1, label="full KV")
         else:
             _draw(axes, line, label, *_look(number))
-    axes.set(xlabel="vision KV kept, measured (%)", ylabel="score (%)", title=group.replace("_", " "))
+    axes.set(xlabel="bytes held of the vision KV, measured (%)", ylabel="score (%)", title=group.replace("_", " "))
     axes.set_xlim(-2, 102)
     axes.grid(alpha=0.3, linewidth=0.5)
     figure.legend(loc="outside right upper", fontsize="small")

@@ -19,6 +19,8 @@ from .store import FORMAT, read_config, read_records, read_skipped
 
 MEASURES = ("kept", "vision_kept", "read", "agreement", "kl", "right_share")
 """Beside the score; their figures are plain means."""
+MEASURED_LATER = ("vision_kept", "read")
+"""Those that records of earlier versions lack."""
 Records = Sequence[Mapping[str, Any]]
 """Scored samples of a task, as the store holds them."""
 
@@ -79,12 +81,12 @@ def summarize(
     -------
     dict
         JSON-ready. ``tasks``, ``groups`` and ``overall`` hold for every variant ``score``, ``vs_full`` and
-        ``vs_baseline`` (mean and 95 % interval of the paired bootstrap over samples), and the means ``kept`` (measured
-        vision KV, fraction), ``vision_kept`` (vision entries alone, where text left, too), ``right_share`` (tokens
-        before the first error, fraction), ``agreement`` and ``kl`` (nats); what was not measured is left out. A group
-        is the mean of its scored tasks, and ``overall`` the mean of
-        the groups that have any, each with equal weight whatever the number of its samples. ``skipped`` holds by task
-        the samples that no method was scored on, with the reasons.
+        ``vs_baseline`` (mean and 95 % interval of the paired bootstrap over samples), and the means ``kept`` (bytes
+        held of the vision KV, fraction), ``read`` (bytes that a decoding step reads of it, fraction), ``vision_kept``
+        (vision entries, where bytes do not say the same), ``right_share`` (tokens before the first error, fraction),
+        ``agreement`` and ``kl`` (nats); what was not measured is left out. A group is the mean of its scored tasks, and
+        ``overall`` the mean of the groups that have any, each with equal weight whatever the number of its samples.
+        ``skipped`` holds by task the samples that no method was scored on, with the reasons.
 
     Raises
     ------
@@ -179,7 +181,7 @@ def _scores(records: Records, variants: _Variants) -> list[list[float]] | None:
 
 def _means(records: Records, variants: _Variants, measure: str) -> list[float | None]:
     columns = {name: [_value(record["outcomes"][name], measure) for record in records] for name in variants.names}
-    if measure == "vision_kept":  # samples of an earlier version do not say it, and a mean of the others would mislead
+    if measure in MEASURED_LATER:  # samples of an earlier version do not say it, and a mean of the others would mislead
         columns = {name: [] if None in column else column for name, column in columns.items()}
     return [_mean(column) for column in columns.values()]
 
@@ -245,7 +247,7 @@ def _figures(variants: _Variants, measured: _Measured) -> dict[str, Any]:
                 values["vs_baseline"] = measured.scores.interval(number, baseline).to_dict()
         means = {measure: measured.means[measure][number] for measure in MEASURES}
         if means["vision_kept"] is not None and math.isclose(means["vision_kept"], means["kept"] or 0.0, abs_tol=1e-6):
-            means["vision_kept"] = None  # text was kept: the memory held says it all
+            means["vision_kept"] = None  # all text is kept, and entries are whole: the bytes held say it all
         values |= {measure: round(mean, 6) for measure, mean in means.items() if mean is not None}
         figures[name] = values
     return figures

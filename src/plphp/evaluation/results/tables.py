@@ -19,7 +19,7 @@ Figures = Mapping[str, Any]
 """What is said of a variant: intervals and means by their names."""
 MIN_METHOD = 20
 """Columns of the terminal that the names of the methods get at least; longer ones are folded."""
-FIXED = ("asked", "KV")
+FIXED = ("asked", "held")
 """Columns that every part of a table that was cut has."""
 BORDER = 2
 """Columns of the terminal between two cells, and at both sides of a table."""
@@ -104,7 +104,8 @@ def _columns(figures: Mapping[str, Figures], metrics: Mapping[str, Any]) -> dict
     lines = [figures[variant["name"]] for variant in variants]
     return {
         "asked": ["" if rate is None else f"{100 * rate:g}" for rate in (variant["retention"] for variant in variants)],
-        "KV": [f"{100 * line['kept']:.1f}" for line in lines],
+        "held": [f"{100 * line['kept']:.1f}" for line in lines],
+        "read": [f"{100 * line['read']:.1f}" if _reads_less(line) else "" for line in lines],
         "vision": [f"{100 * line['vision_kept']:.1f}" if "vision_kept" in line else "" for line in lines],
         "score (95 %)": [_interval(line, "score", "") for line in lines],
         "- full": [_interval(line, "vs_full", "+") for line in lines],
@@ -112,6 +113,11 @@ def _columns(figures: Mapping[str, Figures], metrics: Mapping[str, Any]) -> dict
         "agree": [f"{100 * line['agreement']:.1f}" if "agreement" in line else "" for line in lines],
         "KL": [f"{line['kl']:.4f}" if "kl" in line else "" for line in lines],
     }
+
+
+def _reads_less(line: Figures) -> bool:
+    """Whether a step is known to read less than is held."""
+    return "read" in line and not math.isclose(line["read"], line["kept"], abs_tol=1e-6)
 
 
 def _methods(variants: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -138,10 +138,9 @@ def _graded(sample: Sample, answers: Sequence[_Answer], metric: Metric) -> Outco
     scores = [metric.score(answer.text, sample.accepted_answers(answer.turn)) for answer in answers]
     score = metric.over_turns(scores)
     text = "\n".join(answer.text for answer in answers)
-    kept, vision, read = (
-        statistics.fmean(getattr(answer.shares, name) for answer in answers) for name in ("kept", "vision", "read")
-    )
-    return Outcome(score, kept, vision, read, text=None if score == 1 else text)
+    kept, vision = (statistics.fmean(getattr(answer.shares, name) for answer in answers) for name in ("kept", "vision"))
+    read = [answer.shares.read for answer in answers if answer.shares.read is not None]
+    return Outcome(score, kept, vision, statistics.fmean(read) if read else None, text=None if score == 1 else text)
 
 
 def _limit(conversation: Conversation, turn: int) -> int:
@@ -207,8 +206,10 @@ def _shares(report: PruneReport, of_sample: float = 1.0) -> list[Shares]:
         if any(layer.layer_class == "non-finite" for layer in layers):
             raise NonFiniteAttentionError(f"The attention of row {row} of the batch holds NaN or inf.")
         total = sum(layer.vision_tokens * len(layer.kept) for layer in layers)
-        vision = sum(sum(layer.kept) for layer in layers)
-        stored = vision - sum(sum(map(len, layer.evicted_text)) for layer in layers)
-        kept, vision_kept = (stored / total, vision / total) if total else (1.0, 1.0)
-        shares.append(Shares(of_sample * kept, of_sample * vision_kept, of_sample * kept))
+        # Layer by layer in whole entries, as those of models with layers of several shapes are.
+        held = sum(layer.vision_held * layer.vision_tokens * len(layer.kept) for layer in layers)
+        held -= sum(sum(map(len, layer.evicted_text)) for layer in layers)
+        kept, vision = (held / total, sum(sum(layer.kept) for layer in layers) / total) if total else (1.0, 1.0)
+        read = of_sample * kept if report.config.get("read", 1.0) == 1 else None
+        shares.append(Shares(of_sample * kept, of_sample * vision, read))
     return shares

@@ -33,10 +33,11 @@ class Outcome:
     score : float, optional
         Score by the task's metric, in [0, 1]; None where no answer is scored.
     kept : float
-        Vision KV held, measured in bytes: a fraction of the full cache's vision entries over layers and KV heads;
-        evicted text counts like evicted vision entries.
+        Bytes held of the vision KV, as a fraction of the full cache's over layers and KV heads; codes with all that
+        they need but codebooks; evicted text counts like evicted vision entries.
     vision_kept : float
-        Vision entries kept alone, as a fraction of the full cache's: above ``kept`` where text left.
+        Vision entries held in any way, as a fraction of the full cache's: above ``kept`` where text left or entries are
+        held in few bits.
     read : float, optional
         Vision KV that a decoding step reads, measured as ``kept``; None where it is not measured.
     right_tokens, tokens : int, optional

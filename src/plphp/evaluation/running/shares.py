@@ -15,7 +15,7 @@ from plphp.kernels.coded_bytes import read_nbytes, row_nbytes
 
 @dataclass(frozen=True)
 class Shares:
-    """What a variant kept of a prompt, as fractions of the vision entries of a full cache for the sample as it is.
+    """What a variant holds of a prompt, as fractions of the vision entries of a full cache for the sample as it is.
 
     Parameters
     ----------
@@ -24,14 +24,14 @@ class Shares:
         whole and evicts no text these are the vision entries kept; a method that evicts text is counted by the memory
         it holds.
     vision : float
-        Vision entries kept.
-    read : float
-        Bytes that a decoding step reads of them, see ``kept``.
+        Vision entries held, whole or in few bits.
+    read : float, optional
+        Bytes that a decoding step reads of them, see ``kept``; None where it is not measured.
     """
 
     kept: float
     vision: float
-    read: float
+    read: float | None
 
 
 class UnreadShares:
@@ -76,4 +76,4 @@ class UnreadShares:
             Vision tokens of the prompt, over those of the sample as it is.
         """
         scale = of_sample / self._full / max(1, self._tokens)
-        return [replace(own, read=own.read - scale * left) for own, left in zip(shares, self._unread, strict=True)]
+        return [replace(own, read=own.kept - scale * left) for own, left in zip(shares, self._unread, strict=True)]

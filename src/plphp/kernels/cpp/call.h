@@ -14,6 +14,7 @@ struct Call {
   const int64_t* index;  // [2, batch, kv_heads]: first entry and number of entries in the prefix
   const float* bias;     // over the tail, or null
   void* out;             // [batch, length, q_heads, value_dim]
+  float* lse;            // [batch, q_heads, length], or null
   int64_t batch, kv_heads, group, length, dim, value_dim, tail;
   int64_t query_strides[3], key_strides[3], value_strides[3], bias_strides[3];
   int64_t threads;
@@ -35,6 +36,7 @@ struct Call {
   T* out_row(int head, int row) const {
     return (T*)out + ((batch_row(head) * length + row % length) * kv_heads * group + q_head(head, row)) * value_dim;
   }
+  float* lse_of(int head, int row) const { return lse + head * group * length + row; }
   const float* bias_row(int head, int row) const {
     return bias + batch_row(head) * bias_strides[0] + q_head(head, row) * bias_strides[1] +
            row % length * bias_strides[2];

@@ -34,6 +34,7 @@ void merge(const Call& call, int head, size_t begins, size_t ends, const Partial
     for (size_t piece = begins; piece < ends; ++piece) top = std::max(top, partials.tops[piece * rows + row]);
     for (size_t piece = begins; piece < ends; ++piece)
       total += partials.totals[piece * rows + row] * std::exp(partials.tops[piece * rows + row] - top);
+    if (call.lse) *call.lse_of(head, row) = top + std::log(total);
     for (int group = 0; group < value_groups; ++group) {
       Floats sums[2] = {};
       for (size_t piece = begins; piece < ends; ++piece) {

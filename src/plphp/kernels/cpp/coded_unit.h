@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of some query rows over the coded entries of a head: N rows at once, as the lanes of a vector.
+//
+// Logits of all entries come first, stream after stream, so that a single table is looked up at a time; then weights;
+// then weights fall on the bytes of the codes of values, and what they collect is decoded once for all entries.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "choose.h"
+#include "coded_call.h"
+#include "tables.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int BITS = BOOKS, STEPS = BOOKS + 1, TABLES = BOOKS + 2;  // tables of rotated bits, and of those with steps
+
+// Some entries of a head in a tier: those in a list of their places in the head, or `count` from `from` on.
+struct Some {
+  const Tier& tier;
+  int head, count;
+  const int32_t* list;
+  int64_t from;
+
+  int64_t place(int i) const { return list ? list[i] : from + i; }
+  int64_t entry(int i) const { return tier.starts[head] + place(i); }
+};
+
+// The bytes of some entries in a stream.
+struct Bytes {
+  const uint8_t* first;
+  const int32_t* list;
+  int parts;
+
+  Bytes(const Some& some, const uint8_t* stream, int parts)
+      : first(stream + (some.tier.starts[some.head] + some.from) * parts), list(some.list), parts(parts) {}
+  const uint8_t* operator[](int i) const { return first + int64_t(list ? list[i] : i) * parts; }
+};
+
+// The bytes of some entries in bit planes, from the highest down; see tables.h for PARTS.
+template <int N, int PARTS, int PLANES>
+struct PlanesOf {
+  const Bytes bytes[PLANES];
+  const int parts;
+
+  Row<N> looked_up(Row<N>* table, int i) const {
+    Row<N> sum = ::looked_up<N, PARTS>(table, bytes[0][i], parts);
+    for (int plane = 1; plane < PLANES; ++plane) sum = sum + sum + ::looked_up<N, PARTS>(table, bytes[plane][i], parts);
+    return sum;
+  }
+  void let_fall(Row<N>* weights, int i, Row<N> weight) const {
+    for (int plane = PLANES - 1; plane >= 0; --plane, weight += weight)
+      ::let_fall<N, PARTS>(weights, bytes[plane][i], parts, weight);
+  }
+};
+
+// Where the softmax of a unit stands: values are relative to the maxima.
+template <int N>
+struct Partial {
+  Row<N>*out, top, total, share;  // out [value_dim]; the share in all units of these rows
+};
+
+template <int N>
+class Work {
+  using Row = ::Row<N>;
+  static constexpr int WIDE = std::max(N, LANES);  // floats of whole vectors and whole rows
+
+  const Call& call;
+  const int dim, value_dim;
+  Row *query, *rotated, *stepped, *mixed;  // [dim], [dim], [dim], [value_dim]
+  Row *tables[TABLES], *weights[TABLES];   // [parts, 256], where one is used
+  Row* logits;                             // [entries], then weights
+  float* numbers;                          // [2, dim]
+  int32_t* masses;                         // [entries]
+  int32_t* chosen;                         // [entries]
+  Row of_mean, of_rotated, on_mean, on_rotated, on_rest;
+  bool all_centred = true;  // the values of all tiers
+
+ public:
+  // Scratch memory for units of up to `entries` entries; of each table those parts that are used.
+  static int64_t scratch(const Call& call, int64_t entries) {
+    Work counted(call);
+    return counted.lay_out(nullptr, entries);
+  }
+  Work(const Call& call, char* memory, int64_t entries) : Work(call) { lay_out(memory, entries); }
+
+  // Tables of the queries of a unit.
+  template <class T>
+  void fetch(const Unit& unit) {
+    std::memset(query, 0, dim * sizeof(Row));
+    for (int lane = 0; lane < unit.rows; ++lane) {
+      const T* from = (const T*)call.query + call.query_at(unit.head, unit.first + lane * unit.step);
+      for (int i = 0; i < dim; ++i) query[i][lane] = number(from[i]) * float(call.scaling);
+    }
+    of_mean = of_rotated = Row{};
+    if (call.key_means) {
+      half_numbers(call.key_means + call.pairs[unit.head] * dim, dim, numbers);
+      for (int i = 0; i < dim; ++i) of_mean += query[i] * numbers[i];
+    }
+    for (int book = 0; book < BOOKS; ++book) {
+      if (!tables[book]) continue;
+      const int parts = parts_of(book, dim);
+      const uint16_t* own = call.key_books[book] + call.kv_head(unit.head) * CENTROIDS * dim;
+      tabulate<N>(own, parts, dim / parts, query, tables[book]);
+    }
+    if (tables[BITS]) {
+      std::copy(query, query + dim, rotated);
+      rotate<N>(rotated, dim);
+      for (int i = 0; i < dim; ++i) of_rotated += rotated[i];
+      tabulate_bits<N>(dim / BYTE, rotated, tables[BITS]);
+    }
+  }
+
+  void attend(const Unit& unit, Partial<N>& result) {
+    on_mean = on_rotated = on_rest = Row{};
+    for (int table = 0; table < TABLES; ++table)
+      if (weights[table]) std::memset(weights[table], 0, parts_of(table, value_dim) * CENTROIDS * sizeof(Row));
+    std::memset(mixed, 0, value_dim * sizeof(Row));
+    call.reads[unit.head] < 0 ? attend_all(unit, result) : attend_chosen(unit, result);
+    finish(unit, result.out);
+  }
+
+ private:
+  explicit Work(const Call& call) : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)) {
+    for (int i = 0; i < call.tier_count; ++i) all_centred &= call.tiers[i].values.kind == CENTRED;
+  }
+
+  // Bytes of an entry that a table is for.
+  static int parts_of(int table, int dim) { return table == 2 ? dim / (2 * BYTE) : dim / BYTE; }
+
+  int64_t lay_out(char* memory, int64_t entries) {
+    int64_t used = 0;
+    const auto take = [&](auto*& what, int64_t count) {
+      what = reinterpret_cast<std::remove_reference_t<decltype(what)>>(memory + used);
+      used += (count * int64_t(sizeof(*what)) + 63) / 64 * 64;
+    };
+    take(query, dim);
+    take(rotated, dim);
+    take(stepped, dim);
+    take(mixed, value_dim);
+    take(numbers, 2 * dim);
+    for (int table = 0; table < TABLES; ++table) {
+      tables[table] = weights[table] = nullptr;
+      if (uses(table, &Tier::keys)) take(tables[table], parts_of(table, dim) * CENTROIDS);
+      if (uses(table, &Tier::values)) take(weights[table], parts_of(table, value_dim) * CENTROIDS);
+    }
+    take(logits, entries + 1 + WIDE);
+    take(masses, entries + N);
+    take(chosen, entries + 1);
+    return used;
+  }
+  bool uses(int table, Side Tier::*side) const {
+    for (int i = 0; i < call.tier_count; ++i) {
+      const Side& own = call.tiers[i].*side;
+      if (own.planes && table == (own.kind == CENTRED ? BITS : STEPS)) return true;
+      for (int book = 0; book < own.books; ++book)
+        if (own.book[book] == table) return true;
+    }
+    return false;
+  }
+
+  // ---- logits
+
+  // Of what is stored of keys, `index` takes the first stream alone.
+  void score(const Some& some, Row* to, bool index) {
+    const Side& side = some.tier.keys;
+    if (side.kind == CHANNEL) return score_steps(some, to, index);
+    if (!side.books) std::fill(to, to + some.count, of_mean);
+    for (int book = 0; book < (index ? std::min<int64_t>(1, side.books) : side.books); ++book) {
+      const int table = int(side.book[book]), parts = parts_of(table, dim);
+      const Bytes bytes(some, side.streams[book], parts);
+      by_parts(parts, [&, own = tables[table], mean = of_mean](auto constant) {
+        for (int i = 0; i < some.count; ++i)
+          to[i] = (book ? to[i] : mean) + looked_up<N, constant>(own, bytes[i], parts);
+      });
+    }
+    if (!side.planes || (index && side.books)) return;
+    const float half = float(1 << (side.planes - 1)), weight = index ? half : 1;
+    const Row middle = of_rotated * (index ? half / 2 : half - 0.5f);
+    const uint16_t* scales = side.scales;
+    by_planes(some, side, index, dim, [&, own = tables[BITS]](auto bytes) {
+      for (int i = 0; i < some.count; ++i)
+        to[i] += (bytes.looked_up(own, i) * weight - middle) * half_number(scales[some.entry(i)]);
+    });
+  }
+
+  // Where entries share the steps of a channel, a table is for one group of them.
+  void score_steps(const Some& some, Row* to, bool index) {
+    const Side& side = some.tier.keys;
+    const float half = float(1 << (side.planes - 1)), weight = index ? half : 1;
+    for (int first = 0, end; first < some.count; first = end) {
+      const int64_t group = some.place(first) / side.group;
+      for (end = first + 1; end < some.count && some.place(end) / side.group == group;) ++end;
+      half_numbers(side.groups + (some.tier.group_starts[some.head] + group) * 2 * dim, 2 * dim, numbers);
+      Row lowest = {}, total = {};
+      for (int at = 0; at < dim; ++at) {
+        lowest += query[at] * numbers[at];
+        stepped[at] = query[at] * numbers[dim + at];
+        total += stepped[at];
+      }
+      if (index) lowest += total * ((half - 1) / 2);
+      tabulate_bits<N>(dim / BYTE, stepped, tables[STEPS]);
+      by_planes(some, side, index, dim, [&, own = tables[STEPS]](auto bytes) {
+        for (int i = first; i < end; ++i) to[i] = lowest + bytes.looked_up(own, i) * weight;
+      });
+    }
+  }
+
+  // ---- weights
+
+  // Logits of so many entries become weights relative to the largest of each row. Whole vectors are taken: behind the
+  // entries a logit of -inf is a weight of 0.
+  void reweigh(int count, Row& top, Row& total) {
+    const int rows = WIDE / N, padded = (count + rows - 1) / rows * rows;
+    std::fill(logits + count, logits + padded, Row{} - INFINITY);
+    constexpr int VECTORS = WIDE / LANES;
+    float* const flat = (float*)logits;
+    Floats tops[VECTORS], sums[VECTORS] = {};
+    std::fill(tops, tops + VECTORS, all(LOWEST));
+    for (int64_t at = 0; at < int64_t(padded) * N; at += WIDE)
+      for (int i = 0; i < VECTORS; ++i) {
+        const Floats here = load(flat + at + i * LANES);
+        tops[i] = here > tops[i] ? here : tops[i];
+      }
+    top = Row{} + LOWEST;
+    for (int i = 0; i < rows; ++i) top = ((Row*)tops)[i] > top ? ((Row*)tops)[i] : top;
+    for (int i = 0; i < rows; ++i) ((Row*)tops)[i] = top;
+    for (int64_t at = 0; at < int64_t(padded) * N; at += WIDE)
+      for (int i = 0; i < VECTORS; ++i) {
+        const Floats weight = exp_of(load(flat + at + i * LANES) - tops[i]);
+        store(flat + at + i * LANES, weight);
+        sums[i] += weight;
+      }
+    total = Row{};
+    for (int i = 0; i < rows; ++i) total += ((Row*)sums)[i];
+  }
+
+  void attend_all(const Unit& unit, Partial<N>& result) {
+    by_tiers(unit, [&](const Some& some, int64_t at) { score(some, logits + at, false); });
+    reweigh(int(unit.to - unit.from), result.top, result.total);
+    if (all_centred) on_mean = result.total;
+    by_tiers(unit, [&](const Some& some, int64_t at) { mix(some, logits + at); });
+  }
+
+  // Call work(entries of a tier, how many are before them) for what a unit has of each tier.
+  template <class Todo>
+  void by_tiers(const Unit& unit, Todo todo) const {
+    int64_t before = 0;
+    for (int i = 0; i < call.tier_count; ++i) {
+      const Tier& tier = call.tiers[i];
+      const int64_t own = tier.counts[unit.head], from = std::max<int64_t>(0, unit.from - before),
+                    to = std::min(own, unit.to - before);
+      if (from < to) todo(Some{tier, unit.head, int(to - from), nullptr, from}, before + from - unit.from);
+      before += own;
+    }
+  }
+
+  // The entries with the largest index mass are read; what is left may stand in as one more entry.
+  void attend_chosen(const Unit& unit, Partial<N>& result) {
+    const int held = int(unit.to), wanted = int(std::min<int64_t>(held, call.reads[unit.head]));
+    int count = 0;
+    Row top, total, rest = {};
+    if (wanted < held) {
+      by_tiers(unit, [&](const Some& some, int64_t at) { score(some, logits + at, true); });
+      reweigh(held, top, total);
+      Row shares = {};
+      for (int lane = 0; lane < unit.rows; ++lane) shares[lane] = 1 / total[lane];
+      std::fill(logits + held, logits + held + N, Row{});
+      weigh<N>(logits, held, shares, masses);
+    } else {
+      std::fill(masses, masses + held, 0);
+    }
+    const Choice choice = wanted < held ? choose(masses, held, wanted) : Choice{-1, 0};
+    int ends[MOST_TIERS] = {};
+    by_tiers(unit, [&](const Some& some, int64_t at) {
+      const Row* left = logits + at;
+      const int32_t* own = masses + at;
+      for (int i = 0; i < some.count; ++i) {
+        const int read = choice.has(own[i], int(at) + i);
+        chosen[count] = i;
+        count += read;
+        rest += left[i] * float(1 - read);
+      }
+      ends[&some.tier - call.tiers] = count;
+    });
+    const auto by_chosen = [&](auto todo) {
+      for (int i = 0, at = 0; i < call.tier_count; ++i) {
+        if (ends[i] > at) {
+          todo(Some{call.tiers[i], unit.head, ends[i] - at, chosen + at, 0}, at);
+          at = ends[i];
+        }
+      }
+    };
+    by_chosen([&](const Some& some, int at) { score(some, logits + at, false); });
+    logits[count] = Row{} - INFINITY;
+    if (wanted < held && call.rests[unit.head / call.kv_heads])
+      for (int lane = 0; lane < N; ++lane) logits[count][lane] = top[lane] + std::log(rest[lane]);
+    reweigh(count + 1, result.top, result.total);
+    on_rest = logits[count];
+    if (all_centred) on_mean = result.total - on_rest;
+    by_chosen([&](const Some& some, int at) { mix(some, logits + at); });
+  }
+
+  // ---- values
+
+  void mix(const Some& some, const Row* own) {
+    const Side& side = some.tier.values;
+    if (side.kind == TOKEN) return mix_steps(some, own);
+    for (int i = 0; i < some.count && !all_centred; ++i) on_mean += own[i];
+    for (int book = 0; book < side.books; ++book) {
+      const int table = int(side.book[book]), parts = parts_of(table, value_dim);
+      const Bytes bytes(some, side.streams[book], parts);
+      by_parts(parts, [&, collected = weights[table]](auto constant) {
+        for (int i = 0; i < some.count; ++i) let_fall<N, constant>(collected, bytes[i], parts, own[i]);
+      });
+    }
+    if (!side.planes) return;
+    Row scales = {};
+    by_planes(some, side, false, value_dim, [&, collected = weights[BITS]](auto bytes) {
+      for (int i = 0; i < some.count; ++i) {
+        const Row scaled = own[i] * half_number(side.scales[some.entry(i)]);
+        scales += scaled;
+        bytes.let_fall(collected, i, scaled);
+      }
+    });
+    on_rotated += scales * (float(1 << (side.planes - 1)) - 0.5f);
+  }
+
+  // Call work(bit planes of some entries): of all planes, or of the first alone.
+  template <class Todo>
+  void by_planes(const Some& some, const Side& side, bool one, int dim, Todo todo) const {
+    const int parts = dim / BYTE;
+    const auto plane = [&](int number) { return Bytes(some, side.streams[side.books + number], parts); };
+    by_parts(parts, [&](auto constant) {
+      switch (one ? 1 : side.planes) {
+        case 1: return todo(PlanesOf<N, constant, 1>{{plane(0)}, parts});
+        case 2: return todo(PlanesOf<N, constant, 2>{{plane(0), plane(1)}, parts});
+        case 3: return todo(PlanesOf<N, constant, 3>{{plane(0), plane(1), plane(2)}, parts});
+        default: return todo(PlanesOf<N, constant, 4>{{plane(0), plane(1), plane(2), plane(3)}, parts});
+      }
+    });
+  }
+
+  // Where the channels of an entry have steps of their own, some of them share one.
+  void mix_steps(const Some& some, const Row* own) {
+    const Side& side = some.tier.values;
+    const int channels = int(side.group), shared = value_dim / channels, parts = channels / BYTE;
+    for (int i = 0; i < some.count; ++i) {
+      const uint16_t* scales = side.scales + some.entry(i) * 2 * shared;
+      for (int at = 0; at < shared; ++at) {
+        const Row low = own[i] * half_number(scales[at]), step = own[i] * half_number(scales[shared + at]);
+        for (int channel = 0; channel < channels; ++channel) mixed[at * channels + channel] += low;
+        for (int plane = 0; plane < side.planes; ++plane)
+          let_fall<N, 0>(weights[STEPS] + at * parts * CENTROIDS,
+                         side.streams[plane] + (some.entry(i) * shared + at) * parts, parts,
+                         step * float(1 << (side.planes - 1 - plane)));
+      }
+    }
+  }
+
+  // What weights have fallen on becomes values.
+  void finish(const Unit& unit, Row* out) {
+    std::memset(out, 0, value_dim * sizeof(Row));
+    const int parts = value_dim / BYTE;
+    if (weights[BITS]) {
+      spread_bits<N>(parts, weights[BITS], out);
+      for (int i = 0; i < value_dim; ++i) out[i] -= on_rotated;
+      rotate<N>(out, value_dim);
+    }
+    if (weights[STEPS]) spread_bits<N>(parts, weights[STEPS], out);
+    for (int i = 0; i < value_dim; ++i) out[i] += mixed[i];
+    for (int book = 0; book < BOOKS; ++book) {
+      if (!weights[book]) continue;
+      const uint16_t* own = call.value_books[book] + call.kv_head(unit.head) * CENTROIDS * value_dim;
+      const int own_parts = parts_of(book, value_dim);
+      spread<N>(own, own_parts, value_dim / own_parts, weights[book], out);
+    }
+    const auto add = [&](const uint16_t* means, Row weight) {
+      const uint16_t* own = means + call.pairs[unit.head] * value_dim;
+      for (int i = 0; i < value_dim; ++i) out[i] += weight * half_number(own[i]);
+    };
+    if (call.value_means) add(call.value_means, on_mean);
+    if (call.rest_values && call.reads[unit.head] >= 0) add(call.rest_values, on_rest);
+  }
+};
+
+}  // namespace
