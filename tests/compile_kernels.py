@@ -5,18 +5,27 @@ as Triton either interprets or compiles."""
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from plphp.kernels import _compact_triton, _decode_triton, _scores_triton
+from plphp.kernels import _compact_triton, _decode_triton, _scores_triton, _tier_triton
 from plphp.kernels._triton_shapes import tile_shape, wide_of
 
 TARGET = GPUTarget("cuda", 80, 32)
+NAMES = ("BOOKS", "PART", "PLANES", "KIND", "GROUP", "CENTRED")
+SIDES = {
+    "pr2": (1, 8, 2, 1, 0, 1),
+    "rvq": (2, 8, 0, 0, 0, 1),
+    "c4": (0, 8, 4, 2, 1024, 0),
+    "kivi4": (0, 8, 4, 3, 32, 0),
+}
+"""Keys or values of rungs that take all branches: the constants of `plphp.kernels._coded_triton._Side`."""
 
 
-def shared_bytes(kernel: triton.JITFunction, constants: dict[str, int], pointers: dict[str, str]) -> int:
+def shared_bytes(kernel: triton.JITFunction, constants: dict[str, int], pointers: dict[str, Any]) -> int:
     """Compile a kernel whose arguments are integers, but for the constants and those of the pointers that it has.
 
     Strides over a head's dimension are compiled as the constant 1 that they are, as at run time.
@@ -55,5 +64,39 @@ def main(dtype: str, of_values: str) -> None:
                            {**states, **index, **flags, **new}))  # fmt: skip
 
 
+def coded(dtype: str, dim: int = 128) -> None:
+    """Print the shared memory of the kernels of coded entries."""
+    wide = wide_of(dim)
+    tile = dict(zip(("TILE", "ENTRIES"), tile_shape(7, wide, 4 if dtype == "fp32" else 2), strict=True))
+    queries = dict.fromkeys(("query", "turned", "out", "rows"), f"*{dtype}")
+    indices = dict.fromkeys(("table", "chosen", "ends"), "*i32")
+    wide_floats = ("partial", "lse", "logits", "mass", "rest_lse", "rotation", "out_lse")
+    numbers = dict.fromkeys(("scale", "factor", "shift", "key_shift", "value_shift"), "fp32")
+    types = {**queries, **indices, **dict.fromkeys(wide_floats, "*fp32"), **numbers, "rest_values": "*fp16"}
+    reading = {"KV_HEADS": 4, "ROWS": 7, "DIM": dim, "WIDE": wide, "IN_FLOAT32": False, **tile}
+    values = {"HALVES": 2, "VALUE_DIM": dim, "VALUE_WIDE": wide}
+
+    def side(rung: str, prefix: str = "") -> tuple[dict[str, int], dict[str, Any]]:
+        """Constants, and types of pointers."""
+        constants = dict(zip((prefix.upper() + name for name in NAMES), SIDES[rung], strict=True))
+        streams, books = SIDES[rung][0] + SIDES[rung][2], max(1, SIDES[rung][0])
+        pointers = (("*u8",) * streams, "*fp16", ("*fp16",) * books, "*fp16")
+        names = (prefix + name for name in ("streams", "steps", "books", "means"))
+        return constants, dict(zip(names, pointers, strict=True))
+
+    for keys, own, recalls in (("pr2", "pr2", True), ("rvq", "rvq", False), ("c4", "kivi4", False)):
+        (of_keys, key_types), (of_values, value_types) = side(keys, "key_"), side(own, "value_")
+        print(shared_bytes(_tier_triton.attend_tier, {**reading, **values, **of_keys, **of_values, "RECALLS": recalls},
+                           {**types, **key_types, **value_types}))  # fmt: skip
+    of_index, index_types = side("c4")
+    print(shared_bytes(_tier_triton.index_logits, {**reading, **of_index}, {**types, **index_types}))
+    print(shared_bytes(_tier_triton.choose, {"GROUP": 7, "RESTS": True, "BLOCK": 4096}, types))
+    print(shared_bytes(_tier_triton.turn, {"DIM": dim, "WIDE": wide}, types))
+    print(shared_bytes(_tier_triton.merge_tiers, {**values, "RESTS": True, "ROWS": 7}, types))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[-1])
+    if sys.argv[1] == "coded":
+        coded(sys.argv[2])
+    else:
+        main(sys.argv[1], sys.argv[-1])

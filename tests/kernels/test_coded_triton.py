@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from test_coded_cpp import T10, block, queries
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from plphp.kernels import choice, coded_attention, decode, merge_states
 from plphp.kernels.coded import CodedKV, Reading
-from plphp.kernels.coded_attention import reference
+from plphp.kernels.coded_attention import attend_codes, reference
+from plphp.kernels.decode import decode_attention
+from plphp.kernels.packed import PackedKV
 from plphp.kernels.rungs import RUNGS
 
 pytest.importorskip("triton")
-from plphp.kernels import _coded_triton, _triton_shapes
+from plphp.kernels import _coded_triton, _decode_triton, _triton_shapes
 
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -60,3 +65,144 @@ def test_recall(share: float, group: int, length: int, rest: bool) -> None:
     """From the single entry of every head to all but one; every query chooses for itself."""
     coded = block(T10, 32, reading=Reading(share, rest), seq=100)
     assert_right(queries(coded, group, length, 32, torch.float32), coded)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_rows_that_read_all_beside_rows_that_recall(length: int) -> None:
+    coded = block(T10, 32, batch=4, reading=Reading(0.2), seq=60)
+    mixed = replace(coded, reading=(Reading(0.2), Reading(), Reading(0.5, rest=False), Reading(0.1)))
+    assert_right(queries(mixed, 3, length, 32, torch.float32), mixed)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_rows_are_reached_through_their_index(share: float) -> None:
+    """Groups of keys and means go with the stored row."""
+    coded = block(["c3", "kivi2", *T10], 32, batch=3, reading=Reading(share), seq=60)
+    for rows in [(2, 0, 1), (1, 1, 0), (2,)]:
+        chosen = coded.select(rows)
+        assert_right(queries(chosen, 3, 1, 32, torch.float32), chosen)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_chunks_and_blocks_are_put_together(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Of entries, of masses, and of long queries."""
+    monkeypatch.setattr(_triton_shapes, "ENTRIES", 16)
+    monkeypatch.setattr(_coded_triton, "chunk_of", lambda *_: 32)
+    monkeypatch.setattr(_coded_triton, "BLOCK", 16)
+    coded = block(T10, 32, reading=Reading(share), seq=150)
+    monkeypatch.setattr(_coded_triton, "MAX_LOGITS", 2 * 2 * 6 * 150)
+    assert_right(queries(coded, 3, 5, 32, torch.float32), coded)
+
+
+def test_of_equal_mass_the_first_are_read() -> None:
+    """All entries have the same keys, so that a choice by mass alone is none."""
+    coded = block(("pq",), 32, batch=1, kv_heads=1, empty=False, reading=Reading(0.3, rest=False), seq=50)
+    [tier] = coded.tiers
+    same = replace(tier.keys, streams=(tier.keys.streams[0][:1].expand_as(tier.keys.streams[0]).contiguous(),))
+    equal = replace(coded, tiers=(replace(tier, keys=same),))
+    assert_right(queries(equal, 3, 1, 32, torch.float32), equal)
+
+
+def test_what_is_no_number_is_not_read_out_of_bounds() -> None:
+    coded = block(T10, 32, reading=Reading(0.3), seq=40)
+    query = queries(coded, 3, 1, 32, torch.float32)
+    expected, _ = _coded_triton.attend(query, coded, 0.1)
+    query[0, 0] = torch.nan
+    output, _ = _coded_triton.attend(query, coded, 0.1)
+    assert output[0, 0].isnan().all()
+    assert torch.equal(output[1], expected[1])
+
+
+class _NothingFromTheHost(TorchDispatchMode):
+    """Fails where a tensor is made of numbers of the host, or looked at from there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("lift_fresh", "_local_scalar_dense", "nonzero", "item", "equal"), name
+        return func(*args, **(kwargs or {}))
+
+
+class _Launches:
+    """Stands for a kernel whose launches do nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("path", ["torch", "Triton"])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_a_step_can_be_captured(monkeypatch: pytest.MonkeyPatch, share: float, path: str) -> None:
+    """Once it has run: then rows that read everything beside rows that recall bring nothing from the host."""
+    coded = block([*T10, "c3", "kivi2"], 32, batch=3, reading=Reading(share), seq=40)
+    coded = replace(coded, reading=(Reading(), *coded.reading[1:])).select((2, 0, 1))
+    query = queries(coded, 3, 1, 32, torch.float32)
+    attend = reference if path == "torch" else _coded_triton.attend
+    if path == "Triton":
+        for name in ("attend_tier", "index_logits", "choose", "turn", "merge_tiers"):
+            monkeypatch.setattr(_coded_triton, name, _Launches())
+    with pytest.raises(AssertionError, match="lift_fresh"), _NothingFromTheHost():
+        attend(query, coded, 0.1)
+    attend(query, coded, 0.1)
+    with _NothingFromTheHost():
+        attend(query, coded, 0.1)
+
+
+def test_what_is_kept_of_a_block_is_small() -> None:
+    """Nothing of the size of its entries."""
+    coded = block(T10, 32, reading=Reading(0.4), seq=150)
+    query = queries(coded, 3, 1, 32, torch.float32)
+    reference(query, coded, 0.1)
+    _coded_triton.attend(query, coded, 0.1)
+    plan = coded.__dict__[_coded_triton._PLAN]
+    readers, back = coded.readers
+    kept = [plan.table, back, *(tensor for own in readers for tensor in own if isinstance(tensor, Tensor))]
+    assert sum(tensor.nbytes for tensor in kept) < 100 * coded.batch * coded.kv_heads
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Dispatch takes Triton's kernels, interpreted; yields what was called."""
+    monkeypatch.setattr(choice, "unsupported_by_triton", lambda *_: None)
+    monkeypatch.setattr(choice, "trouble", lambda *_: None)
+    calls: list[str] = []
+    for module, name in ((_coded_triton, "attend"), (_decode_triton, "attend_parts")):
+
+        def noted(*arguments: Any, own: Any = getattr(module, name), name: str = name) -> Any:
+            calls.append(name)
+            return own(*arguments)
+
+        monkeypatch.setattr(module, name, noted)
+    yield calls
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_all_parts_of_a_layer(on_triton: list[str], masked: bool) -> None:
+    """Whole entries, the codes of two prompts, and a tail."""
+    generator = torch.Generator().manual_seed(3)
+    blocks = [block(T10, 32, seq=60, reading=Reading(0.3)), block(("c3",), 32, seq=60, seed=1)]
+    query = queries(blocks[0], 3, 2, 32, torch.float32)
+    prefix = PackedKV(*(torch.randn(12, 32, generator=generator) for _ in range(2)), ((3, 0), (4, 5)), (0, 1))
+    tail = [torch.randn(2, 2, 5, 32, generator=generator) for _ in range(2)]
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, :2] = False
+    actual = decode_attention(query, prefix, *tail, mask if masked else None, 0.1, blocks)
+    assert on_triton == ["attend_parts", "attend", "attend"]
+    shown = decode.tail_bias(mask if masked else None, 2, 5, torch.float64)
+    wide = prefix.to(torch.float64, torch.float64)
+    states = query.double(), wide, *(part.double() for part in tail)
+    whole, lse = decode.attend_parts(*states, shown, 0.1, want_lse=True)
+    parts = [(whole.flatten(1, 2), lse.flatten(1, 2)), *(reference(query.double(), own, 0.1) for own in blocks)]
+    expected = merge_states(*map(list, zip(*parts, strict=True)))[0].transpose(1, 2)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_what_the_kernels_cannot_do_is_named(on_triton: list[str]) -> None:
+    coded = block(T10, 32, seq=40)
+    most = coded_attention.TRITON_ROWS
+    query = queries(coded, 1, most + 1, 32, torch.float32)
+    reason = f"a KV head has {most + 1} query rows, and it takes up to {most}"
+    assert coded_attention.unsupported_by_triton(query, coded) == reason
+    attend_codes(query, coded, 0.1)
+    assert not on_triton
+    attend_codes(query[:, :, :1], coded, 0.1)
+    assert on_triton == ["attend"]

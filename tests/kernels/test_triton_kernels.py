@@ -19,7 +19,7 @@ from plphp.kernels.decode import TRITON_ROWS, triton_trial, unsupported_by_trito
 from plphp.kernels.packed import PackedKV
 
 pytest.importorskip("triton")
-from plphp.kernels import _compact_triton, _decode_triton, _scores_triton, _triton_shapes
+from plphp.kernels import _coded_triton, _compact_triton, _decode_triton, _scores_triton, _triton_shapes
 
 DTYPES = list(TOLERANCE)
 OPERATIONS = [operation for operation, language in TRIALS if language == "Triton"]
@@ -118,10 +118,16 @@ def test_what_a_gpu_cannot_do_is_named(
     assert unsupported_by_triton(query, tail, tail) == reason
 
 
+def width(operation: str) -> int:
+    """Channels of the values on which a kernel is tried: those of codes come in bytes."""
+    return 16 if operation == "attend_codes" else 6
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_kernel_that_does_it_right_is_taken(operation: str, dtype: torch.dtype) -> None:
-    assert choice.trouble.__wrapped__(TRIALS[operation, "Triton"], torch.device("cpu"), dtype, 8, 6) is None
+    trial = TRIALS[operation, "Triton"]
+    assert choice.trouble.__wrapped__(trial, torch.device("cpu"), dtype, 8, width(operation)) is None
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,8 @@ def test_a_kernel_that_does_it_right_is_taken(operation: str, dtype: torch.dtype
         ("window_scores", _scores_triton, "attention_mass"),
         ("compact_kv", _compact_triton, "gather"),
         ("decode_attention", _decode_triton, "attend"),
+        ("decode_attention", _decode_triton, "attend_parts"),
+        ("attend_codes", _coded_triton, "attend"),
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_taken(
@@ -142,7 +150,9 @@ def test_a_kernel_that_is_wrong_is_not_taken(
         return actual + 1e-3 if isinstance(actual, torch.Tensor) else (actual[0], actual[1] + 1e-3)
 
     monkeypatch.setattr(module, name, wrong)
-    reason = choice.trouble.__wrapped__(TRIALS[operation, "Triton"], torch.device("cpu"), torch.float32, 8, 6)
+    reason = choice.trouble.__wrapped__(
+        TRIALS[operation, "Triton"], torch.device("cpu"), torch.float32, 8, width(operation)
+    )
     assert "differs from the reference on this device by 0.001" in reason
 
 
@@ -205,7 +215,7 @@ def test_gathered_entries_are_those_of_the_reference(dtype: torch.dtype, kept: s
     assert torch.equal(actual[1], case.values[case.keep])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp32 bf16", "fp32 fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp32 bf16", "fp32 fp16", "coded bf16", "coded fp32"])
 def test_kernels_compile_for_a_gpu(dtype: str) -> None:
     """Ahead of time, without a GPU, for the oldest that is supported; the interpreter knows no limits."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -213,5 +223,5 @@ def test_kernels_compile_for_a_gpu(dtype: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     shared = [int(line) for line in done.stdout.split()]
-    assert len(shared) == 4 * 5
+    assert len(shared) == (7 if dtype.startswith("coded") else 4 * 5)
     assert max(shared) <= SHARED

@@ -15,8 +15,8 @@ from plphp.errors import CacheMemoryError
 
 from . import choice
 from .books import Books
-from .coded import CodedKV, Tier
 from .codecs import Affine, Centred, Codec, Codes, groups_of
+from .coded import CodedKV, Tier
 from .cpp_library import library
 
 KERNELS = {torch.float32: "attend_codes_float32", torch.bfloat16: "attend_codes_bfloat16"}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over entries that are held in few bits, on CUDA: what is launched, kernels of `_tier_triton`.
 
-Every tier is a launch, and the parts are merged in one more. With recall, a launch for each tier gives the logits of its
-index, and one more chooses: nothing that is on the device is looked at from the host, and all shapes follow from the
-counts of the block, so that a step can be captured in a CUDA graph once it has run.
+Every tier is a launch, and the parts are merged in one more. With recall, a launch for each tier gives the logits of
+its index, and one more chooses: nothing that is on the device is looked at from the host, and all shapes follow from
+the counts of the block, so that a step can be captured in a CUDA graph once it has run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ._codes_triton import CHANNEL, ROTATED, TOKEN
 from ._tier_triton import attend_tier, choose, index_logits, merge_tiers, turn
 from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
 from .books import PART, Books
-from .coded import CodedKV, Tier
 from .codecs import Affine, Centred, Codec, Codes, groups_of
+from .coded import CodedKV, Tier
 from .hadamard import hadamard
 
 MAX_LOGITS = 2**24

@@ -88,7 +88,7 @@ def choose(
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, middle)
     equals, taken = wanted - above, tl.full([], 0, tl.int32)
-    for tier in range(0, tiers):
+    for tier in range(tiers):
         of_tier = table + (FIELDS + FIELDS * tier) * pairs + pair
         begin = tl.load(of_tier + 2 * pairs)
         end = begin + tl.load(of_tier + pairs)

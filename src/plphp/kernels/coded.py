@@ -236,8 +236,8 @@ class CodedKV:
     @cached_property
     def readers(self) -> tuple[tuple[Readers, ...], Tensor]:
         """Those of the rows that read everything and those of the rows that recall; and where each row of the batch is
-        when they lie behind each other, int64 [batch]. Made once: a step that is being captured in a CUDA graph must not
-        bring anything from the host."""
+        when they lie behind each other, int64 [batch]. Made once, as a step that is being captured in a CUDA graph must
+        not bring anything from the host."""
         parts, order = [], []
         for recall in (False, True):
             rows = [row for row, stored in enumerate(self.rows) if (self.reading[stored].share < 1) == recall]

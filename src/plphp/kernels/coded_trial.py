@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import choice
 from .books import Books, LayerBooks
-from .coded import CodedKV, Reading
 from .codecs import Codes
+from .coded import CodedKV, Reading
 from .coder import Coder
 from .rungs import RUNGS
 
