@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -160,19 +160,19 @@ def test_what_is_kept_of_a_block_is_small() -> None:
 
 
 @pytest.fixture
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Dispatch takes Triton's kernels, interpreted; yields what was called."""
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Dispatch takes Triton's kernels, interpreted; the result notes what was called."""
     monkeypatch.setattr(choice, "unsupported_by_triton", lambda *_: None)
     monkeypatch.setattr(choice, "trouble", lambda *_: None)
     calls: list[str] = []
+
+    def note(name: str, own: Any, *arguments: Any) -> Any:
+        calls.append(name)
+        return own(*arguments)
+
     for module, name in ((_coded_triton, "attend"), (_decode_triton, "attend_parts")):
-
-        def noted(*arguments: Any, own: Any = getattr(module, name), name: str = name) -> Any:
-            calls.append(name)
-            return own(*arguments)
-
-        monkeypatch.setattr(module, name, noted)
-    yield calls
+        monkeypatch.setattr(module, name, partial(note, name, getattr(module, name)))
+    return calls
 
 
 @pytest.mark.parametrize("masked", [False, True])

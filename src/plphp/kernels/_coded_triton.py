@@ -58,7 +58,7 @@ class _Plan(NamedTuple):
         int32 [fields, pairs], see `_tier_triton`.
     sides : tuple of tuple of _Side
         Keys and values of each tier.
-    index : tuple of tuple of _Side and float
+    of_index : tuple of tuple of _Side and float
         What the index says of the keys of each tier, and the factor on its codes.
     counts : tuple of int
         Most entries of a pair in each tier.
@@ -68,7 +68,7 @@ class _Plan(NamedTuple):
 
     table: Tensor
     sides: tuple[tuple[_Side, _Side], ...]
-    index: tuple[tuple[_Side, float], ...]
+    of_index: tuple[tuple[_Side, float], ...]
     counts: tuple[int, ...]
     longest: int
     most: int
@@ -174,7 +174,7 @@ def _chosen(heads: _Heads, coded: CodedKV, plan: _Plan, scaling: float) -> tuple
     tile, entries = tile_shape(rows, heads.constants["WIDE"], query.element_size())
     chunk = chunk_of(pairs, plan.longest, query.device)
     logits = query.new_full((pairs, heads.group, heads.length, max(1, plan.longest)), -torch.inf, dtype=torch.float32)
-    for tier, (side, factor) in enumerate(plan.index):
+    for tier, (side, factor) in enumerate(plan.of_index):
         splits = triton.cdiv(plan.counts[tier], chunk)
         if splits:
             index_logits[(pairs, splits, triton.cdiv(rows, tile))](

@@ -52,11 +52,10 @@ def stepped(
     KIND: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """What codes of equal steps stand for; ``steps`` holds the lowest numbers, and behind them the steps."""
+    width: tl.constexpr = DIM if KIND == CHANNEL else DIM // GROUP
     if KIND == CHANNEL:
-        width: tl.constexpr = DIM
         at = steps + group_start * (2 * width) + (entry // GROUP * (2 * width) + channel)
     else:
-        width: tl.constexpr = DIM // GROUP
         at = steps + start * (2 * width) + (entry * (2 * width) + channel // GROUP)
     low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     return code * tl.load(at + width, mask=mask, other=0.0).to(tl.float32) + low

@@ -145,22 +145,22 @@ class Readers(NamedTuple):
     ----------
     recall : bool
         Whether they recall.
+    longest : int
+        Most entries of a head, at least 1.
     rows, stored : Tensor
         int64 [rows]; their numbers in the batch, and the stored rows that they read.
     wanted : Tensor
-        int32 [rows, kv_heads]; how many entries a query reads.
+        int64 [rows, kv_heads]; how many entries a query reads.
     stands_in : Tensor
         bool [rows]; whether something stands in for the rest.
-    longest : int
-        Most entries of a head, at least 1.
     """
 
     recall: bool
+    longest: int
     rows: Tensor
     stored: Tensor
     wanted: Tensor
     stands_in: Tensor
-    longest: int
 
 
 @dataclass(frozen=True)
@@ -245,19 +245,13 @@ class CodedKV:
                 continue
             stored = [self.rows[row] for row in rows]
             wanted = [[self.reading[row].entries(count) for count in self.held[row]] for row in stored]
-            tensors = (
-                torch.tensor(numbers, dtype=dtype).to(self.tiers[0].device, non_blocking=True)
-                for numbers, dtype in (
-                    (rows, torch.int64),
-                    (stored, torch.int64),
-                    (wanted, torch.int32),
-                    ([self.reading[row].stands_in for row in stored], torch.bool),
-                )
-            )
-            parts.append(Readers(recall, *tensors, max(1, *(count for row in stored for count in self.held[row]))))
+            stands_in = [self.reading[row].stands_in for row in stored]
+            longest = max(1, *(count for row in stored for count in self.held[row]))
+            tensors = (torch.tensor(numbers).to(self.tiers[0].device) for numbers in (rows, stored, wanted, stands_in))
+            parts.append(Readers(recall, longest, *tensors))
             order += rows
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), dtype=torch.int64)
-        return tuple(parts), back.to(self.tiers[0].device, non_blocking=True)
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+        return tuple(parts), back.to(self.tiers[0].device)
 
     def select(self, rows: Sequence[int]) -> CodedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""

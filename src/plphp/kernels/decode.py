@@ -219,10 +219,13 @@ def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_di
         return _decode_triton.attend_parts(*arguments)[1]
 
     def reference_lse(*arguments: Any) -> Tensor:
-        return attend_parts(*arguments, want_lse=True)[1].flatten(1, 2)
+        return attend_parts(*arguments)[1].flatten(1, 2)  # in float64 it is always there
 
-    pairs = (_decode_triton.attend, _by_torch), (lse, reference_lse)
-    worst = [choice.difference(*pair, _trial_case(dim, value_dim), device, dtypes) for pair in pairs]
+    case = _trial_case(dim, value_dim)
+    worst = [
+        choice.difference(_decode_triton.attend, _by_torch, case, device, dtypes),
+        choice.difference(lse, reference_lse, case, device, dtypes),
+    ]
     return torch.tensor(worst, dtype=torch.float64).max().item()  # NaN if any is
 
 
