@@ -41,7 +41,7 @@ def main(dtype: str, of_values: str) -> None:
     dimensions."""
     states = dict.fromkeys(("query", "keys", "tail_keys"), f"*{dtype}")
     states |= dict.fromkeys(("values", "tail_values"), f"*{of_values}")
-    float32 = dict.fromkeys(("partial", "lse"), "*fp32")
+    float32 = dict.fromkeys(("partial", "lse", "out_lse"), "*fp32")
     index = dict.fromkeys(("starts", "counts", "position", "counted"), "*i64")
     flags = dict.fromkeys(("valid", "keep"), "*i1")
     for dim in (64, 80, 128, 256):
@@ -68,9 +68,9 @@ def coded(dtype: str, dim: int = 128) -> None:
     """Print the shared memory of the kernels of coded entries."""
     wide = wide_of(dim)
     tile = dict(zip(("TILE", "ENTRIES"), tile_shape(7, wide, 4 if dtype == "fp32" else 2), strict=True))
-    queries = dict.fromkeys(("query", "turned", "out", "rows"), f"*{dtype}")
+    queries = dict.fromkeys(("query", "out", "rows"), f"*{dtype}")
     indices = dict.fromkeys(("table", "chosen", "ends"), "*i32")
-    wide_floats = ("partial", "lse", "logits", "mass", "rest_lse", "rotation", "out_lse")
+    wide_floats = ("turned", "partial", "lse", "logits", "mass", "rest_lse", "rotation", "out_lse")
     numbers = dict.fromkeys(("scale", "factor", "shift", "key_shift", "value_shift"), "fp32")
     types = {**queries, **indices, **dict.fromkeys(wide_floats, "*fp32"), **numbers, "rest_values": "*fp16"}
     reading = {"KV_HEADS": 4, "ROWS": 7, "DIM": dim, "WIDE": wide, "IN_FLOAT32": False, **tile}
@@ -91,7 +91,7 @@ def coded(dtype: str, dim: int = 128) -> None:
     of_index, index_types = side("c4")
     print(shared_bytes(_tier_triton.index_logits, {**reading, **of_index}, {**types, **index_types}))
     print(shared_bytes(_tier_triton.choose, {"GROUP": 7, "RESTS": True, "BLOCK": 4096}, types))
-    print(shared_bytes(_tier_triton.turn, {"DIM": dim, "WIDE": wide}, types))
+    print(shared_bytes(_tier_triton.turn, {"DIM": dim, "WIDE": wide}, {**types, "out": "*fp32"}))
     print(shared_bytes(_tier_triton.merge_tiers, {**values, "RESTS": True, "ROWS": 7}, types))
 
 

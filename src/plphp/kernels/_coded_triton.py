@@ -75,7 +75,8 @@ class _Plan(NamedTuple):
 
 
 class _Heads(NamedTuple):
-    """Queries [batch, q_heads, length, dim], as they are and rotated, and what all kernels over them share."""
+    """Queries [batch, q_heads, length, dim], as they are and rotated in float32, and what all kernels that take them
+    share."""
 
     query: Tensor
     turned: Tensor
@@ -159,7 +160,7 @@ def _heads(query: Tensor, coded: CodedKV, plan: _Plan) -> _Heads:
     q_heads, length, dim = query.shape[1:]
     turned = query
     if any(side.constants[3] == ROTATED.value for side, _ in plan.sides):
-        turned = torch.empty_like(query)
+        turned = torch.empty_like(query, dtype=torch.float32)
         rotation = hadamard(dim, torch.float32, query.device)
         turn[(query.numel() // dim,)](query, rotation, turned, DIM=dim, WIDE=wide_of(dim))
     constants = {"KV_HEADS": coded.kv_heads, "DIM": dim, "WIDE": wide_of(dim), "IN_FLOAT32": multiplies_bits(query)}

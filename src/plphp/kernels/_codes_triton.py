@@ -67,23 +67,39 @@ def logits_of(
     BOOKS: tl.constexpr, PART: tl.constexpr, PLANES: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Products of queries, as they are and rotated, [TILE, WIDE], with keys without their mean, [TILE, ENTRIES]."""
+    """Products [TILE, ENTRIES] of queries [TILE, WIDE], as they are and rotated in float32, with keys without their
+    mean."""
     channel, at = tl.arange(0, WIDE)[:, None], entry[None, :]
     mask = inside[None, :] & (channel < DIM)
     logits = tl.zeros([TILE, ENTRIES], tl.float32)
     if BOOKS > 0:
         k = centroids(streams, books, start, at, channel, head, mask, BOOKS, PART, DIM)
-        logits += tl.dot(q, k.to(q.dtype), input_precision="ieee")
+        logits += _product(q, k)
     if PLANES > 0:
         code = planes(streams, start, at, channel, mask, BOOKS, PLANES, DIM) * factor + shift
         if KIND == ROTATED:
             # Codes are exact in any dtype, and so the step of an entry comes last.
             step = tl.load(steps + start + entry, mask=inside, other=0.0).to(tl.float32)
-            logits += tl.dot(turned, code.to(turned.dtype), input_precision="ieee") * step[None, :]
+            code, high = code.to(q.dtype), turned.to(q.dtype)
+            own = tl.dot(high, code, input_precision="ieee")
+            if q.dtype != tl.float32:
+                own += tl.dot((turned - high.to(tl.float32)).to(q.dtype), code, input_precision="ieee")
+            logits += own * step[None, :]
         else:
             k = stepped(code, steps, start, group_start, at, channel, mask, KIND, GROUP, DIM)
-            logits += tl.dot(q, k.to(q.dtype), input_precision="ieee")
+            logits += _product(q, k)
     return logits
+
+
+@triton.jit
+def _product(q, k):
+    """Products of queries with keys in float32, in the dtype of the queries: with what keys are in it and with what is
+    then left of them, so that rounding does not decide what a query reads."""
+    high = k.to(q.dtype)
+    result = tl.dot(q, high, input_precision="ieee")
+    if q.dtype != tl.float32:
+        result += tl.dot(q, (k - high.to(tl.float32)).to(q.dtype), input_precision="ieee")
+    return result
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def index_logits(
     slot = pair.to(tl.int64) * ROWS + row
     within = exists[:, None] & (channel < DIM)[None, :]
     q = load_tile(query + slot[:, None] * DIM + channel[None, :], within, IN_FLOAT32)
-    t = load_tile(turned + slot[:, None] * DIM + channel[None, :], within, IN_FLOAT32) if KIND == ROTATED else q
+    t = load_tile(turned + slot[:, None] * DIM + channel[None, :], within, False) if KIND == ROTATED else q
     of_tier = table + (FIELDS + FIELDS * tier) * pairs + pair
     start, group_start = tl.load(of_tier).to(tl.int64), tl.load(of_tier + 3 * pairs).to(tl.int64)
     before = tl.load(of_tier + 2 * pairs)
@@ -141,7 +141,7 @@ def attend_tier(
     slot = (pair.to(tl.int64) * (ROWS // per) + of_tile // per) * length + unit % (length // per) * per + of_tile % per
     within = exists[:, None] & (channel < DIM)[None, :]
     q = load_tile(query + slot[:, None] * DIM + channel[None, :], within, IN_FLOAT32)
-    t = load_tile(turned + slot[:, None] * DIM + channel[None, :], within, IN_FLOAT32) if KEY_KIND == ROTATED else q
+    t = load_tile(turned + slot[:, None] * DIM + channel[None, :], within, False) if KEY_KIND == ROTATED else q
     from_mean = of_mean(q, key_means, table, pair, KEY_CENTRED, DIM, WIDE, TILE)
     of_tier = table + (FIELDS + FIELDS * tier) * pairs + pair
     if RECALLS:
@@ -228,14 +228,14 @@ def _over_codes(
 
 @triton.jit
 def turn(rows, rotation, out, DIM: tl.constexpr, WIDE: tl.constexpr):
-    """Rotate a row [DIM]; without the settings and the dtypes that a product of torch's depends on."""
+    """Rotate a row [DIM], float32; without the settings and the dtypes that a product of torch's depends on."""
     at, channel = tl.program_id(0).to(tl.int64) * DIM, tl.arange(0, WIDE)
     own = tl.load(rows + at + channel, mask=channel < DIM, other=0.0).to(tl.float32)
     for first in range(0, DIM, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         mask = (channel < DIM)[:, None] & (column < DIM)[None, :]
         matrix = tl.load(rotation + channel[:, None] * DIM + column[None, :], mask=mask, other=0.0)
-        tl.store(out + at + column, tl.sum(matrix * own[:, None], 0).to(out.dtype.element_ty), mask=column < DIM)
+        tl.store(out + at + column, tl.sum(matrix * own[:, None], 0), mask=column < DIM)
 
 
 @triton.jit

@@ -80,6 +80,8 @@ def _block(dim: int, value_dim: int, reading: Reading) -> CodedKV:
 
     coarse = ["pq16"] if dim % 16 == value_dim % 16 == 0 else []
     names = ["pr2", "rvq", "pq", "c3", "kivi2", *coarse]
+    if dim < choice.NARROWEST and reading.share < 1:
+        names = ["r2", "r3"]  # entries with the same index are many in so few bits, and which are read is chance
     placement = torch.randint(len(names) + 1, (2, 2, 300), generator=generator, device="cpu")
     placement[1, 0] = 0
     coder = Coder(tuple(RUNGS[name] for name in names), LayerBooks(books(dim), books(value_dim)), reading)
