@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from plphp.kernels import _compact_triton, _decode_triton, _scores_triton, _tier_triton
+from plphp.kernels import _choose_triton, _compact_triton, _decode_triton, _scores_triton, _tier_triton
 from plphp.kernels._triton_shapes import tile_shape, wide_of
 
 TARGET = GPUTarget("cuda", 80, 32)
@@ -90,7 +90,7 @@ def coded(dtype: str, dim: int = 128) -> None:
                            {**types, **key_types, **value_types}))  # fmt: skip
     of_index, index_types = side("c4")
     print(shared_bytes(_tier_triton.index_logits, {**reading, **of_index}, {**types, **index_types}))
-    print(shared_bytes(_tier_triton.choose, {"GROUP": 7, "RESTS": True, "BLOCK": 4096}, types))
+    print(shared_bytes(_choose_triton.choose, {"GROUP": 7, "RESTS": True, "BLOCK": 4096}, types))
     print(shared_bytes(_tier_triton.turn, {"DIM": dim, "WIDE": wide}, {**types, "out": "*fp32"}))
     print(shared_bytes(_tier_triton.merge_tiers, {**values, "RESTS": True, "ROWS": 7}, types))
 

@@ -15,8 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ._choose_triton import choose
 from ._codes_triton import CHANNEL, ROTATED, TOKEN
-from ._tier_triton import attend_tier, choose, index_logits, merge_tiers, turn
+from ._tier_triton import attend_tier, index_logits, merge_tiers, turn
 from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
 from .books import PART, Books
 from .codecs import Affine, Centred, Codec, Codes, groups_of
@@ -55,7 +56,7 @@ class _Plan(NamedTuple):
     Parameters
     ----------
     table : Tensor
-        int32 [fields, pairs], see `_tier_triton`.
+        int32 [fields, pairs], see `_choose_triton`.
     sides : tuple of tuple of _Side
         Keys and values of each tier.
     of_index : tuple of tuple of _Side and float

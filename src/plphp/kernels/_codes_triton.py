@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels of coded entries share: how codes become numbers in registers, and logits.
 
-What is rotated stays so: queries come rotated, and so do their products with what codes stand for. Books, bit planes,
-steps and groups are those of `plphp.kernels.codecs`. ``start`` is the first entry of a pair of a row and a KV head, and
+What is rotated stays so: queries come rotated. ``start`` is the first entry of a pair of a row and a KV head, and
 ``entry`` the number of an entry of that pair.
 """
 
@@ -15,7 +14,6 @@ ROTATED: tl.constexpr = tl.constexpr(1)
 CHANNEL: tl.constexpr = tl.constexpr(2)
 TOKEN: tl.constexpr = tl.constexpr(3)
 """What bit planes are: rotated numbers, or steps that entries share per channel, or channels per entry."""
-CENTROIDS: tl.constexpr = tl.constexpr(256)
 
 
 @triton.jit
@@ -29,7 +27,7 @@ def centroids(
     for number in tl.static_range(BOOKS):
         of_pair = streams[number] + start * parts
         code = tl.load(of_pair + (entry * parts + part), mask=mask, other=0).to(tl.int32)
-        at = ((head * parts + part) * CENTROIDS + code) * PART + channel % PART
+        at = ((head * parts + part) * 256 + code) * PART + channel % PART
         result += tl.load(books[number] + at, mask=mask, other=0.0).to(tl.float32)
     return result
 
@@ -93,24 +91,10 @@ def logits_of(
 
 @triton.jit
 def _product(q, k):
-    """Products of queries with keys in float32, in the dtype of the queries: with what keys are in it and with what is
-    then left of them, so that rounding does not decide what a query reads."""
+    """Products of queries with float32 keys: with these in the queries' dtype, and with what is then left of them, so
+    that rounding does not decide what a query reads."""
     high = k.to(q.dtype)
     result = tl.dot(q, high, input_precision="ieee")
     if q.dtype != tl.float32:
         result += tl.dot(q, (k - high.to(tl.float32)).to(q.dtype), input_precision="ieee")
-    return result
-
-
-@triton.jit
-def of_mean(
-    q, means, table, pair, CENTRED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """Products of queries [TILE, WIDE] with the mean that was taken off the keys."""
-    result = tl.zeros([TILE], tl.float32)
-    if CENTRED:
-        channel = tl.arange(0, WIDE)
-        stored = tl.load(table + pair).to(tl.int64)
-        mean = tl.load(means + stored * DIM + channel, mask=channel < DIM, other=0.0).to(tl.float32)
-        result += tl.sum(q.to(tl.float32) * mean[None, :], 1)
     return result

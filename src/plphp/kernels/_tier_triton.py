@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels over the codes of one tier: logits of its index, the choice among them, attention, and its merge.
+"""Triton kernels over the codes of one tier: logits of its index, attention, and its merge.
 
 Codes become numbers in registers, see `_codes_triton`. Rotated values are mixed as they are, in a half of their own
 beside those that are not, and rotated back when all parts are merged. The mean of the keys is one logit for all entries
 of a head, and that of the values is added once.
 
-Kernels read where entries lie from a table, int32 [fields, pairs of a row and a KV head]: the stored pair, the entries
-that it holds, those that a query reads, whether the rest stands in; then for each tier the first entry, their number,
-how many of the pair lie in the tiers before, and the first group of keys.
+Where entries lie is read from the table of `_choose_triton`.
 """
 
 from __future__ import annotations
@@ -15,13 +13,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._codes_triton import ROTATED, centroids, logits_of, of_mean, planes, stepped
+from ._choose_triton import FIELDS
+from ._codes_triton import ROTATED, centroids, logits_of, planes, stepped
 from ._triton_shapes import LOG2_E, load_tile
 
-FIELDS: tl.constexpr = tl.constexpr(4)
-"""Fields of the table before those of the tiers, and of each tier."""
 COLUMNS: tl.constexpr = tl.constexpr(32)
 """Columns of a rotation that are read at once."""
+
+
+@triton.jit
+def _of_mean(
+    q, means, table, pair, CENTRED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Products of queries [TILE, WIDE] with the mean that was taken off the keys."""
+    result = tl.zeros([TILE], tl.float32)
+    if CENTRED:
+        channel = tl.arange(0, WIDE)
+        stored = tl.load(table + pair).to(tl.int64)
+        mean = tl.load(means + stored * DIM + channel, mask=channel < DIM, other=0.0).to(tl.float32)
+        result += tl.sum(q.to(tl.float32) * mean[None, :], 1)
+    return result
 
 
 @triton.jit
@@ -45,7 +56,7 @@ def index_logits(
     of_tier = table + (FIELDS + FIELDS * tier) * pairs + pair
     start, group_start = tl.load(of_tier).to(tl.int64), tl.load(of_tier + 3 * pairs).to(tl.int64)
     before = tl.load(of_tier + 2 * pairs)
-    from_mean = of_mean(q, means, table, pair, CENTRED, DIM, WIDE, TILE)
+    from_mean = _of_mean(q, means, table, pair, CENTRED, DIM, WIDE, TILE)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, tl.load(of_tier + pairs))
     for first in range(begin, end, ENTRIES):
@@ -57,62 +68,6 @@ def index_logits(
         )  # fmt: skip
         at = logits + slot[:, None] * longest + (before + entry)[None, :]
         tl.store(at, (own + from_mean[:, None]) * scale, mask=exists[:, None] & inside[None, :])
-
-
-@triton.jit
-def choose(
-    mass, table, chosen, ends, logits, pairs, tiers, longest, most, length,
-    GROUP: tl.constexpr, RESTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The entries of a pair that a query reads: those with the largest mass, and of equal ones the first.
-
-    Their places among all that the pair holds are written to ``chosen``, int32 [units, most], in their order, and to
-    ``ends``, int32 [units, tiers], how many there are up to the end of each tier. With ``RESTS`` their logits become
-    -inf, so that those of the rest are left. The program id is the unit: a query of a pair.
-    """
-    unit = tl.program_id(0)
-    pair, place = unit // length, unit % length
-    held, wanted = tl.load(table + pairs + pair), tl.load(table + 2 * pairs + pair)
-    masses = mass + unit.to(tl.int64) * longest
-    # By halving, in the bits of the masses, which are in the order of the masses: at most `wanted` are above `high`,
-    # and more than that above `low`. 64 bits, as the differences of 32 overflow.
-    low, high, above = tl.full([], -2, tl.int64), tl.full([], 0x7FFFFFFF, tl.int64), tl.full([], 0, tl.int32)
-    while (high - low > 1) & (above != wanted):
-        middle = low + (high - low) // 2
-        count = tl.full([], 0, tl.int32)
-        for first in range(0, held, BLOCK):
-            entry = first + tl.arange(0, BLOCK)
-            count += tl.sum((_bits(masses, entry, entry < held) > middle).to(tl.int32))
-        fits = count <= wanted
-        above = tl.where(fits, count, above)
-        high = tl.where(fits, middle, high)
-        low = tl.where(fits, low, middle)
-    equals, taken = wanted - above, tl.full([], 0, tl.int32)
-    for tier in range(tiers):
-        of_tier = table + (FIELDS + FIELDS * tier) * pairs + pair
-        begin = tl.load(of_tier + 2 * pairs)
-        end = begin + tl.load(of_tier + pairs)
-        for first in range(begin, end, BLOCK):
-            entry = first + tl.arange(0, BLOCK)
-            bits = _bits(masses, entry, entry < end)
-            equal = (bits == high).to(tl.int32)
-            read = (bits > high) | ((equal > 0) & (tl.cumsum(equal, 0) <= equals))
-            number = taken + tl.cumsum(read.to(tl.int32), 0) - 1
-            tl.store(chosen + unit.to(tl.int64) * most + number, entry, mask=read)
-            equals -= tl.minimum(equals, tl.sum(equal))
-            taken += tl.sum(read.to(tl.int32))
-            if RESTS:
-                for of_group in range(GROUP):
-                    slot = (pair.to(tl.int64) * GROUP + of_group) * length + place
-                    tl.store(logits + slot * longest + entry, float("-inf"), mask=read)
-        tl.store(ends + unit * tiers + tier, taken)
-
-
-@triton.jit
-def _bits(masses, entry, inside):
-    """The bits of masses, int64: numbers from 0 on, also of NaN, which may have a sign; -3 where there is no entry."""
-    own = tl.load(masses + entry, mask=inside, other=0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.where(inside, own, -3).to(tl.int64)
 
 
 @triton.jit
@@ -142,7 +97,7 @@ def attend_tier(
     within = exists[:, None] & (channel < DIM)[None, :]
     q = load_tile(query + slot[:, None] * DIM + channel[None, :], within, IN_FLOAT32)
     t = load_tile(turned + slot[:, None] * DIM + channel[None, :], within, False) if KEY_KIND == ROTATED else q
-    from_mean = of_mean(q, key_means, table, pair, KEY_CENTRED, DIM, WIDE, TILE)
+    from_mean = _of_mean(q, key_means, table, pair, KEY_CENTRED, DIM, WIDE, TILE)
     of_tier = table + (FIELDS + FIELDS * tier) * pairs + pair
     if RECALLS:
         begin = tl.load(ends + unit * tiers + tier - 1, mask=tier > 0, other=0) + split * chunk

@@ -87,6 +87,23 @@ class Tier(Ragged):
         """Bytes of codes, scales and groups."""
         return self.keys.nbytes + self.values.nbytes
 
+    @cached_property
+    def stored_counts(self) -> Tensor:
+        """int32 [stored rows * kv_heads] on the device of the codes: the number of entries of each."""
+        counts = torch.tensor([count for row in self.counts for count in row], dtype=torch.int32)
+        return counts.to(self.device, non_blocking=True)
+
+    def pair_of_entries(self) -> tuple[Tensor, Tensor]:
+        """Of each entry its pair, ``stored row * kv_heads + KV head``, and its place in it, int64 [entries] each.
+
+        They take more memory than codes and are made anew at every call, on the device: a step that is being captured
+        in a CUDA graph must not bring anything from the host.
+        """
+        counts = self.stored_counts.long()
+        pair = torch.repeat_interleave(counts, output_size=sum(map(sum, self.counts)))
+        place = torch.arange(len(pair), device=pair.device) - (counts.cumsum(0) - counts)[pair]
+        return pair, place
+
     def places(self, means: tuple[Tensor | None, Tensor | None], books: LayerBooks | None) -> tuple[Places, Places]:
         """Where the entries of keys and of values lie, and what they share."""
         pair, place = self.pair_of_entries()
