@@ -141,3 +141,16 @@ def test_parts_of_a_layer_share_one_softmax(reading: Reading) -> None:
                 expected = sum(weights[:, i, None] * own for i, (own, _) in enumerate(parts))
                 actual = output[row, number, head * GROUPS : (head + 1) * GROUPS]
                 assert torch.allclose(actual, expected, atol=1e-12)
+
+
+def test_a_step_with_gradients_follows_a_step_in_inference_mode() -> None:
+    block = encoded(("c3", "r2"), reading=Reading(0.3))
+    query = noise(block.batch, HEADS * GROUPS, 1, DIM, seed=7)
+    with torch.inference_mode():
+        expected, _ = attend_codes(query, block, SCALING)
+    query.requires_grad_()
+    output, _ = attend_codes(query, block, SCALING)
+    output.sum().backward()
+    assert torch.equal(output.detach(), expected)
+    assert query.grad is not None
+    assert query.grad.any()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -264,11 +264,14 @@ class CodedKV:
             wanted = [[self.reading[row].entries(count) for count in self.held[row]] for row in stored]
             stands_in = [self.reading[row].stands_in for row in stored]
             longest = max(1, *(count for row in stored for count in self.held[row]))
-            tensors = (torch.tensor(numbers).to(self.tiers[0].device) for numbers in (rows, stored, wanted, stands_in))
+            tensors = (self._on_device(numbers) for numbers in (rows, stored, wanted, stands_in))
             parts.append(Readers(recall, longest, *tensors))
             order += rows
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-        return tuple(parts), back.to(self.tiers[0].device)
+        return tuple(parts), self._on_device(sorted(range(len(order)), key=order.__getitem__))
+
+    def _on_device(self, numbers: Sequence[Any]) -> Tensor:
+        with torch.inference_mode(False):  # what is made in a step without gradients is read in those with them, too
+            return torch.tensor(numbers).to(self.tiers[0].device)
 
     def select(self, rows: Sequence[int]) -> CodedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""
