@@ -91,7 +91,9 @@ def test_rungs(rung: str, dtype: torch.dtype) -> None:
     assert_right(queries(coded, 7, 1, 64, dtype), coded)
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(32, 32), (64, 32), (80, 80), (96, 128), (128, 96), (256, 256), (40, 72)])
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(32, 32), (64, 32), (80, 80), (96, 128), (128, 96), (256, 256), (40, 72)]
+)
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_head_dimensions(dim: int, value_dim: int, share: float) -> None:
     coarse = ["pq16"] if dim % 16 == 0 else []
@@ -283,9 +285,7 @@ def test_decode_attention_merges_all_parts(dtype: torch.dtype, length: int) -> N
         states[0], PackedKV(states[1], states[2], prefix.counts, prefix.rows), *states[3:], None, 0.1, coded
     )
     exact = [state.double() for state in states]
-    whole = decode._with_lse(
-        exact[0], PackedKV(exact[1], exact[2], prefix.counts, prefix.rows), *exact[3:], None, 0.1
-    )
+    whole = decode._with_lse(exact[0], PackedKV(exact[1], exact[2], prefix.counts, prefix.rows), *exact[3:], None, 0.1)
     outputs, lses = zip(whole, *(reference(exact[0], part, 0.1) for part in coded), strict=True)
     expected = merge_states(outputs, lses)[0].transpose(1, 2)
     bound = TOLERANCE[dtype]
