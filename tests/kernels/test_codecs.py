@@ -16,7 +16,7 @@ from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.kernels.books import LayerBooks
 from plphp.kernels.codecs import CLIPS, Affine, Centred, Codec, Codes, Places, nearest
 from plphp.kernels.hadamard import hadamard
-from plphp.kernels.rungs import RUNGS
+from plphp.kernels.rungs import KEY_GROUP, RUNGS
 from tier_reference import random_books
 
 DIMS = (8, 16, 24, 32, 80, 96, 128)
@@ -171,9 +171,9 @@ def test_centroids_are_the_nearest(rung: str, dim: int) -> None:
 def test_centroids_are_the_same_whoever_is_beside_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     books = random_books(2, 16, 16, torch.Generator().manual_seed(1))
     states = noise(46, 16)
-    together = nearest(states, books.keys.fine.double(), places(states))
-    monkeypatch.setattr("plphp.kernels.codecs.AT_ONCE", 1)
-    assert torch.equal(nearest(states, books.keys.fine.double(), places(states)), together)
+    together = nearest(states, books.keys.fine.double(), places(states).head)
+    monkeypatch.setattr("plphp.kernels.centroids.AT_ONCE", 1)
+    assert torch.equal(nearest(states, books.keys.fine.double(), places(states).head), together)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -221,9 +221,9 @@ def codecs(dim: int) -> list[Codec]:
 @pytest.mark.parametrize("dim", DIMS)
 def test_bits_are_those_that_are_stored(dim: int) -> None:
     """With groups that are full; the means of a prompt and the codebooks are not of an entry."""
-    counts = (256, 256)
+    counts = (KEY_GROUP, KEY_GROUP)
     books = random_books(2, dim, dim, torch.Generator().manual_seed(1))
-    states = noise(512, dim)
+    states = noise(sum(counts), dim)
     for codec in codecs(dim):
         codes = codec.encode(states, places(states, counts, books, torch.zeros(2, dim)))
         assert codes.nbytes * 8 == pytest.approx(codec.bits(dim) * states.numel())

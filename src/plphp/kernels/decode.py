@@ -131,6 +131,7 @@ def _with_lse(
     length, tail = query.shape[2], tail_keys.shape[2]
     query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
     bias = tail_bias(mask, length, tail, torch.float32)
+    bias = None if bias is None else bias.to(query.device)
     states = query, prefix, tail_keys, tail_values
     if _suits_cpp(*states):
         output, lse = _decode_cpp.attend_parts(*states, bias, scaling)
