@@ -211,8 +211,8 @@ def test_bytes_are_those_of_the_live_tensors(names: tuple[str, ...], share: floa
         if not tier.rung.keys.centred or not getattr(tier.rung.keys, "books", ()):
             index += sum(part.nbytes for part in (tier.keys.scales, tier.keys.groups) if part is not None)
         assert sum(index_nbytes(tier, row) for row in range(2)) == index
-    means = sum(mean.nbytes for mean in block.means if mean is not None)
-    assert 2 * means_nbytes(block) == means
+    means = sum(mean.nbytes for mean in (*block.means, block.rest_values) if mean is not None)
+    assert means_nbytes(block, 0) + means_nbytes(block, 1) == means
     read = [read_nbytes(block, row) for row in range(2)]
     held = [row_nbytes(block, row) for row in range(2)]
     assert sum(held) == live
@@ -221,7 +221,7 @@ def test_bytes_are_those_of_the_live_tensors(names: tuple[str, ...], share: floa
         none, every = ([0.0] * len(block.tiers), [float(sum(tier.counts[1])) for tier in block.tiers])
         assert read_nbytes(block, 0, every) == pytest.approx(held[0])
         index = sum(index_nbytes(tier, 1) for tier in block.tiers)
-        assert read_nbytes(block, 0, none) == means_nbytes(block) + index
+        assert read_nbytes(block, 0, none) == means_nbytes(block, 1) + index
 
 
 def test_means_are_those_of_the_vision_tokens_of_rows_that_are_coded() -> None:
