@@ -141,7 +141,7 @@ def random_bank(model: Any, path: Path, samples: int = 400) -> str:
         layer: LayerBank(torch.randn(text.num_attention_heads, samples, dim, generator=generator), rotation)
         for layer, rotation in rotations.items()
     }
-    books = random_books(text.num_key_value_heads, dim, torch.device("cpu"))
-    record = {"decoder_layers": text.num_hidden_layers}
-    QueryBank(layers, torch.arange(samples), record, dict.fromkeys(layers, books)).save(path)
+    sizes = text.num_key_value_heads, dim, torch.device("cpu")
+    books = {layer: random_books.__wrapped__(*sizes) for layer in layers}  # a file takes no tensor twice
+    QueryBank(layers, torch.arange(samples), {"decoder_layers": text.num_hidden_layers}, books).save(path)
     return str(path)

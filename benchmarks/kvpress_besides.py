@@ -91,7 +91,8 @@ def answer_with(model: Any, ends: tuple[int, ...], press: Any, question: Questio
             return answers.generated(model, question, {"past_key_values": cache}, held)
         with torch.inference_mode():
             model(**question.prompt, past_key_values=cache, use_cache=True)
-    return _continued(model, cache, question, ends), held()
+    seen = held()
+    return _continued(model, cache, question, ends), seen
 
 
 @torch.inference_mode()

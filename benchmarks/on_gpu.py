@@ -35,7 +35,6 @@ from rich.console import Console
 from rich.table import Table
 from shapes import TEXT_TOKENS, build_model, twin
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 
 from plphp.engines.hf.attachment import Lease
@@ -124,12 +123,18 @@ class Model:
     def __init__(self, shape: str, args: argparse.Namespace) -> None:
         self.shape = shape
         self.stock = build_model(shape, getattr(torch, args.dtype), torch.device(args.device))
-        self.lease = Lease.of(twin(self.stock))
+        self._attach()
 
-    @property
-    def ours(self) -> LlavaForConditionalGeneration:
-        """The twin."""
-        return self.lease.attachment.model  # type: ignore[return-value]
+    def _attach(self) -> None:
+        self.ours = twin(self.stock)
+        self.lease = Lease.of(self.ours)
+
+    def again(self) -> Model:
+        """The same with another twin."""
+        other = Model.__new__(Model)
+        other.shape, other.stock = self.shape, self.stock
+        other._attach()
+        return other
 
     def makers(self, vision: int, args: argparse.Namespace) -> dict[str, Callable[[int], Cache]]:
         """What makes our caches for a batch, by name."""
@@ -145,7 +150,8 @@ def kernels(part: Part, args: argparse.Namespace, model: Model) -> None:
     """Every kernel against its reference, and what plphp doctor says."""
     device = torch.device(args.device)
     for ((operation, language), trial), dtype, dim in itertools.product(TRIALS.items(), choice.TOLERANCE, (64, 128)):
-        if (language == "C++") != (device.type == "cpu"):
+        states = torch.empty(1, 1, 1, dim, dtype=dtype, device=device)
+        if choice.UNSUPPORTED[language](states) is not None:  # plphp doctor says why
             continue
         short = str(dtype).removeprefix("torch.")
 
@@ -179,8 +185,7 @@ def graphs(part: Part, args: argparse.Namespace, model: Model) -> None:
 def _graph_against_eager(
     name: str, batch: int, vision: int, args: argparse.Namespace, model: Model
 ) -> list[dict[str, Any]]:
-    own = Model.__new__(Model)
-    own.shape, own.stock, own.lease = model.shape, model.stock, Lease.of(twin(model.stock))
+    own = model.again()
     try:
         make_cache = own.makers(vision, args)[name]
         caches = make_cache(batch), make_cache(batch)

@@ -75,6 +75,7 @@ def variants(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Cache
         "DynamicCache": lambda: DynamicCache(config=model.config.get_text_config()),
         "plphp uniform 0.4": pruned(method="uniform", retention_rate=0.4),
         "plphp uniform 0.2": pruned(method="uniform", retention_rate=0.2),
+        "plphp 3 bits": pruned(method="quantized", tiers="c3"),
         "plphp target 0.4": pruned(target_retention=0.4),
         "plphp target 0.4, all layers held": pruned(method=HELD.name, target_retention=0.4),
     }

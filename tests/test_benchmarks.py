@@ -20,6 +20,7 @@ import prefill
 import pytest
 import ragged
 import scaling
+import tiers
 import torch
 from shapes import build_model, twin
 from test_graph import Recorder
@@ -218,3 +219,15 @@ def test_peak_is_of_what_is_alive_at_once() -> None:
 
     peaks = [measuring.peak_bytes(work, CPU) for work in (one_after_the_other, together)]
     assert peaks == pytest.approx([2**20, 3 * 2**20], rel=0.01)
+
+
+def test_tiers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--batch", "2", "--vision-tokens", "300", "--steps", "2", "--prompt", "50", "--turns", "1"]
+    results = run(tiers, monkeypatch, tmp_path / "tiers.json", *settings)
+    held = {row["variant"]: row["kv_bytes"] for row in results["results"]}
+    assert list(held) == ["DynamicCache", "whole 0.4", "t10", "t10, read 0.2", "c3", "t10, torch"]
+    assert all(row["seconds"] > 0 for row in results["results"])
+    assert held["t10"] < held["c3"] < held["whole 0.4"] < held["DynamicCache"]
+    assert held["t10"] < held["t10, read 0.2"]  # the mean values that stand in for the rest
+    assert [row["ladder"] for row in results["encoding"]] == ["t10", "c3", "prefill"]
+    assert "Encoding 50 tokens" in capsys.readouterr().out

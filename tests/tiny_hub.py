@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from tiny_models import BOS, EOS, IMAGE, PAD, TEXT_IDS, TINY, VOCAB
+from tiny_models import BOS, EOS, IMAGE, PAD, TEXT_IDS, TIERS, VOCAB
 
 IMAGE_TOKENS = 16
 CHAT_TEMPLATE = (
@@ -59,8 +59,8 @@ def processor(chat_template: str | None = CHAT_TEMPLATE) -> LlavaProcessor:
 
 
 def save(folder: Path) -> Path:
-    """Write the tiny LLaVA and its processor."""
-    TINY["llava"].build().save_pretrained(folder)
+    """Write a tiny LLaVA, whose heads can be held in few bits, and its processor."""
+    TIERS["llava"].build().save_pretrained(folder)
     processor().save_pretrained(folder)
     return folder
 

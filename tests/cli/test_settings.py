@@ -20,6 +20,7 @@ from plphp.inputs.loading import load_model
 from plphp.inputs.media import load_image
 from plphp.inputs.prompt import build_inputs
 from plphp.inputs.sources import BUNDLED
+from plphp.settings.config import checked
 from plphp.settings.presets import default_settings
 
 IMAGES = Path(__file__).resolve().parents[2] / "examples" / "images"
@@ -27,7 +28,7 @@ BANK = {"bank": "bundled"}
 
 
 def test_without_a_rate_the_target_is_two_fifths() -> None:
-    assert read_settings(None, None, None, None, None) == PLPHPConfig(target_retention=0.4)
+    assert read_settings(None, None, "plphp", None, None) == PLPHPConfig(target_retention=0.4)
     assert read_settings(None, None, "shared", None, None) == PLPHPConfig(method="shared", target_retention=0.4)
 
 
@@ -48,12 +49,12 @@ def test_the_bundled_model_has_its_query_bank_unless_a_method_is_named() -> None
     def settings(method: str | None = None, rate: float | None = None, target: float | None = None) -> PLPHPConfig:
         return read_settings(None, None, method, rate, target, bundled=True)
 
-    assert settings() == PLPHPConfig(method="query_bank", options=BANK, target_retention=0.4)
+    assert settings() == PLPHPConfig(method="query_bank", options=BANK, tiers="t10")
     assert settings() == default_settings(bundled=True)
-    assert default_settings(bundled=False) == PLPHPConfig(target_retention=0.4)
+    assert default_settings(bundled=False) == PLPHPConfig(method="quantized", tiers="c3") == checked(None)
     assert settings(target=0.2) == PLPHPConfig(method="query_bank", options=BANK, target_retention=0.2)
     assert settings(rate=0.2) == PLPHPConfig(method="query_bank", options=BANK, retention_rate=0.2)
-    assert settings("query_bank") == settings()
+    assert settings("query_bank") == PLPHPConfig(method="query_bank", options=BANK, target_retention=0.4)
     assert settings("plphp") == PLPHPConfig(target_retention=0.4)
     assert settings("plphp", rate=0.3) == PLPHPConfig(retention_rate=0.3)
     assert read_settings("plphp", None, None, None, None, bundled=True) == PLPHPConfig()
@@ -106,15 +107,17 @@ def test_generate_with_json_keeps_quiet_and_names_the_method() -> None:
     done = generate("--json")
     assert done.stderr == ""
     config = json.loads(done.stdout)["report"]["config"]
-    assert (config["method"], config["options"], config["target_retention"]) == ("query_bank", BANK, 0.4)
+    assert (config["method"], config["options"], config["tiers"]) == ("query_bank", BANK, "t10")
     assert json.loads(generate("--json", "--method", "plphp").stdout)["report"]["config"]["method"] == "plphp"
 
 
-def test_another_model_has_the_papers_method_and_no_note(tmp_path: Path) -> None:
+def test_another_model_is_held_in_three_bits_and_has_no_note(tmp_path: Path) -> None:
     folder = tiny_hub.save(tmp_path)
     done = generate("--model", folder)
     assert BUNDLED_NOTE not in done.stderr
-    assert json.loads(generate("--model", folder, "--json").stdout)["report"]["config"]["method"] == "plphp"
+    report = json.loads(generate("--model", folder, "--json").stdout)["report"]
+    assert (report["config"]["method"], report["config"]["tiers"]) == ("quantized", "c3")
+    assert report["kv_bytes"] < report["kv_bytes_full"]
 
 
 def test_settings_that_do_not_fit_the_model_are_refused_before_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:

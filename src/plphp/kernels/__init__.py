@@ -6,7 +6,7 @@ reference and are tried against it before they are used, see `plphp.kernels.choi
 scores in order.
 """
 
-from . import coded_attention, compact, decode, scores
+from . import centroids, coded_attention, compact, decode, scores
 from .compact import compact_kv
 from .decode import decode_attention
 from .merge import merge_states
@@ -18,6 +18,7 @@ TRIALS = {
     ("decode_attention", "Triton"): decode.triton_trial,
     ("decode_attention", "C++"): decode.cpp_trial,
     ("attend_codes", "C++"): coded_attention.cpp_trial,
+    ("nearest_centroids", "C++"): centroids.cpp_trial,
 }
 """Trials of all kernels, by the operation and the language; see `plphp.kernels.choice`."""
 

@@ -143,7 +143,7 @@ def test_span_error_that_the_caller_keeps_does_not_keep_the_model_attached(llava
 
 def test_copies_and_pickles_of_an_attached_model_are_refused(tmp_path: Path) -> None:
     model = TINY["llava"].build()  # one that never ran: older transformers leave hooks that no pickle takes
-    with plphp.prune(model):
+    with plphp.prune(model, plphp.PLPHPConfig()):
         for attempt in (copy.deepcopy, pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
             with pytest.raises(UnsupportedFeatureError, match=r"leave the session, call plphp.remove"):
                 attempt(model)
@@ -228,7 +228,7 @@ def test_attention_that_the_user_sets_back_to_plphp_goes_on(llava: Any) -> None:
 
 def test_a_model_that_is_freed_inside_a_session_is_freed() -> None:
     model = TINY["llava"].build()
-    session = plphp.apply(model)
+    session = plphp.apply(model, plphp.PLPHPConfig())
     alive = weakref.ref(model)
     del model
     gc.collect()
@@ -240,7 +240,7 @@ def test_a_model_that_is_freed_inside_a_session_is_freed() -> None:
 
 def test_a_model_is_freed_without_the_garbage_collector() -> None:
     model = TINY["llava"].build()
-    with plphp.prune(model):
+    with plphp.prune(model, plphp.PLPHPConfig()):
         pass
     alive = weakref.ref(model)
     gc.collect()

@@ -59,6 +59,15 @@ def test_peak_is_one_full_layer_and_the_pruned_ones(results: dict[str, Any], rat
     assert one["peak"] < results["DynamicCache"]["peak"]
 
 
+def test_a_layer_in_few_bits_is_all_that_stays_of_it(results: dict[str, Any]) -> None:
+    one, full = results["plphp 3 bits"], results["DynamicCache"]["layer_bytes"][0]
+    for grown, held in zip(growth(one), one["layer_bytes"][2:], strict=True):
+        assert held <= grown <= held + full / 100
+    assert one["kv_bytes"] < 0.2 * results["DynamicCache"]["kv_bytes"]
+    # The work on a layer takes copies of it, in float32 and as codes of an integer each, which are gone with it.
+    assert one["peak"] <= results["no cache (activations alone)"]["peak"] + one["kv_bytes"] + 6 * full
+
+
 def test_target_retention_holds_no_more_than_the_final_cache_and_the_layer_at_work(results: dict[str, Any]) -> None:
     one, activations = results["plphp target 0.4"], results["no cache (activations alone)"]
     assert one["peak"] <= activations["peak"] + 1.05 * one["kv_bytes"]
@@ -75,12 +84,12 @@ def test_without_a_bound_all_layers_are_held_until_the_last(results: dict[str, A
 
 def test_nothing_outlives_the_cache() -> None:
     from invariants import generate
-    from plphp import PrunedCache
+    from plphp import PLPHPConfig, PrunedCache
     from tiny_models import TINY, tiny_model
 
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])
-    cache = PrunedCache.for_inputs(model, inputs)
+    cache = PrunedCache.for_inputs(model, inputs, PLPHPConfig())
     generate(model, inputs, **passed(cache))
     pointers = StorageWeakRef(cache.layers[0].prefix.keys.untyped_storage())
     assert not pointers.expired()

@@ -79,7 +79,7 @@ def test_a_handle_that_outlives_its_model() -> None:
 def test_no_report_after_a_generate_that_failed() -> None:
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model)
-    with plphp.prune(model) as run:
+    with plphp.prune(model, plphp.PLPHPConfig()) as run:
         generate(model, inputs)
         with pytest.raises(Exception, match="nonsense"):
             generate(model, inputs, nonsense=1)

@@ -59,7 +59,7 @@ def test_who_listens_to_a_cache_does_not_listen_to_its_copy() -> None:
 
 def test_an_argument_that_has_every_attribute_is_no_cache() -> None:
     model, inputs = tiny_model("llava"), TINY["llava"].inputs(tiny_model("llava"))
-    with plphp.prune(model) as run:
+    with plphp.prune(model, plphp.PLPHPConfig()) as run:
         output = model.generate(**inputs, streamer=MagicMock(), max_new_tokens=2)
     assert isinstance(output, torch.Tensor)
     assert run.report.prompts

@@ -61,14 +61,15 @@ void attend(const Call& call) {
     most = std::max(most, units[i].to - units[i].from);
   }
   first.push_back(units.size());
-  const int64_t size = Work<N>::scratch(call, most);
+  constexpr bool rounds = std::is_same_v<T, bf16>;
+  const int64_t size = Work<N>::scratch(call, rounds, most);
   const Memory scratch = memory_of(call.threads * size), outs = memory_of(units.size() * call.value_dim * sizeof(Row<N>));
   std::vector<Partial<N>> partials(units.size());
   for (size_t i = 0; i < units.size(); ++i) partials[i].out = (Row<N>*)outs.get() + i * call.value_dim;
 // As many threads as torch has, and each loop ends in a barrier: see decode.cpp.
 #pragma omp parallel num_threads(int(call.threads))
   {
-    Work<N> work(call, scratch.get() + omp_get_thread_num() * size, most);
+    Work<N> work(call, rounds, scratch.get() + omp_get_thread_num() * size, most);
     const Unit* last = nullptr;  // tables are those of its rows
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < units.size(); ++i) {

@@ -8,53 +8,21 @@
 #include <cmath>
 #include <cstdint>
 
+#include "bytes.h"
 #include "choose.h"
 #include "coded_call.h"
+#include "planes.h"
+#include "softmax.h"
 #include "tables.h"
 #include "vectors.h"
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__BMI2__)
+#define PLPHP_DOTS
+#include "dots.h"
+#endif
 
 namespace {
 
 constexpr int BITS = BOOKS, STEPS = BOOKS + 1, TABLES = BOOKS + 2;  // tables of rotated bits, and of those with steps
-
-// Some entries of a head in a tier: those in a list of their places in the head, or `count` from `from` on.
-struct Some {
-  const Tier& tier;
-  int head, count;
-  const int32_t* list;
-  int64_t from;
-
-  int64_t place(int i) const { return list ? list[i] : from + i; }
-  int64_t entry(int i) const { return tier.starts[head] + place(i); }
-};
-
-// The bytes of some entries in a stream.
-struct Bytes {
-  const uint8_t* first;
-  const int32_t* list;
-  int parts;
-
-  Bytes(const Some& some, const uint8_t* stream, int parts)
-      : first(stream + (some.tier.starts[some.head] + some.from) * parts), list(some.list), parts(parts) {}
-  const uint8_t* operator[](int i) const { return first + int64_t(list ? list[i] : i) * parts; }
-};
-
-// The bytes of some entries in bit planes, from the highest down; see tables.h for PARTS.
-template <int N, int PARTS, int PLANES>
-struct PlanesOf {
-  const Bytes bytes[PLANES];
-  const int parts;
-
-  Row<N> looked_up(Row<N>* table, int i) const {
-    Row<N> sum = ::looked_up<N, PARTS>(table, bytes[0][i], parts);
-    for (int plane = 1; plane < PLANES; ++plane) sum = sum + sum + ::looked_up<N, PARTS>(table, bytes[plane][i], parts);
-    return sum;
-  }
-  void let_fall(Row<N>* weights, int i, Row<N> weight) const {
-    for (int plane = PLANES - 1; plane >= 0; --plane, weight += weight)
-      ::let_fall<N, PARTS>(weights, bytes[plane][i], parts, weight);
-  }
-};
 
 // Where the softmax of a unit stands: values are relative to the maxima.
 template <int N>
@@ -65,7 +33,6 @@ struct Partial {
 template <int N>
 class Work {
   using Row = ::Row<N>;
-  static constexpr int WIDE = std::max(N, LANES);  // floats of whole vectors and whole rows
 
   const Call& call;
   const int dim, value_dim;
@@ -75,16 +42,19 @@ class Work {
   float* numbers;                          // [2, dim]
   int32_t* masses;                         // [entries]
   int32_t* chosen;                         // [entries]
+  int rows = 0;
   Row of_mean, of_rotated, on_mean, on_rotated, on_rest;
   bool all_centred = true;  // the values of all tiers
+  const bool rounds;        // whether values may be rounded to bf16
+  float* dots;              // [N, value_dim]: rotated sums by dots.h
 
  public:
   // Scratch memory for units of up to `entries` entries; of each table those parts that are used.
-  static int64_t scratch(const Call& call, int64_t entries) {
-    Work counted(call);
+  static int64_t scratch(const Call& call, bool rounds, int64_t entries) {
+    Work counted(call, rounds);
     return counted.lay_out(nullptr, entries);
   }
-  Work(const Call& call, char* memory, int64_t entries) : Work(call) { lay_out(memory, entries); }
+  Work(const Call& call, bool rounds, char* memory, int64_t entries) : Work(call, rounds) { lay_out(memory, entries); }
 
   // Tables of the queries of a unit.
   template <class T>
@@ -118,12 +88,15 @@ class Work {
     for (int table = 0; table < TABLES; ++table)
       if (weights[table]) std::memset(weights[table], 0, parts_of(table, value_dim) * CENTROIDS * sizeof(Row));
     std::memset(mixed, 0, value_dim * sizeof(Row));
+    if (rounds) std::memset(dots, 0, N * value_dim * sizeof(float));
+    rows = unit.rows;
     call.reads[unit.head] < 0 ? attend_all(unit, result) : attend_chosen(unit, result);
     finish(unit, result.out);
   }
 
  private:
-  explicit Work(const Call& call) : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)) {
+  Work(const Call& call, bool rounds)
+      : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)), rounds(rounds && has_dots(call)) {
     for (int i = 0; i < call.tier_count; ++i) all_centred &= call.tiers[i].values.kind == CENTRED;
   }
 
@@ -141,12 +114,13 @@ class Work {
     take(stepped, dim);
     take(mixed, value_dim);
     take(numbers, 2 * dim);
+    take(dots, N * value_dim);
     for (int table = 0; table < TABLES; ++table) {
       tables[table] = weights[table] = nullptr;
       if (uses(table, &Tier::keys)) take(tables[table], parts_of(table, dim) * CENTROIDS);
       if (uses(table, &Tier::values)) take(weights[table], parts_of(table, value_dim) * CENTROIDS);
     }
-    take(logits, entries + 1 + WIDE);
+    take(logits, entries + 1 + std::max(N, LANES));
     take(masses, entries + N);
     take(chosen, entries + 1);
     return used;
@@ -154,12 +128,23 @@ class Work {
   bool uses(int table, Side Tier::*side) const {
     for (int i = 0; i < call.tier_count; ++i) {
       const Side& own = call.tiers[i].*side;
-      if (own.planes && table == (own.kind == CENTRED ? BITS : STEPS)) return true;
+      const bool falls = side == &Tier::keys || !by_dots(own);
+      if (own.planes && falls && table == (own.kind == CENTRED ? BITS : STEPS)) return true;
       for (int book = 0; book < own.books; ++book)
         if (own.book[book] == table) return true;
     }
     return false;
   }
+
+  static bool has_dots(const Call& call) {
+#ifdef PLPHP_DOTS
+    return call.value_dim % 32 == 0;
+#else
+    return call.value_dim < 0;
+#endif
+  }
+  // Whether bit planes of values are decoded, see dots.h, and not by what falls on their bytes.
+  bool by_dots(const Side& side) const { return rounds && side.kind == CENTRED && side.planes; }
 
   // ---- logits
 
@@ -180,7 +165,7 @@ class Work {
     const float half = float(1 << (side.planes - 1)), weight = index ? half : 1;
     const Row middle = of_rotated * (index ? half / 2 : half - 0.5f);
     const uint16_t* scales = side.scales;
-    by_planes(some, side, index, dim, [&, own = tables[BITS]](auto bytes) {
+    by_planes<N>(some, side, index, dim, [&, own = tables[BITS]](auto bytes) {
       for (int i = 0; i < some.count; ++i)
         to[i] += (bytes.looked_up(own, i) * weight - middle) * half_number(scales[some.entry(i)]);
     });
@@ -202,7 +187,7 @@ class Work {
       }
       if (index) lowest += total * ((half - 1) / 2);
       tabulate_bits<N>(dim / BYTE, stepped, tables[STEPS]);
-      by_planes(some, side, index, dim, [&, own = tables[STEPS]](auto bytes) {
+      by_planes<N>(some, side, index, dim, [&, own = tables[STEPS]](auto bytes) {
         for (int i = first; i < end; ++i) to[i] = lowest + bytes.looked_up(own, i) * weight;
       });
     }
@@ -210,36 +195,9 @@ class Work {
 
   // ---- weights
 
-  // Logits of so many entries become weights relative to the largest of each row. Whole vectors are taken: behind the
-  // entries a logit of -inf is a weight of 0.
-  void reweigh(int count, Row& top, Row& total) {
-    const int rows = WIDE / N, padded = (count + rows - 1) / rows * rows;
-    std::fill(logits + count, logits + padded, Row{} - INFINITY);
-    constexpr int VECTORS = WIDE / LANES;
-    float* const flat = (float*)logits;
-    Floats tops[VECTORS], sums[VECTORS] = {};
-    std::fill(tops, tops + VECTORS, all(LOWEST));
-    for (int64_t at = 0; at < int64_t(padded) * N; at += WIDE)
-      for (int i = 0; i < VECTORS; ++i) {
-        const Floats here = load(flat + at + i * LANES);
-        tops[i] = here > tops[i] ? here : tops[i];
-      }
-    top = Row{} + LOWEST;
-    for (int i = 0; i < rows; ++i) top = ((Row*)tops)[i] > top ? ((Row*)tops)[i] : top;
-    for (int i = 0; i < rows; ++i) ((Row*)tops)[i] = top;
-    for (int64_t at = 0; at < int64_t(padded) * N; at += WIDE)
-      for (int i = 0; i < VECTORS; ++i) {
-        const Floats weight = exp_of(load(flat + at + i * LANES) - tops[i]);
-        store(flat + at + i * LANES, weight);
-        sums[i] += weight;
-      }
-    total = Row{};
-    for (int i = 0; i < rows; ++i) total += ((Row*)sums)[i];
-  }
-
   void attend_all(const Unit& unit, Partial<N>& result) {
     by_tiers(unit, [&](const Some& some, int64_t at) { score(some, logits + at, false); });
-    reweigh(int(unit.to - unit.from), result.top, result.total);
+    reweigh<N>(logits, int(unit.to - unit.from), result.top, result.total);
     if (all_centred) on_mean = result.total;
     by_tiers(unit, [&](const Some& some, int64_t at) { mix(some, logits + at); });
   }
@@ -264,7 +222,7 @@ class Work {
     Row top, total, rest = {};
     if (wanted < held) {
       by_tiers(unit, [&](const Some& some, int64_t at) { score(some, logits + at, true); });
-      reweigh(held, top, total);
+      reweigh<N>(logits, held, top, total);
       Row shares = {};
       for (int lane = 0; lane < unit.rows; ++lane) shares[lane] = 1 / total[lane];
       std::fill(logits + held, logits + held + N, Row{});
@@ -297,7 +255,7 @@ class Work {
     logits[count] = Row{} - INFINITY;
     if (wanted < held && call.rests[unit.head / call.kv_heads])
       for (int lane = 0; lane < N; ++lane) logits[count][lane] = top[lane] + std::log(rest[lane]);
-    reweigh(count + 1, result.top, result.total);
+    reweigh<N>(logits, count + 1, result.top, result.total);
     on_rest = logits[count];
     if (all_centred) on_mean = result.total - on_rest;
     by_chosen([&](const Some& some, int at) { mix(some, logits + at); });
@@ -317,8 +275,9 @@ class Work {
       });
     }
     if (!side.planes) return;
+    if (by_dots(side)) return mix_dots(some, own);
     Row scales = {};
-    by_planes(some, side, false, value_dim, [&, collected = weights[BITS]](auto bytes) {
+    by_planes<N>(some, side, false, value_dim, [&, collected = weights[BITS]](auto bytes) {
       for (int i = 0; i < some.count; ++i) {
         const Row scaled = own[i] * half_number(side.scales[some.entry(i)]);
         scales += scaled;
@@ -328,19 +287,20 @@ class Work {
     on_rotated += scales * (float(1 << (side.planes - 1)) - 0.5f);
   }
 
-  // Call work(bit planes of some entries): of all planes, or of the first alone.
-  template <class Todo>
-  void by_planes(const Some& some, const Side& side, bool one, int dim, Todo todo) const {
-    const int parts = dim / BYTE;
-    const auto plane = [&](int number) { return Bytes(some, side.streams[side.books + number], parts); };
-    by_parts(parts, [&](auto constant) {
-      switch (one ? 1 : side.planes) {
-        case 1: return todo(PlanesOf<N, constant, 1>{{plane(0)}, parts});
-        case 2: return todo(PlanesOf<N, constant, 2>{{plane(0), plane(1)}, parts});
-        case 3: return todo(PlanesOf<N, constant, 3>{{plane(0), plane(1), plane(2)}, parts});
-        default: return todo(PlanesOf<N, constant, 4>{{plane(0), plane(1), plane(2), plane(3)}, parts});
-      }
-    });
+  void mix_dots([[maybe_unused]] const Some& some, [[maybe_unused]] const Row* own) {
+#ifdef PLPHP_DOTS
+    const Side& side = some.tier.values;
+    const int parts = value_dim / BYTE;
+    Bytes planes[STREAMS];
+    for (int i = 0; i < side.planes; ++i) planes[i] = Bytes(some, side.streams[side.books + i], parts);
+    const auto add = [&](const auto& values) {
+      add_dots<N>(values, own, some.count, side.scales, rows, dots, value_dim);
+    };
+    if (side.planes == 1) add(OfPlanes<1>(planes));
+    if (side.planes == 2) add(OfPlanes<2>(planes));
+    if (side.planes == 3) add(OfPlanes<3>(planes));
+    if (side.planes == 4) add(OfPlanes<4>(planes));
+#endif
   }
 
   // Where the channels of an entry have steps of their own, some of them share one.
@@ -364,11 +324,11 @@ class Work {
   void finish(const Unit& unit, Row* out) {
     std::memset(out, 0, value_dim * sizeof(Row));
     const int parts = value_dim / BYTE;
-    if (weights[BITS]) {
-      spread_bits<N>(parts, weights[BITS], out);
-      for (int i = 0; i < value_dim; ++i) out[i] -= on_rotated;
-      rotate<N>(out, value_dim);
-    }
+    if (weights[BITS]) spread_bits<N>(parts, weights[BITS], out);
+    for (int i = 0; i < value_dim; ++i) out[i] -= on_rotated;
+    for (int lane = 0; lane < rows && rounds; ++lane)
+      for (int i = 0; i < value_dim; ++i) out[i][lane] += dots[lane * value_dim + i];
+    rotate<N>(out, value_dim);
     if (weights[STEPS]) spread_bits<N>(parts, weights[STEPS], out);
     for (int i = 0; i < value_dim; ++i) out[i] += mixed[i];
     for (int book = 0; book < BOOKS; ++book) {
