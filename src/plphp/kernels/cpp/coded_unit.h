@@ -61,7 +61,7 @@ class Work {
   void fetch(const Unit& unit) {
     std::memset(query, 0, dim * sizeof(Row));
     for (int lane = 0; lane < unit.rows; ++lane) {
-      const T* from = (const T*)call.query + call.query_at(unit.head, unit.first + lane * unit.step);
+      const T* from = (const T*)call.query + call.place(call.query_strides, unit.head, unit.first + lane * unit.step);
       for (int i = 0; i < dim; ++i) query[i][lane] = number(from[i]) * float(call.scaling);
     }
     of_mean = of_rotated = Row{};
