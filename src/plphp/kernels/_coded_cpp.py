@@ -15,8 +15,8 @@ from plphp.errors import CacheMemoryError
 
 from . import choice
 from .books import COARSE_PART, PART, Books
-from .coded import CodedKV, Tier
 from .codecs import Affine, Centred, Codec, Codes, groups_of
+from .coded import CodedKV, Tier
 from .cpp_library import library
 
 KERNELS = {torch.float32: "attend_codes_float32", torch.bfloat16: "attend_codes_bfloat16"}
@@ -58,7 +58,10 @@ class _Tier(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "out", "lse", "more", "more_lse", "tiers", "key_means", "value_means", "rest_values")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "out", "lse", "more", "more_lse", "tiers", "key_means", "value_means", "rest_values")
+        ),
         *((name, ctypes.c_void_p * len(BOOKS)) for name in ("key_books", "value_books")),
         *((name, ctypes.c_void_p) for name in ("pairs", "reads", "rests")),
         *((name, ctypes.c_int64) for name in ("tier_count", "batch", "kv_heads", "group", "length", "dim")),
