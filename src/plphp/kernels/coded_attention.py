@@ -40,7 +40,9 @@ def counting_reads() -> Iterator[list[Tensor]]:
         _counts.reset(token)
 
 
-def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
+def attend_codes(
+    query: Tensor, coded: CodedKV, scaling: float, more: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention of queries over coded entries, all of them visible.
 
     On a CPU a C++ kernel does short queries, which is built when it is first used.
@@ -60,11 +62,14 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
         Of ``batch`` rows.
     scaling : float
         Factor on the logits.
+    more : tuple of Tensor, optional
+        Output and log-sum-exps of attention over more keys, which the result is merged with; every query has attended
+        to some of them.
 
     Returns
     -------
     output : Tensor
-        [batch, q_heads, query, value_dim], in the dtype of ``query``.
+        [batch, q_heads, query, value_dim], in the dtype of ``query``, or where there is more than that in a wider one.
     lse : Tensor
         Log-sum-exp of the logits, float32 or float64 [batch, q_heads, query]; -inf where a row holds nothing.
     """
@@ -72,9 +77,22 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
     if _counts.get() is None and _coded_cpp.unsupported(query, coded) is None:
         values = query.new_empty(1).expand(_coded_cpp.value_dim(coded))  # of this width, and of no memory
         if choice.usable("attend_codes", "C++", None, cpp_trial, query, values):
-            return _coded_cpp.attend(query, coded, scaling)
+            if more is None or more[0].dtype == query.dtype:
+                return _coded_cpp.attend(query, coded, scaling, more)
+            return _merged(more, _coded_cpp.attend(query, coded, scaling))
     with as_written(query.device):
-        return reference(query, coded, scaling)
+        result = reference(query, coded, scaling)
+        return result if more is None else _merged(more, result)
+
+
+def _merged(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As `merge_states` does, but without its guards for parts that may be empty, which take longer than the merge
+    itself, for every layer of every step: the whole never is, and a part is 0 where it is."""
+    dtype = torch.promote_types(whole[1].dtype, part[1].dtype)
+    with as_written(whole[0].device):
+        share = torch.sigmoid(part[1] - whole[1])[..., None]
+        output = torch.lerp(whole[0].to(dtype), part[0].to(dtype), share.to(dtype))
+        return output, torch.logaddexp(whole[1], part[1])
 
 
 def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
