@@ -27,9 +27,9 @@ from transformers.cache_utils import DynamicCache
 import plphp
 from plphp.engines.hf.attachment import Lease
 from plphp.kernels.books import CENTROIDS, COARSE_PART, PART, Books, LayerBooks
+from plphp.kernels.codecs import Codes
 from plphp.kernels.coded import CodedKV, Reading
 from plphp.kernels.coded_attention import counting_reads
-from plphp.kernels.codecs import Codes
 from plphp.kernels.coder import Coder
 from plphp.kernels.rungs import RUNGS
 from plphp.pruning.placement import Placement
@@ -129,9 +129,14 @@ def steps_of(args: argparse.Namespace, stock: LlavaForConditionalGeneration, lea
     if args.reference_steps:
         slow = {"t10, torch": without_kernels(steps["t10"])}
         times |= measuring.interleaved(slow, device, args.reference_steps, 1)
-        held |= {name: held["t10"] for name in slow}
+        held |= dict.fromkeys(slow, held["t10"])
     return [
-        {"variant": name, "seconds": seconds, "kv_bytes": held[name], "ratio_to_whole": seconds / times[f"whole {WHOLE:g}"]}
+        {
+            "variant": name,
+            "seconds": seconds,
+            "kv_bytes": held[name],
+            "ratio_to_whole": seconds / times[f"whole {WHOLE:g}"],
+        }
         for name, seconds in times.items()
     ]
 

@@ -214,5 +214,5 @@ def test_bytes_of_the_report_are_those_of_the_live_tensors(family: str, line: st
         assert cache.report().kv_bytes == live_bytes(cache)
     for layer in cache.layers:
         for block in getattr(layer, "coded", ()):
-            rows = [sum(tier_nbytes(tier, row) for tier in block.tiers) + means_nbytes(block) for row in range(2)]
+            rows = [sum(tier_nbytes(tier, row) for tier in block.tiers) + means_nbytes(block, row) for row in range(2)]
             assert sum(rows) == block.nbytes == sum(tensor.nbytes for tensor in tensors_of(block))

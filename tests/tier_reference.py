@@ -39,7 +39,7 @@ class Held:
         float64 [batch, kv_heads, tokens, dim]; what the codes stand for, and what the index says of the keys, where an
         entry is coded.
     means : Tensor or None
-        [batch, kv_heads, dim]; of the values.
+        [batch, kv_heads, dim]; of what the codes stand for, of values: it stands in for what is not read.
     readings : sequence of tuple
         By row, the share that a query reads, and whether the rest stands in.
     """
@@ -84,8 +84,11 @@ def noting_what_is_held() -> Iterator[list[Held]]:
             ):
                 mask = placement == 1 + rungs.index(tier.rung)
                 keys[mask], values[mask], index[mask] = of_tier.keys, of_tier.values, by_index.keys
-            if block.value_means is not None:
-                means = block.value_means.double().unflatten(0, (len(keys), -1))
+            if block.rest_values is not None:
+                means = block.rest_values.double().unflatten(0, (len(keys), -1))
+                coded = sum(placement == 1 + rungs.index(tier.rung) for tier in block.tiers)[..., None]
+                exact = (values * coded).sum(2) / coded.sum(2).clamp(min=1)
+                assert torch.allclose(means, exact, atol=1e-3, rtol=1e-3)  # rounded to float16
             readings = [(reading.share, reading.rest) for reading in block.reading]
         notes.append(Held(self, start, end, placement.clone(), keys, values, index, means, readings))
 

@@ -57,3 +57,12 @@ def test_what_is_no_codebook_is_refused(changes: dict[str, Any], match: str) -> 
 def test_keys_and_values_are_of_the_same_heads() -> None:
     with pytest.raises(ConfigError, match="keys are of 2 KV heads, and those of values of 4"):
         LayerBooks(books(), books(4))
+
+
+def test_prompts_on_a_device_share_the_codebooks_there() -> None:
+    layer, elsewhere = LayerBooks(books(), books(dim=16)), torch.device("meta")
+    assert layer.to(torch.device("cpu")) is layer
+    there = layer.to(elsewhere)
+    assert there.keys.device == there.values.device == elsewhere
+    assert layer.to(elsewhere) is there
+    assert there.to(elsewhere) is there

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.kernels.books import LayerBooks
-from plphp.kernels.codecs import CLIPS, Affine, Centred, Codec, Codes, Places, nearest
+from plphp.kernels.centroids import nearest
+from plphp.kernels.codecs import CLIPS, Affine, Centred, Codec, Codes, Places
 from plphp.kernels.hadamard import hadamard
 from plphp.kernels.rungs import RUNGS
 from tier_reference import random_books
@@ -171,9 +172,10 @@ def test_centroids_are_the_nearest(rung: str, dim: int) -> None:
 def test_centroids_are_the_same_whoever_is_beside_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     books = random_books(2, 16, 16, torch.Generator().manual_seed(1))
     states = noise(46, 16)
-    together = nearest(states, books.keys.fine.double(), places(states))
-    monkeypatch.setattr("plphp.kernels.codecs.AT_ONCE", 1)
-    assert torch.equal(nearest(states, books.keys.fine.double(), places(states)), together)
+    head = places(states).head
+    together = nearest(states, books.keys.fine.double(), head)
+    monkeypatch.setattr("plphp.kernels.centroids.AT_ONCE", 1)
+    assert torch.equal(nearest(states, books.keys.fine.double(), head), together)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -221,11 +223,11 @@ def codecs(dim: int) -> list[Codec]:
 @pytest.mark.parametrize("dim", DIMS)
 def test_bits_are_those_that_are_stored(dim: int) -> None:
     """With groups that are full; the means of a prompt and the codebooks are not of an entry."""
-    counts = (256, 256)
     books = random_books(2, dim, dim, torch.Generator().manual_seed(1))
-    states = noise(512, dim)
     for codec in codecs(dim):
-        codes = codec.encode(states, places(states, counts, books, torch.zeros(2, dim)))
+        full = 2 * (codec.group or 5)
+        states = noise(2 * full, dim)
+        codes = codec.encode(states, places(states, (full, full), books, torch.zeros(2, dim)))
         assert codes.nbytes * 8 == pytest.approx(codec.bits(dim) * states.numel())
 
 

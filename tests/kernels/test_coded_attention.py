@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from test_coded import DIM, HEADS, LADDERS, ROWS, VALUE_DIM, encoded, noise
 from torch import Tensor
 
-from plphp.kernels import coded_attention, decode_attention
+from plphp.kernels import _decode_torch as decode_torch
+from plphp.kernels import coded_attention, decode, decode_attention
 from plphp.kernels.coded import ALL, CodedKV, Reading
 from plphp.kernels.coded_attention import attend_codes, counting_reads
 from plphp.kernels.packed import PackedKV
@@ -154,3 +156,19 @@ def test_a_step_with_gradients_follows_a_step_in_inference_mode() -> None:
     assert torch.equal(output.detach(), expected)
     assert query.grad is not None
     assert query.grad.any()
+
+
+def test_the_mask_of_several_queries_is_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mask of transformers it is a causal one, which is made in main memory."""
+    masks = []
+
+    def noting(*states: Any, want_lse: bool) -> tuple[Tensor, Tensor]:
+        masks.append(states[4].device)
+        return decode_torch.attend_parts(*states, want_lse=want_lse)
+
+    monkeypatch.setattr(decode, "attend_parts", noting)
+    with torch.device("meta"):
+        prefix = PackedKV(torch.empty(8, DIM), torch.empty(8, VALUE_DIM), ((2, 2), (2, 2)), (0, 1))
+        query, keys, values = (torch.empty(2, heads, 3, dim) for heads, dim in ((4, DIM), (2, DIM), (2, VALUE_DIM)))
+    decode._with_lse(query, prefix, keys, values, None, SCALING)
+    assert masks == [query.device]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -22,7 +22,7 @@ from plphp.kernels import (
     merge_states,
 )
 from plphp.kernels.books import Books, LayerBooks
-from plphp.kernels.coded import CodedKV, Reading
+from plphp.kernels.coded import ALL, CodedKV, Reading
 from plphp.kernels.coded_attention import attend_codes, counting_reads, reference
 from plphp.kernels.coder import Coder
 from plphp.kernels.decode import decode_attention
@@ -49,7 +49,7 @@ def block(
     batch: int = 2,
     kv_heads: int = 2,
     seq: int = 90,
-    reading: Reading = Reading(),
+    reading: Reading = ALL,
     seed: int = 0,
     empty: bool = True,
 ) -> CodedKV:
@@ -91,7 +91,9 @@ def test_rungs(rung: str, dtype: torch.dtype) -> None:
     assert_right(queries(coded, 7, 1, 64, dtype), coded)
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(32, 32), (64, 32), (80, 80), (96, 128), (128, 96), (256, 256), (40, 72)])
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(32, 32), (64, 32), (80, 80), (96, 128), (128, 96), (256, 256), (40, 72)]
+)
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_head_dimensions(dim: int, value_dim: int, share: float) -> None:
     coarse = ["pq16"] if dim % 16 == 0 else []
@@ -251,21 +253,23 @@ def test_trial(dtype: torch.dtype, dim: int) -> None:
     assert worst < choice.TOLERANCE[dtype] / 2
 
 
-def test_the_trial_sees_what_is_wrong() -> None:
-    """Whether of codes, of the choice, or of what stands in for the rest."""
-
-    def wrong(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
-        return reference(query, change(coded), scaling)
-
-    for change in (
+@pytest.mark.parametrize(
+    "change",
+    [
         lambda coded: replace(coded, tiers=coded.tiers[:-1]),
         lambda coded: replace(coded, reading=(Reading(0.3),) * 2),
         lambda coded: replace(coded, rest_values=None),
         lambda coded: replace(coded, key_means=-coded.key_means),
         lambda coded: coded.select((1, 0)),
-    ):
-        worst = coded_trial.difference(wrong, reference, CPU, (torch.float32, torch.float32), 32, 32)
-        assert worst > 10 * choice.TOLERANCE[torch.bfloat16]
+    ],
+    ids=["tiers", "choice", "rest", "means", "rows"],
+)
+def test_the_trial_sees_what_is_wrong(change: Callable[[CodedKV], CodedKV]) -> None:
+    def wrong(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
+        return reference(query, change(coded), scaling)
+
+    worst = coded_trial.difference(wrong, reference, CPU, (torch.float32, torch.float32), 32, 32)
+    assert worst > 10 * choice.TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -283,9 +287,7 @@ def test_decode_attention_merges_all_parts(dtype: torch.dtype, length: int) -> N
         states[0], PackedKV(states[1], states[2], prefix.counts, prefix.rows), *states[3:], None, 0.1, coded
     )
     exact = [state.double() for state in states]
-    whole = decode._with_lse(
-        exact[0], PackedKV(exact[1], exact[2], prefix.counts, prefix.rows), *exact[3:], None, 0.1
-    )
+    whole = decode._with_lse(exact[0], PackedKV(exact[1], exact[2], prefix.counts, prefix.rows), *exact[3:], None, 0.1)
     outputs, lses = zip(whole, *(reference(exact[0], part, 0.1) for part in coded), strict=True)
     expected = merge_states(outputs, lses)[0].transpose(1, 2)
     bound = TOLERANCE[dtype]

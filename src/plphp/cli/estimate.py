@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from plphp.errors import ConfigError
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.ladder import LADDERS
-from plphp.studies.accelerators import ACCELERATORS, accelerator
+from plphp.studies.accelerators import ACCELERATORS, Accelerator, accelerator
 
 from ._app import app, console, print_json, progress
 from ._checks import check_model
@@ -60,9 +60,7 @@ def estimate(
     """Work out from a model's configuration what pruning saves: bytes, sequences and time. Nothing is measured."""
     size = read_size(image_size)
     device = None if gpu is None else accelerator(gpu)
-    # Refuses what is no retention, no ladder, and both.
-    PLPHPConfig(target_retention=target_retention, tiers=tiers, read=read)
-    rate = 1.0 if tiers is not None else RETENTION if target_retention is None else target_retention
+    rate = _rate(target_retention, tiers, read)
     check_model(model, dtype)
     with progress("loading plphp", quiet=as_json) as show:
         from plphp.inputs.loading import empty_model
@@ -83,18 +81,29 @@ def estimate(
     unpruned = work_out(cost, workload, 1.0, device, reserve)
     pruned = work_out(cost, workload, rate, device, reserve, tiers=tiers, read=read)
     if as_json:
-        shared = {
-            "model": model or "the bundled model",
-            "dtype": str(empty.dtype).removeprefix("torch."),
-            "gpu": None if device is None else dataclasses.asdict(device),
-            "reserve": reserve,
-        }
-        print_json({**shared, **_figures(cost, workload, unpruned, pruned)})
+        about = _about(model, str(empty.dtype), device)
+        print_json({**about, "reserve": reserve, **_figures(cost, workload, unpruned, pruned)})
         return
     title = f"{workload.vision_tokens} vision, {text_tokens} text and {new_tokens} new tokens, batch {batch}"
     console().print(estimate_table(title, unpruned, pruned))
     if cost.experts:
         print("All experts are counted as read in every step; a small batch reads fewer.")
+
+
+def _rate(target_retention: float | None, tiers: str | None, read: float) -> float:
+    """The retention to work out, 1 with a ladder; refuses what is no retention, no ladder, and both."""
+    PLPHPConfig(target_retention=target_retention, tiers=tiers, read=read)
+    if tiers is not None:
+        return 1.0
+    return RETENTION if target_retention is None else target_retention
+
+
+def _about(model: str | None, dtype: str, device: Accelerator | None) -> dict[str, Any]:
+    return {
+        "model": model or "the bundled model",
+        "dtype": dtype.removeprefix("torch."),
+        "gpu": None if device is None else dataclasses.asdict(device),
+    }
 
 
 def _figures(cost: ModelCost, workload: Workload, unpruned: Estimate, pruned: Estimate) -> dict[str, Any]:

@@ -32,6 +32,7 @@ MOST_LANES = 16
 LONG = 32
 """Queries up to which the kernel is faster than torch, which decodes everything once."""
 _PLAN = "_cpp_plan"
+_STRIDES = ctypes.c_int64 * 3
 
 
 class _Side(ctypes.Structure):
@@ -59,13 +60,13 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("query", "out", "lse", "tiers", "key_means", "value_means", "rest_values")
+            for name in ("query", "out", "lse", "more", "more_lse", "tiers", "key_means", "value_means", "rest_values")
         ),
         *((name, ctypes.c_void_p * len(BOOKS)) for name in ("key_books", "value_books")),
         *((name, ctypes.c_void_p) for name in ("pairs", "reads", "rests")),
         *((name, ctypes.c_int64) for name in ("tier_count", "batch", "kv_heads", "group", "length", "dim")),
         ("value_dim", ctypes.c_int64),
-        ("query_strides", ctypes.c_int64 * 3),
+        *((name, _STRIDES) for name in ("query_strides", "more_strides")),
         ("threads", ctypes.c_int64),
         ("scaling", ctypes.c_double),
     )
@@ -105,7 +106,9 @@ def unsupported(query: Tensor, coded: CodedKV) -> str | None:
     return None
 
 
-def attend(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, coded: CodedKV, scaling: float, more: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention over coded entries; all as in `plphp.kernels.coded_attention.attend_codes`.
 
     Parameters
@@ -116,6 +119,8 @@ def attend(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tenso
         Of ``batch`` rows.
     scaling : float
         Factor on the logits.
+    more : tuple of Tensor, optional
+        The output, in the dtype of the query, and the log-sum-exps, float32, of attention over more keys.
 
     Returns
     -------
@@ -138,7 +143,12 @@ def attend(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tenso
     call = _Call.from_buffer_copy(plan.call)
     call.query, call.out, call.lse = query.data_ptr(), out.data_ptr(), lse.data_ptr()
     call.group, call.length, call.dim = q_heads // coded.kv_heads, length, dim
-    call.query_strides = (ctypes.c_int64 * 3)(*query.stride()[:3])
+    call.query_strides = _STRIDES(*query.stride()[:3])
+    if more is not None:
+        # Both have names until the call is done: the struct holds addresses, and no references.
+        output, own_lse = more[0], more[1].contiguous()
+        call.more, call.more_lse = output.data_ptr(), own_lse.data_ptr()
+        call.more_strides = _STRIDES(*output.stride()[:3])
     call.threads, call.scaling = torch.get_num_threads(), scaling
     if getattr(library("coded"), KERNELS[query.dtype])(ctypes.byref(call)):
         raise CacheMemoryError(f"There is no memory for attention over {sum(map(sum, coded.held))} coded tokens.")

@@ -99,8 +99,10 @@ def attend_parts(
     if step < length:
         biases = [None] * -(-length // step) if bias is None else bias.expand(-1, -1, length, -1).split(step, 2)
         parts = zip(query.split(step, 2), biases, strict=True)
-        states = prefix, tail_keys, tail_values
-        outputs, lses = zip(*(attend_parts(part, *states, own, scaling, want_lse) for part, own in parts), strict=True)
+        outputs, lses = zip(
+            *(attend_parts(part, prefix, tail_keys, tail_values, own, scaling, want_lse) for part, own in parts),
+            strict=True,
+        )
         return torch.cat(outputs, 1), torch.cat(lses, 2)
     out = query.new_empty(batch, length, q_heads, value_dim)
     lse = query.new_empty(batch, q_heads, length if want_lse else 0, dtype=torch.float32)

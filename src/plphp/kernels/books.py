@@ -111,6 +111,7 @@ class LayerBooks:
 
     keys: Books
     values: Books
+    _elsewhere: dict[torch.device, LayerBooks] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.keys.kv_heads != self.values.kv_heads:
@@ -133,9 +134,12 @@ class LayerBooks:
         return self.keys.nbytes + self.values.nbytes
 
     def to(self, device: torch.device) -> LayerBooks:
-        """The codebooks on a device; the same object if they are there."""
-        keys, values = self.keys.to(device), self.values.to(device)
-        return self if keys is self.keys and values is self.values else LayerBooks(keys, values)
+        """The codebooks on a device: the same object if they are there, else a copy that all prompts share."""
+        if self.keys.device == self.values.device == device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = LayerBooks(self.keys.to(device), self.values.to(device))
+        return self._elsewhere[device]
 
     def check(self, kv_heads: int, key_dim: int, value_dim: int) -> None:
         """Raise `ConfigError` unless the codebooks are of a model with these KV heads and these dimensions."""

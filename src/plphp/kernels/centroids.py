@@ -32,9 +32,9 @@ def nearest(states: Tensor, book: Tensor, head: Tensor) -> Tensor:
         uint8 [entries, parts].
     """
     # Only what is searched in float32 is searched often: what the C++ kernel is not made for is not logged.
-    if _nearest_cpp.unsupported(states, book) is None:
-        if choice.usable("nearest_centroids", "C++", None, cpp_trial, states, states):
-            return _nearest_cpp.nearest(states, book, head)
+    suits = _nearest_cpp.unsupported(states, book) is None
+    if suits and choice.usable("nearest_centroids", "C++", None, cpp_trial, states, states):
+        return _nearest_cpp.nearest(states, book, head)
     return reference(states, book, head)
 
 

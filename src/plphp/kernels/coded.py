@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.nn.functional import pad
 from .books import COARSE_PART, PART, LayerBooks
 from .codecs import Codec, Codes, Places, groups_of
 from .packed import PackedKV
+from .precision import as_written
 from .ragged import Ragged
 from .rungs import Rung
 
@@ -206,6 +208,10 @@ class CodedKV:
     reading: tuple[Reading, ...]
     rest_values: Tensor | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CodedKV:
+        # By hand, without what a kernel has worked out of this block: there are addresses of its tensors in it.
+        return CodedKV(**{part.name: copy.deepcopy(getattr(self, part.name), memo) for part in fields(self)})
+
     @property
     def rows(self) -> tuple[int, ...]:
         """For each row of the batch, the stored row that it reads."""
@@ -276,10 +282,11 @@ class CodedKV:
     def select(self, rows: Sequence[int]) -> CodedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""
         live, read = self.tiers[0].selected(rows)
-        tiers = tuple(tier.of_rows(live, read) for tier in self.tiers)
-        if len(live) == len(self.reading):
-            return replace(self, tiers=tiers)
-        keys, values, rest = (self._of_rows(mean, live) for mean in (*self.means, self.rest_values))
+        with as_written(self.tiers[0].device):  # autocast on a CPU joins no float16
+            tiers = tuple(tier.of_rows(live, read) for tier in self.tiers)
+            if len(live) == len(self.reading):
+                return replace(self, tiers=tiers)
+            keys, values, rest = (self._of_rows(mean, live) for mean in (*self.means, self.rest_values))
         return CodedKV(tiers, keys, values, self.books, tuple(self.reading[row] for row in live), rest)
 
     def among(self, before: int, after: int) -> CodedKV:

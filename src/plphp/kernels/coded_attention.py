@@ -42,7 +42,9 @@ def counting_reads() -> Iterator[list[Tensor]]:
         _counts.reset(token)
 
 
-def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor, Tensor]:
+def attend_codes(
+    query: Tensor, coded: CodedKV, scaling: float, more: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention of queries over coded entries, all of them visible.
 
     On a CUDA device Triton kernels do it, where they can and do it right (`triton_trial`); on a CPU a C++ kernel, which
@@ -63,11 +65,14 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
         Of ``batch`` rows.
     scaling : float
         Factor on the logits.
+    more : tuple of Tensor, optional
+        Output and log-sum-exps of attention over more keys, which the result is merged with; every query has attended
+        to some of them.
 
     Returns
     -------
     output : Tensor
-        [batch, q_heads, query, value_dim], in the dtype of ``query``.
+        [batch, q_heads, query, value_dim], in the dtype of ``query``, or where there is more than that in a wider one.
     lse : Tensor
         Log-sum-exp of the logits, float32 or float64 [batch, q_heads, query]; -inf where a row holds nothing.
     """
@@ -77,13 +82,27 @@ def attend_codes(query: Tensor, coded: CodedKV, scaling: float) -> tuple[Tensor,
         if choice.usable("attend_codes", "Triton", reason, triton_trial, query, values):
             from . import _coded_triton
 
-            return _coded_triton.attend(query, coded, scaling)
+            return _merged(more, _coded_triton.attend(query, coded, scaling))
         # What the C++ kernel is not made for torch does well: that is no loss, and not logged.
         suits_cpp = _coded_cpp.unsupported(query, coded) is None
         if suits_cpp and choice.usable("attend_codes", "C++", None, cpp_trial, query, values):
-            return _coded_cpp.attend(query, coded, scaling)
+            if more is None or more[0].dtype == query.dtype:
+                return _coded_cpp.attend(query, coded, scaling, more)
+            return _merged(more, _coded_cpp.attend(query, coded, scaling))
     with as_written(query.device):
-        return reference(query, coded, scaling)
+        return _merged(more, reference(query, coded, scaling))
+
+
+def _merged(whole: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As `merge_states` does, but without its guards for parts that may be empty, which take longer than the merge
+    itself, for every layer of every step: the whole never is, and a part is 0 where it is."""
+    if whole is None:
+        return part
+    dtype = torch.promote_types(whole[1].dtype, part[1].dtype)
+    with as_written(whole[0].device):
+        share = torch.sigmoid(part[1] - whole[1])[..., None]
+        output = torch.lerp(whole[0].to(dtype), part[0].to(dtype), share.to(dtype))
+        return output, torch.logaddexp(whole[1], part[1])
 
 
 def unsupported_by_triton(query: Tensor, coded: CodedKV) -> str | None:

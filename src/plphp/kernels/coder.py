@@ -12,6 +12,7 @@ from torch import Tensor
 from .books import LayerBooks
 from .codecs import Codes, stored
 from .coded import ALL, CodedKV, Reading, Tier, needs_means
+from .precision import as_written
 from .rungs import Rung
 
 Means = tuple[Tensor | None, Tensor | None]
@@ -182,7 +183,8 @@ def coded_rows(
     own = [coder for coder in coders if coder is not None]
     for books in {id(coder.books): coder.books for coder in own}.values():
         sharing = [coder if coder is not None and coder.books is books else None for coder in coders]
-        block = _block(keys, values, vision, placement, sharing, books)
+        with as_written(keys.device):
+            block = _block(keys, values, vision, placement, sharing, books)
         blocks += [] if block is None else [block]
     return tuple(blocks)
 

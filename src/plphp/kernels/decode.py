@@ -106,7 +106,7 @@ def decode_attention(
     if coded:
         result = _with_lse(query, prefix, tail_keys, tail_values, mask, scaling)
         for block in coded:
-            result = _with_coded(*result, *attend_codes(query, block, scaling))
+            result = attend_codes(query, block, scaling, result)
         return result[0].to(query.dtype).transpose(1, 2).contiguous()
     length, tail, dtype = query.shape[2], tail_keys.shape[2], query.dtype
     query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)
@@ -142,15 +142,6 @@ def _with_lse(
     with as_written(query.device):
         output, lse = attend_parts(*states, bias, scaling, want_lse=True)
         return output.flatten(1, 2), lse.flatten(1, 2)
-
-
-def _with_coded(whole: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """As `merge_states` does, but without its guards for parts that may be empty, which take longer than the merge
-    itself, for every layer of every step: the tail never is, and what is coded is 0 where it is."""
-    dtype = torch.promote_types(lse.dtype, part_lse.dtype)
-    with as_written(whole.device):
-        share = torch.sigmoid(part_lse - lse)[..., None]
-        return torch.lerp(whole.to(dtype), part.to(dtype), share.to(dtype)), torch.logaddexp(lse, part_lse)
 
 
 def _suits_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> bool:

@@ -301,7 +301,8 @@ class LayerEntries:
             rows = rows.nonzero()[:, 0]
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows.tolist())
-        self.coded = tuple(block.select(rows.tolist()) for block in self.coded)
+        blocks = (block.select(rows.tolist()) for block in self.coded)
+        self.coded = tuple(block for block in blocks if any(map(any, block.held)))
         if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))

@@ -144,25 +144,29 @@ def estimate(
     UnsupportedFeatureError
         If a rung cannot hold the model's keys and values.
     """
-    for name, value, top in (("retention", retention, 1.0), ("reserve", reserve, 0.99), ("read", read, 1.0)):
-        if not 0 <= value <= top:
-            raise ConfigError(f"{name} must be between 0 and {top:g}, got {value!r}.")
+    _check_shares(retention, reserve, read)
     bytes_alone, each, read_of_each = _bytes_alone(cost, workload, retention, tiers, read)
     if accelerator is None:
         return bytes_alone
-    batch = workload.batch
     room = (1 - reserve) * accelerator.memory - cost.weight_bytes - bytes_alone.book_bytes
     largest = max(0, math.floor(room / each))
     seconds = bytes_alone.step_bytes / accelerator.bandwidth
     at_largest = (cost.step_weight_bytes + largest * read_of_each) / accelerator.bandwidth
     return replace(
         bytes_alone,
-        fits=batch <= largest,
+        fits=workload.batch <= largest,
         largest_batch=largest,
         step_seconds=seconds,
-        tokens_per_second=batch / seconds,
+        tokens_per_second=workload.batch / seconds,
         most_tokens_per_second=largest / at_largest,
     )
+
+
+def _check_shares(retention: float, reserve: float, read: float) -> None:
+    """Raise `ConfigError` for a number that is out of range."""
+    for name, value, top in (("retention", retention, 1.0), ("reserve", reserve, 0.99), ("read", read, 1.0)):
+        if not 0 <= value <= top:
+            raise ConfigError(f"{name} must be between 0 and {top:g}, got {value!r}.")
 
 
 def _bytes_alone(

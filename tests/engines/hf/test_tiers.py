@@ -116,6 +116,41 @@ def test_rows_are_selected_with_their_codes(folder: Path) -> None:
     assert_exact(logits[1], logits[0][order])
 
 
+def test_rows_that_hold_nothing_in_few_bits_stay_alone(folder: Path) -> None:
+    model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2, 0])
+    padding = torch.cat([inputs["attention_mask"], torch.ones(2, DRAFT.shape[1], dtype=torch.long)], 1)
+    logits = []
+    for rows in ([0, 1], [1], [1, 1]):
+        cache = read(model, inputs, settings(RECALL, folder, "llava"))
+        cache.batch_select_indices(torch.tensor(rows))
+        assert all(bool(layer.coded) == (0 in rows) for layer in cache.layers)
+        with torch.no_grad():
+            drafts = DRAFT.expand(len(rows), -1)
+            logits.append(model(input_ids=drafts, attention_mask=padding[rows], **passed(cache)).logits)
+    for alone in (*logits[1], *logits[2]):
+        assert_exact(alone, logits[0][1])
+
+
+@pytest.mark.own_dtype
+def test_rows_are_branched_and_selected_under_autocast(folder: Path) -> None:
+    model = tiers_model("llava", torch.float32)
+    inputs = TIERS["llava"].inputs(model, [2])
+    configs = [settings(line, folder, "llava") for line in (MIXED, "quantized:tiers=r3", "none", RECALL)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        branches = plphp.branch(model, inputs, configs).cache
+        for row, config in enumerate(configs):
+            alone = read(model, inputs, config)
+            for many, few in zip(branches.layers, alone.layers, strict=True):
+                found = [block.select([row]) for block in many.coded]
+                found = [tier for block in found for tier in block.decoded(torch.float64) if len(tier.keys)]
+                expected = [tier for block in few.coded for tier in block.decoded(torch.float64)]
+                assert {tier.counts for tier in found} == {tier.counts for tier in expected}
+                sums = [
+                    sum(float(tier.keys.sum() + tier.values.sum()) for tier in tiers) for tiers in (found, expected)
+                ]
+                assert sums[0] == pytest.approx(sums[1], rel=1e-12)
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_prompts_that_are_read_in_any_mode_are_answered_in_any(mode: Any, folder: Path) -> None:
     model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2])

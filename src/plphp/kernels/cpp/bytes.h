@@ -29,7 +29,8 @@ struct Bytes {
   Bytes(const Some& some, const uint8_t* stream, int parts)
       : stream(stream), list(some.list), first(some.tier.starts[some.head] + some.from), parts(parts) {}
   int64_t entry(int i) const { return first + (list ? list[i] : i); }
-  const uint8_t* operator[](int i) const { return stream + entry(i) * parts; }
+  const uint8_t* of(int64_t entry) const { return stream + entry * parts; }
+  const uint8_t* operator[](int i) const { return of(entry(i)); }
 };
 
 }  // namespace

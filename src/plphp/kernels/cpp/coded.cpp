@@ -26,20 +26,41 @@ inline void write(bf16* to, float x) {  // the nearest, ties to even
 // and are brought to the largest of all before they are added. Where there is no entry there is no weight.
 template <int N, class T>
 void merge(const Call& call, const Unit& unit, Partial<N>* partials, size_t count) {
-  Row<N> top = Row<N>{} + LOWEST, total = {};
+  Row<N> top = Row<N>{} + LOWEST, total = {}, shrink = Row<N>{} + 1.0f;
   for (size_t i = 0; i < count; ++i) top = partials[i].top > top ? partials[i].top : top;
   for (size_t i = 0; i < count; ++i) {
     for (int lane = 0; lane < N; ++lane) partials[i].share[lane] = std::exp(partials[i].top[lane] - top[lane]);
     total += partials[i].total * partials[i].share;
   }
-  const Row<N> whole = total == 0.0f ? Row<N>{} + 1.0f : total;
-  for (int lane = 0; lane < unit.rows; ++lane)
-    call.lse[call.out_at(unit.head, unit.first + lane * unit.step)] = top[lane] + std::log(total[lane]);
+  Row<N> others = {}, whole = total;
+  if (call.more) {
+    Row<N> lse = {};
+    for (int lane = 0; lane < unit.rows; ++lane) lse[lane] = call.more_lse[call.out_at(unit, lane)];
+    const Row<N> most = lse > top ? lse : top;
+    for (int lane = 0; lane < N; ++lane) {
+      others[lane] = std::exp(lse[lane] - most[lane]);
+      shrink[lane] = std::exp(top[lane] - most[lane]);
+    }
+    total *= shrink;
+    whole = total + others;
+    top = most;
+  }
+  for (int lane = 0; lane < unit.rows; ++lane) call.lse[call.out_at(unit, lane)] = top[lane] + std::log(whole[lane]);
+  const Row<N> scale = 1.0f / (whole == 0.0f ? Row<N>{} + 1.0f : whole);
+  for (size_t i = 0; i < count; ++i) partials[i].share *= shrink * scale;
   for (int i = 0; i < call.value_dim; ++i) {
     Row<N> sum = {};
     for (size_t at = 0; at < count; ++at) sum += partials[at].out[i] * partials[at].share;
-    for (int lane = 0; lane < unit.rows; ++lane)
-      write((T*)call.out + call.out_at(unit.head, unit.first + lane * unit.step) * call.value_dim + i, (sum / whole)[lane]);
+    partials[0].out[i] = sum;
+  }
+  others *= scale;
+  for (int lane = 0; lane < unit.rows; ++lane) {
+    T* to = (T*)call.out + call.out_at(unit, lane) * call.value_dim;
+    const float* from = (const float*)partials[0].out + lane;
+    const T* more = (const T*)call.more;
+    if (more) more += call.place(call.more_strides, unit.head, unit.first + lane * unit.step);
+    for (int i = 0; i < call.value_dim; ++i)
+      write(to + i, from[i * N] + (more ? others[lane] * number(more[i]) : 0.0f));
   }
 }
 

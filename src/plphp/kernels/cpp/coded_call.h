@@ -7,6 +7,7 @@
 
 namespace {
 
+struct Unit;
 constexpr int BOOKS = 3;    // codebooks of a side: fine, residual, coarse
 constexpr int STREAMS = 8;  // most streams of a codec
 constexpr int MOST_TIERS = 16;
@@ -32,6 +33,9 @@ struct Call {
   const void* query;  // [batch, q_heads, length, dim]; strides are those of the first three axes, in numbers
   void* out;          // [batch, q_heads, length, value_dim]
   float* lse;         // [batch, q_heads, length]
+  // Attention over more keys, which the result is merged with, or null.
+  const void* more;       // [batch, q_heads, length, value_dim], see more_strides
+  const float* more_lse;  // [batch, q_heads, length]
   const Tier* tiers;
   const uint16_t *key_means, *value_means, *rest_values;  // float16 [pairs, dim], or null
   const uint16_t *key_books[BOOKS], *value_books[BOOKS];  // float16 [kv_heads, parts, 256, channels], or null
@@ -39,19 +43,19 @@ struct Call {
   const int64_t* reads;  // [batch * kv_heads]: entries that a query reads; -1 for all, without a look at the index
   const int64_t* rests;  // [batch]: whether what is not read stands in
   int64_t tier_count, batch, kv_heads, group, length, dim, value_dim;
-  int64_t query_strides[3];
+  int64_t query_strides[3], more_strides[3];
   int64_t threads;
   double scaling;
 
   // Heads are the KV heads of all rows of the batch, one after the other; rows are the query rows of one of them.
   int heads() const { return int(batch * kv_heads); }
   int64_t kv_head(int head) const { return head % kv_heads; }
-  int64_t query_at(int head, int64_t row) const {
-    return head / kv_heads * query_strides[0] + (kv_head(head) * group + row / length) * query_strides[1] +
-           row % length * query_strides[2];
+  int64_t place(const int64_t (&strides)[3], int head, int64_t row) const {
+    return head / kv_heads * strides[0] + (kv_head(head) * group + row / length) * strides[1] +
+           row % length * strides[2];
   }
-  // Of a query row among those of the result.
-  int64_t out_at(int head, int64_t row) const { return head * group * length + row; }
+  // Of a query row of a unit among those of the result.
+  inline int64_t out_at(const Unit& unit, int lane) const;
 
   int64_t held(int head) const {
     int64_t sum = 0;
@@ -66,6 +70,10 @@ struct Unit {
   int head, rows;
   int64_t first, step, from, to;
 };
+
+inline int64_t Call::out_at(const Unit& unit, int lane) const {
+  return unit.head * group * length + unit.first + lane * unit.step;
+}
 
 constexpr int64_t LEAST = 1024, MOST = 8192;  // entries of a unit: tables have to pay, and logits to stay in caches
 

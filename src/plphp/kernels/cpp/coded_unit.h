@@ -11,14 +11,11 @@
 #include "bytes.h"
 #include "choose.h"
 #include "coded_call.h"
+#include "dots.h"
 #include "planes.h"
 #include "softmax.h"
 #include "tables.h"
 #include "vectors.h"
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__BMI2__)
-#define PLPHP_DOTS
-#include "dots.h"
-#endif
 
 namespace {
 
@@ -45,11 +42,10 @@ class Work {
   int rows = 0;
   Row of_mean, of_rotated, on_mean, on_rotated, on_rest;
   bool all_centred = true;  // the values of all tiers
-  const bool rounds;        // whether values may be rounded to bf16
-  float* dots;              // [N, value_dim]: rotated sums by dots.h
+  Dots<N> dots;
 
  public:
-  // Scratch memory for units of up to `entries` entries; of each table those parts that are used.
+  // Scratch memory for units of up to `entries` entries. Where it `rounds`, values may be rounded to bf16.
   static int64_t scratch(const Call& call, bool rounds, int64_t entries) {
     Work counted(call, rounds);
     return counted.lay_out(nullptr, entries);
@@ -61,7 +57,7 @@ class Work {
   void fetch(const Unit& unit) {
     std::memset(query, 0, dim * sizeof(Row));
     for (int lane = 0; lane < unit.rows; ++lane) {
-      const T* from = (const T*)call.query + call.query_at(unit.head, unit.first + lane * unit.step);
+      const T* from = (const T*)call.query + call.place(call.query_strides, unit.head, unit.first + lane * unit.step);
       for (int i = 0; i < dim; ++i) query[i][lane] = number(from[i]) * float(call.scaling);
     }
     of_mean = of_rotated = Row{};
@@ -88,7 +84,7 @@ class Work {
     for (int table = 0; table < TABLES; ++table)
       if (weights[table]) std::memset(weights[table], 0, parts_of(table, value_dim) * CENTROIDS * sizeof(Row));
     std::memset(mixed, 0, value_dim * sizeof(Row));
-    if (rounds) std::memset(dots, 0, N * value_dim * sizeof(float));
+    dots.begin(unit.head);
     rows = unit.rows;
     call.reads[unit.head] < 0 ? attend_all(unit, result) : attend_chosen(unit, result);
     finish(unit, result.out);
@@ -96,7 +92,7 @@ class Work {
 
  private:
   Work(const Call& call, bool rounds)
-      : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)), rounds(rounds && has_dots(call)) {
+      : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)), dots(call, rounds) {
     for (int i = 0; i < call.tier_count; ++i) all_centred &= call.tiers[i].values.kind == CENTRED;
   }
 
@@ -114,7 +110,7 @@ class Work {
     take(stepped, dim);
     take(mixed, value_dim);
     take(numbers, 2 * dim);
-    take(dots, N * value_dim);
+    dots.lay_out(take);
     for (int table = 0; table < TABLES; ++table) {
       tables[table] = weights[table] = nullptr;
       if (uses(table, &Tier::keys)) take(tables[table], parts_of(table, dim) * CENTROIDS);
@@ -128,23 +124,13 @@ class Work {
   bool uses(int table, Side Tier::*side) const {
     for (int i = 0; i < call.tier_count; ++i) {
       const Side& own = call.tiers[i].*side;
-      const bool falls = side == &Tier::keys || !by_dots(own);
-      if (own.planes && falls && table == (own.kind == CENTRED ? BITS : STEPS)) return true;
+      if (side == &Tier::values && dots.can(own)) continue;
+      if (own.planes && table == (own.kind == CENTRED ? BITS : STEPS)) return true;
       for (int book = 0; book < own.books; ++book)
         if (own.book[book] == table) return true;
     }
     return false;
   }
-
-  static bool has_dots(const Call& call) {
-#ifdef PLPHP_DOTS
-    return call.value_dim % 32 == 0;
-#else
-    return call.value_dim < 0;
-#endif
-  }
-  // Whether bit planes of values are decoded, see dots.h, and not by what falls on their bytes.
-  bool by_dots(const Side& side) const { return rounds && side.kind == CENTRED && side.planes; }
 
   // ---- logits
 
@@ -267,6 +253,7 @@ class Work {
     const Side& side = some.tier.values;
     if (side.kind == TOKEN) return mix_steps(some, own);
     for (int i = 0; i < some.count && !all_centred; ++i) on_mean += own[i];
+    if (dots.can(side)) return dots.add(some, own, rows);
     for (int book = 0; book < side.books; ++book) {
       const int table = int(side.book[book]), parts = parts_of(table, value_dim);
       const Bytes bytes(some, side.streams[book], parts);
@@ -275,7 +262,6 @@ class Work {
       });
     }
     if (!side.planes) return;
-    if (by_dots(side)) return mix_dots(some, own);
     Row scales = {};
     by_planes<N>(some, side, false, value_dim, [&, collected = weights[BITS]](auto bytes) {
       for (int i = 0; i < some.count; ++i) {
@@ -285,22 +271,6 @@ class Work {
       }
     });
     on_rotated += scales * (float(1 << (side.planes - 1)) - 0.5f);
-  }
-
-  void mix_dots([[maybe_unused]] const Some& some, [[maybe_unused]] const Row* own) {
-#ifdef PLPHP_DOTS
-    const Side& side = some.tier.values;
-    const int parts = value_dim / BYTE;
-    Bytes planes[STREAMS];
-    for (int i = 0; i < side.planes; ++i) planes[i] = Bytes(some, side.streams[side.books + i], parts);
-    const auto add = [&](const auto& values) {
-      add_dots<N>(values, own, some.count, side.scales, rows, dots, value_dim);
-    };
-    if (side.planes == 1) add(OfPlanes<1>(planes));
-    if (side.planes == 2) add(OfPlanes<2>(planes));
-    if (side.planes == 3) add(OfPlanes<3>(planes));
-    if (side.planes == 4) add(OfPlanes<4>(planes));
-#endif
   }
 
   // Where the channels of an entry have steps of their own, some of them share one.
@@ -326,9 +296,9 @@ class Work {
     const int parts = value_dim / BYTE;
     if (weights[BITS]) spread_bits<N>(parts, weights[BITS], out);
     for (int i = 0; i < value_dim; ++i) out[i] -= on_rotated;
-    for (int lane = 0; lane < rows && rounds; ++lane)
-      for (int i = 0; i < value_dim; ++i) out[i][lane] += dots[lane * value_dim + i];
+    dots.put(true, rows, out);
     rotate<N>(out, value_dim);
+    dots.put(false, rows, out);
     if (weights[STEPS]) spread_bits<N>(parts, weights[STEPS], out);
     for (int i = 0; i < value_dim; ++i) out[i] += mixed[i];
     for (int book = 0; book < BOOKS; ++book) {
