@@ -207,7 +207,7 @@ def test_rows_are_repeated_with_their_prompt() -> None:
         ({"turned_rows": 4, "bank": "bundled", "beside_rows": True}, "together with Evidence.bank"),
         ({"turned_rows": 4, "weigh_rows": lambda mass: mass[0, 0]}, "together with Evidence.weigh_rows"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),  # no address of a function
 )
 def test_evidence_that_contradicts_itself_is_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
