@@ -23,7 +23,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "kernels": ("errors", "io"),
     "families": ("errors", "plugins", "settings"),
     "policy": ("errors", "io", "kernels", "settings"),
-    "methods": ("errors", "kernels", "plugins", "policy", "settings"),
+    "methods": ("errors", "plugins", "policy", "settings"),
     "pruning": ("errors", "families", "io", "kernels", "policy", "settings"),
     "inputs": ("errors", "families", "io"),
     "engines.hf": ("errors", "families", "inputs", "io", "kernels", "methods", "policy", "pruning", "settings"),

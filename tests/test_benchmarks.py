@@ -46,6 +46,13 @@ def run(script: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str
 
 def test_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--batch", "1", "3", "--vision-tokens", "300", "--retention", "1.0", "0.4", "--steps", "2"]
+    results = run(decode, monkeypatch, tmp_path / "tiers.json", *settings, "--tiers", "t10", "t10:read=0.2")["results"]
+    rows = {row["variant"]: row for row in results if row["batch"] == 3}
+    whole, coded, recalled = (rows[name] for name in ("plphp 1", "t10", "t10, read 20%"))
+    assert whole["read_bytes"] == pytest.approx(whole["kv_bytes"], rel=0.05)
+    assert recalled["read_bytes"] < coded["read_bytes"] < 0.5 * whole["read_bytes"]
+    assert recalled["kv_bytes"] > coded["kv_bytes"]  # the mean values that stand in for the rest
+    settings.append("--tiers")
     results = run(decode, monkeypatch, tmp_path / "decode.json", *settings)
     assert [(row["batch"], row["variant"]) for row in results["results"]] == [
         (batch, name) for batch in (1, 3) for name in ("DynamicCache", "plphp 1", "plphp 0.4")
@@ -110,7 +117,7 @@ def test_decode_with_graphs_and_a_static_cache(monkeypatch: pytest.MonkeyPatch) 
     model = build_model("tiny", torch.float32, CPU)
     ours = twin(model)
     lease = Lease.of(ours)
-    args = argparse.Namespace(retention=[0.4], steps=3, graphs=True, compiled=True)
+    args = argparse.Namespace(retention=[0.4], steps=3, graphs=True, compiled=True, tiers=[])
     rows = list(decode.measure(model, lease, 2, 300, args))
     lease.end()
     names = ["DynamicCache", "plphp 0.4", "StaticCache, compiled", "plphp 0.4, graph"]
@@ -134,7 +141,7 @@ def test_kept_tokens_differ_between_layers_and_rows(rate: float) -> None:
 
 
 def test_prefill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    settings = ["--batch", "2", "--vision-tokens", "300", "--retention", "0.4", "--rounds", "2"]
+    settings = ["--batch", "2", "--vision-tokens", "300", "--retention", "0.4", "--rounds", "2", "--tiers"]
     stock, pruned = run(prefill, monkeypatch, tmp_path / "prefill.json", *settings)["results"]
     assert stock["pruning_seconds"] == 0
     parts = [pruned[f"{part}_seconds"] for part in ("scoring", "compaction")]
@@ -161,17 +168,18 @@ def test_capacity(tmp_path: Path) -> None:
     """In a process of its own, as its memory is limited."""
     out = tmp_path / "capacity.json"
     command = [sys.executable, capacity.__file__, "--shape", "tiny", "--device", "cpu", "--out", str(out)]
-    command += ["--memory", "0.1", "--vision-tokens", "16000", "--retention", "1.0", "0.2"]
+    command += ["--memory", "0.1", "--vision-tokens", "16000", "--retention", "1.0", "0.2", "--tiers", "c3"]
     environment = {**os.environ, "PYTHONPATH": str(Path(plphp.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
     rows = json.loads(out.read_text())["results"]
-    stock, full, less = rows
+    stock, full, less, coded = rows
     assert full["sequence_bytes"] == ENTRY * 16101
     assert less["sequence_bytes"] == ENTRY * 3301
     for row in rows:
         assert 0 < row["largest_batch"] <= row["worked_out"]
     assert stock["largest_batch"] > 0.7 * stock["worked_out"]
     assert less["largest_batch"] > 1.5 * full["largest_batch"]
+    assert coded["sequence_bytes"] < 0.25 * full["sequence_bytes"]
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 7, 8, 9, 1000])
@@ -187,14 +195,14 @@ def test_the_largest_that_works_is_found(most: int) -> None:
 
 
 def test_scaling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    settings = ["--batch", "1", "2", "--vision-tokens", "200", "400", "--retention", "0.5", "--steps", "2"]
+    settings = ["--batch", "1", "2", "--vision-tokens", "200", "400", "--retention", "0.5", "--steps", "2", "--tiers"]
     results = run(scaling, monkeypatch, tmp_path / "scaling.json", *settings)
     assert len(results["results"]) == 8
     assert set(results["lines"]) == {"DynamicCache", "plphp, all retentions"}
 
 
 def test_a_line_is_fitted() -> None:
-    rows = [{"kv_bytes": count, "seconds": 0.25 + count / 2e9} for count in (10**6, 10**7, 10**8, 10**9)]
+    rows = [{"read_bytes": count, "seconds": 0.25 + count / 2e9} for count in (10**6, 10**7, 10**8, 10**9)]
     assert scaling.line(rows) == pytest.approx({"fixed_seconds": 0.25, "seconds_per_byte": 5e-10, "explained": 1.0})
     rows[0]["seconds"] += 0.1
     assert scaling.line(rows)["explained"] < 0.99

@@ -166,7 +166,7 @@ def test_model_is_as_before_after_the_session(family: str) -> None:
     before = generate(model, inputs)
 
     def fail_inside() -> None:
-        with plphp.prune(model):
+        with plphp.prune(model, PLPHPConfig()):
             generate(model, inputs)
             raise ZeroDivisionError
 

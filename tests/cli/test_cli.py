@@ -335,10 +335,10 @@ class TestSupport:
         if not torch.cuda.is_available():
             assert {(check["ok"], check["detail"]) for check in triton} == {(False, "not used: it needs a CUDA device")}
         cpp = {check["name"]: check["detail"] for check in kernels if "C++" in check["name"]}
-        unknown = "not used: it does not know the dtype torch.float16"
-        assert cpp.pop("decode_attention, C++, cpu, float16") == unknown
         used = "used: it agrees with the reference here, at head dimension 128"
-        assert cpp == {f"decode_attention, C++, cpu, {dtype}": used for dtype in ("float32", "bfloat16")}
+        details = {"float32": used, "bfloat16": used, "float16": "not used: it does not know the dtype torch.float16"}
+        operations = ("decode_attention", "attend_codes", "nearest_centroids")
+        assert cpp == {f"{name}, C++, cpu, {dtype}": said for name in operations for dtype, said in details.items()}
         monkeypatch.setattr(
             "plphp.studies.doctor.choice.UNSUPPORTED", dict.fromkeys(("Triton", "C++"), lambda *_: None)
         )

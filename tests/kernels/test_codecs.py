@@ -18,6 +18,7 @@ from plphp.kernels.centroids import nearest
 from plphp.kernels.codecs import CLIPS, Affine, Centred, Codec, Codes, Places
 from plphp.kernels.hadamard import hadamard
 from plphp.kernels.rungs import RUNGS
+from plphp.settings.ladder import PLAIN_RUNGS, PRODUCT_RUNGS
 from tier_reference import random_books
 
 DIMS = (8, 16, 24, 32, 80, 96, 128)
@@ -273,3 +274,10 @@ def test_a_rung_says_what_it_cannot_hold() -> None:
     RUNGS["pq"].check(8, 8, books)
     with pytest.raises(ConfigError, match="2 KV heads with keys of 8 and values of 8 channels, and this model has 4"):
         books.check(4, 8, 8)
+
+
+def test_ladders_know_the_rungs_without_torch() -> None:
+    assert {name for name, rung in RUNGS.items() if rung.needs_books} == set(PRODUCT_RUNGS)
+    assert {name for name, rung in RUNGS.items() if not rung.needs_books} == set(PLAIN_RUNGS)
+    for name, bits in (PLAIN_RUNGS | PRODUCT_RUNGS).items():
+        assert RUNGS[name].bits(128) == pytest.approx(bits, abs=0.01), name

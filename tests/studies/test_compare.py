@@ -45,7 +45,7 @@ def test_equals_two_runs_by_hand(llava: Any, inputs: dict[str, Any]) -> None:
 def test_bytes_are_those_of_live_tensors_after_the_prompt(llava: Any, inputs: dict[str, Any]) -> None:
     comparison = compare(llava, tiny_hub.processor(), inputs, PLPHPConfig(), rounds=1, max_new_tokens=NEW)
     plain = DynamicCache(config=llava.config.get_text_config())
-    cache = plphp.PrunedCache.for_inputs(llava, inputs)
+    cache = plphp.PrunedCache.for_inputs(llava, inputs, PLPHPConfig())
     with torch.no_grad():
         llava(**inputs, **passed(plain))
         llava(**inputs, **passed(cache))
@@ -89,10 +89,12 @@ def test_full_retention_is_equal(llava: Any, inputs: dict[str, Any]) -> None:
 
 def test_rounds_alternate_and_only_decode_steps_count(llava: Any, inputs: dict[str, Any]) -> None:
     steps: list[str] = []
-    comparison = compare(llava, tiny_hub.processor(), inputs, rounds=2, max_new_tokens=2, progress=steps.append)
+    comparison = compare(
+        llava, tiny_hub.processor(), inputs, PLPHPConfig(), rounds=2, max_new_tokens=2, progress=steps.append
+    )
     assert [line.split(", ")[1] for line in steps] == ["unpruned", "pruned"] * 2
     assert comparison.speedup is not None
-    short = compare(llava, tiny_hub.processor(), inputs, rounds=1, max_new_tokens=1)
+    short = compare(llava, tiny_hub.processor(), inputs, PLPHPConfig(), rounds=1, max_new_tokens=1)
     assert short.unpruned.seconds_per_token is short.speedup is None
     assert short.unpruned.prefill_seconds > 0
 
@@ -111,7 +113,7 @@ def test_sampling_is_the_same_for_both_and_leaves_the_random_state(llava: Any, i
 
 
 def test_values_for_json(llava: Any, inputs: dict[str, Any], tmp_path: Path) -> None:
-    comparison = compare(llava, tiny_hub.processor(), inputs, rounds=1, max_new_tokens=2)
+    comparison = compare(llava, tiny_hub.processor(), inputs, PLPHPConfig(), rounds=1, max_new_tokens=2)
     values = comparison_values(comparison)
     assert values["report"]["kv_bytes"] == comparison.report.kv_bytes
     assert len(values["report"]["prompts"][0]["layers"]) == 3

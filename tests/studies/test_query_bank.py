@@ -27,7 +27,8 @@ from plphp.policy.bank import FORMAT, LayerBank
 from plphp.policy.rotation import Rotation
 from precision import EXACT, working_dtype
 from test_invariants import FAMILIES
-from tiny_models import TIERS, TINY, tiny_model
+from tiny_models import TINY, tiny_model
+from tiny_models.family import TinyFamily
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -128,10 +129,22 @@ def test_the_bank_holds_the_projected_queries(family: str) -> None:
     assert "generate" not in model.__dict__
 
 
+def wide(family: str) -> TinyFamily:
+    """A tiny model whose heads have product codes of both widths: 16 channels of keys and values."""
+    tiny = TINY[family]
+
+    def config() -> Any:
+        made = tiny.config()
+        made.get_text_config().head_dim = 16
+        return made
+
+    return dataclasses.replace(tiny, config=config)
+
+
 @pytest.mark.parametrize("family", ["llava", "internvl", "exaone4.5"])
 def test_the_codebooks_are_of_the_vision_entries_of_a_stock_cache(family: str) -> None:
     """There are fewer than 256, so that each is a centroid, less the mean of its prompt."""
-    tiny = TIERS[family]
+    tiny = wide(family)
     model = tiny.build()
     inputs = [tiny.inputs(model, [2], seed=seed) for seed in (10, 11)]
     collected = plphp.collect_query_bank(model, inputs, max_new_tokens=NEW)

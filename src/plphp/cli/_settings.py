@@ -20,6 +20,7 @@ def read_settings(
     target_retention: float | None,
     *,
     bundled: bool = False,
+    evicts: bool = False,
 ) -> PLPHPConfig:
     """Make the config of the options that set it.
 
@@ -29,6 +30,9 @@ def read_settings(
         Values of the options, None for those left out.
     bundled : bool
         Whether the config is for the bundled model, which has a default method of its own.
+    evicts : bool
+        Whether tokens are evicted without any option: where nothing can be held in few bits, or thresholds are
+        asked for.
 
     Returns
     -------
@@ -55,6 +59,6 @@ def read_settings(
     elif method is not None and get_method(method).tiers is not None:  # its ladder says how much is kept
         settings = PLPHPConfig.from_dict(explicit)
     else:
-        settings = PLPHPConfig.from_dict(with_defaults(explicit, bundled))
+        settings = PLPHPConfig.from_dict(with_defaults(explicit, bundled, evicts))
     chain_of(settings)  # refuses unknown methods and options now, before anything is loaded
     return settings

@@ -58,7 +58,7 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Find thresholds that reach a retention on prompts like yours, and measure it on others."""
-    settings = read_settings(config, None, method, None, target_retention)
+    settings = read_settings(config, None, method, None, target_retention, evicts=True)
     check_holdout(holdout)
     check_in_file(prompts, "prompts")
     check_out_file(out, "preset")

@@ -36,7 +36,7 @@ def serve(
     All other options are those of `vllm serve`, such as --port 8000.
     """
     values = (config, config_file, method, retention_rate, target_retention)
-    settings, for_bundled = (read_settings(*values, bundled=bundled) for bundled in (False, True))
+    settings, for_bundled = (read_settings(*values, bundled=bundled, evicts=True) for bundled in (False, True))
     if config is None and config_file is None and method is None:
         # Nobody has asked for ragged heads, which vLLM has no place for; whoever names the method is told so.
         for_bundled = replace(for_bundled, heads="equal")

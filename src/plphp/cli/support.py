@@ -15,15 +15,13 @@ from ._app import app, console, print_json, progress
 from ._options import JsonOption, option
 
 UNUSABLE = 1
-HEAD_DIM = 128
-"""Head dimension of most models, for which bits are shown."""
 
 
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
     """List the pruning methods: what each keeps, when to take it, and its options; the ladders and rungs of tiers."""
-    from plphp.methods.registry import available_methods, available_rungs
-    from plphp.settings.ladder import LADDERS
+    from plphp.methods.registry import available_methods
+    from plphp.settings.ladder import LADDERS, PLAIN_RUNGS, PRODUCT_RUNGS
 
     known = available_methods().values()
     options = {method.name: {name: option.default for name, option in method.options.items()} for method in known}
@@ -46,10 +44,10 @@ def methods(as_json: JsonOption = False) -> None:
         rows.append({**columns, "paper": method.paper})
     _print(rows, as_json=False)
     _print([{"ladder (tiers=...)": name, "rungs and shares": text} for name, text in LADDERS.items()], as_json=False)
-    bits = f"bits a channel, head dimension {HEAD_DIM}"
     rungs = [
-        {"rung": name, bits: f"{rung.bits(HEAD_DIM):.3g}", "needs codebooks": "yes" if rung.needs_books else "no"}
-        for name, rung in available_rungs().items()
+        {"rung": name, "bits a channel, head dimension 128": f"{bits:g}", "needs codebooks": needed}
+        for names, needed in ((PLAIN_RUNGS, "no"), (PRODUCT_RUNGS, "yes"))
+        for name, bits in names.items()
     ]
     _print(rungs, as_json=False)
 

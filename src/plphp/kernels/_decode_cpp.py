@@ -91,8 +91,8 @@ def attend_parts(
     CacheMemoryError
         If there is no memory for the partial sums.
     """
-    batch, q_heads, length, dim = query.shape
-    kv_heads, tail, value_dim = tail_values.shape[1:]
+    batch, q_heads, length, _ = query.shape
+    kv_heads, _, value_dim = tail_values.shape[1:]
     # Pieces as call.h cuts them: several for each thread, and up to two more for each head.
     pieces = 8 * torch.get_num_threads() + 2 * batch * kv_heads
     step = max(1, PARTIAL_SUMS // (pieces * q_heads // kv_heads * value_dim))
@@ -104,6 +104,21 @@ def attend_parts(
             strict=True,
         )
         return torch.cat(outputs, 1), torch.cat(lses, 2)
+    return _attended(query, prefix, tail_keys, tail_values, bias, scaling, want_lse)
+
+
+def _attended(
+    query: Tensor,
+    prefix: PackedKV,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Call the kernel, see `attend_parts`."""
+    batch, q_heads, length, dim = query.shape
+    kv_heads, tail, value_dim = tail_values.shape[1:]
     out = query.new_empty(batch, length, q_heads, value_dim)
     lse = query.new_empty(batch, q_heads, length if want_lse else 0, dtype=torch.float32)
     if bias is not None:

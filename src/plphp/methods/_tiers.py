@@ -8,14 +8,12 @@ from plphp.policy.allocation import keep_all
 from plphp.policy.method import Method
 from plphp.policy.selection import RANKED
 from plphp.settings.config import PLPHPConfig
-from plphp.settings.ladder import LADDERS, WHOLE, Ladder
+from plphp.settings.ladder import LADDERS, PLAIN_RUNGS, PRODUCT_RUNGS, WHOLE, Ladder
 
 
 def known_rungs() -> dict[str, bool]:
     """By name of each rung, whether it needs codebooks."""
-    from plphp.kernels.rungs import RUNGS  # imports torch, which what is looked at before a model does not
-
-    return {WHOLE: False, **{name: rung.needs_books for name, rung in RUNGS.items()}}
+    return {WHOLE: False, **dict.fromkeys(PLAIN_RUNGS, False), **dict.fromkeys(PRODUCT_RUNGS, True)}
 
 
 def refuse_tiers(method: Method, config: PLPHPConfig) -> None:

@@ -7,8 +7,6 @@ A package adds its own with the entry point group ``plphp.methods``, each entry 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from plphp import methods
 from plphp.errors import ConfigError, did_you_mean
@@ -19,9 +17,6 @@ from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_else
 from plphp.settings.options import check_options
 
 from ._tiers import check_books, refuse_tiers
-
-if TYPE_CHECKING:
-    from plphp.kernels.rungs import Rung
 
 METHODS_BY_NAME = Plugins(Method, methods, "METHOD", "plphp.methods", helpers=("registry",))
 
@@ -47,13 +42,6 @@ def register_method(method: Method, *, replace: bool = False) -> None:
 def available_methods() -> dict[str, Method]:
     """All methods by name."""
     return METHODS_BY_NAME.available()
-
-
-def available_rungs() -> Mapping[str, Rung]:
-    """All rungs of few bits by name: what a ladder may name beside ``whole``."""
-    from plphp.kernels.rungs import RUNGS  # imports torch, which what is looked at before a model does not
-
-    return RUNGS
 
 
 def get_method(name: str) -> Method:

@@ -32,7 +32,7 @@ def default_settings(bundled: bool) -> PLPHPConfig:
     return PLPHPConfig.from_dict(with_defaults({}, bundled))
 
 
-def with_defaults(explicit: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
+def with_defaults(explicit: Mapping[str, Any], bundled: bool, evicts: bool = False) -> dict[str, Any]:
     """Add defaults to the settings that a user has set; with any of them vision tokens are evicted.
 
     Parameters
@@ -41,13 +41,15 @@ def with_defaults(explicit: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
         Those of ``method``, ``retention_rate`` and ``target_retention`` that are set.
     bundled : bool
         Whether the settings are for the bundled model.
+    evicts : bool
+        Whether vision tokens are evicted where nothing is set, too.
 
     Returns
     -------
     dict
         Values for `PLPHPConfig.from_dict`.
     """
-    if not explicit:
+    if not explicit and not evicts:
         own = {"method": BUNDLED_METHOD, "tiers": BUNDLED_TIERS, "options": BUNDLED_OPTIONS[BUNDLED_METHOD]}
         return own if bundled else dict(DEFAULT)
     values = dict(explicit) if "retention_rate" in explicit else {"target_retention": DEFAULT_TARGET, **explicit}

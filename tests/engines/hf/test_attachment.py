@@ -63,7 +63,7 @@ def test_a_lease_that_is_freed_ends(llava: Any) -> None:
 
 
 def test_only_the_text_model_is_changed(llava: Any) -> None:
-    with plphp.prune(llava):
+    with plphp.prune(llava, PLPHPConfig()):
         assert names(llava) == {"plphp_sdpa"}
         assert llava.model.vision_tower.config._attn_implementation == "sdpa"
 
@@ -74,7 +74,7 @@ def test_threads_that_come_and_go(llava: Any) -> None:
     def work() -> None:
         try:
             for _ in range(50):
-                with plphp.prune(llava):
+                with plphp.prune(llava, PLPHPConfig()):
                     assert names(llava) == {"plphp_sdpa"}
         except BaseException as error:
             errors.append(error)
@@ -111,10 +111,10 @@ def test_a_failure_in_the_middle_of_attaching_changes_nothing(llava: Any, monkey
     before, signature = state(llava), inspect.signature
     monkeypatch.setattr(wrappers.inspect, "signature", lambda method: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        plphp.apply(llava)
+        plphp.apply(llava, PLPHPConfig())
     assert state(llava) == before
     monkeypatch.setattr(wrappers.inspect, "signature", signature)
-    with plphp.prune(llava):
+    with plphp.prune(llava, PLPHPConfig()):
         assert names(llava) == {"plphp_sdpa"}
     assert state(llava) == before
 
@@ -154,7 +154,7 @@ def test_copies_and_pickles_of_an_attached_model_are_refused(tmp_path: Path) -> 
 def test_state_dict_and_save_pretrained_of_an_attached_model_are_clean(llava: Any, tmp_path: Path) -> None:
     inputs, keys = TINY["llava"].inputs(llava), set(llava.state_dict())
     expected = generate(llava, inputs)
-    with plphp.prune(llava):
+    with plphp.prune(llava, PLPHPConfig()):
         assert set(llava.state_dict()) == keys
         llava.save_pretrained(tmp_path)
     assert not any("plphp" in path.read_text() for path in tmp_path.glob("*.json"))
@@ -165,7 +165,7 @@ def test_state_dict_and_save_pretrained_of_an_attached_model_are_clean(llava: An
 
 def test_signature_name_and_doc_of_generate_stay(llava: Any) -> None:
     before = inspect.signature(llava.generate)
-    with plphp.prune(llava):
+    with plphp.prune(llava, PLPHPConfig()):
         assert inspect.signature(llava.generate) == before
         assert llava.generate.__name__ == "generate"
         assert llava.generate.__doc__ == type(llava).generate.__doc__
@@ -173,7 +173,7 @@ def test_signature_name_and_doc_of_generate_stay(llava: Any) -> None:
 
 def test_generate_that_was_taken_out_of_a_session_is_stock_afterwards(llava: Any) -> None:
     inputs = TINY["llava"].inputs(llava)
-    with plphp.prune(llava):
+    with plphp.prune(llava, PLPHPConfig()):
         bound = llava.generate
     output = bound(**inputs, max_new_tokens=2)
     assert torch.equal(output, llava.generate(**inputs, max_new_tokens=2))
@@ -188,7 +188,7 @@ def test_generate_that_the_user_replaced_is_called_and_comes_back(llava: Any) ->
 
     llava.generate = mine
     try:
-        with plphp.prune(llava) as run:
+        with plphp.prune(llava, PLPHPConfig()) as run:
             generate(llava, TINY["llava"].inputs(llava))
         assert run.report.retention < 1
         assert isinstance(cache_among(calls[0]), PrunedCache)
@@ -202,13 +202,13 @@ def test_attention_that_the_user_sets_inside_a_session(llava: Any) -> None:
     inputs = TINY["llava"].inputs(llava)
     expected = generate(llava, inputs)
     try:
-        with plphp.prune(llava):
+        with plphp.prune(llava, PLPHPConfig()):
             llava.set_attn_implementation("eager")
             with pytest.raises(CacheStateError, match="did not read it through plphp's attention function"):
                 generate(llava, inputs)
         assert names(llava) == {"eager"}
         assert_same_generation(generate(llava, inputs), expected)
-        with plphp.prune(llava) as run:
+        with plphp.prune(llava, PLPHPConfig()) as run:
             generate(llava, inputs)
         assert run.report.retention < 1
     finally:
@@ -217,7 +217,7 @@ def test_attention_that_the_user_sets_inside_a_session(llava: Any) -> None:
 
 def test_attention_that_the_user_sets_back_to_plphp_goes_on(llava: Any) -> None:
     inputs = TINY["llava"].inputs(llava)
-    with plphp.prune(llava) as run:
+    with plphp.prune(llava, PLPHPConfig()) as run:
         expected = generate(llava, inputs)
         llava.set_attn_implementation("eager")
         llava.get_decoder().set_attn_implementation("plphp_sdpa")

@@ -77,8 +77,8 @@ def compacted(monkeypatch: pytest.MonkeyPatch) -> Compacted:
     seen: Compacted = []
     compact = LayerEntries.compact
 
-    def noted(self: LayerEntries, placement: torch.Tensor, *, final: bool = True) -> None:
-        compact(self, placement, final=final)
+    def noted(self: LayerEntries, placement: torch.Tensor, *, final: bool = True, **coding: Any) -> None:
+        compact(self, placement, final=final, **coding)
         seen.append((final, tuple((placement > 0).sum((1, 2)).tolist())))
 
     monkeypatch.setattr(LayerEntries, "compact", noted)
