@@ -124,9 +124,10 @@ def stacked(blocks: Sequence[CodedKV]) -> CodedKV:
         counts = tuple(row for tier in parts for row in tier.counts)
         keys, values = Codes.joined([tier.keys for tier in parts]), Codes.joined([tier.values for tier in parts])
         tiers.append(Tier(parts[0].rung, keys, values, counts, tuple(range(len(counts)))))
-    means = [None if own[0] is None else torch.cat(own) for own in zip(*(b.means for b in blocks), strict=True)]
+    shared = zip(*((*block.means, block.rest_values) for block in blocks), strict=True)
+    keys_mean, values_mean, rest = (None if own[0] is None else torch.cat(own) for own in shared)
     reading = tuple(own for block in blocks for own in block.reading)
-    return CodedKV(tuple(tiers), means[0], means[1], blocks[0].books, reading)
+    return CodedKV(tuple(tiers), keys_mean, values_mean, blocks[0].books, reading, rest)
 
 
 def random_bank(model: Any, path: Path, samples: int = 400) -> str:

@@ -59,7 +59,7 @@ def test_decode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     ]
     for row in results["results"]:
         assert row["seconds"] > 0
-        moved = results["step_weight_bytes"] + row["kv_bytes"]
+        moved = results["step_weight_bytes"] + row["read_bytes"]
         assert row["floor_seconds"] == pytest.approx(moved / results["copy_bandwidth"])
         tail = 16 if row["variant"].startswith("plphp") else 4  # room of the tail, or steps
         tokens = 100 + 300 * (0.4 if row["variant"] == "plphp 0.4" else 1)

@@ -191,4 +191,4 @@ def _merge(
     at = ((row * length + of_pair % length) * Q_HEADS + q_head) * VALUE_DIM
     tl.store(out + at + dims, (mixed / total).to(out.dtype.element_ty), mask=wide)
     # Rows [group x length] of a pair lie in the order of query heads and queries.
-    tl.store(out_lse + program, top + tl.log(total))
+    tl.store(out_lse + program, top + tl.log(tl.where(total == 0.0, 1.0, total)))

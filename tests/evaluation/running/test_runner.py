@@ -180,7 +180,7 @@ def test_prompts_without_answers(tmp_path: Path) -> None:
     )
     metrics = evaluate(settings, tmp_path / "out")
     variants = metrics["groups"]["prompts"]["variants"]
-    assert variants["none@0.5"] == {"kept": 1, "agreement": 1, "kl": 0}
+    assert variants["none@0.5"] == {"kept": 1, "read": 1, "agreement": 1, "kl": 0}
     assert variants["zero"]["kl"] > 0
     assert "score" not in variants["zero"]
 
@@ -204,7 +204,9 @@ def test_results_hold_where_they_come_from(finished: Path, tmp_path: Path) -> No
     figures = summarize(finished, "random")
     assert (written["groups"], written["overall"]) == (figures["groups"], figures["overall"])
     values = figures["tasks"]["cell"]["variants"]["plphp@0.1"]
-    assert written["tasks"]["cell"]["variants"]["plphp@0.1"] == {"score": values["score"], "kept": values["kept"]}
+    assert written["tasks"]["cell"]["variants"]["plphp@0.1"] == {
+        name: values[name] for name in ("score", "kept", "read")
+    }
     assert written["model"]["sha256"] == read_config(finished)["model"]["sha256"]
     assert written["command"] == (
         "plphp eval --methods plphp,random,zero --target-retention 0.3,0.1 --tasks cell,second_grid --samples 3 "
