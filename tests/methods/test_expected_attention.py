@@ -105,7 +105,7 @@ def test_with_m_rope_the_queries_of_text_count(family: str) -> None:
     """Before the first image and behind the last, where a position is one number."""
     found = reading(family)
     outside = [row for row in range(4, found.length) if row < found.vision[0] or row > found.vision[-1]]
-    cache = PrunedCache.for_inputs(found.model, found.inputs)
+    cache = PrunedCache.for_inputs(found.model, found.inputs, plphp.PLPHPConfig())
     assert cache.turn is not None
     end = found.length + int(cache.turn.after)
     assert end != found.length

@@ -102,7 +102,7 @@ def test_it_keeps_what_its_queries_look_at_from_behind(
     family: str, rows: int, ahead: int, reduce: str, value_norm: int
 ) -> None:
     found = reading(family)
-    turn = PrunedCache.for_inputs(found.model, found.inputs).turn
+    turn = PrunedCache.for_inputs(found.model, found.inputs, plphp.PLPHPConfig()).turn
     delta = 0 if turn is None else int(turn.after)
     assert (delta != 0) == (family in M_ROPE)
     tokens = asking(found, rows, family in M_ROPE)

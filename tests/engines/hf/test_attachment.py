@@ -136,7 +136,7 @@ def test_an_error_that_the_caller_keeps_does_not_keep_the_model_attached(llava: 
 def test_span_error_that_the_caller_keeps_does_not_keep_the_model_attached(llava: Any) -> None:
     before = state(llava)
     with pytest.raises(plphp.SpanError) as error:
-        PrunedCache.for_inputs(llava, {})
+        PrunedCache.for_inputs(llava, {}, plphp.PLPHPConfig())
     assert state(llava) == before
     assert error.value is not None
 
@@ -256,12 +256,15 @@ def test_a_model_is_freed_without_the_garbage_collector() -> None:
 def test_what_is_no_model_is_refused(what: Any) -> None:
     with (
         pytest.raises(plphp.UnsupportedModelError, match="Expected a transformers PreTrainedModel, got"),
-        plphp.prune(what),
+        plphp.prune(what, plphp.PLPHPConfig()),
     ):
         pass
 
 
 def test_a_text_model_is_refused() -> None:
     model = tiny_model("llava").get_decoder()
-    with pytest.raises(plphp.UnsupportedModelError, match="does not know 'llama' models"), plphp.prune(model):
+    with (
+        pytest.raises(plphp.UnsupportedModelError, match="does not know 'llama' models"),
+        plphp.prune(model, plphp.PLPHPConfig()),
+    ):
         pass

@@ -122,12 +122,12 @@ def test_the_hybrid_cache_that_old_checkpoints_ask_for_is_the_default_one() -> N
 
 
 def test_assistant_model_is_refused(llava: Any) -> None:
-    with plphp.prune(llava), pytest.raises(UnsupportedFeatureError, match="assisted generation"):
+    with plphp.prune(llava, SETTINGS), pytest.raises(UnsupportedFeatureError, match="assisted generation"):
         llava.generate(**llava_inputs((1,)), assistant_model=llava, max_new_tokens=2)
 
 
 def test_custom_generate_is_refused(llava: Any) -> None:
-    with plphp.prune(llava), pytest.raises(UnsupportedFeatureError, match="custom_generate"):
+    with plphp.prune(llava, SETTINGS), pytest.raises(UnsupportedFeatureError, match="custom_generate"):
         llava.generate(**llava_inputs(), custom_generate=lambda *a, **k: None)
 
 
@@ -135,7 +135,7 @@ def test_other_caches_are_refused(llava: Any) -> None:
     text = llava.config.get_text_config()
     for cache in (DynamicCache(config=text), StaticCache(config=text, max_cache_len=99), "cache"):
         with (
-            plphp.prune(llava),
+            plphp.prune(llava, SETTINGS),
             pytest.raises(UnsupportedFeatureError, match=f"must be a PrunedCache, got {NAME}={type(cache).__name__}"),
         ):
             generate(llava, llava_inputs(), **passed(cache))
@@ -144,7 +144,10 @@ def test_other_caches_are_refused(llava: Any) -> None:
 def test_training_mode_is_refused(llava: Any) -> None:
     llava.train()
     try:
-        with plphp.prune(llava), pytest.raises(UnsupportedFeatureError, match=r"training mode.*model.eval\(\)"):
+        with (
+            plphp.prune(llava, SETTINGS),
+            pytest.raises(UnsupportedFeatureError, match=r"training mode.*model.eval\(\)"),
+        ):
             generate(llava, llava_inputs())
     finally:
         llava.eval()
@@ -162,12 +165,15 @@ def test_training_mode_is_refused_in_a_forward_pass(llava: Any) -> None:
 
 
 def test_continuous_batching_is_refused(llava: Any) -> None:
-    with plphp.prune(llava), pytest.raises(UnsupportedFeatureError, match="continuous batching"):
+    with plphp.prune(llava, SETTINGS), pytest.raises(UnsupportedFeatureError, match="continuous batching"):
         llava.generate_batch([[1, 2, 3]])
 
 
 def test_wrong_generation_config(llava: Any) -> None:
-    with plphp.prune(llava), pytest.raises(UnsupportedFeatureError, match="must be a GenerationConfig, got str"):
+    with (
+        plphp.prune(llava, SETTINGS),
+        pytest.raises(UnsupportedFeatureError, match="must be a GenerationConfig, got str"),
+    ):
         generate(llava, llava_inputs(), generation_config="greedy")
 
 
@@ -176,7 +182,7 @@ def test_unsupported_attention_is_refused() -> None:
     model.set_attn_implementation("flex_attention")
     before = model_state(model)
     with pytest.raises(UnsupportedFeatureError, match=r"'flex_attention'.*set_attn_implementation\('sdpa'\)"):
-        plphp.apply(model)
+        plphp.apply(model, SETTINGS)
     assert_as_before(model, before)
 
 
@@ -269,7 +275,7 @@ def test_prompt_that_does_not_match_its_features(llava: Any, name: str) -> None:
             generate(llava, bad)
         again = generate(llava, good)
     with pytest.raises(SpanError, match=message):
-        PrunedCache.for_inputs(llava, bad)
+        PrunedCache.for_inputs(llava, bad, SETTINGS)
     assert_as_before(llava, before)
     assert_same_generation(pruned(llava, good, SETTINGS)[0], again)
 
@@ -409,7 +415,10 @@ def test_a_cache_outside_its_session(llava: Any) -> None:
 def test_a_cache_with_another_model(llava: Any) -> None:
     other, inputs = TINY["llava"].build(seed=1), llava_inputs()
     cache = PrunedCache.for_inputs(llava, inputs, SETTINGS)
-    with plphp.prune(other), pytest.raises(UnsupportedFeatureError, match="made for another model"):
+    with (
+        plphp.prune(other, SETTINGS),
+        pytest.raises(UnsupportedFeatureError, match="made for another model"),
+    ):
         generate(other, inputs, **passed(cache))
     with pytest.raises(CacheStateError, match="did not read it through plphp's attention function"):
         generate(other, inputs, **passed(cache))
@@ -790,7 +799,10 @@ def test_terms_that_change_the_softmax_are_refused(llava: Any) -> None:
     stock = attention.forward
     attention.forward = lambda *args, **kwargs: stock(*args, softcap=30.0, **kwargs)
     try:
-        with plphp.prune(llava), pytest.raises(UnsupportedModelError, match="LlamaAttention passes softcap"):
+        with (
+            plphp.prune(llava, SETTINGS),
+            pytest.raises(UnsupportedModelError, match="LlamaAttention passes softcap"),
+        ):
             generate(llava, llava_inputs())
     finally:
         del attention.forward

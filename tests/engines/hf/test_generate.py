@@ -174,7 +174,7 @@ def test_two_threads_with_one_model_and_two_settings() -> None:
 
 def test_two_models_at_once_do_not_touch_each_other() -> None:
     first, second = tiny_model("llava"), TINY["qwen2-vl"].build()
-    with plphp.prune(first):
+    with plphp.prune(first, plphp.PLPHPConfig()):
         assert "generate" not in second.__dict__
         with plphp.prune(second, KEEP_ALL) as run:
             pruned(first, TINY["llava"].inputs(first), config("plphp"))

@@ -31,7 +31,7 @@ def test_a_model_whose_layers_all_slide() -> None:
     import transformers
 
     model = getattr(transformers, TINY["idefics2"].model_class)(made).eval()
-    with pytest.raises(plphp.UnsupportedModelError, match="full attention"), plphp.prune(model):
+    with pytest.raises(plphp.UnsupportedModelError, match="full attention"), plphp.prune(model, plphp.PLPHPConfig()):
         generate(model, TINY["idefics2"].inputs(tiny_model("idefics2")))
     assert "generate" not in model.__dict__
 
@@ -61,13 +61,16 @@ def test_a_method_with_impossible_rates(rate: float, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
 def test_continuous_batching(name: str) -> None:
     model = tiny_model("llava")
-    with plphp.prune(model), pytest.raises(plphp.UnsupportedFeatureError, match="continuous batching"):
+    with (
+        plphp.prune(model, plphp.PLPHPConfig()),
+        pytest.raises(plphp.UnsupportedFeatureError, match="continuous batching"),
+    ):
         getattr(model, name)([[1, 2, 3]])
 
 
 def test_a_handle_that_outlives_its_model() -> None:
     model = TINY["llava"].build()
-    session = plphp.apply(model)
+    session = plphp.apply(model, plphp.PLPHPConfig())
     handle = model.generate
     session.close()
     del model, session

@@ -210,7 +210,7 @@ def test_models_that_share_a_config(llava: Any) -> None:
     with plphp.prune(llava, SETTINGS):
         twin(**TINY["llava"].inputs(llava))  # no concern of the session
         with pytest.raises(UnsupportedFeatureError, match="give each a config of its own"):
-            plphp.apply(twin)
+            plphp.apply(twin, plphp.PLPHPConfig())
 
 
 def test_a_model_that_is_deleted_under_apply_leaves_nothing() -> None:
@@ -223,7 +223,7 @@ def test_a_model_that_is_deleted_under_apply_leaves_nothing() -> None:
 
 
 def test_a_part_of_a_model_is_refused(llava: Any) -> None:
-    for use in (plphp.apply, plphp.remove, lambda part: plphp.prune(part).__enter__()):
+    for use in (plphp.apply, plphp.remove, lambda part: plphp.prune(part, plphp.PLPHPConfig()).__enter__()):
         with pytest.raises(plphp.UnsupportedModelError, match="LlavaModel has no generate to prune: pass the model"):
             use(llava.model)
     assert llava.config.get_text_config()._attn_implementation == "sdpa"
@@ -304,8 +304,8 @@ class TestWrappers:
         )
         wrapper = peft.PeftModelForCausalLM(model, made)
         with pytest.raises(UnsupportedFeatureError, match=r"tuning: it puts virtual tokens into the cache.*LoRA, work"):
-            plphp.apply(wrapper)
-        with plphp.prune(model), pytest.raises(UnsupportedFeatureError, match="virtual tokens"):
+            plphp.apply(wrapper, plphp.PLPHPConfig())
+        with plphp.prune(model, plphp.PLPHPConfig()), pytest.raises(UnsupportedFeatureError, match="virtual tokens"):
             wrapper.generate(**TINY["llava"].inputs(model), max_new_tokens=2)
         with pytest.raises(UnsupportedFeatureError, match="virtual tokens"):
             PrunedCache.for_inputs(wrapper, TINY["llava"].inputs(model))

@@ -6,7 +6,9 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
+from plphp.kernels.bit_planes import BYTE
 from plphp.policy.chain import Chain
+from plphp.settings.ladder import WHOLE
 
 STAGES = ("prefill", "kv")
 """Stages that plphp runs in transformers."""
@@ -29,6 +31,7 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
     UnsupportedModelError, UnsupportedFeatureError
     """
     chain.refuse_all_but(STAGES, "plphp's engine for transformers")
+    _refuse_heads(chain, model)
     if chain.prefill is None:
         return
     method = chain.prefill.method
@@ -42,4 +45,17 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
         raise UnsupportedFeatureError(
             f"{method} hides tokens by a mask per layer, which flash attention does not take: call "
             "model.set_attn_implementation('sdpa') first."
+        )
+
+
+def _refuse_heads(chain: Chain, model: PreTrainedModel) -> None:
+    """Raise for tiers on heads that no rung can hold, before anything is read; where the config does not tell the width
+    of a head, the first layer does."""
+    ladder = chain.kv.config.ladder
+    text = model.config.get_text_config(decoder=True)
+    dim = vars(text).get("head_dim")  # in some configs layers differ, and reading it of all raises
+    if ladder is not None and set(ladder.names) != {WHOLE} and isinstance(dim, int) and dim % BYTE:
+        raise UnsupportedFeatureError(
+            f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: name "
+            "a method without tiers, such as PLPHPConfig(target_retention=0.4)."
         )
