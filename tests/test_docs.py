@@ -252,6 +252,29 @@ def test_performance_page_has_the_figures_of_the_results() -> None:
     assert f"| {capacity['DynamicCache']} | {capacity['plphp 0.4']} | [7,000 vision tokens" in page
 
 
+def test_performance_page_has_the_figures_of_tiers() -> None:
+    page, results = (ROOT / "docs" / "performance.md").read_text(), figures("tiers_cpu")
+    rows = {row["variant"]: row for row in results["results"]}
+    named = {
+        "transformers' `DynamicCache`": "DynamicCache",
+        "plphp, 40 % whole": "whole 0.4",
+        "`t10`": "t10",
+        "`t10`, a fifth of it read": "t10, read 0.2",
+        "`c3`": "c3",
+    }
+    for name, variant in named.items():
+        row = rows[variant]
+        cells = re.search(rf"^\| {re.escape(name)} \| (\d+) MB \| (\d+) ms \| ([\d.]+) \|$", page, re.MULTILINE)
+        assert cells is not None, name
+        held, step, ratio = cells.groups()
+        assert (int(held), int(step)) == (round(row["kv_bytes"] / 1e6), round(1000 * row["seconds"]))
+        assert float(ratio) == pytest.approx(row["ratio_to_whole"], rel=0.01)
+    held = {row["variant"]: row["largest_batch"] for row in figures("capacity_cpu")["results"]}
+    words = f"{held['DynamicCache']} sequences fit into 1 GiB with `DynamicCache`, {held['plphp 0.4']} with 40 % kept, "
+    assert f"{words}{held['c3']} in 3 bits" in page
+    assert f"and {held['t10']} with `t10`" in page
+
+
 def test_guarantees_page_has_the_figures_of_the_results() -> None:
     page, results = (ROOT / "docs" / "guarantees.md").read_text(), figures("exactness_cpu")["results"]
     for line, name in (
