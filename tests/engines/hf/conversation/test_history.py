@@ -437,7 +437,7 @@ def test_a_cache_of_transformers_is_left_alone() -> None:
     model, tiny = model_of("llava"), TINY["llava"]
     rows = tiny.rows(model, [2])
     cache = DynamicCache(config=model.config.get_text_config())
-    lease = PrunedCache.for_inputs(model, whole(rows))
+    lease = PrunedCache.for_inputs(model, whole(rows), plphp.PLPHPConfig())
     output = generate(model, whole(rows), **passed(cache))
     with pytest.raises(ValueError, match="do not match"):
         generate(model, whole(tiny.whole(model, rows, output.sequences, True)), **passed(cache))
