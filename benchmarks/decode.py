@@ -125,13 +125,19 @@ def pruned_cache(
     return cache
 
 
+def is_vision(tokens: int) -> Tensor:
+    """Which tokens of a prompt are vision tokens, bool [1, seq]: so many in the middle of the text."""
+    mask = torch.zeros(1, tokens + TEXT_TOKENS, dtype=torch.bool)
+    mask[:, TEXT_TOKENS // 2 :][:, :tokens] = True
+    return mask
+
+
 def tiered_cache(lease: Lease, batch: int, vision: int, tiers: Tiers) -> plphp.PrunedCache:
     """Ours, with the vision tokens on a ladder, for the model of a lease; all rows are copies of one that is coded."""
     model = lease.attachment.model
     cache = plphp.PrunedCache(lease.attachment, plphp.PLPHPConfig())
-    is_vision = torch.zeros(1, vision + TEXT_TOKENS, dtype=torch.bool)
-    is_vision[:, TEXT_TOKENS // 2 :][:, :vision] = True
-    row = codes.coded_row(*entries(model, 1, vision + TEXT_TOKENS, 0), is_vision, tiers.ladder, tiers.read)
+    states = entries(model, 1, vision + TEXT_TOKENS, 0)
+    row = codes.coded_row(*states, is_vision(vision), tiers.ladder, tiers.read)
     for layer in cache.layers:
         codes.fill(layer, row, batch)
     return cache

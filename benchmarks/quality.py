@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,35 @@ def _evaluate(arguments: argparse.Namespace, folder: str, methods: tuple[str, ..
     return out
 
 
+def _table(
+    arguments: argparse.Namespace,
+    name: str,
+    methods: tuple[str, ...],
+    split: str,
+    retention: tuple[float, ...],
+    samples: int,
+    *,
+    baseline: str | None = None,
+    runs: str = "",
+) -> Path:
+    """Evaluate the methods of a table and write its figures to ``name``.json; the folder of the finished run.
+
+    ``samples`` are of each task where the command says nothing else, and ``runs`` names the folder of the unfinished
+    run, if not ``name``.
+    """
+    from plphp.evaluation import write_results
+
+    samples = arguments.samples or samples
+    out = _evaluate(arguments, runs or name, methods, split=split, retention=retention, samples=samples)
+    write_results(out, arguments.results / f"{name}.json", baseline)
+    return out
+
+
+def _labelled(methods: Mapping[str, str]) -> tuple[str, ...]:
+    """Lines of methods with their labels."""
+    return tuple(f"{label}={method}" for label, method in methods.items())
+
+
 def _presets(arguments: argparse.Namespace) -> Iterator[str]:
     """Methods with the fixed thresholds that the part ``calibration`` found; stop if it found them on other weights."""
     found = json.loads((arguments.results / "calibration.json").read_text(encoding="utf-8"))
@@ -237,33 +266,16 @@ def _presets(arguments: argparse.Namespace) -> Iterator[str]:
 
 def test(arguments: argparse.Namespace) -> None:
     """The methods of earlier years on the test split."""
-    from plphp.evaluation import write_results
-
-    out = _evaluate(
-        arguments,
-        "test",
-        (*METHODS, *_presets(arguments)),
-        split="test",
-        retention=RETENTION,
-        samples=arguments.samples or 500,
-    )
-    write_results(out, arguments.results / "quality.json", "random1")
+    methods = (*METHODS, *_presets(arguments))
+    _table(arguments, "quality", methods, "test", RETENTION, 500, baseline="random1", runs="test")
 
 
 def rivals(arguments: argparse.Namespace) -> None:
     """Ragged heads, banks and this year's rivals on the test split, with paired differences from two lines."""
-    from plphp.evaluation import read_results, save_score_plots, summarize, write_results
+    from plphp.evaluation import read_results, save_score_plots, summarize
 
-    out = _evaluate(
-        arguments,
-        "rivals",
-        RIVALS,
-        split="test",
-        retention=RIVAL_RETENTION,
-        samples=arguments.samples or 500,
-    )
+    out = _table(arguments, "rivals", RIVALS, "test", RIVAL_RETENTION, 500, baseline="random1")
     path = arguments.results / "rivals.json"
-    write_results(out, path, "random1")
     paired = {baseline: _differences(summarize(out, baseline)) for baseline in ("query_bank", "query_bank_equal")}
     path.write_text(json.dumps({**read_results(path), "paired": paired}, indent=1) + "\n", encoding="utf-8")
     save_score_plots(summarize(out, "random1"), arguments.plots)
@@ -280,63 +292,22 @@ def _differences(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def heads(arguments: argparse.Namespace) -> None:
     """Choices about heads, banks and candidates on the development split."""
-    from plphp.evaluation import write_results
-
-    out = _evaluate(
-        arguments,
-        "heads",
-        tuple(f"{label}={method}" for label, method in HEADS.items()),
-        split="dev",
-        retention=HEADS_RETENTION,
-        samples=arguments.samples or 40,
-    )
-    write_results(out, arguments.results / "heads.json", next(iter(HEADS)))
+    _table(arguments, "heads", _labelled(HEADS), "dev", HEADS_RETENTION, 40, baseline=next(iter(HEADS)))
 
 
 def ladders(arguments: argparse.Namespace) -> None:
     """Ladders and rungs on the development split."""
-    from plphp.evaluation import write_results
-
-    out = _evaluate(
-        arguments,
-        "ladders",
-        tuple(f"{label}={method}" for label, method in LADDERS.items()),
-        split="dev",
-        retention=LADDERS_RETENTION,
-        samples=arguments.samples or 40,
-    )
-    write_results(out, arguments.results / "ladders.json")
+    _table(arguments, "ladders", _labelled(LADDERS), "dev", LADDERS_RETENTION, 40)
 
 
 def tiers(arguments: argparse.Namespace) -> None:
     """Few bits in the place of eviction on the test split."""
-    from plphp.evaluation import write_results
-
-    out = _evaluate(
-        arguments,
-        "tiers",
-        TIERS,
-        split="test",
-        retention=TIERS_RETENTION,
-        samples=arguments.samples or 500,
-    )
-    write_results(out, arguments.results / "tiers.json")
+    _table(arguments, "tiers", TIERS, "test", TIERS_RETENTION, 500)
 
 
 def ablation(arguments: argparse.Namespace) -> None:
     """Choices within the methods on the development split."""
-    from plphp.evaluation import write_results
-
-    methods = tuple(f"{label}={method}" for label, method in ABLATION.items())
-    out = _evaluate(
-        arguments,
-        "ablation",
-        methods,
-        split="dev",
-        retention=ABLATION_RETENTION,
-        samples=arguments.samples or 40,
-    )
-    write_results(out, arguments.results / "ablation.json", next(iter(ABLATION)))
+    _table(arguments, "ablation", _labelled(ABLATION), "dev", ABLATION_RETENTION, 40, baseline=next(iter(ABLATION)))
 
 
 def transfer(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -31,6 +32,18 @@ def pruned(model: Any, inputs: dict[str, Any], config: plphp.PLPHPConfig, **kwar
     with plphp.prune(model, config) as run:
         output = generate(model, inputs, **kwargs)
     return output, run.report
+
+
+def assert_growing_frequencies_are_refused(model: Any, inputs: dict[str, Any], config: plphp.PLPHPConfig) -> None:
+    """A rotary embedding whose frequencies grow with the prompt has no queries that could be turned."""
+    text = model.config.get_text_config()
+    before = text.rope_parameters
+    text.rope_parameters = {**before, "rope_type": "dynamic", "factor": 2.0}
+    try:
+        with pytest.raises(plphp.UnsupportedModelError, match="'dynamic'"), plphp.prune(model, config):
+            model.generate(**inputs, max_new_tokens=1)
+    finally:
+        text.rope_parameters = before
 
 
 def two_turns(model: Any, tiny: Any, cache: Any, with_image: bool, rows: Sequence[int]) -> tuple[Any, Any]:

@@ -233,9 +233,9 @@ def test_tiers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     settings = ["--batch", "2", "--vision-tokens", "300", "--steps", "2", "--prompt", "50", "--turns", "1"]
     results = run(tiers, monkeypatch, tmp_path / "tiers.json", *settings)
     held = {row["variant"]: row["kv_bytes"] for row in results["results"]}
-    assert list(held) == ["DynamicCache", "whole 0.4", "t10", "t10, read 0.2", "c3", "t10, torch"]
+    assert list(held) == ["DynamicCache", "whole 0.4", "t10", "t10, read 20%", "c3", "t10, torch"]
     assert all(row["seconds"] > 0 for row in results["results"])
     assert held["t10"] < held["c3"] < held["whole 0.4"] < held["DynamicCache"]
-    assert held["t10"] < held["t10, read 0.2"]  # the mean values that stand in for the rest
+    assert held["t10"] < held["t10, read 20%"]  # the mean values that stand in for the rest
     assert [row["ladder"] for row in results["encoding"]] == ["t10", "c3", "prefill"]
     assert "Encoding 50 tokens" in capsys.readouterr().out

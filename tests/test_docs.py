@@ -259,7 +259,7 @@ def test_performance_page_has_the_figures_of_tiers() -> None:
         "transformers' `DynamicCache`": "DynamicCache",
         "plphp, 40 % whole": "whole 0.4",
         "`t10`": "t10",
-        "`t10`, a fifth of it read": "t10, read 0.2",
+        "`t10`, a fifth of it read": "t10, read 20%",
         "`c3`": "c3",
     }
     for name, variant in named.items():
@@ -269,6 +269,11 @@ def test_performance_page_has_the_figures_of_tiers() -> None:
         held, step, ratio = cells.groups()
         assert (int(held), int(step)) == (round(row["kv_bytes"] / 1e6), round(1000 * row["seconds"]))
         assert float(ratio) == pytest.approx(row["ratio_to_whole"], rel=0.01)
+    encoding = {row["ladder"]: f"{100 * row['share_of_prefill']:.1f} % " for row in results["encoding"]}
+    assert (
+        f"Encoding takes {encoding['t10']}of the\nprefill of 2,000 vision tokens for `t10` and {encoding['c3']}for"
+        in page
+    )
     held = {row["variant"]: row["largest_batch"] for row in figures("capacity_cpu")["results"]}
     words = f"{held['DynamicCache']} sequences fit into 1 GiB with `DynamicCache`, {held['plphp 0.4']} with 40 % kept, "
     assert f"{words}{held['c3']} in 3 bits" in page

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.kernels.books import LayerBooks
+from plphp.kernels.centred import CLIPS, Centred
 from plphp.kernels.centroids import nearest
-from plphp.kernels.codecs import CLIPS, Affine, Centred, Codec, Codes, Places
+from plphp.kernels.codecs import Affine, Codec, Codes, Places
 from plphp.kernels.hadamard import hadamard
 from plphp.kernels.rungs import RUNGS
 from plphp.settings.ladder import PLAIN_RUNGS, PRODUCT_RUNGS

@@ -223,7 +223,7 @@ def test_bytes_are_those_of_the_live_tensors(names: tuple[str, ...], share: floa
         own = sum(tensor.nbytes for tensor in (*tensors_of(tier.keys), *tensors_of(tier.values)))
         assert tier.nbytes == own == sum(tier_nbytes(tier, row) for row in range(2))
         index = tier.keys.streams[0].nbytes
-        if not tier.rung.keys.centred or not getattr(tier.rung.keys, "books", ()):
+        if not tier.rung.keys.centred or not tier.rung.keys.books:
             index += sum(part.nbytes for part in (tier.keys.scales, tier.keys.groups) if part is not None)
         assert sum(index_nbytes(tier, row) for row in range(2)) == index
     means = sum(mean.nbytes for mean in (*block.means, block.rest_values) if mean is not None)

@@ -198,7 +198,7 @@ def test_all_parts_of_a_layer(on_triton: list[str], masked: bool) -> None:
 
 def test_what_the_kernels_cannot_do_is_named(on_triton: list[str]) -> None:
     coded = block(T10, 32, seq=40)
-    most = coded_attention.TRITON_ROWS
+    most = choice.TRITON_ROWS
     query = queries(coded, 1, most + 1, 32, torch.float32)
     reason = f"a KV head has {most + 1} query rows, and it takes up to {most}"
     assert coded_attention.unsupported_by_triton(query, coded) == reason

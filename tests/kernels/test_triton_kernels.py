@@ -15,7 +15,8 @@ import torch
 from test_kernels import SCALING, TOLERANCE, assert_attention, assert_scores, make, naive_scores, noise, window
 
 from plphp.kernels import TRIALS, choice, decode
-from plphp.kernels.decode import TRITON_ROWS, triton_trial, unsupported_by_triton
+from plphp.kernels.choice import TRITON_ROWS
+from plphp.kernels.decode import triton_trial, unsupported_by_triton
 from plphp.kernels.packed import PackedKV
 
 pytest.importorskip("triton")

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
-from plphp import CacheStateError, ConfigError, PLPHPConfig, PrunedCache, UnsupportedModelError
+from invariants import assert_growing_frequencies_are_refused
+from plphp import CacheStateError, ConfigError, PLPHPConfig, PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.policy.rotation import Rotation
 from plphp.pruning.scoring import Attended
@@ -171,17 +172,8 @@ def test_states_are_let_go_layer_by_layer() -> None:
 
 def test_growing_frequencies_are_refused() -> None:
     model = tiny_model("llava")
-    text = model.config.get_text_config()
-    before = text.rope_parameters
-    text.rope_parameters = {**before, "rope_type": "dynamic", "factor": 2.0}
-    try:
-        with (
-            pytest.raises(UnsupportedModelError, match="'dynamic'"),
-            plphp.prune(model, PLPHPConfig(method="expected_attention")),
-        ):
-            model.generate(**TINY["llava"].inputs(model, [1]), max_new_tokens=1)
-    finally:
-        text.rope_parameters = before
+    config = PLPHPConfig(method="expected_attention")
+    assert_growing_frequencies_are_refused(model, TINY["llava"].inputs(model, [1]), config)
 
 
 def test_rotations_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

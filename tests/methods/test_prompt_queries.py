@@ -15,8 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
-from invariants import assert_same_generation, evicted_entries_masked, pruned, two_turns
-from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedModelError
+from invariants import (
+    assert_growing_frequencies_are_refused,
+    assert_same_generation,
+    evicted_entries_masked,
+    pruned,
+    two_turns,
+)
+from plphp import ConfigError, PLPHPConfig, PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.pruning.report import PruneReport
 from precision import EXACT
@@ -192,17 +198,8 @@ def test_beams_are_placed_like_their_prompt(family: str) -> None:
 
 def test_a_model_whose_rotation_is_not_known_is_refused() -> None:
     model = tiny_model("llava")
-    text = model.config.get_text_config()
-    before = text.rope_parameters
-    text.rope_parameters = {**before, "rope_type": "dynamic", "factor": 2.0}
-    try:
-        with (
-            pytest.raises(UnsupportedModelError, match="'dynamic'"),
-            plphp.prune(model, PLPHPConfig(method="prompt_queries")),
-        ):
-            model.generate(**TINY["llava"].inputs(model, [1]), max_new_tokens=1)
-    finally:
-        text.rope_parameters = before
+    config = PLPHPConfig(method="prompt_queries")
+    assert_growing_frequencies_are_refused(model, TINY["llava"].inputs(model, [1]), config)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from plphp.errors import CacheMemoryError
 
 from . import choice
 from .books import Books
-from .codecs import Affine, Centred, Codec, Codes, groups_of
+from .centred import Centred
+from .codecs import Affine, Codec, Codes, groups_of
 from .coded import CodedKV, Tier
 from .cpp_library import library
 

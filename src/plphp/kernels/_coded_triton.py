@@ -20,7 +20,8 @@ from ._codes_triton import CHANNEL, ROTATED, TOKEN
 from ._tier_triton import attend_tier, index_logits, merge_tiers, turn
 from ._triton_shapes import LOG2_E, chunk_of, multiplies_bits, on_its_device, tile_shape, wide_of
 from .books import PART, Books
-from .codecs import Affine, Centred, Codec, Codes, groups_of
+from .centred import Centred
+from .codecs import Affine, Codec, Codes, groups_of
 from .coded import CodedKV, Tier
 from .hadamard import hadamard
 

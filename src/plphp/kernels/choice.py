@@ -38,6 +38,8 @@ WIDEST = 256
 """Largest head dimension of the Triton kernels."""
 NARROWEST = 32
 """Smallest head dimension of the C++ kernels: what the widest vectors take at once."""
+TRITON_ROWS = 128
+"""Most query rows [group x query] of a KV head in the Triton kernels of attention."""
 NO_CUDA = "it needs a CUDA device"
 """The reason that is not logged."""
 
@@ -94,6 +96,11 @@ def unsupported_by_cpp(*states: Tensor) -> str | None:
     if torch.compiler.is_compiling() or any(type(state) is not Tensor for state in states):
         return "only plain tensors have the memory that it reads"
     return None
+
+
+def too_many_rows(rows: int) -> str | None:
+    """Say why the Triton kernels of attention cannot take so many query rows of a KV head; None where they can."""
+    return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}" if rows > TRITON_ROWS else None
 
 
 UNSUPPORTED = {"Triton": unsupported_by_triton, "C++": unsupported_by_cpp}

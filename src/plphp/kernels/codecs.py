@@ -19,7 +19,7 @@ Product quantization: Jegou et al., doi:10.1109/TPAMI.2010.57.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -29,8 +29,6 @@ from plphp.errors import UnsupportedFeatureError
 
 from .bit_planes import pack_planes, unpack_planes
 from .books import Books
-from .centroids import centroids, nearest
-from .hadamard import hadamard
 
 SCALE = torch.float16
 """Dtype of scales and means."""
@@ -38,8 +36,6 @@ SMALLEST = 2.0**-24
 """Smallest step: the least number of float16 above 0."""
 TOKEN_GROUP = 32
 """Channels of an entry that share their scale, where entries have several."""
-CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-"""Shares of the largest rotated number that the codes of an entry may reach; what leaves the least error is taken."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +120,10 @@ class Codec(Protocol):
     """A way to hold keys or values in few bits."""
 
     @property
+    def books(self) -> tuple[str, ...]:
+        """The codebooks that it needs, in turn, names of fields of `plphp.kernels.books.Books`."""
+
+    @property
     def centred(self) -> bool:
         """Whether it codes what is left without the mean of the prompt."""
 
@@ -137,6 +137,9 @@ class Codec(Protocol):
 
     def bits(self, dim: int) -> float:
         """Bits per channel of an entry of so many channels, with its scales and its part of its group."""
+
+    def index_bits(self, dim: int) -> float:
+        """Those of them that the index needs."""
 
     def encode(self, states: Tensor, places: Places) -> Codes:
         """The codes of states, floating-point [entries, dim]."""
@@ -168,12 +171,17 @@ class Affine:
     width: int
     axis: Literal["channel", "token"]
     group: int = 0
+    books: tuple[str, ...] = ()
     centred: bool = False
     index_scaled: bool = True
 
     def bits(self, dim: int) -> float:
         """See `Codec`."""
         return self.width + (32 / self.group if self.axis == "channel" else 32 / self.channels(dim))
+
+    def index_bits(self, dim: int) -> float:
+        """See `Codec`."""
+        return self.bits(dim) - (self.width - 1)
 
     def encode(self, states: Tensor, places: Places) -> Codes:
         """See `Codec`."""
@@ -222,110 +230,6 @@ class Affine:
     @staticmethod
     def channels(dim: int) -> int:
         return math.gcd(dim, TOKEN_GROUP)
-
-
-@dataclass(frozen=True)
-class Centred:
-    """Codes of what is left without the mean over the vision tokens of the prompt, per head and channel.
-
-    First the nearest of 256 centroids of every few channels, then on demand the nearest of 256 to what is left of that,
-    and then what is still left, rotated and in equal steps around 0, with a scale of its own for every entry.
-
-    Parameters
-    ----------
-    books : tuple of str
-        Codebooks in turn, names of fields of `plphp.kernels.books.Books`.
-    width : int
-        Bits of the rotated rest; 0 for none.
-    """
-
-    books: tuple[str, ...] = ()
-    width: int = 0
-    centred: bool = True
-    group: int = 0
-
-    @property
-    def index_scaled(self) -> bool:
-        """See `Codec`."""
-        return not self.books
-
-    def bits(self, dim: int) -> float:
-        """See `Codec`."""
-        of_books = sum(8 / (16 if name == "coarse" else 8) for name in self.books)
-        return of_books + (self.width + 16 / dim if self.width else 0)
-
-    def encode(self, states: Tensor, places: Places) -> Codes:
-        """See `Codec`."""
-        rest = states - self._means(places, states.dtype)[places.pair]
-        streams: list[Tensor] = []
-        head = places.head
-        for name in self.books:
-            book = self._book(places, name, states.dtype)
-            numbers = nearest(rest, book, head)
-            rest = rest - centroids(numbers, book, head)
-            streams.append(numbers)
-        if not self.width:
-            return Codes(tuple(streams))
-        codes, scale = self._rotated(rest @ hadamard(rest.shape[1], rest.dtype, rest.device))
-        return Codes((*streams, *pack_planes(codes, self.width)), scale)
-
-    def decode(self, codes: Codes, places: Places, dtype: torch.dtype) -> Tensor:
-        """See `Codec`."""
-        result = self._means(places, dtype)[places.pair]
-        for name, numbers in zip(self.books, codes.streams, strict=False):
-            result = result + centroids(numbers, self._book(places, name, dtype), places.head)
-        if self.width:
-            numbers = unpack_planes(codes.streams[len(self.books) :]).to(dtype)
-            result = result + self._unrotated(numbers, codes, 2 ** (self.width - 1) - 0.5)
-        return result
-
-    def index(self, codes: Codes, places: Places, dtype: torch.dtype) -> Tensor:
-        """See `Codec`: the first centroids, or where there are none the signs of what is rotated."""
-        if self.books:
-            first = replace(self, books=self.books[:1], width=0)
-            return first.decode(Codes(codes.streams[:1]), places, dtype)
-        half = 2.0 ** (self.width - 1)
-        signs = unpack_planes(codes.streams[:1]).to(dtype) * half
-        return self._means(places, dtype)[places.pair] + self._unrotated(signs, codes, half / 2)
-
-    def _rotated(self, rotated: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes of rotated states, int32 [entries, dim], and a step for each entry, float16 [entries, 1]."""
-        half = 2 ** (self.width - 1)
-        if self.width == 1:
-            step = 2 * rotated.abs().mean(1, keepdim=True)
-            return (rotated >= 0).int(), stored(step.clamp(min=SMALLEST))
-        top = rotated.abs().amax(1, keepdim=True)
-        best: tuple[Tensor, Tensor, Tensor] | None = None
-        for clip in CLIPS:
-            step = stored((top * (clip / half)).clamp(min=SMALLEST))
-            exact = step.to(rotated.dtype)
-            codes = (rotated / exact - 0.5).round().clamp(-half, half - 1)
-            error = ((codes + 0.5) * exact - rotated).square().sum(1, keepdim=True)
-            if best is None:
-                best = codes, step, error
-            else:
-                better = error < best[2]
-                candidates = zip((codes, step, error), best, strict=True)
-                best = tuple(torch.where(better, new, old) for new, old in candidates)  # type: ignore[assignment]
-        assert best is not None
-        return (best[0] + half).int(), best[1]
-
-    def _unrotated(self, numbers: Tensor, codes: Codes, middle: float) -> Tensor:
-        """What rotated codes stand for, from their distance to the middle of all."""
-        assert codes.scales is not None
-        rotated = (numbers - middle) * codes.scales.to(numbers.dtype)
-        return rotated @ hadamard(numbers.shape[1], numbers.dtype, numbers.device)
-
-    @staticmethod
-    def _means(places: Places, dtype: torch.dtype) -> Tensor:
-        assert places.means is not None
-        return places.means.to(dtype)
-
-    @staticmethod
-    def _book(places: Places, name: str, dtype: torch.dtype) -> Tensor:
-        book: Tensor | None = getattr(places.books, name, None)
-        assert book is not None  # `Rung.check` has asked for it
-        return book.to(dtype)
 
 
 def stored(numbers: Tensor) -> Tensor:

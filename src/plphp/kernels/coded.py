@@ -231,7 +231,7 @@ class CodedKV:
     def value_dim(self) -> int:
         """Channels of the values."""
         codec, stream = self.tiers[0].rung.values, self.tiers[0].values.streams[0]
-        return stream.shape[1] * (COARSE_PART if getattr(codec, "books", ())[:1] == ("coarse",) else PART)
+        return stream.shape[1] * (COARSE_PART if codec.books[:1] == ("coarse",) else PART)
 
     @property
     def means_nbytes(self) -> int:

@@ -18,9 +18,6 @@ from .precision import as_written
 MAX_LOGITS = 2**24
 """Logits that are held at once; long query chunks are cut so that they stay below."""
 
-TRITON_ROWS = 128
-"""Most query rows [group x query] of a KV head in the Triton kernels: as many as in those of `decode_attention`."""
-
 _counts: ContextVar[list[Tensor] | None] = ContextVar("plphp_read_counts", default=None)
 
 
@@ -108,9 +105,7 @@ def _merged(whole: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) ->
 def unsupported_by_triton(query: Tensor, coded: CodedKV) -> str | None:
     """Say why the Triton kernels cannot attend, see `attend_codes`; None where they can."""
     reason = choice.unsupported_by_triton(query)
-    rows = query.shape[1] // coded.kv_heads * query.shape[2]
-    if reason is None and rows > TRITON_ROWS:
-        return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}"
+    reason = reason or choice.too_many_rows(query.shape[1] // coded.kv_heads * query.shape[2])
     if reason is None and any(tier.rung.values.group for tier in coded.tiers):
         return "it knows no values with steps per channel"
     return reason

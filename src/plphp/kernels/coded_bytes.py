@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -32,7 +31,7 @@ def read_of_shape(counts: Mapping[Rung, int], reading: Reading, dim: int, value_
     held = {rung: head_nbytes(rung, count, dim, value_dim) for rung, count in counts.items()}
     if reading.share == 1:
         return sum(held.values())
-    index = {rung: _index_of_shape(rung.keys, count, dim) for rung, count in counts.items()}
+    index = {rung: _of_shape(rung.keys, count, dim, index=True) for rung, count in counts.items()}
     left, total = reading.entries(sum(counts.values())), float(sum(index.values()))
     for rung in sorted(counts, key=lambda rung: (index[rung] - held[rung]) / counts[rung]):
         taken = min(left, counts[rung])
@@ -118,21 +117,13 @@ def _of_entry(tier: Tier) -> float:
     return streams + scales
 
 
-def _of_shape(codec: Codec, entries: int, dim: int) -> int:
-    """Bytes of the keys or values of a KV head."""
+def _of_shape(codec: Codec, entries: int, dim: int, index: bool = False) -> int:
+    """Bytes of the keys or values of a KV head, or those that the index reads."""
+    bits = codec.index_bits(dim) if index else codec.bits(dim)
     if not codec.group:
-        return round(entries * codec.bits(dim) * dim / 8)
+        return round(entries * bits * dim / 8)
     [groups] = groups_of((entries,), codec.group)
-    return round((entries * (codec.bits(dim) - SHARED / codec.group) + groups * SHARED) * dim / 8)
-
-
-def _index_of_shape(codec: Codec, entries: int, dim: int) -> int:
-    """Those of the keys of a KV head that the index reads."""
-    books = getattr(codec, "books", ())
-    if books:
-        return round(entries * replace(codec, books=books[:1], width=0).bits(dim) * dim / 8)  # type: ignore[type-var]
-    unread = getattr(codec, "width", 1) - 1
-    return _of_shape(codec, entries, dim) - entries * unread * dim // 8
+    return round((entries * (bits - SHARED / codec.group) + groups * SHARED) * dim / 8)
 
 
 def _side(codec: Codec, codes: Codes, counts: Sequence[int], index: bool = False) -> int:

@@ -18,8 +18,6 @@ from .coded_attention import attend_codes
 from .packed import PackedKV
 from .precision import as_written
 
-TRITON_ROWS = 128
-"""Most query rows [group x query] of a KV head in the Triton kernel."""
 CPP_ROWS = 16
 """As many rows of a KV head are faster in the C++ kernel than in torch's, which is made for long queries and for heads
 of as many entries: ragged heads of any number of rows are faster in C++."""
@@ -186,10 +184,7 @@ def unsupported_by_triton(query: Tensor, tail_keys: Tensor, tail_values: Tensor)
         reason = choice.unsupported_by_triton(query, tail_keys, tail_values)
     else:
         reason = choice.unsupported_by_triton(query, tail_keys) or choice.unsupported_by_triton(tail_values)
-    rows = _query_rows(query, tail_keys)
-    if reason is None and rows > TRITON_ROWS:
-        return f"a KV head has {rows} query rows, and it takes up to {TRITON_ROWS}"
-    return reason
+    return reason or choice.too_many_rows(_query_rows(query, tail_keys))
 
 
 def unsupported_by_cpp(query: Tensor, prefix: PackedKV, tail_keys: Tensor, tail_values: Tensor) -> str | None:

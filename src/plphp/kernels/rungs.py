@@ -11,7 +11,8 @@ from plphp.errors import UnsupportedFeatureError
 
 from .bit_planes import BYTE
 from .books import Books, LayerBooks
-from .codecs import Affine, Centred, Codec
+from .centred import Centred
+from .codecs import Affine, Codec
 
 KEY_GROUP = 1024
 """Entries of a head that share the steps of a channel, where a prompt of any length keeps its precision."""
@@ -36,7 +37,7 @@ class Rung:
     @property
     def needs_books(self) -> bool:
         """Whether it needs codebooks."""
-        return any(getattr(codec, "books", ()) for codec in (self.keys, self.values))
+        return bool(self.keys.books or self.values.books)
 
     @property
     def independent(self) -> bool:
@@ -44,7 +45,7 @@ class Rung:
         return not self.keys.group and not self.values.group
 
     def bits(self, dim: int, value_dim: int | None = None) -> float:
-        """Bits per channel of an entry, over its key and value, without what entries share."""
+        """Bits per channel of an entry, over its key and value, with its part of what a full group shares."""
         value_dim = value_dim or dim
         return (self.keys.bits(dim) * dim + self.values.bits(value_dim) * value_dim) / (dim + value_dim)
 
@@ -57,7 +58,7 @@ class Rung:
             )
         for side, codec in (("keys", self.keys), ("values", self.values)):
             of_side: Books | None = None if books is None else getattr(books, side)
-            for name in getattr(codec, "books", ()):
+            for name in codec.books:
                 if getattr(of_side, name, None) is None:
                     missing = "no codebooks are given" if of_side is None else f"the codebooks have no {name} centroids"
                     raise UnsupportedFeatureError(

@@ -57,7 +57,7 @@ class TierCost:
         """Raise `UnsupportedFeatureError` unless the rungs can hold keys and values of these widths."""
         RUNGS["r1"].check(*dims, books=None)
         for rung in self.rungs:
-            coarse = "coarse" in {name for codec in (rung.keys, rung.values) for name in getattr(codec, "books", ())}
+            coarse = "coarse" in {name for codec in (rung.keys, rung.values) for name in codec.books}
             if coarse and any(dim % COARSE_PART for dim in dims):
                 raise UnsupportedFeatureError(
                     f"The rung {rung.name!r} holds keys and values whose head dimension is a multiple of "
