@@ -228,7 +228,7 @@ def test_an_error_while_encoding_leaves_no_trace(monkeypatch: pytest.MonkeyPatch
         raise UnsupportedFeatureError("too large for float16")
 
     with monkeypatch.context() as patch:
-        patch.setattr("plphp.kernels.codecs.Centred._rotated", fail)
+        patch.setattr("plphp.kernels.centred.Centred._rotated", fail)
         with pytest.raises(UnsupportedFeatureError, match="Too large for float16; this PrunedCache"):
             generate(model, inputs, **passed(cache))
         with (
