@@ -33,6 +33,8 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 T10 = ("pr2", "rvq", "pq")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+LSE_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-4}
+"""Where queries are bf16 they may be rounded to 16 bits once more, with the steps of the codes in them."""
 
 
 def books(dim: int, kv_heads: int, generator: torch.Generator) -> Books:
@@ -79,7 +81,7 @@ def assert_right(query: Tensor, coded: CodedKV, scaling: float = 0.1) -> None:
     expected, exact = reference(query.double(), coded, scaling)
     bound = TOLERANCE[query.dtype]
     torch.testing.assert_close(output.double(), expected, rtol=bound, atol=bound)
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=LSE_TOLERANCE[query.dtype])
     assert output.dtype == query.dtype
     assert output.is_contiguous()
 
