@@ -197,6 +197,23 @@ def test_rows_of_several_coders_are_what_each_would_make() -> None:
         assert torch.allclose(lse, of_alone, atol=1e-10)
 
 
+@pytest.mark.parametrize("names", LADDERS, ids=str)
+def test_rows_of_several_coders_code_what_one_of_them_holds(names: tuple[str, ...]) -> None:
+    """Text is not coded, whatever is in it, nor is a head that holds nothing."""
+    keys, values, vision = states(1)
+    placed = torch.cat([placement(1, len(names), vision, seed) for seed in range(3)])
+    placed[:, 1] = 0
+    expected = coded_rows(keys, values, vision, placed, [coder(names)] * 3)
+    for part in (keys, values):
+        part[:, 0, 0], part[:, 1] = torch.nan, 1e9
+    found = coded_rows(keys, values, vision, placed, [coder(names)] * 3)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.held == theirs.held
+        for a, b in zip(ours.decoded(torch.float64), theirs.decoded(torch.float64), strict=True):
+            assert torch.equal(a.keys, b.keys)
+            assert torch.equal(a.values, b.values)
+
+
 def test_a_row_that_leaves_out_the_rest_takes_it_from_no_other() -> None:
     """The mean value of what stands in is there if any row asks for it, whatever the row that reads least says."""
     keys, values, vision = states(1)

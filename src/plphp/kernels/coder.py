@@ -209,15 +209,16 @@ def _block(
     if not masks:
         return None
     reading = tuple(ALL if coder is None else coder.reading for coder in coders)
-    means = rung_means(keys, values, vision[:, None], tuple(masks))
+    holding = torch.stack(list(masks.values())).any(0).any(0).any(-1, keepdim=True)
+    means = rung_means(keys, values, vision.to(keys.device)[:, None] & holding.to(keys.device), tuple(masks))
     books = None if books is None else books.to(keys.device)
     _check(tuple(masks), keys, values, books)
     of_rows = [None if mean is None else mean.repeat(len(coders), 1) for mean in means]
     tiers = []
     for rung, mask in masks.items():
         if rung.independent:
-            every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
-            tiers.append(encoded(rung, keys, values, every, means, books).picked(mask))
+            held = mask.any(0, keepdim=True)
+            tiers.append(encoded(rung, keys, values, held, means, books).picked(mask, held))
         else:
             spread = [states.expand(len(coders), -1, -1, -1) for states in (keys, values)]
             tiers.append(encoded(rung, spread[0], spread[1], mask, (of_rows[0], of_rows[1]), books))
