@@ -15,7 +15,7 @@ from invariants import tensors_of
 from plphp.errors import ConfigError
 from plphp.kernels.coded import CodedKV, Reading
 from plphp.kernels.coded_attention import attend_codes
-from plphp.kernels.coded_bytes import index_nbytes, means_nbytes, read_nbytes, row_nbytes, tier_nbytes
+from plphp.kernels.coded_bytes import index_nbytes, means_nbytes, read_nbytes, read_of_shape, row_nbytes, tier_nbytes
 from plphp.kernels.coder import Coder, coded_rows
 from plphp.kernels.rungs import RUNGS
 from tier_reference import random_books
@@ -254,6 +254,18 @@ def test_bytes_are_those_of_the_live_tensors(names: tuple[str, ...], share: floa
         assert read_nbytes(block, 0, every) == pytest.approx(held[0])
         index = sum(index_nbytes(tier, 1) for tier in block.tiers)
         assert read_nbytes(block, 0, none) == means_nbytes(block, 1) + index
+
+
+@pytest.mark.parametrize("names", [("r3", "pr2"), ("pr2", "r3"), ("c3", "r2"), ("r4", "kivi2")], ids=str)
+def test_the_most_that_is_read_is_that_of_an_estimate(names: tuple[str, ...]) -> None:
+    """Whether it comes from tensors or from shapes: scales of keys that belong to the index make no entry heavier."""
+    keys, values, vision = states(1)
+    placed = torch.arange(SEQ).expand(1, HEADS, -1) % 2 + 1
+    own = coder(names, Reading(0.3))
+    block = own.encode(keys, values, vision, placed.to(torch.uint8))
+    assert block is not None
+    estimated = HEADS * read_of_shape(dict.fromkeys(own.rungs, SEQ // 2), own.reading, DIM, VALUE_DIM)
+    assert read_nbytes(block, 0) - means_nbytes(block, 0) == pytest.approx(estimated)
 
 
 def test_means_are_those_of_the_vision_tokens_of_rows_that_are_coded() -> None:
