@@ -15,6 +15,7 @@ PART is one of, in this order:
 - ``rivals``       ragged heads, banks and this year's rivals on the test split: benchmarks/results/rivals.json,
                    docs/quality/*.png
 - ``tiers``        few bits in the place of eviction, on the test split: benchmarks/results/tiers.json
+- ``bits``         every entry in one rung, no choice, on the test split: benchmarks/results/bits.json
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
 docs/quality.md from the results. Another model needs folders of its own (``--results``, ``--runs``).
@@ -128,8 +129,6 @@ TIERS = (
     "t7.5=query_bank:bank=bundled,tiers=t7.5",
     "t5=query_bank:bank=bundled,tiers=t5",
     "t10_read20=query_bank:bank=bundled,tiers=t10,read=0.2",
-    "c3=quantized:tiers=c3",
-    "kivi2=quantized:tiers=kivi2",
     "r15=query_bank:bank=bundled,tiers=r15",
     "p12.5=prompt_queries:books=bundled,tiers=p12.5",
     "r20=prompt_queries:tiers=r20",
@@ -137,6 +136,7 @@ TIERS = (
     "query_bank=query_bank:bank=bundled",
     "random1=random:seed=1",
 )
+BITS = tuple(f"{rung}=quantized:tiers={rung}" for rung in ("kivi4", "c4", "c3", "kivi2", "r3", "r2"))
 LADDERS_RETENTION = (0.1, 0.05)
 LADDERS = {
     "t15": "query_bank:bank=bundled,tiers=t15",
@@ -181,6 +181,7 @@ def main() -> None:
         "rivals": rivals,
         "ladders": ladders,
         "tiers": tiers,
+        "bits": bits,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
@@ -303,6 +304,11 @@ def ladders(arguments: argparse.Namespace) -> None:
 def tiers(arguments: argparse.Namespace) -> None:
     """Few bits in the place of eviction on the test split."""
     _table(arguments, "tiers", TIERS, "test", TIERS_RETENTION, 500)
+
+
+def bits(arguments: argparse.Namespace) -> None:
+    """Every entry in one rung on the test split."""
+    _table(arguments, "bits", BITS, "test", TIERS_RETENTION, 500)
 
 
 def ablation(arguments: argparse.Namespace) -> None:

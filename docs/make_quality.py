@@ -19,6 +19,7 @@ PAGE = Path(__file__).parent / "quality.md"
 TABLES = Path(__file__).parent / "quality-tables.md"
 RIVALS = FOLDER / "rivals.json"
 TIERS = FOLDER / "tiers.json"
+BITS = FOLDER / "bits.json"
 METHODS = {
     "query_bank": "ours: it asks with queries of the model's answers to *other* prompts of the same tasks, and the KV "
     "heads of a layer compete for its places",
@@ -75,7 +76,7 @@ def page(results: Mapping[str, Any]) -> str:
     answers = (f"- `{label}` ({METHODS[label]}): {_answer(results, names)}." for label, names in shown.items())
     lines = "".join(textwrap.fill(answer, 116, subsequent_indent="  ") + "\n" for answer in answers)
     head = HEAD.format(asked=_asked(results), rates=_rates())
-    few_bits = FEW_BITS + first_table(results["tiers"]) + EVICTION if "tiers" in results else ""
+    few_bits = FEW_BITS + first_table(results["tiers"], results["bits"]) + EVICTION if "tiers" in results else ""
     end = END.format(sources=_sources(results))
     return TITLE + few_bits + _wrapped(head) + lines + NOT_MEASURED + _table(results, shown) + end
 
@@ -94,8 +95,7 @@ def committed() -> tuple[dict[str, Any], dict[str, Any]]:
     if RIVALS.exists():
         rivals = json.loads(RIVALS.read_text(encoding="utf-8"))
         results = {**joined(results, rivals), "rivals": rivals}
-    if "tiers" in others:
-        results = {**results, "tiers": others["tiers"]}
+    results |= {name: others[name] for name in ("tiers", "bits") if name in others}
     for name, more in others.items():
         weights = more["model"]["sha256"] if isinstance(more["model"], dict) else more.get("sha256")
         if weights != results["model"]["sha256"]:
@@ -104,7 +104,7 @@ def committed() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _sources(results: Mapping[str, Any]) -> str:
-    names = [path.name for path in (TIERS, RESULTS, RIVALS) if path is RESULTS or path.stem in results]
+    names = [path.name for path in (TIERS, BITS, RESULTS, RIVALS) if path is RESULTS or path.stem in results]
     return ", ".join(f"`{name}`" for name in names)
 
 

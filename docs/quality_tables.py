@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tier_tables import ladders_section, section
+from tier_tables import bits_section, ladders_section, section
 
 FOLDER = Path(__file__).parent
 PLOTS = FOLDER / "quality"
@@ -50,6 +50,7 @@ python benchmarks/quality.py ladders       # ladders and rungs, development spli
 python benchmarks/quality.py test          # the methods of earlier years at all retention rates, test split
 python benchmarks/quality.py rivals        # ragged heads, banks and this year's rivals, test split
 python benchmarks/quality.py tiers         # few bits in the place of eviction, test split
+python benchmarks/quality.py bits          # every entry in one rung, test split
 python docs/make_quality.py
 ```
 
@@ -391,6 +392,7 @@ def _calibration(results: Mapping[str, Any]) -> str:
 
 OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tiers": section,
+    "bits": bits_section,
     "ladders": ladders_section,
     "heads": _heads,
     "ablation": _ablation,

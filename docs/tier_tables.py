@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages on quality say of few bits, from ``tiers.json`` and ``ladders.json``."""
+"""What the pages on quality say of few bits, from ``tiers.json``, ``bits.json`` and ``ladders.json``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 Figures = Mapping[str, Any]
 
-RECIPES = {
+BITS = {
     "c3": "every entry in 3 bits, no choice, nothing measured on the model",
     "kivi2": "every entry in KIVI's 2 bits",
+}
+"""Labels of the run with everything in one rung that the first page shows, with what they are."""
+RECIPES = {
     "t10": "a bank and its codebooks: ladder `t10`",
     "t7.5": "the same, `t7.5`",
     "t5": "the same, `t5`",
@@ -20,7 +23,7 @@ RECIPES = {
     "p12.5": "codebooks without a bank: `prompt_queries`, `p12.5`",
     "r20": "neither: `prompt_queries`, `r20`",
 }
-"""Labels of the run, with what they are."""
+"""Labels of the run with ladders, with what they are."""
 WHOLE = {"query_bank": "whole entries by the same bank", "random1": "whole entries at random"}
 """Lines at two rates, which hold entries whole or not at all."""
 AIMS: dict[str, dict[str, float]] = {
@@ -28,36 +31,47 @@ AIMS: dict[str, dict[str, float]] = {
     "t7.5": {"held": 7.6, "mean": -1.5, "group": -3, "kl": 3},
     "t5": {"held": 5.1, "mean": -2.5, "group": -4},
     "t10_read20": {"read": 5, "mean": -1.3, "group": -3},
-    "c3": {"held": 21, "mean": -0.5, "group": -1.5, "kl": 0.5},
     "r15": {"held": 15, "mean": -1.3, "group": -3},
     "p12.5": {"held": 12.5, "mean": -1.5, "group": -3},
     "r20": {"held": 20, "mean": -1.3, "group": -3},
 }
+BITS_AIMS: dict[str, dict[str, float]] = {"c3": {"held": 21, "mean": -0.5, "group": -1.5, "kl": 0.5}}
 """What was aimed at: most bytes held or read in per cent, least points from the full cache in the mean over the groups
 and in any group, most KL in 1e-3 nats."""
 OVER_WHOLE = 30
 """Points by which t5 was to be above whole entries of the same bank at 5 %."""
 
 
-def first_table(results: Mapping[str, Any]) -> str:
+def first_table(results: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
     """Bytes held and read against the score: the table of the first page."""
+    return "\n".join([*_head(results), *_lines(BITS, bits), *_ladder_lines(results)]) + "\n"
+
+
+def _head(results: Mapping[str, Any]) -> list[str]:
     groups = results["groups"]
-    lines = [
+    return [
         f"| | held % | read % | mean difference from the full cache | {' | '.join(map(_title, groups))} |",
         f"|---|---|---|---|{'---|' * len(groups)}",
         _line("the full cache", results, "full"),
     ]
-    lines += [_line(f"`{label}`: {about}", results, label) for label, about in RECIPES.items()]
+
+
+def _lines(labels: Mapping[str, str], results: Mapping[str, Any]) -> list[str]:
+    return [_line(f"`{label}`: {about}", results, label) for label, about in labels.items()]
+
+
+def _ladder_lines(results: Mapping[str, Any]) -> list[str]:
+    lines = _lines(RECIPES, results)
     for label, about in WHOLE.items():
         lines += [_line(f"`{label}`: {about}", results, name) for name in _rates_of(results, label)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def aims_table(results: Mapping[str, Any]) -> str:
+def aims_table(results: Mapping[str, Any], all_aims: Mapping[str, Mapping[str, float]]) -> str:
     """What was aimed at, beside what was measured."""
     headings = ("", "held %", "read %", "mean difference", "worst group", "KL x 1e3", "aimed at", "")
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
-    for label, aims in AIMS.items():
+    for label, aims in all_aims.items():
         own, worst = results["overall"]["variants"][label], _worst(results, label)
         measured = {
             "held": 100 * own["kept"],
@@ -72,7 +86,7 @@ def aims_table(results: Mapping[str, Any]) -> str:
         cells = (*shares, _points(own["vs_full"]), f"{worst:+.1f}", f"{measured['kl']:.2f}")
         verdict = f"**missed: {', '.join(missed)}**" if missed else "met"
         lines.append(f"| `{label}` | {' | '.join(cells)} | {asked} | {verdict} |")
-    return "\n".join(lines) + "\n\n" + _over_whole(results)
+    return "\n".join(lines) + "\n"
 
 
 def section(results: Mapping[str, Any]) -> str:
@@ -86,22 +100,39 @@ def section(results: Mapping[str, Any]) -> str:
         "cache, in points, with paired 95 % intervals; the mean is over the groups.",
         118,
     )
-    aims = "\n### Few bits: what was aimed at\n\n" + aims_table(results)
-    return "\n## Few bits\n\n" + about + "\n\n" + first_table(results) + aims
+    table = "\n".join([*_head(results), *_ladder_lines(results)])
+    aims = aims_table(results, AIMS) + "\n" + _over_whole(results)
+    return f"\n## Few bits\n\n{about}\n\n{table}\n\n### Few bits: what was aimed at\n\n{aims}"
+
+
+def bits_section(results: Mapping[str, Any]) -> str:
+    """The section on everything in one rung, without a choice."""
+    settings, own = results["settings"], results["overall"]["variants"]
+    about = (
+        "\n### Few bits: everything in one rung\n\nNo choice (`python benchmarks/quality.py bits`): "
+        f"{settings['samples']} samples a task, split `{settings['split']}`, {results['date']}.\n\n"
+    )
+    lines = _rung_lines({name: own[name] for name in own if name != "full"})
+    return about + "\n".join(lines) + "\n\n" + aims_table(results, BITS_AIMS)
 
 
 def ladders_section(results: Mapping[str, Any]) -> str:
     """The section on choices, on the development split."""
     settings = results["settings"]
-    lines = ["| | held % | read % | mean difference | KL x 1e3 |", "|---|---|---|---|---|"]
-    for name, own in results["overall"]["variants"].items():
-        cells = (_share(own, "kept"), _share(own, "read"), _points(own["vs_full"]), f"{1000 * own['kl']:.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = _rung_lines(results["overall"]["variants"])
     about = (
         f"\n### Few bits: choices\n\nLadders, single rungs for everything, and other evidence: {settings['samples']} "
         f"samples a task, split `{settings['split']}`.\n\n"
     )
     return about + "\n".join(lines) + "\n"
+
+
+def _rung_lines(variants: Mapping[str, Figures]) -> list[str]:
+    lines = ["| | held % | read % | mean difference | KL x 1e3 |", "|---|---|---|---|---|"]
+    for name, own in variants.items():
+        cells = (_share(own, "kept"), _share(own, "read"), _points(own["vs_full"]), f"{1000 * own['kl']:.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _line(about: str, results: Mapping[str, Any], name: str) -> str:

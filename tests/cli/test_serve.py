@@ -32,6 +32,10 @@ def test_the_bundled_model_has_settings_of_its_own(model: tuple[str, ...], monke
 
     monkeypatch.setattr("plphp.engines.vllm.server.server_arguments", server_arguments)
     monkeypatch.setattr("plphp.engines.vllm.server.serve", asked.append)
+    done = run("serve", *model)
+    assert done.exit_code == 0, done.output
+    assert all(config.tiers is None for config in (asked[0][0], asked[0][2]))  # vLLM holds entries whole
+    asked.clear()
     done = run("serve", *model, "--target-retention", "0.3", "--enforce-eager")
     assert done.exit_code == 0, done.output
     bank = PLPHPConfig(method="query_bank", options={"bank": "bundled"}, target_retention=0.3, heads="equal")

@@ -18,7 +18,7 @@ from plphp.kernels.centred import CLIPS, Centred
 from plphp.kernels.centroids import nearest
 from plphp.kernels.codecs import Affine, Codec, Codes, Places
 from plphp.kernels.hadamard import hadamard
-from plphp.kernels.rungs import RUNGS
+from plphp.kernels.rungs import RUNGS, Rung
 from plphp.settings.ladder import PLAIN_RUNGS, PRODUCT_RUNGS
 from tier_reference import random_books
 
@@ -282,3 +282,10 @@ def test_ladders_know_the_rungs_without_torch() -> None:
     assert {name for name, rung in RUNGS.items() if not rung.needs_books} == set(PLAIN_RUNGS)
     for name, bits in (PLAIN_RUNGS | PRODUCT_RUNGS).items():
         assert RUNGS[name].bits(128) == pytest.approx(bits, abs=0.01), name
+
+
+def test_groups_of_keys_and_values_have_one_size() -> None:
+    with pytest.raises(ValueError, match="the rung 'mixed' has 32 and 64"):
+        Rung("mixed", Affine(3, "channel", 32), Affine(3, "channel", 64))
+    for keys, values, group in ((Affine(3, "channel", 32), Centred(width=3), 32), (Centred(width=3),) * 2 + (0,)):
+        assert Rung("mixed", keys, values).group == group

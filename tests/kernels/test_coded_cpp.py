@@ -138,24 +138,25 @@ def test_rows_that_read_all_beside_rows_that_recall(dtype: torch.dtype) -> None:
 
 
 def test_rows_are_reached_through_their_index() -> None:
-    """Groups of keys and means go with the stored row."""
-    coded = block(["c3", "kivi2", *T10], batch=3, reading=Reading(0.4))
+    """Groups and means go with the stored row."""
+    coded = block(["c3", "kivi2", *T10], batch=3, seq=900, reading=Reading(0.4))
     for rows in [(2, 0, 1), (1, 1, 0, 2), (2,), (0, 0)]:
         chosen = coded.select(rows)
         assert_right(queries(chosen, 7, 1, 64, torch.float32), chosen)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rungs", [T10, ("c3", "kivi2")])
-def test_long_heads_are_cut(threads: int, rungs: Sequence[str]) -> None:
-    """Parts of a head lie in several tiers, begin within a group of keys, and are merged."""
+@pytest.mark.parametrize("rungs", [T10, ("c3", "kivi2"), ("c4",)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_heads_are_cut(threads: int, rungs: Sequence[str], dtype: torch.dtype) -> None:
+    """Parts of a head lie in several tiers, begin within a group of entries, and are merged."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         coded = block(rungs, 32, batch=1, kv_heads=1, seq=3000, empty=False)
-        assert_right(queries(coded, 7, 1, 32, torch.float32), coded)
+        assert_right(queries(coded, 7, 1, 32, dtype), coded)
         recalled = replace(coded, reading=(Reading(0.1, rest=False),))
-        assert_right(queries(coded, 7, 1, 32, torch.float32), recalled)
+        assert_right(queries(coded, 7, 1, 32, dtype), recalled)
     finally:
         torch.set_num_threads(before)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -75,9 +76,10 @@ def test_rows_that_read_all_beside_rows_that_recall(length: int) -> None:
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
-def test_rows_are_reached_through_their_index(share: float) -> None:
-    """Groups of keys and means go with the stored row."""
-    coded = block(["c3", "kivi2", *T10], 32, batch=3, reading=Reading(share), seq=60)
+@pytest.mark.parametrize(("rungs", "seq"), [(("c3", "kivi2", *T10), 60), (("c3", "c4"), 450)], ids=str)
+def test_rows_are_reached_through_their_index(share: float, rungs: Sequence[str], seq: int) -> None:
+    """Groups and means go with the stored row."""
+    coded = block(rungs, 32, batch=3, reading=Reading(share), seq=seq)
     for rows in [(2, 0, 1), (1, 1, 0), (2,)]:
         chosen = coded.select(rows)
         assert_right(queries(chosen, 3, 1, 32, torch.float32), chosen)

@@ -98,8 +98,6 @@ def unsupported(query: Tensor, coded: CodedKV) -> str | None:
         return reason
     if any(isinstance(t.rung.keys, Affine) and t.rung.keys.axis == "token" for t in coded.tiers):
         return "it knows no keys with steps per token"
-    if any(isinstance(t.rung.values, Affine) and t.rung.values.axis == "channel" for t in coded.tiers):
-        return "it knows no values with steps per channel"
     if query.shape[2] > LONG:
         return f"there are {query.shape[2]} queries, and it is faster than torch up to {LONG}"
     if coded.recalls and query.shape[1] // coded.kv_heads > MOST_LANES:
@@ -191,8 +189,8 @@ def _tier(tier: Tier, alive: list[object]) -> _Tier:
     """Codes of a tier, and where those of each head of each row of the batch are."""
     counts = [count for row in tier.counts for count in row]
     group_starts = [0] * len(tier.pair_counts)
-    if tier.rung.keys.group:
-        of_stored = list(accumulate(groups_of(tuple(counts), tier.rung.keys.group), initial=0))
+    if tier.rung.group:
+        of_stored = list(accumulate(groups_of(tuple(counts), tier.rung.group), initial=0))
         group_starts = [of_stored[row * tier.kv_heads + head] for row in tier.rows for head in range(tier.kv_heads)]
     return _Tier(
         _side(tier.rung.keys, tier.keys, alive),

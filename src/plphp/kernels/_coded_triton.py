@@ -223,8 +223,8 @@ def _plan(coded: CodedKV) -> _Plan:
 
 
 def _first_groups(tier: Tier) -> list[int]:
-    """The first group of the keys of each pair."""
-    size = tier.rung.keys.group
+    """The first group of each pair."""
+    size = tier.rung.group
     if not size:
         return [0] * len(tier.pair_counts)
     counts = tuple(count for row in tier.counts for count in row)

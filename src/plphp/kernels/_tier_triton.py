@@ -174,7 +174,9 @@ def _over_codes(
                 v = code * step[:, None]
                 mixed_turned += tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision="ieee")
             else:
-                v = stepped(code, value_steps, start, 0, at, channel, mask, VALUE_KIND, VALUE_GROUP, VALUE_DIM)
+                v = stepped(
+                    code, value_steps, start, group_start, at, channel, mask, VALUE_KIND, VALUE_GROUP, VALUE_DIM
+                )
                 mixed += tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         total = total * fade + tl.sum(weight, 1)
         top = higher

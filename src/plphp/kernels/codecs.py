@@ -12,7 +12,8 @@ Nothing else is stored for an entry. Codebooks belong to the model, and the mean
 
 References
 ----------
-KIVI, arXiv:2402.02750: keys per channel, values per token. QuaRot, arXiv:2404.00456: rotated by Hadamard matrices.
+KIVI, arXiv:2402.02750: keys per channel, values per token. VidKV, arXiv:2503.16257: values of vision tokens per
+channel, too. QuaRot, arXiv:2404.00456: rotated by Hadamard matrices.
 Product quantization: Jegou et al., doi:10.1109/TPAMI.2010.57.
 """
 

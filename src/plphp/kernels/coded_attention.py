@@ -105,10 +105,7 @@ def _merged(whole: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) ->
 def unsupported_by_triton(query: Tensor, coded: CodedKV) -> str | None:
     """Say why the Triton kernels cannot attend, see `attend_codes`; None where they can."""
     reason = choice.unsupported_by_triton(query)
-    reason = reason or choice.too_many_rows(query.shape[1] // coded.kv_heads * query.shape[2])
-    if reason is None and any(tier.rung.values.group for tier in coded.tiers):
-        return "it knows no values with steps per channel"
-    return reason
+    return reason or choice.too_many_rows(query.shape[1] // coded.kv_heads * query.shape[2])
 
 
 def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:

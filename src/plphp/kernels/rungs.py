@@ -14,8 +14,8 @@ from .books import Books, LayerBooks
 from .centred import Centred
 from .codecs import Affine, Codec
 
-KEY_GROUP = 1024
-"""Entries of a head that share the steps of a channel, where a prompt of any length keeps its precision."""
+GROUP = 128
+"""Entries of a head that share the steps of a channel, in rungs that are not KIVI's."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class Rung:
     keys: Codec
     values: Codec
 
+    def __post_init__(self) -> None:
+        if self.keys.group and self.values.group and self.keys.group != self.values.group:  # kernels number them once
+            raise ValueError(
+                f"Keys and values that both have groups of entries must have them of the same size, and the rung "
+                f"{self.name!r} has {self.keys.group} and {self.values.group}."
+            )
+
+    @property
+    def group(self) -> int:
+        """Entries that share a group, 0 where an entry's code depends on no other entry of its tier."""
+        return self.keys.group or self.values.group
+
     @property
     def needs_books(self) -> bool:
         """Whether it needs codebooks."""
@@ -42,7 +54,7 @@ class Rung:
     @property
     def independent(self) -> bool:
         """Whether the code of an entry depends on no other entry of its tier."""
-        return not self.keys.group and not self.values.group
+        return not self.group
 
     def bits(self, dim: int, value_dim: int | None = None) -> float:
         """Bits per channel of an entry, over its key and value, with its part of what a full group shares."""
@@ -67,25 +79,20 @@ class Rung:
                     )
 
 
-def _rotated(width: int) -> Centred:
-    return Centred(width=width)
-
-
 _ALL = (
     Rung("kivi4", Affine(4, "channel", 32), Affine(4, "token")),
     Rung("kivi2", Affine(2, "channel", 32), Affine(2, "token")),
-    Rung("c4", Affine(4, "channel", KEY_GROUP), _rotated(4)),
-    Rung("c3", Affine(3, "channel", KEY_GROUP), _rotated(3)),
-    Rung("r4", _rotated(4), _rotated(4)),
-    Rung("r3", _rotated(3), _rotated(3)),
-    Rung("r2", _rotated(2), _rotated(2)),
-    Rung("r1", _rotated(1), _rotated(1)),
+    Rung("c4", Affine(4, "channel", GROUP), Affine(4, "channel", GROUP)),
+    Rung("c3", Affine(3, "channel", GROUP), Affine(3, "channel", GROUP)),
+    Rung("r4", Centred(width=4), Centred(width=4)),
+    Rung("r3", Centred(width=3), Centred(width=3)),
+    Rung("r2", Centred(width=2), Centred(width=2)),
+    Rung("r1", Centred(width=1), Centred(width=1)),
     Rung("pr2", Centred(("fine",), 2), Centred(("fine",), 2)),
     Rung("rvq", Centred(("fine", "residual")), Centred(("fine", "residual"))),
     Rung("pq", Centred(("fine",)), Centred(("fine",))),
     Rung("pq16", Centred(("coarse",)), Centred(("coarse",))),
 )
 RUNGS: Mapping[str, Rung] = MappingProxyType({rung.name: rung for rung in _ALL})
-"""By name: ``kivi``, per channel and per token as KIVI has it; ``c``, keys per channel over a long group and values
-rotated; ``r``, both rotated; product codes ``pq``, with a second codebook ``rvq``, with a rotated rest ``pr2``, and of
-16 channels ``pq16``."""
+"""By name: ``kivi``, per channel and per token as KIVI has it; ``c``, both per channel over longer groups; ``r``, both
+rotated; ``pq``, product codes, with a second codebook ``rvq``, with a rotated rest ``pr2``, of 16 channels ``pq16``."""

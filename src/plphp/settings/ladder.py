@@ -41,7 +41,7 @@ LADDERS = MappingProxyType(
 is not needed. The rest holds everything in one rung."""
 WHOLE = "whole"
 """Name of the rung that holds an entry in the dtype of the model."""
-PLAIN_RUNGS = {"kivi4": 5, "kivi2": 3, "c4": 4.08, "c3": 3.08, "r4": 4.12, "r3": 3.12, "r2": 2.12, "r1": 1.12}
+PLAIN_RUNGS = {"kivi4": 5, "kivi2": 3, "c4": 4.25, "c3": 3.25, "r4": 4.12, "r3": 3.12, "r2": 2.12, "r1": 1.12}
 PRODUCT_RUNGS = {"pr2": 3.12, "rvq": 2, "pq": 1, "pq16": 0.5}
 """The rungs of few bits, and those that need codebooks, with the bits of a channel at a head dimension of 128.
 `plphp.kernels.rungs` has what they are; here they are known without torch, which takes seconds to load and is not

@@ -307,7 +307,7 @@ def test_an_error_while_encoding_leaves_no_trace(monkeypatch: pytest.MonkeyPatch
 def test_what_tiers_cannot_hold_is_refused_before_anything_is_wrong(folder: Path) -> None:
     narrow = tiny_model("llava")  # heads of 12 channels
     with pytest.raises(UnsupportedFeatureError, match="multiple of 8, and this model has 12"):
-        pruned(narrow, TINY["llava"].inputs(narrow, [1]), PLPHPConfig.parse("quantized:tiers=c3"))
+        plphp.PrunedCache.for_inputs(narrow, TINY["llava"].inputs(narrow, [1]), PLPHPConfig.parse("quantized:tiers=c3"))
     model = tiers_model("gemma4")  # of as many layers as gemma3, with wider heads
     foreign = PLPHPConfig(method="quantized", tiers="pq", books=books_file(folder, "gemma3"))
     with pytest.raises(

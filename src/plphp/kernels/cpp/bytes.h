@@ -16,6 +16,10 @@ struct Some {
 
   int64_t place(int i) const { return list ? list[i] : from + i; }
   int64_t entry(int i) const { return tier.starts[head] + place(i); }
+  // Those from `first` to before `end`.
+  Some part(int first, int end) const {
+    return {tier, head, end - first, list ? list + first : nullptr, list ? from : from + first};
+  }
 };
 
 // The bytes of some entries in a stream.

@@ -12,7 +12,7 @@ constexpr int BOOKS = 3;    // codebooks of a side: fine, residual, coarse
 constexpr int STREAMS = 8;  // most streams of a codec
 constexpr int MOST_TIERS = 16;
 constexpr int CENTROIDS = 256, BYTE = 8;
-enum Kind { CENTRED, CHANNEL, TOKEN };  // see codecs.py: Centred, and Affine by its axis
+enum Kind { CENTRED, CHANNEL, TOKEN, KINDS };  // see codecs.py: Centred, and Affine by its axis
 
 // Keys or values of a tier. As _coded_cpp.py fills it, which has the same fields in the same order; so are those below.
 struct Side {
@@ -26,7 +26,7 @@ struct Side {
 
 struct Tier {
   Side keys, values;
-  const int64_t *starts, *counts, *group_starts;  // [batch * kv_heads]: entries of a head, and its first group
+  const int64_t *starts, *counts, *group_starts;  // [batch * kv_heads]: entries of a head, and its first group of either side
 };
 
 struct Call {

@@ -19,7 +19,8 @@
 
 namespace {
 
-constexpr int BITS = BOOKS, STEPS = BOOKS + 1, TABLES = BOOKS + 2;  // tables of rotated bits, and of those with steps
+constexpr int PLANES_OF = BOOKS, TABLES = BOOKS + KINDS;  // tables: of codebooks, then of bit planes by their kind
+constexpr int ROTATED = PLANES_OF + CENTRED, BY_CHANNEL = PLANES_OF + CHANNEL, BY_TOKEN = PLANES_OF + TOKEN;
 
 // Where the softmax of a unit stands: values are relative to the maxima.
 template <int N>
@@ -33,10 +34,11 @@ class Work {
 
   const Call& call;
   const int dim, value_dim;
-  Row *query, *rotated, *stepped, *mixed;  // [dim], [dim], [dim], [value_dim]
+  Row *query, *rotated, *stepped;          // [dim]
+  Row *mixed, *codes;                      // [value_dim]
   Row *tables[TABLES], *weights[TABLES];   // [parts, 256], where one is used
   Row* logits;                             // [entries], then weights
-  float* numbers;                          // [2, dim]
+  float* numbers;                          // [2, dim] or [2, value_dim]: lowest numbers and steps of a group
   int32_t* masses;                         // [entries]
   int32_t* chosen;                         // [entries]
   int rows = 0;
@@ -71,11 +73,11 @@ class Work {
       const uint16_t* own = call.key_books[book] + call.kv_head(unit.head) * CENTROIDS * dim;
       tabulate<N>(own, parts, dim / parts, query, tables[book]);
     }
-    if (tables[BITS]) {
+    if (tables[ROTATED]) {
       std::copy(query, query + dim, rotated);
       rotate<N>(rotated, dim);
       for (int i = 0; i < dim; ++i) of_rotated += rotated[i];
-      tabulate_bits<N>(dim / BYTE, rotated, tables[BITS]);
+      tabulate_bits<N>(dim / BYTE, rotated, tables[ROTATED]);
     }
   }
 
@@ -109,7 +111,8 @@ class Work {
     take(rotated, dim);
     take(stepped, dim);
     take(mixed, value_dim);
-    take(numbers, 2 * dim);
+    take(codes, value_dim);
+    take(numbers, 2 * std::max(dim, value_dim));
     dots.lay_out(take);
     for (int table = 0; table < TABLES; ++table) {
       tables[table] = weights[table] = nullptr;
@@ -125,7 +128,7 @@ class Work {
     for (int i = 0; i < call.tier_count; ++i) {
       const Side& own = call.tiers[i].*side;
       if (side == &Tier::values && dots.can(own)) continue;
-      if (own.planes && table == (own.kind == CENTRED ? BITS : STEPS)) return true;
+      if (own.planes && table == PLANES_OF + own.kind) return true;
       for (int book = 0; book < own.books; ++book)
         if (own.book[book] == table) return true;
     }
@@ -151,7 +154,7 @@ class Work {
     const float half = float(1 << (side.planes - 1)), weight = index ? half : 1;
     const Row middle = of_rotated * (index ? half / 2 : half - 0.5f);
     const uint16_t* scales = side.scales;
-    by_planes<N>(some, side, index, dim, [&, own = tables[BITS]](auto bytes) {
+    by_planes<N>(some, side, index, dim, [&, own = tables[ROTATED]](auto bytes) {
       for (int i = 0; i < some.count; ++i)
         to[i] += (bytes.looked_up(own, i) * weight - middle) * half_number(scales[some.entry(i)]);
     });
@@ -161,10 +164,7 @@ class Work {
   void score_steps(const Some& some, Row* to, bool index) {
     const Side& side = some.tier.keys;
     const float half = float(1 << (side.planes - 1)), weight = index ? half : 1;
-    for (int first = 0, end; first < some.count; first = end) {
-      const int64_t group = some.place(first) / side.group;
-      for (end = first + 1; end < some.count && some.place(end) / side.group == group;) ++end;
-      half_numbers(side.groups + (some.tier.group_starts[some.head] + group) * 2 * dim, 2 * dim, numbers);
+    by_groups(some, side, dim, [&](int first, int end) {
       Row lowest = {}, total = {};
       for (int at = 0; at < dim; ++at) {
         lowest += query[at] * numbers[at];
@@ -172,10 +172,21 @@ class Work {
         total += stepped[at];
       }
       if (index) lowest += total * ((half - 1) / 2);
-      tabulate_bits<N>(dim / BYTE, stepped, tables[STEPS]);
-      by_planes<N>(some, side, index, dim, [&, own = tables[STEPS]](auto bytes) {
+      tabulate_bits<N>(dim / BYTE, stepped, tables[BY_CHANNEL]);
+      by_planes<N>(some, side, index, dim, [&, own = tables[BY_CHANNEL]](auto bytes) {
         for (int i = first; i < end; ++i) to[i] = lowest + bytes.looked_up(own, i) * weight;
       });
+    });
+  }
+
+  // Call work(first, end) for the entries of every group; what they share is in `numbers` then.
+  template <class Todo>
+  void by_groups(const Some& some, const Side& side, int width, Todo todo) {
+    for (int first = 0, end; first < some.count; first = end) {
+      const int64_t group = some.place(first) / side.group;
+      for (end = first + 1; end < some.count && some.place(end) / side.group == group;) ++end;
+      half_numbers(side.groups + (some.tier.group_starts[some.head] + group) * 2 * width, 2 * width, numbers);
+      todo(first, end);
     }
   }
 
@@ -251,6 +262,7 @@ class Work {
 
   void mix(const Some& some, const Row* own) {
     const Side& side = some.tier.values;
+    if (side.kind == CHANNEL) return mix_groups(some, own);
     if (side.kind == TOKEN) return mix_steps(some, own);
     for (int i = 0; i < some.count && !all_centred; ++i) on_mean += own[i];
     if (dots.can(side)) return dots.add(some, own, rows);
@@ -263,7 +275,7 @@ class Work {
     }
     if (!side.planes) return;
     Row scales = {};
-    by_planes<N>(some, side, false, value_dim, [&, collected = weights[BITS]](auto bytes) {
+    by_planes<N>(some, side, false, value_dim, [&, collected = weights[ROTATED]](auto bytes) {
       for (int i = 0; i < some.count; ++i) {
         const Row scaled = own[i] * half_number(side.scales[some.entry(i)]);
         scales += scaled;
@@ -271,6 +283,28 @@ class Work {
       }
     });
     on_rotated += scales * (float(1 << (side.planes - 1)) - 0.5f);
+  }
+
+  // Where entries share the steps of a channel, their codes are mixed before they become numbers.
+  void mix_groups(const Some& some, const Row* own) {
+    const Side& side = some.tier.values;
+    by_groups(some, side, value_dim, [&](int first, int end) {
+      Row total = {}, middle = {};
+      for (int i = first; i < end; ++i) total += own[i];
+      std::memset(codes, 0, value_dim * sizeof(Row));
+      if (dots.can(side)) {
+        dots.mix_codes(some.part(first, end), own + first, rows, codes);
+        middle = total * (float(1 << (side.planes - 1)) - 0.5f);
+      } else {
+        Row* collected = weights[BY_CHANNEL];
+        std::memset(collected, 0, value_dim / BYTE * CENTROIDS * sizeof(Row));
+        by_planes<N>(some, side, false, value_dim, [&](auto bytes) {
+          for (int i = first; i < end; ++i) bytes.let_fall(collected, i, own[i]);
+        });
+        spread_bits<N>(value_dim / BYTE, collected, codes);
+      }
+      for (int i = 0; i < value_dim; ++i) mixed[i] += (codes[i] + middle) * numbers[value_dim + i] + total * numbers[i];
+    });
   }
 
   // Where the channels of an entry have steps of their own, some of them share one.
@@ -283,7 +317,7 @@ class Work {
         const Row low = own[i] * half_number(scales[at]), step = own[i] * half_number(scales[shared + at]);
         for (int channel = 0; channel < channels; ++channel) mixed[at * channels + channel] += low;
         for (int plane = 0; plane < side.planes; ++plane)
-          let_fall<N, 0>(weights[STEPS] + at * parts * CENTROIDS,
+          let_fall<N, 0>(weights[BY_TOKEN] + at * parts * CENTROIDS,
                          side.streams[plane] + (some.entry(i) * shared + at) * parts, parts,
                          step * float(1 << (side.planes - 1 - plane)));
       }
@@ -294,12 +328,12 @@ class Work {
   void finish(const Unit& unit, Row* out) {
     std::memset(out, 0, value_dim * sizeof(Row));
     const int parts = value_dim / BYTE;
-    if (weights[BITS]) spread_bits<N>(parts, weights[BITS], out);
+    if (weights[ROTATED]) spread_bits<N>(parts, weights[ROTATED], out);
     for (int i = 0; i < value_dim; ++i) out[i] -= on_rotated;
     dots.put(true, rows, out);
     rotate<N>(out, value_dim);
     dots.put(false, rows, out);
-    if (weights[STEPS]) spread_bits<N>(parts, weights[STEPS], out);
+    if (weights[BY_TOKEN]) spread_bits<N>(parts, weights[BY_TOKEN], out);
     for (int i = 0; i < value_dim; ++i) out[i] += mixed[i];
     for (int book = 0; book < BOOKS; ++book) {
       if (!weights[book]) continue;

@@ -182,7 +182,7 @@ class Dots {
   const bool able;
   int kv_head = -1;          // its codebooks are rounded
   uint16_t* books[2] = {};   // bf16 [parts, 256, 8], where one is used
-  float *sums, *rotated;     // [N, width]
+  float *sums, *rotated, *codes;  // [N, width]
 
  public:
   Dots(const Call& call, bool rounds)
@@ -190,7 +190,7 @@ class Dots {
 
   bool can([[maybe_unused]] const Side& side) const {
 #ifdef PLPHP_DOTS
-    return able && side.kind == CENTRED && !(side.books && side.book[0] == 2);
+    return able && side.kind != TOKEN && !(side.books && side.book[0] == 2);
 #else
     return false;
 #endif
@@ -200,6 +200,7 @@ class Dots {
   void lay_out(Take take) {
     take(sums, N * width);
     take(rotated, N * width);
+    take(codes, N * width);
     for (int book = 0; book < 2; ++book)
       for (int i = 0; i < call.tier_count; ++i) {
         const Side& side = call.tiers[i].values;
@@ -235,22 +236,43 @@ class Dots {
     };
     if (side.books == 1) of_books(OfBooks<1>{{book(0)}, {bytes[0]}});
     if (side.books == 2) of_books(OfBooks<2>{{book(0), book(1)}, {bytes[0], bytes[1]}});
-    const Bytes* planes = bytes + side.books;
-    const auto of_planes = [&](const auto& values) {
-      add_dots<N>(values, weights, some.count, side.scales, rows, rotated, width);
-    };
-    if (side.planes == 1) of_planes(OfPlanes<1>(planes));
-    if (side.planes == 2) of_planes(OfPlanes<2>(planes));
-    if (side.planes == 3) of_planes(OfPlanes<3>(planes));
-    if (side.planes == 4) of_planes(OfPlanes<4>(planes));
+    add_planes(bytes + side.books, some, weights, side.scales, rows, rotated);
+#endif
+  }
+
+  // Codes of a group of entries, less their middle, are weighed and added to out [width].
+  void mix_codes([[maybe_unused]] const Some& some, [[maybe_unused]] const Row<N>* weights, [[maybe_unused]] int rows,
+                 [[maybe_unused]] Row<N>* out) {
+#ifdef PLPHP_DOTS
+    const Side& side = some.tier.values;
+    Bytes bytes[STREAMS];
+    for (int i = 0; i < side.planes; ++i) bytes[i] = Bytes(some, side.streams[i], width / BYTE);
+    std::memset(codes, 0, N * width * sizeof(float));
+    add_planes(bytes, some, weights, nullptr, rows, codes);
+    put(codes, rows, out);
 #endif
   }
 
   // What has been added up, [width]: what is rotated, or the rest.
-  void put(bool of_rotated, int rows, Row<N>* out) const {
+  void put(bool of_rotated, int rows, Row<N>* out) const { put(of_rotated ? rotated : sums, rows, out); }
+
+ private:
+  void put(const float* from, int rows, Row<N>* out) const {
     for (int lane = 0; lane < rows; ++lane)
-      for (int i = 0; i < width; ++i) out[i][lane] += (of_rotated ? rotated : sums)[lane * width + i];
+      for (int i = 0; i < width; ++i) out[i][lane] += from[lane * width + i];
   }
+#ifdef PLPHP_DOTS
+  void add_planes(const Bytes* planes, const Some& some, const Row<N>* weights, const uint16_t* scales, int rows,
+                  float* to) const {
+    const auto add = [&](const auto& values) { add_dots<N>(values, weights, some.count, scales, rows, to, width); };
+    switch (some.tier.values.planes) {
+      case 1: return add(OfPlanes<1>(planes));
+      case 2: return add(OfPlanes<2>(planes));
+      case 3: return add(OfPlanes<3>(planes));
+      case 4: return add(OfPlanes<4>(planes));
+    }
+  }
+#endif
 };
 
 }  // namespace
