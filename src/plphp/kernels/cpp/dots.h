@@ -19,14 +19,14 @@
 namespace {
 
 #ifdef PLPHP_DOTS
-constexpr int PAIRS = 64;  // pairs of entries that are made ready at once
+constexpr int PAIRS = 128;  // pairs of entries that are made ready at once: 64 take longer, and 512 no less
 
 // Some pairs of entries.
 template <int N>
 struct Pairs {
   static constexpr int ROWS = std::max(N, 8);
   alignas(64) uint32_t weights[PAIRS][ROWS];  // two bf16 in a word
-  int64_t entries[PAIRS][2];
+  int64_t offsets[PAIRS][2];  // of their bytes: in all streams of a side an entry has as many
   int count;
 };
 
@@ -40,10 +40,11 @@ inline void pair_up(const Row<N>* weights, int first, int count, const uint16_t*
     Row<N> own[2] = {};
     for (int i = 0; i < 2; ++i) {
       const int entry = first + 2 * pair + i;
-      to.entries[pair][i] = order.entry(std::min(entry, count - 1));
+      const int64_t place = order.entry(std::min(entry, count - 1));
+      to.offsets[pair][i] = place * order.parts;
       if (entry >= count) continue;
       own[i] = weights[entry];
-      if (scales) own[i] *= half_number(scales[to.entries[pair][i]]);
+      if (scales) own[i] *= half_number(scales[place]);
     }
     for (int lane = 0; lane < N; lane += 8) {
       __m256 low, high;
@@ -66,11 +67,11 @@ struct OfBooks {
 
   // VECTORS times sixteen channels from `channel` on, of two entries, number by number.
   template <int VECTORS>
-  void decode(int layer, int channel, const int64_t* entries, __m512i (&to)[VECTORS]) const {
+  void decode(int layer, int channel, const int64_t* offsets, __m512i (&to)[VECTORS]) const {
     const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const uint8_t* own = bytes[layer].of(entries[0]) + channel / BYTE;
-    const uint8_t* next = bytes[layer].of(entries[1]) + channel / BYTE;
+    const uint8_t* own = bytes[layer].stream + channel / BYTE + offsets[0];
+    const uint8_t* next = bytes[layer].stream + channel / BYTE + offsets[1];
     const __m128i* book = (const __m128i*)books[layer] + channel / BYTE * CENTROIDS;
     for (int i = 0; i < VECTORS; ++i, book += 2 * CENTROIDS)
       to[i] = _mm512_permutex2var_epi16(sixteen(book, own + 2 * i), order, sixteen(book, next + 2 * i));
@@ -103,13 +104,13 @@ struct OfPlanes {
   }
 
   template <int VECTORS>
-  void decode(int, int channel, const int64_t* entries, __m512i (&to)[VECTORS]) const {
+  void decode(int, int channel, const int64_t* offsets, __m512i (&to)[VECTORS]) const {
     for (int i = 0; i < VECTORS; i += 2) {
       __m512i low = _mm512_setzero_si512(), high = low;
       for (int plane = 0; plane < PLANES; ++plane) {
         uint32_t own[2];
-        std::memcpy(&own[0], bytes[plane].of(entries[0]) + channel / BYTE + 2 * i, 4);
-        std::memcpy(&own[1], bytes[plane].of(entries[1]) + channel / BYTE + 2 * i, 4);
+        std::memcpy(&own[0], bytes[plane].stream + channel / BYTE + offsets[0] + 2 * i, 4);
+        std::memcpy(&own[1], bytes[plane].stream + channel / BYTE + offsets[1] + 2 * i, 4);
         const uint64_t both = _pdep_u64(own[0], 0x5555555555555555) | _pdep_u64(own[1], 0xaaaaaaaaaaaaaaaa);
         const __m512i bit = _mm512_set1_epi16(1 << (PLANES - 1 - plane));
         low = _mm512_or_si512(low, _mm512_maskz_mov_epi16(__mmask32(both), bit));
@@ -131,7 +132,7 @@ inline void add_pairs(const Values& given, const Pairs<N>& pairs, int channel, i
   for (int pair = 0; pair < pairs.count; ++pair)
     for (int layer = 0; layer < Values::LAYERS; ++layer) {
       __m512i decoded[VECTORS];
-      values.template decode<VECTORS>(layer, channel, pairs.entries[pair], decoded);
+      values.template decode<VECTORS>(layer, channel, pairs.offsets[pair], decoded);
       for (int i = 0; i < ROWS; ++i) {
         const __m512i weight = _mm512_set1_epi32(int(pairs.weights[pair][row + i]));
         for (int j = 0; j < VECTORS; ++j)
