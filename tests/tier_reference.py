@@ -69,10 +69,10 @@ def noting_what_is_held() -> Iterator[list[Held]]:
     notes: list[Held] = []
     compact = PrunedLayer.compact
 
-    def noting(self: PrunedLayer, placement: Tensor, **kwargs: Any) -> None:
+    def noting(self: PrunedLayer, placement: Tensor, **kwargs: Any) -> Tensor:
         keys, values = (states.double().clone() for states in self.tail())
         start, end, before = self.prefix_length, self.length, len(self.coded)
-        compact(self, placement, **kwargs)
+        placement = compact(self, placement, **kwargs)
         index, means, readings = keys.clone(), None, [(1.0, True)] * len(keys)
         if len(self.coded) > before:
             block, rungs = self.coded[-1], kwargs["coder"].rungs
@@ -91,6 +91,7 @@ def noting_what_is_held() -> Iterator[list[Held]]:
                 assert torch.allclose(means, exact, atol=1e-3, rtol=1e-3)  # rounded to float16
             readings = [(reading.share, reading.rest) for reading in block.reading]
         notes.append(Held(self, start, end, placement.clone(), keys, values, index, means, readings))
+        return placement
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PrunedLayer, "compact", noting)

@@ -15,7 +15,7 @@ from invariants import tensors_of
 from plphp.errors import ConfigError
 from plphp.kernels.coded import CodedKV, Reading
 from plphp.kernels.coded_attention import attend_codes
-from plphp.kernels.coded_bytes import index_nbytes, means_nbytes, read_nbytes, row_nbytes, tier_nbytes
+from plphp.kernels.coded_bytes import index_nbytes, means_nbytes, read_nbytes, read_of_shape, row_nbytes, tier_nbytes
 from plphp.kernels.coder import Coder, coded_rows
 from plphp.kernels.rungs import RUNGS
 from tier_reference import random_books
@@ -197,6 +197,23 @@ def test_rows_of_several_coders_are_what_each_would_make() -> None:
         assert torch.allclose(lse, of_alone, atol=1e-10)
 
 
+@pytest.mark.parametrize("names", LADDERS, ids=str)
+def test_rows_of_several_coders_code_what_one_of_them_holds(names: tuple[str, ...]) -> None:
+    """Text is not coded, whatever is in it, nor is a head that holds nothing."""
+    keys, values, vision = states(1)
+    placed = torch.cat([placement(1, len(names), vision, seed) for seed in range(3)])
+    placed[:, 1] = 0
+    expected = coded_rows(keys, values, vision, placed, [coder(names)] * 3)
+    for part in (keys, values):
+        part[:, 0, 0], part[:, 1] = torch.nan, 1e9
+    found = coded_rows(keys, values, vision, placed, [coder(names)] * 3)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.held == theirs.held
+        for a, b in zip(ours.decoded(torch.float64), theirs.decoded(torch.float64), strict=True):
+            assert torch.equal(a.keys, b.keys)
+            assert torch.equal(a.values, b.values)
+
+
 def test_a_row_that_leaves_out_the_rest_takes_it_from_no_other() -> None:
     """The mean value of what stands in is there if any row asks for it, whatever the row that reads least says."""
     keys, values, vision = states(1)
@@ -237,6 +254,18 @@ def test_bytes_are_those_of_the_live_tensors(names: tuple[str, ...], share: floa
         assert read_nbytes(block, 0, every) == pytest.approx(held[0])
         index = sum(index_nbytes(tier, 1) for tier in block.tiers)
         assert read_nbytes(block, 0, none) == means_nbytes(block, 1) + index
+
+
+@pytest.mark.parametrize("names", [("r3", "pr2"), ("pr2", "r3"), ("c3", "r2"), ("r4", "kivi2")], ids=str)
+def test_the_most_that_is_read_is_that_of_an_estimate(names: tuple[str, ...]) -> None:
+    """Whether it comes from tensors or from shapes: scales of keys that belong to the index make no entry heavier."""
+    keys, values, vision = states(1)
+    placed = torch.arange(SEQ).expand(1, HEADS, -1) % 2 + 1
+    own = coder(names, Reading(0.3))
+    block = own.encode(keys, values, vision, placed.to(torch.uint8))
+    assert block is not None
+    estimated = HEADS * read_of_shape(dict.fromkeys(own.rungs, SEQ // 2), own.reading, DIM, VALUE_DIM)
+    assert read_nbytes(block, 0) - means_nbytes(block, 0) == pytest.approx(estimated)
 
 
 def test_means_are_those_of_the_vision_tokens_of_rows_that_are_coded() -> None:

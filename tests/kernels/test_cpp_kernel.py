@@ -13,10 +13,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_kernels import SCALING, Case, assert_attention, make, noise
+from torch import Tensor
 
 from plphp.errors import BackendUnavailableError
 from plphp.kernels import _decode_cpp, choice, cpp_library, decode
@@ -363,5 +365,17 @@ class TestBuilding:
     def test_a_wrong_one_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = _decode_cpp.attend
         monkeypatch.setattr(_decode_cpp, "attend", lambda *a: right(*a) + 1e-3)
+        reason = choice.trouble.__wrapped__(cpp_trial, CPU, torch.float32, 64, 64)
+        assert reason == "it differs from the reference on this device by 0.001"
+
+    def test_one_whose_log_sum_exps_are_wrong_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is in few bits is merged by them, and the output alone does not show them."""
+        right = _decode_cpp.attend_parts
+
+        def wrong(*arguments: Any, want_lse: bool = True) -> tuple[Tensor, Tensor]:
+            output, lse = right(*arguments, want_lse=want_lse)
+            return output, lse + 1e-3
+
+        monkeypatch.setattr(_decode_cpp, "attend_parts", wrong)
         reason = choice.trouble.__wrapped__(cpp_trial, CPU, torch.float32, 64, 64)
         assert reason == "it differs from the reference on this device by 0.001"

@@ -146,6 +146,15 @@ def test_quantized_holds_everything_in_one_rung(tiers: str) -> None:
         get_method("quantized").check(config, 4)
 
 
+@pytest.mark.parametrize("tiers", ["whole", "whole=1"])
+def test_quantized_is_no_other_name_of_none(tiers: str) -> None:
+    """A method that ranks may hold all of it whole, as it may have a rate of 1: this one would have nothing to do."""
+    with pytest.raises(ConfigError, match=rf"tiers={tiers} holds it in the dtype of the model.* method 'none'"):
+        chain_of(PLPHPConfig.parse(f"quantized:tiers={tiers}"), layers=4)
+    chain_of(PLPHPConfig.parse(f"random:tiers={tiers}"), layers=4)
+    chain_of(PLPHPConfig.parse("quantized:tiers=kivi4"), layers=4)
+
+
 def test_quantized_prefers_no_entry_and_no_layer() -> None:
     stage, config = get_method("quantized").kv, PLPHPConfig(method="quantized", tiers="c3")
     assert stage is not None

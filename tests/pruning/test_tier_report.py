@@ -17,6 +17,7 @@ from torch import Tensor
 import plphp
 from invariants import generate
 from plphp import PLPHPConfig, PrunedCache, PruneReport
+from plphp.engines.hf import foreign_banks
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer
 from plphp.kernels.books import Books, LayerBooks
@@ -64,8 +65,9 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model, with codebooks for all of its layers under the name of any file."""
     model = _model(working_dtype())
     layers = model.config.get_text_config().num_hidden_layers
-    bank = SimpleNamespace(decoder_layers=layers, books={layer: _books(layer) for layer in range(layers)})
-    for module in (banks, coders):
+    books = {layer: _books(layer) for layer in range(layers)}
+    bank = SimpleNamespace(decoder_layers=layers, books=books, values_hash="")
+    for module in (banks, coders, foreign_banks):
         monkeypatch.setattr(module, "bank_at", lambda name: bank)
     return model
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import plphp
+from plphp.engines.hf import foreign_banks
 from plphp.engines.hf.cache import PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer, layer_nbytes
@@ -80,8 +81,8 @@ def test_bytes_of_a_ladder_are_those_of_a_run(ladder: str, read: float, monkeypa
     shapes = [(2, 2, 256, 8), (2, 2, 256, 8), (2, 1, 256, 16)]
     books = LayerBooks(*(Books(*(torch.randn(shape).half() for shape in shapes)) for _ in range(2)))
     layers = config.text_config.num_hidden_layers
-    bank = SimpleNamespace(decoder_layers=layers, books=dict.fromkeys(range(layers), books))
-    for module in (banks, coders):
+    bank = SimpleNamespace(decoder_layers=layers, books=dict.fromkeys(range(layers), books), values_hash="")
+    for module in (banks, coders, foreign_banks):
         monkeypatch.setattr(module, "bank_at", lambda name: bank)
     needed = "any.st" if "p" in ladder else None
     settings = plphp.PLPHPConfig(method="uniform", tiers=ladder, read=read, books=needed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-_kept: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -33,12 +34,19 @@ def kept_weights_hash(model: nn.Module) -> str:
     UnsupportedModelError
         See `weights_hash`.
     """
+    return hash_kept(model, "weights", weights_hash)
+
+
+def hash_kept(model: nn.Module, kind: str, hash_of: Callable[[nn.Module], str]) -> str:
+    """A hash of the weights of a model, worked out as `kept_weights_hash` says; ``kind`` names it."""
     with _lock:
         state = [_state(tensor) for part in (model.parameters(), model.buffers()) for tensor in part]
         kept = _kept.get(model)
         if kept is None or kept[0] != state:
-            kept = _kept[model] = state, weights_hash(model)
-        return kept[1]
+            kept = _kept[model] = state, {}
+        if kind not in kept[1]:
+            kept[1][kind] = hash_of(model)
+        return kept[1][kind]
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
@@ -53,16 +61,31 @@ def weights_hash(model: nn.Module) -> str:
     Raises
     ------
     UnsupportedModelError
-        If some weights are not in memory, as where they are offloaded to a disk.
+        If some weights are not in memory as they are: offloaded to a disk, or a tensor of several others.
     """
     digest = hashlib.sha256()
-    state = model.state_dict()
+    state = weights_in_memory(model)
     for name in sorted(state):
-        if state[name].is_meta:
-            raise UnsupportedModelError(
-                f"The weights {name!r} of {type(model).__name__} are not in memory (offloaded?), so they have no hash."
-            )
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_in_memory(model: nn.Module) -> dict[str, Tensor]:
+    """All weights by name.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If some are not in memory as they are.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    for name, tensor in state.items():
+        made_of_others = hasattr(tensor, "__tensor_flatten__")  # on other devices, or packed
+        if tensor.is_meta or made_of_others:
+            raise UnsupportedModelError(
+                f"The weights {name!r} of {type(model).__name__} are not in memory as they are (offloaded, spread over "
+                "devices, or packed?), so they have no hash."
+            )
+    return state

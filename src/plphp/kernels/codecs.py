@@ -39,6 +39,10 @@ TOKEN_GROUP = 32
 """Channels of an entry that share their scale, where entries have several."""
 
 
+class ScaleError(UnsupportedFeatureError):
+    """A scale or a mean is too large for float16, or no number."""
+
+
 @dataclass(frozen=True)
 class Codes:
     """The codes of the keys, or of the values, of some entries; see the docstring of this module."""
@@ -238,12 +242,12 @@ def stored(numbers: Tensor) -> Tensor:
 
     Raises
     ------
-    UnsupportedFeatureError
+    ScaleError
         If one of them is too large for float16, or no number.
     """
     result = numbers.to(SCALE)
     if not bool(result.isfinite().all()):
-        raise UnsupportedFeatureError(
+        raise ScaleError(
             "Keys or values are held in few bits with scales and means in float16, and these are NaN or beyond 65,504: "
             "leave out tiers for this prompt."
         )

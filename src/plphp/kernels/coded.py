@@ -137,15 +137,18 @@ class Tier(Ragged):
         rows = ((nothing,) * before) + self.rows + ((nothing,) * after)
         return replace(self, counts=(*self.counts, (0,) * self.kv_heads), rows=rows)
 
-    def picked(self, keep: Tensor) -> Tier:
+    def picked(self, keep: Tensor, held: Tensor) -> Tier:
         """Make rows that each take some entries of this tier's only row, whose codes depend on no other entry.
 
         Parameters
         ----------
         keep : Tensor
-            bool [rows, kv_heads, seq]; the tier holds ``seq`` entries for each head.
+            bool [rows, kv_heads, seq]; all of them held.
+        held : Tensor
+            bool [1, kv_heads, seq]; the entries that the tier holds.
         """
-        entries = keep.to(self.device).flatten().nonzero()[:, 0] % len(self.keys.streams[0])
+        number = (held.to(self.device).flatten().cumsum(0) - 1).expand(len(keep), -1)
+        entries = number[keep.to(self.device).flatten(1)]
         counts = tuple(tuple(row) for row in keep.sum(-1).tolist())
         none = slice(0)
         return Tier(

@@ -98,10 +98,8 @@ def _most(block: CodedKV, stored: int) -> list[int]:
     """Entries of each tier that are read if the heaviest are."""
     left = [block.reading[stored].entries(held) for held in block.held[stored]]
     most = [0] * len(block.tiers)
-    heaviest = sorted(
-        range(len(block.tiers)),
-        key=lambda number: -_of_entry(block.tiers[number]),
-    )
+    held = [number for number, tier in enumerate(block.tiers) if any(tier.counts[stored])]
+    heaviest = sorted(held, key=lambda number: -_of_entry(block.tiers[number], stored))
     for number in heaviest:
         taken = [min(a, b) for a, b in zip(left, block.tiers[number].counts[stored], strict=True)]
         left = [a - b for a, b in zip(left, taken, strict=True)]
@@ -109,12 +107,9 @@ def _most(block: CodedKV, stored: int) -> list[int]:
     return most
 
 
-def _of_entry(tier: Tier) -> float:
-    """Bytes of an entry of a tier beside its index."""
-    key, value = tier.keys, tier.values
-    streams = sum(stream.shape[1] for stream in (*key.streams[1:], *value.streams))
-    scales = sum(codes.scales.shape[1] * codes.scales.itemsize for codes in (key, value) if codes.scales is not None)
-    return streams + scales
+def _of_entry(tier: Tier, stored: int) -> float:
+    """Bytes of an entry of a stored row in a tier beside its index, by which `read_of_shape` orders rungs, too."""
+    return (tier_nbytes(tier, stored) - index_nbytes(tier, stored)) / sum(tier.counts[stored])
 
 
 def _of_shape(codec: Codec, entries: int, dim: int, index: bool = False) -> int:

@@ -57,7 +57,8 @@ class Coder:
         Raises
         ------
         UnsupportedFeatureError
-            If a rung cannot hold such entries.
+            If a rung cannot hold such entries; `plphp.kernels.codecs.ScaleError` where that lies in their numbers, of
+            which each KV head of a row is asked for its own.
         ConfigError
             If the codebooks are of another model.
         """
@@ -68,16 +69,17 @@ class Coder:
         books = None if self.books is None else self.books.to(keys.device)
         rungs = [rung for rung, _ in used]
         _check(rungs, keys, values, books)
-        # Rows that hold nothing here have no mean: there may be NaN in them, for which they are kept whole.
-        holding = torch.stack([mask for _, mask in used]).any(0).flatten(1).any(1)
-        means = rung_means(keys, values, vision.to(keys.device) & holding[:, None], rungs)
+        # Heads that hold nothing here have no mean: there may be NaN in them, for which they are kept whole.
+        holding = torch.stack([mask for _, mask in used]).any(0).any(-1, keepdim=True)
+        means = rung_means(keys, values, vision.to(keys.device)[:, None] & holding, rungs)
         tiers = tuple(encoded(rung, keys, values, mask, means, books) for rung, mask in used)
         used_books = books if any(rung.needs_books for rung, _ in used) else None
         return with_rest(CodedKV(tiers, *means, used_books, (self.reading,) * len(keys)))
 
 
 def rung_means(keys: Tensor, values: Tensor, vision: Tensor, rungs: Sequence[Rung]) -> Means:
-    """The means over vision tokens that rungs need, float16 [batch * kv_heads, dim] of keys and of values."""
+    """The means over vision tokens, bool [batch, kv_heads or 1, seq], that rungs need; float16 [batch * kv_heads, dim]
+    of keys and of values."""
     of_keys, of_values, _ = needs_means(rungs, ALL)
     return _mean(keys, vision) if of_keys else None, _mean(values, vision) if of_values else None
 
@@ -142,7 +144,7 @@ def _check(rungs: Sequence[Rung], keys: Tensor, values: Tensor, books: LayerBook
 
 
 def _mean(states: Tensor, vision: Tensor) -> Tensor:
-    wide, weight = _wide(states), vision.to(states.device)[:, None, :, None]
+    wide, weight = _wide(states), vision.to(states.device)[..., None]
     total = torch.where(weight, wide, 0).sum(2)
     return stored((total / weight.sum(2).clamp(min=1)).flatten(0, 1))
 
@@ -207,15 +209,16 @@ def _block(
     if not masks:
         return None
     reading = tuple(ALL if coder is None else coder.reading for coder in coders)
-    means = rung_means(keys, values, vision, tuple(masks))
+    holding = torch.stack(list(masks.values())).any(0).any(0).any(-1, keepdim=True)
+    means = rung_means(keys, values, vision.to(keys.device)[:, None] & holding.to(keys.device), tuple(masks))
     books = None if books is None else books.to(keys.device)
     _check(tuple(masks), keys, values, books)
     of_rows = [None if mean is None else mean.repeat(len(coders), 1) for mean in means]
     tiers = []
     for rung, mask in masks.items():
         if rung.independent:
-            every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
-            tiers.append(encoded(rung, keys, values, every, means, books).picked(mask))
+            held = mask.any(0, keepdim=True)
+            tiers.append(encoded(rung, keys, values, held, means, books).picked(mask, held))
         else:
             spread = [states.expand(len(coders), -1, -1, -1) for states in (keys, values)]
             tiers.append(encoded(rung, spread[0], spread[1], mask, (of_rows[0], of_rows[1]), books))

@@ -204,28 +204,35 @@ def triton_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_di
     def lse(*arguments: Any) -> Tensor:
         return _decode_triton.attend_parts(*arguments)[1]
 
-    def reference_lse(*arguments: Any) -> Tensor:
-        return attend_parts(*arguments)[1].flatten(1, 2)  # in float64 it is always there
-
     case = _trial_case(dim, value_dim)
     worst = [
         choice.difference(_decode_triton.attend, _by_torch, case, device, dtypes),
-        choice.difference(lse, reference_lse, case, device, dtypes),
+        choice.difference(lse, _reference_lse, case, device, dtypes),
     ]
     return torch.tensor(worst, dtype=torch.float64).max().item()  # NaN if any is
 
 
 def cpp_trial(device: torch.device, dtypes: choice.Dtypes, dim: int, value_dim: int) -> float:
-    """Largest difference between the C++ kernel and the reference on a small case.
+    """Largest difference between the C++ kernel and the reference on small cases, in outputs and log-sum-exps.
 
     Raises
     ------
     BackendUnavailableError
         If it cannot be built.
     """
+
+    def lse(*arguments: Any) -> Tensor:
+        return _decode_cpp.attend_parts(*arguments)[1]
+
     cases = [_trial_case(dim, value_dim, length) for length in (1, LONG_TRIAL)]
-    worst = [choice.difference(_decode_cpp.attend, _by_torch, case, device, dtypes) for case in cases]
+    both = (_decode_cpp.attend, _by_torch), (lse, _reference_lse)
+    worst = [choice.difference(kernel, reference, case, device, dtypes) for case in cases for kernel, reference in both]
     return torch.tensor(worst, dtype=torch.float64).max().item()  # NaN if any is
+
+
+def _reference_lse(*arguments: Any) -> Tensor:
+    """The log-sum-exps of the reference, [batch, q_heads, query]; in float64 they are always there."""
+    return attend_parts(*arguments)[1].flatten(1, 2)
 
 
 def _trial_case(dim: int, value_dim: int, length: int = 1) -> choice.Case:

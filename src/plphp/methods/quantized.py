@@ -16,6 +16,7 @@ from plphp.policy.evidence import LayerScores
 from plphp.policy.method import Method
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
+from plphp.settings.ladder import WHOLE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +29,16 @@ def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
-    """One rung takes everything: with several, constant scores would deal entries out by their position."""
+    """One rung of few bits takes everything: with several, constant scores would deal entries out by their position."""
     if config.ladder is None or len(config.ladder.names) > 1 or config.ladder.kept < 1:
         raise ConfigError(
             f"The method 'quantized' holds every vision entry in one rung, got tiers={config.tiers}: name one, such as "
             "tiers=c3, or take a method that chooses, such as query_bank."
+        )
+    if config.ladder.names == (WHOLE,):
+        raise ConfigError(
+            f"The method 'quantized' holds every vision entry in few bits, and tiers={config.tiers} holds it in the "
+            "dtype of the model, so that nothing would change: take the method 'none', or a rung such as tiers=c3."
         )
 
 

@@ -27,6 +27,9 @@ from .rotation import Rotation
 FORMAT = "plphp query bank 1"
 BUNDLED = Path(__file__).parents[1] / "reference_model" / "query_bank" / "bank.safetensors"
 """Bank of the bundled model, which the name ``bundled`` stands for."""
+VALUES_HASH = "weights_values_sha256"
+"""Where the record of a bank has the hash of the values of the weights that wrote it: the same in every dtype that a
+checkpoint is read in, which ``weights_sha256`` is not, and of weights in memory, which no server has as they were."""
 _ADVICE = "Make it with plphp collect or plphp.collect_query_bank."
 
 
@@ -196,6 +199,11 @@ class QueryBank:
     def decoder_layers(self) -> int:
         """Decoder layers of the model that the bank is of."""
         return int(self.record["decoder_layers"])
+
+    @property
+    def values_hash(self) -> str:
+        """Hash of the weights of the model that the bank is of, see `VALUES_HASH`; "" where the bank does not say."""
+        return str(self.record.get(VALUES_HASH, ""))
 
 
 def bank_file(name: str) -> Path:

@@ -54,12 +54,21 @@ def coders_of(link: Link[KVStage], own_bank: QueryBank | None = None) -> Coders 
     return coder
 
 
+def books_file(link: Link[KVStage]) -> str | None:
+    """The file that the codebooks of a config are read from; None where it needs none, or the engine collects them."""
+    config = link.config
+    if config.ladder is None or not any(RUNGS[name].needs_books for name in config.ladder.names if name != WHOLE):
+        return None
+    asked = config.books or link.stage.evidence(config).bank
+    return asked if isinstance(asked, str) else None
+
+
 def _books_of(link: Link[KVStage], own_bank: QueryBank | None) -> Mapping[int, LayerBooks]:
     """The codebooks that the config names, else those of the method's bank."""
     config = link.config
-    asked = config.books or link.stage.evidence(config).bank
-    bank = bank_at(asked) if isinstance(asked, str) else own_bank
-    where = f"The query bank {asked}" if isinstance(asked, str) else "The query bank"
+    file = books_file(link)
+    bank = own_bank if file is None else bank_at(file)
+    where = "The query bank" if file is None else f"The query bank {file}"
     if bank is None:
         raise ConfigError(
             f"The ladder {config.tiers!r} needs codebooks, and {link.method!r} has no bank: give books=FILE, or take a "

@@ -20,6 +20,7 @@ from plphp.kernels.packed import PackedKV
 from .placement import held_whole, without_codes
 from .provisional import ProvisionalBlock
 from .room import appended, grown, memory_named
+from .too_large import coded_or_whole
 
 
 class LayerEntries:
@@ -205,7 +206,7 @@ class LayerEntries:
 
     def compact(
         self, placement: Tensor, *, final: bool = True, coder: Coder | None = None, vision: Tensor | None = None
-    ) -> None:
+    ) -> Tensor:
         """Move the entries of the tail that are held into the prefix and a coded block, and free the tail.
 
         Parameters
@@ -221,6 +222,12 @@ class LayerEntries:
         vision : Tensor, optional
             bool [batch, tail]; the vision tokens, for a coder.
 
+        Returns
+        -------
+        Tensor
+            uint8 [batch, kv_heads, tail]; the placement that was done: another one only where entries are too large for
+            few bits, see `plphp.pruning.too_large`.
+
         Raises
         ------
         UnsupportedFeatureError, CacheStateError
@@ -233,10 +240,10 @@ class LayerEntries:
                 f"The placement of a layer covers its tail, {tuple(shape)} rows, KV heads and tokens, got "
                 f"{tuple(placement.shape)}."
             )
-        coded = None
+        coded, done = None, placement
         if coder is not None and vision is not None:
-            coded = coder.encode(*self.tail(), vision, placement)
-            placement = without_codes(placement)
+            coded, done = coded_or_whole(coder, *self.tail(), vision, placement)
+            placement = without_codes(done)
         keep = held_whole(placement)
         if self._provisional is None:
             held = ProvisionalBlock.of(*self.tail(), keep)
@@ -244,12 +251,13 @@ class LayerEntries:
             held = self._provisional.narrowed(keep)
         if not final:
             self._provisional, self.keys, self.values = held, None, None
-            return
+            return done
         self.prefix = held.block if self.prefix is None else self.prefix.appended(held.block)
         self.coded += () if coded is None else (coded,)
         self.prefix_length += self.tail_length
         self.tail_length = 0
         self._provisional = self.keys = self.values = None
+        return done
 
     def begin_with(self, prefix: PackedKV, coded: tuple[CodedKV, ...], source: LayerEntries) -> None:
         """Take over what was compacted elsewhere, from the tokens that ``source`` has seen."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,7 @@ class BankCollection:
         answers: Sequence[Mapping[int, Tensor]],
         rotations: Mapping[int, Rotation],
         entries: Sequence[Entries] = (),
+        about: Callable[[], Mapping[str, Any]] = dict,
     ) -> BankProgress:
         """Take the queries of whole answers, and entries of their prompts.
 
@@ -128,6 +130,9 @@ class BankCollection:
         entries : sequence of mapping of int to tuple of Tensor
             For each answer the vision entries of its prompt, see `plphp.policy.entry_sampling.centred`; none at all
             from an engine that does not hear them, whose bank has no codebooks.
+        about : callable, optional
+            What else the record of the bank is to say of the model, JSON-ready; asked when a bank is made of the
+            sample, as it may take long.
 
         Returns
         -------
@@ -141,7 +146,7 @@ class BankCollection:
                     self.refresh()
                     taken = True
                     if self._take(heard):
-                        self._keep(rotations)
+                        self._keep(rotations, about)
             except ConfigError as error:
                 if self._folder is None:
                     raise
@@ -169,12 +174,12 @@ class BankCollection:
         # Where the last save has failed, the sample is full without any answer more.
         return self._sample.prompts > before or self._sample.prompts >= self.wanted.prompts
 
-    def _keep(self, rotations: Mapping[int, Rotation]) -> None:
+    def _keep(self, rotations: Mapping[int, Rotation], about: Callable[[], Mapping[str, Any]]) -> None:
         done, wanted = self._sample.prompts, self.wanted.prompts
         if self._folder is None and done < wanted:
             log.info("The query bank is of %d of %d prompts.", done, wanted)
             return
-        bank = self._sample.bank(rotations, self.model.record()).rounded()
+        bank = self._sample.bank(rotations, {**self.model.record(), **about()}).rounded()
         if done >= wanted:
             bank = with_books(bank, self._device)
         if self._folder is not None:

@@ -108,7 +108,12 @@ def without_codes(placement: Tensor) -> Tensor:
 
 def coded_somewhere(placement: Tensor) -> bool:
     """Whether an entry is to be held in few bits."""
-    return bool(((placement != Placement.DROPPED) & (placement != Placement.WHOLE)).any())
+    return bool(in_few_bits(placement).any())
+
+
+def in_few_bits(placement: Tensor) -> Tensor:
+    """Which entries are to be held in few bits, bool [batch, kv_heads, seq]."""
+    return (placement != Placement.DROPPED) & (placement != Placement.WHOLE)
 
 
 def held_whole(placement: Tensor) -> Tensor:

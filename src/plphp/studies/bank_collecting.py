@@ -13,6 +13,7 @@ from plphp.engines.hf.answer_queries import AnswerQueries
 from plphp.engines.hf.attachment import Lease
 from plphp.engines.hf.cache import NOTHING_EVICTED, PrunedCache
 from plphp.engines.hf.cache_argument import passed
+from plphp.engines.hf.own_bank import values_record
 from plphp.engines.hf.rotation_probe import find_rotations
 from plphp.errors import ConfigError
 from plphp.policy.bank import QueryBank
@@ -78,7 +79,8 @@ def collect_query_bank(
     sample = BankSample(samples, seed, book_tokens)
     rotations = find_rotations(model)
     _answer_all(model, prompts, max_new_tokens, sample, rotations, progress)
-    bank = sample.bank(rotations, {**provenance(model), "max_new_tokens": max_new_tokens})
+    record = {**provenance(model), **values_record(model), "max_new_tokens": max_new_tokens}
+    bank = sample.bank(rotations, record)
     return with_books(bank, model.device)
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import plphp
-from invariants import assert_same_generation, generate, pruned, tensors_of
+from invariants import assert_same_generation, generate, live_bytes, pruned, tensors_of
 from plphp import CacheStateError, ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError
 from plphp.engines.hf.cache_argument import passed
 from plphp.kernels.coded_bytes import tier_nbytes
+from plphp.pruning import too_large
 from precision import assert_exact
 from test_tier_invariants import CHOSEN, MIXED, RECALL, held, settings
 from tier_reference import books_file, entries_replaced, noting_what_is_held
@@ -215,6 +218,62 @@ def test_a_row_that_is_not_finite_is_whole_beside_codes(caplog: pytest.LogCaptur
             assert_exact(ours[row], theirs[row])
     assert not any(bool(note.coded[1].any()) for note in notes)
     assert all(sum(block.held[1]) == 0 for layer in cache.layers for block in layer.coded)
+
+
+@contextmanager
+def factor_on_values(model: Any, factor: float) -> Iterator[None]:
+    """Multiply the values of layer 1 of a prompt's row 1 in KV head 0."""
+
+    def changed(_: Any, __: Any, output: Tensor) -> Tensor:
+        if output.shape[1] > 1:
+            output = output.clone()
+            output[1, :, :8] *= factor
+        return output
+
+    hook = model.model.language_model.layers[1].self_attn.v_proj.register_forward_hook(changed)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("line", ["quantized:tiers=kivi4", "quantized:tiers=c3", MIXED, f"{RECALL},rest=true"])
+def test_a_head_that_is_too_large_for_scales_is_whole_beside_codes(
+    line: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2, 1, 1])
+    config = settings(line, folder, "llava")
+    usual, _, of_usual = held(model, inputs, config)
+    too_large._warn_once.cache_clear()
+    with factor_on_values(model, 1e6):
+        found, cache, notes = held(model, inputs, config)
+        with entries_replaced(model, cache, notes):
+            expected = generate(model, inputs)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs, before in zip(found.logits, expected.logits, usual.logits, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-9)
+        assert_exact(ours[[0, 2]], before[[0, 2]])
+    for number, (note, before) in enumerate(zip(notes, of_usual, strict=True)):
+        same = torch.ones_like(note.coded[:, :, :1])
+        same[1] = number == 0  # what comes behind layer 1 is of other entries, and as many of them
+        assert torch.equal(note.placement.where(same, 0), before.placement.where(same, 0))
+        assert torch.equal(note.coded.any(-1), before.coded.any(-1)) == (number != 1)
+    assert before.coded[1, 0].any()
+    assert not notes[1].coded[1, 0].any()
+    assert notes[1].coded[1, 1].any()
+    assert torch.equal(notes[1].dropped[1, 0], of_usual[1].dropped[1, 0])
+    assert cache.report().kv_bytes == live_bytes(cache)
+    told = [record.getMessage() for record in caplog.records if record.name == "plphp"]
+    assert len([text for text in told if "layer 1 are beyond 65,504 in KV head(s) 0" in text]) == 1
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
+    """They are not too large: the answer would not be one."""
+    model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2, 1, 1])
+    config = PLPHPConfig.parse("quantized:tiers=c3")
+    with factor_on_values(model, bad), pytest.raises(UnsupportedFeatureError, match="are NaN or beyond 65,504"):
+        pruned(model, inputs, config)
 
 
 def test_an_error_while_encoding_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,18 @@ def test_what_a_step_reads_stands_beside_what_is_held_where_it_is_less() -> None
     assert other.split()[2:4] == ["51.0", "80.0"]
 
 
+def test_what_a_step_reads_is_not_taken_for_what_is_held_where_it_was_not_measured() -> None:
+    metrics = copy.deepcopy(METRICS)
+    variants = metrics["groups"]["one_image"]["variants"]
+    for name, values in variants.items():
+        if name != "plphp@0.1":
+            values["read"] = values["kept"]
+    shown = text(*score_tables(metrics))
+    [line] = (line for line in shown.splitlines() if " 12.0 " in line)
+    assert line.split()[:3] == ["10", "12.0", "n/a"]
+    assert shown.count("n/a") == 1
+
+
 @pytest.mark.parametrize("measure", ["read", "vision_kept"])
 def test_no_mean_of_the_samples_that_happen_to_say_it(measure: str, tmp_path: Path) -> None:
     """Those of earlier versions say neither."""

@@ -217,13 +217,14 @@ def test_results_hold_where_they_come_from(finished: Path, tmp_path: Path) -> No
         write_results(finished, tmp_path / "not" / "there.json")
 
 
-def test_a_bank_that_was_made_again_makes_another_evaluation(tmp_path: Path, bundled: Any) -> None:
+@pytest.mark.parametrize("line", ["query_bank:bank={}", "quantized:tiers=pq,books={}"])
+def test_a_bank_that_was_made_again_makes_another_evaluation(line: str, tmp_path: Path, bundled: Any) -> None:
     model, processor = bundled
     path = tmp_path / "bank.safetensors"
     sample = next(available_tasks()["cell"].samples("dev", 1, 0))
     bank = plphp.collect_query_bank(model, [prompt_inputs(processor, sample)], max_new_tokens=5)
     bank.save(path)
-    settings = dataclasses.replace(SETTINGS, methods=(f"query_bank:bank={path}",), tasks=("cell",), samples=1)
+    settings = dataclasses.replace(SETTINGS, methods=(line.format(path),), tasks=("cell",), samples=1)
     evaluate(settings, tmp_path / "out")
     evaluate(settings, tmp_path / "out", progress=lambda *_: pytest.fail("done already"))
     dataclasses.replace(bank, ahead=bank.ahead + 1).save(path)

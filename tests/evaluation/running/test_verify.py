@@ -21,7 +21,8 @@ from plphp.evaluation import (
     verify,
 )
 from plphp.evaluation.running.conversation import encode, end_tokens, prompt_inputs
-from plphp.evaluation.running.forcing import greedy_answer
+from plphp.evaluation.running.forcing import Group, decode, greedy_answer, groups_of
+from plphp.evaluation.running.shares import Shares
 
 VARIANTS = make_variants(["plphp", "random:seed=3", "snapkv", "zero", "blank", "downsample"], [0.3, 0.05])
 
@@ -107,6 +108,36 @@ def test_bytes_of_few_bits_are_the_same_however_answers_are_made(bundled: Any) -
     assert verified["recall"].read < 0.5 * verified["recall"].kept
     assert 0.045 < verified["t10"].kept < 0.053  # of float32, which is twice the bytes of bfloat16
     assert verified["t10"].vision_kept == pytest.approx(0.76, abs=0.01)
+
+
+def recalled(model: Any, group: Group, ends: list[int], longest: int) -> dict[str, tuple[list[int], Shares]]:
+    nothing = torch.empty(0, dtype=torch.int64)
+    return decode(model, group, nothing, nothing, ends, longest)
+
+
+def test_what_a_row_reads_after_its_answer_counts_for_nothing(bundled: Any) -> None:
+    """It is decoded as long as another answer goes on."""
+    model, processor = bundled
+    recall = 'recall=random:tiers="r4=.4,r1=.4",read=0.2'  # of two tiers, so that steps differ in what they read
+    variants = make_variants(["full", "zero", recall, "blank"], [])
+    [group, *_] = groups_of(model, processor, drawn("read_in", 1)[0], variants, 8)
+    answers = recalled(model, group, [], 12)
+    said = {name: tokens for name, (tokens, _) in answers.items()}
+    steps = next(n for n, token in enumerate(said["recall"]) if n and token not in said["recall"][:n] + said["zero"])
+    ended = recalled(model, group, [said["recall"][steps]], 12)
+    assert len(ended["recall"][0]) == steps < len(ended["zero"][0])
+    alone = recalled(model, dataclasses.replace(group, variants=group.variants[2:3]), [], steps + 1)
+    assert ended["recall"][1].read == pytest.approx(alone["recall"][1].read, rel=1e-9)
+    assert ended["recall"][1].read != pytest.approx(answers["recall"][1].read, rel=1e-9)
+
+
+def test_what_no_step_reads_is_not_measured(bundled: Any) -> None:
+    model, processor = bundled
+    variants = make_variants(["recall=quantized:tiers=c3,read=0.2", "plphp:retention_rate=0.3"], [])
+    [group] = groups_of(model, processor, drawn("cell", 1)[0], variants, 8)
+    shares = {name: own for name, (_, own) in recalled(model, group, [], 1).items()}
+    assert shares["recall"].read is None
+    assert all(own.read == own.kept for name, own in shares.items() if name != "recall")
 
 
 def test_right_tokens_end_at_the_first_error(bundled: Any) -> None:

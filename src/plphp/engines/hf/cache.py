@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of
 from plphp.policy.bank import QueryBank
+from plphp.pruning import too_large
 from plphp.pruning.finite import features_of
 from plphp.pruning.live_bytes import books_nbytes
 from plphp.pruning.reading import PromptReading
@@ -203,9 +205,13 @@ class PrunedCache(GuardedCache):
             self._repeat_rows(reading, query.shape[0])
             for part in reading.read(attended):
                 layer = self._pruned[part.scores.layer]
+                start, asked, vision = layer.prefix_length, part.placement, part.scores.vision
+                placement = layer.compact(asked, final=part.final, coder=part.coder, vision=vision)
+                if placement is not asked:
+                    too_large.warn(part.scores.layer, asked, placement)
+                    part = replace(part, placement=placement)
                 if part.final:
-                    self.records.append(LayerRecord.of(reading.spans, layer.prefix_length, part))
-                layer.compact(part.placement, final=part.final, coder=part.coder, vision=part.scores.vision)
+                    self.records.append(LayerRecord.of(reading.spans, start, part))
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None

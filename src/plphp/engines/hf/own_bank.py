@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from plphp.errors import UnsupportedFeatureError
+from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
+from plphp.inputs.weight_values import kept_weights_values_hash
 from plphp.inputs.weights import kept_weights_hash
-from plphp.policy.bank import QueryBank
+from plphp.policy.bank import VALUES_HASH, QueryBank
 from plphp.policy.bank_folder import BankModel
 from plphp.policy.evidence import OwnBank
 from plphp.pruning.own_bank import BankCollection
@@ -84,7 +86,8 @@ class SessionBank:
         with cache.listening(heard):
             output = generate(cache, call)
         answers = heard.answers(output, call.config, rotations)
-        cache.collecting = self.collection.add(answers, rotations, heard.entries())
+        about = partial(values_record, attachment.model)
+        cache.collecting = self.collection.add(answers, rotations, heard.entries(), about)
         session.note(cache.report())
         return output
 
@@ -96,6 +99,14 @@ def bank_model(model: PreTrainedModel, *, hashed: bool) -> BankModel:
         model.config.get_text_config(decoder=True).num_hidden_layers,
         kept_weights_hash(model) if hashed else "",
     )
+
+
+def values_record(model: PreTrainedModel) -> dict[str, str]:
+    """What a bank says of the weights that wrote it, JSON-ready; nothing where they have no hash."""
+    try:
+        return {VALUES_HASH: kept_weights_values_hash(model)}
+    except UnsupportedModelError:
+        return {}
 
 
 def _refuse_beams(config: GenerationConfig) -> None:

@@ -10,6 +10,8 @@ from plphp.kernels.bit_planes import BYTE
 from plphp.policy.chain import Chain
 from plphp.settings.ladder import WHOLE
 
+from .foreign_banks import refuse_foreign_banks
+
 STAGES = ("prefill", "kv")
 """Stages that plphp runs in transformers."""
 
@@ -29,9 +31,12 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
     Raises
     ------
     UnsupportedModelError, UnsupportedFeatureError
+    ConfigError
+        If codebooks are of another model.
     """
     chain.refuse_all_but(STAGES, "plphp's engine for transformers")
     _refuse_heads(chain, model)
+    refuse_foreign_banks(chain, model)
     if chain.prefill is None:
         return
     method = chain.prefill.method

@@ -21,6 +21,8 @@ MIN_METHOD = 20
 """Columns of the terminal that the names of the methods get at least; longer ones are folded."""
 FIXED = ("asked", "held")
 """Columns that every part of a table that was cut has."""
+NOT_MEASURED = "n/a"
+"""What stands in the column ``read`` of a method that recalls, in a mode that does not measure it."""
 BORDER = 2
 """Columns of the terminal between two cells, and at both sides of a table."""
 
@@ -105,7 +107,7 @@ def _columns(figures: Mapping[str, Figures], metrics: Mapping[str, Any]) -> dict
     return {
         "asked": ["" if rate is None else f"{100 * rate:g}" for rate in (variant["retention"] for variant in variants)],
         "held": [f"{100 * line['kept']:.1f}" for line in lines],
-        "read": [f"{100 * line['read']:.1f}" if _reads_less(line) else "" for line in lines],
+        "read": [_read(line) for line in lines] if any("read" in line for line in lines) else [],
         "vision": [f"{100 * line['vision_kept']:.1f}" if "vision_kept" in line else "" for line in lines],
         "score (95 %)": [_interval(line, "score", "") for line in lines],
         "- full": [_interval(line, "vs_full", "+") for line in lines],
@@ -115,9 +117,11 @@ def _columns(figures: Mapping[str, Figures], metrics: Mapping[str, Any]) -> dict
     }
 
 
-def _reads_less(line: Figures) -> bool:
-    """Whether a step is known to read less than is held."""
-    return "read" in line and not math.isclose(line["read"], line["kept"], abs_tol=1e-6)
+def _read(line: Figures) -> str:
+    """What a step reads where it is less than is held or was not measured."""
+    if "read" not in line:
+        return NOT_MEASURED
+    return "" if math.isclose(line["read"], line["kept"], abs_tol=1e-6) else f"{100 * line['read']:.1f}"
 
 
 def _methods(variants: Sequence[Mapping[str, Any]]) -> list[str]:

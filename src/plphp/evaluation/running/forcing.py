@@ -181,7 +181,7 @@ def decode(
             answers[row].append(tokens[row])
         if not running or step == max_new_tokens - 1:
             break
-        with unread.counted(1):
+        with unread.counted(1, running):  # what a row that has ended goes on reading is no part of its answer
             output: Any = model(input_ids=greedy[:, None], **passed(branches.cache))
         logits = output.logits[:, -1]
     shares = unread.taken_off(shares, group.share)

@@ -81,9 +81,11 @@ def run_config(
 
 
 def _query_banks(variants: Sequence[Variant]) -> dict[str, str]:
-    """SHA-256 of the query banks that methods rank by: a bank that was made again makes another evaluation."""
+    """SHA-256 of the query banks that methods rank by, or take codebooks from: a bank that was made again makes another
+    evaluation."""
     links = [link for variant in variants for link in chain_of(variant.config).stages.values()]
     named = {link.stage.evidence(link.config).bank for link in links if hasattr(link.stage, "evidence")}
+    named |= {link.config.books for link in links}
     files = {name: bank_file(name) for name in sorted(name for name in named if isinstance(name, str) and name)}
     return {name: _hash(file.read_bytes()) for name, file in files.items()}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plphp.engines.hf.cache import PrunedCache
+from plphp.engines.hf.foreign_banks import refuse_foreign_banks
 from plphp.errors import ConfigError, LoadError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.evaluation.results.identity import identity
 from plphp.evaluation.results.store import Store, write_json
@@ -156,6 +157,7 @@ def _check_variant(
     chain = chain_of(variant.config, model.config.get_text_config(decoder=True).num_hidden_layers)
     if "generate" in modes:
         chain.refuse_unanswered()
+    refuse_foreign_banks(chain, model)
     if variant.images == "smaller":
         smaller_inputs(model, processor, sample, variant.retention or 1.0)
     if chain.prefill is not None:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from plphp.engines.hf.branching import Branches
 from plphp.engines.hf.layer import PrunedLayer
+from plphp.kernels.coded import CodedKV
 from plphp.kernels.coded_attention import counting_reads
 from plphp.kernels.coded_bytes import read_nbytes, row_nbytes
 
@@ -49,24 +50,28 @@ class UnreadShares:
         layers = [layer for layer in branches.cache.layers if isinstance(layer, PrunedLayer)]
         self._blocks = [block for layer in layers for block in layer.coded]
         self._full = max(1, sum(layer.entry_nbytes for layer in layers) * vision)
-        self._unread = [0.0] * len(branches.configs)
-        self._tokens = 0
+        rows = range(len(branches.configs))
+        self._recalling = {row for row in rows if any(_recalls(block, row) for block in self._blocks)}
+        self._unread, self._tokens = [0.0] * len(rows), [0] * len(rows)
 
     @contextmanager
-    def counted(self, tokens: int) -> Iterator[None]:
-        """Count a pass over some tokens of the draft while the context is open."""
+    def counted(self, tokens: int, rows: Collection[int] | None = None) -> Iterator[None]:
+        """Count a pass over some tokens of the draft while the context is open, for some rows; default: all."""
         if not any(block.recalls for block in self._blocks):
             yield
             return
         with counting_reads() as counts:
             yield
-        self._tokens += tokens
+        counted = range(len(self._tokens)) if rows is None else rows
+        for row in counted:
+            self._tokens[row] += tokens
         for block, read in zip(self._blocks, counts, strict=True):
-            for row, entries in enumerate(read.tolist()):
-                self._unread[row] += tokens * (row_nbytes(block, row) - read_nbytes(block, row, entries))
+            entries = read.tolist()
+            for row in counted:
+                self._unread[row] += tokens * (row_nbytes(block, row) - read_nbytes(block, row, entries[row]))
 
     def taken_off(self, shares: Sequence[Shares], of_sample: float) -> list[Shares]:
-        """The shares of the variants, less what a step leaves unread.
+        """The shares of the variants, less what a step leaves unread; not measured where there was no step to count.
 
         Parameters
         ----------
@@ -75,5 +80,16 @@ class UnreadShares:
         of_sample : float
             Vision tokens of the prompt, over those of the sample as it is.
         """
-        scale = of_sample / self._full / max(1, self._tokens)
-        return [replace(own, read=own.kept - scale * left) for own, left in zip(shares, self._unread, strict=True)]
+        return [replace(own, read=self._read(own.kept, row, of_sample)) for row, own in enumerate(shares)]
+
+    def _read(self, kept: float, row: int, of_sample: float) -> float | None:
+        if row not in self._recalling:
+            return kept
+        tokens = self._tokens[row]
+        return kept - of_sample * self._unread[row] / self._full / tokens if tokens else None
+
+
+def _recalls(block: CodedKV, row: int) -> bool:
+    """Whether a row reads less of a block than it holds."""
+    stored = block.rows[row]
+    return block.reading[stored].share < 1 and any(block.held[stored])

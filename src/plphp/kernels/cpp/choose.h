@@ -8,8 +8,11 @@
 
 namespace {
 
+// The mass of what is no number: more than any other, so that it is chosen first, as it is by the order of torch.
+constexpr int32_t NO_NUMBER = 0x7f800001;
+
 // Where a choice ends: what has more mass than `mass` is chosen, and what has as much before entry `end`. Masses are the
-// bits of floats from 0 on, which are in the order of the floats.
+// bits of floats from 0 on, which are in the order of the floats, up to NO_NUMBER.
 struct Choice {
   int32_t mass;
   int end;
@@ -59,7 +62,8 @@ inline void weigh(const Row<N>* weights, int held, Row<N> shares, int32_t* masse
     Row<N> rows[N];
     for (int j = 0; j < N; ++j) rows[j] = weights[i + j] * shares;
     fold<N, N / 2>(rows, std::make_integer_sequence<int, N>());
-    *(Bits*)(masses + i) = (Bits)rows[0] & 0x7fffffff;  // NaN may have a sign
+    *(Bits*)(masses + i) = (Bits)rows[0] & 0x7fffffff;  // NaN may have a sign, and any payload
+    for (int j = i; j < i + N; ++j) masses[j] = std::min(masses[j], NO_NUMBER);
   }
 }
 

@@ -10,6 +10,7 @@
 
 #include "bytes.h"
 #include "choose.h"
+#include "code_dots.h"
 #include "coded_call.h"
 #include "dots.h"
 #include "planes.h"
@@ -45,6 +46,7 @@ class Work {
   Row of_mean, of_rotated, on_mean, on_rotated, on_rest;
   bool all_centred = true;  // the values of all tiers
   Dots<N> dots;
+  CodeDots<N> code_dots;
 
  public:
   // Scratch memory for units of up to `entries` entries. Where it `rounds`, values may be rounded to bf16.
@@ -94,7 +96,7 @@ class Work {
 
  private:
   Work(const Call& call, bool rounds)
-      : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)), dots(call, rounds) {
+      : call(call), dim(int(call.dim)), value_dim(int(call.value_dim)), dots(call, rounds), code_dots(dim, rounds) {
     for (int i = 0; i < call.tier_count; ++i) all_centred &= call.tiers[i].values.kind == CENTRED;
   }
 
@@ -114,6 +116,7 @@ class Work {
     take(codes, value_dim);
     take(numbers, 2 * std::max(dim, value_dim));
     dots.lay_out(take);
+    code_dots.lay_out(take);
     for (int table = 0; table < TABLES; ++table) {
       tables[table] = weights[table] = nullptr;
       if (uses(table, &Tier::keys)) take(tables[table], parts_of(table, dim) * CENTROIDS);
@@ -172,6 +175,14 @@ class Work {
         total += stepped[at];
       }
       if (index) lowest += total * ((half - 1) / 2);
+#ifdef PLPHP_CODE_DOTS
+      if (code_dots.can()) {
+        code_dots.set(stepped);
+        return by_planes<N>(some, side, index, dim, [&](auto bytes) {
+          code_dots.template multiply<decltype(bytes)::PLANES>(bytes.bytes, first, end, lowest, weight, to);
+        });
+      }
+#endif
       tabulate_bits<N>(dim / BYTE, stepped, tables[BY_CHANNEL]);
       by_planes<N>(some, side, index, dim, [&, own = tables[BY_CHANNEL]](auto bytes) {
         for (int i = first; i < end; ++i) to[i] = lowest + bytes.looked_up(own, i) * weight;
@@ -289,21 +300,17 @@ class Work {
   void mix_groups(const Some& some, const Row* own) {
     const Side& side = some.tier.values;
     by_groups(some, side, value_dim, [&](int first, int end) {
-      Row total = {}, middle = {};
+      Row total = {};
       for (int i = first; i < end; ++i) total += own[i];
+      if (dots.can(side)) return dots.add_group(some.part(first, end), own + first, rows, total, numbers);
+      Row* collected = weights[BY_CHANNEL];
+      std::memset(collected, 0, value_dim / BYTE * CENTROIDS * sizeof(Row));
+      by_planes<N>(some, side, false, value_dim, [&](auto bytes) {
+        for (int i = first; i < end; ++i) bytes.let_fall(collected, i, own[i]);
+      });
       std::memset(codes, 0, value_dim * sizeof(Row));
-      if (dots.can(side)) {
-        dots.mix_codes(some.part(first, end), own + first, rows, codes);
-        middle = total * (float(1 << (side.planes - 1)) - 0.5f);
-      } else {
-        Row* collected = weights[BY_CHANNEL];
-        std::memset(collected, 0, value_dim / BYTE * CENTROIDS * sizeof(Row));
-        by_planes<N>(some, side, false, value_dim, [&](auto bytes) {
-          for (int i = first; i < end; ++i) bytes.let_fall(collected, i, own[i]);
-        });
-        spread_bits<N>(value_dim / BYTE, collected, codes);
-      }
-      for (int i = 0; i < value_dim; ++i) mixed[i] += (codes[i] + middle) * numbers[value_dim + i] + total * numbers[i];
+      spread_bits<N>(value_dim / BYTE, collected, codes);
+      for (int i = 0; i < value_dim; ++i) mixed[i] += codes[i] * numbers[value_dim + i] + total * numbers[i];
     });
   }
 

@@ -241,28 +241,31 @@ class Dots {
 #endif
   }
 
-  // Codes of a group of entries, less their middle, are weighed and added to out [width].
-  void mix_codes([[maybe_unused]] const Some& some, [[maybe_unused]] const Row<N>* weights, [[maybe_unused]] int rows,
-                 [[maybe_unused]] Row<N>* out) {
+  // A group of entries, weighed; steps [2, width] are its lowest numbers and its steps, `total` the sum of the weights.
+  void add_group([[maybe_unused]] const Some& some, [[maybe_unused]] const Row<N>* weights, [[maybe_unused]] int rows,
+                 [[maybe_unused]] const Row<N>& total, [[maybe_unused]] const float* steps) {
 #ifdef PLPHP_DOTS
     const Side& side = some.tier.values;
     Bytes bytes[STREAMS];
     for (int i = 0; i < side.planes; ++i) bytes[i] = Bytes(some, side.streams[i], width / BYTE);
-    std::memset(codes, 0, N * width * sizeof(float));
+    std::memset(codes, 0, rows * width * sizeof(float));
     add_planes(bytes, some, weights, nullptr, rows, codes);
-    put(codes, rows, out);
+    const float middle = float(1 << (side.planes - 1)) - 0.5f;
+    for (int lane = 0; lane < rows; ++lane) {
+      float *to = sums + lane * width, *own = codes + lane * width, all = total[lane];
+      for (int i = 0; i < width; ++i) to[i] += (own[i] + middle * all) * steps[width + i] + all * steps[i];
+    }
 #endif
   }
 
   // What has been added up, [width]: what is rotated, or the rest.
-  void put(bool of_rotated, int rows, Row<N>* out) const { put(of_rotated ? rotated : sums, rows, out); }
-
- private:
-  void put(const float* from, int rows, Row<N>* out) const {
+  void put(bool of_rotated, int rows, Row<N>* out) const {
     for (int lane = 0; lane < rows; ++lane)
-      for (int i = 0; i < width; ++i) out[i][lane] += from[lane * width + i];
+      for (int i = 0; i < width; ++i) out[i][lane] += (of_rotated ? rotated : sums)[lane * width + i];
   }
+
 #ifdef PLPHP_DOTS
+ private:
   void add_planes(const Bytes* planes, const Some& some, const Row<N>* weights, const uint16_t* scales, int rows,
                   float* to) const {
     const auto add = [&](const auto& values) { add_dots<N>(values, weights, some.count, scales, rows, to, width); };

@@ -10,8 +10,9 @@
 namespace {
 
 // The bytes of some entries in bit planes, from the highest down; see tables.h for PARTS.
-template <int N, int PARTS, int PLANES>
+template <int N, int PARTS, int COUNT>
 struct PlanesOf {
+  static constexpr int PLANES = COUNT;
   const Bytes bytes[PLANES];
   const int parts;
 

@@ -48,7 +48,8 @@ inline Floats exp_of(Floats x) {
   sum = sum * rest + 1.0f / 6;
   sum = sum * rest + 0.5f;
   sum = sum * rest * rest + rest + 1.0f;
-  const Words power = (__builtin_convertvector(whole, Words) + 127) << 23;
+  const Floats exponent = whole > all(-126.0f) ? whole : all(-126.0f);  // of NaN as well: the sum is NaN by itself
+  const Words power = (__builtin_convertvector(exponent, Words) + 127) << 23;
   return tiny ? all(0.0f) : sum * (Floats)power;
 }
 
