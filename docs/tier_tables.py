@@ -101,8 +101,19 @@ def section(results: Mapping[str, Any]) -> str:
         118,
     )
     table = "\n".join([*_head(results), *_ladder_lines(results)])
-    aims = aims_table(results, AIMS) + "\n" + _over_whole(results)
+    aims = aims_table(results, AIMS) + "\n" + _over_whole(results) + _earlier(results)
     return f"\n## Few bits\n\n{about}\n\n{table}\n\n### Few bits: what was aimed at\n\n{aims}"
+
+
+def _earlier(results: Mapping[str, Any]) -> str:
+    """What the run says of a rung that has changed since."""
+    own = results["overall"]["variants"].get("c3")
+    if own is None:
+        return ""
+    return (
+        "\nThe line `c3` of `tiers.json` is of an earlier `c3`, with keys in groups of 1,024 and rotated values: "
+        f"{_share(own, 'kept')} % held, {_points(own['vs_full'])}, KL {1000 * own['kl']:.2f}e-3.\n"
+    )
 
 
 def bits_section(results: Mapping[str, Any]) -> str:

@@ -155,13 +155,14 @@ def test_states_are_let_go_layer_by_layer() -> None:
 
     seen = []
 
-    def watched(placement: Tensor, layer: Any, compact: Any, **kwargs: Any) -> None:
+    def watched(placement: Tensor, layer: Any, compact: Any, **kwargs: Any) -> Tensor:
         states = [scores.states for scores in reading.kv.scores.values()]
         assert all(state.held == {} for state in states)
-        compact(placement, **kwargs)
+        done: Tensor = compact(placement, **kwargs)
         with pytest.raises(CacheStateError, match="empty"):
             states[-1].keys  # noqa: B018
         seen.append(layer)
+        return done
 
     for layer in cache._pruned.values():
         layer.compact = partial(watched, layer=layer, compact=layer.compact)

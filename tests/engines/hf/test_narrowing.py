@@ -77,9 +77,10 @@ def compacted(monkeypatch: pytest.MonkeyPatch) -> Compacted:
     seen: Compacted = []
     compact = LayerEntries.compact
 
-    def noted(self: LayerEntries, placement: torch.Tensor, *, final: bool = True, **coding: Any) -> None:
-        compact(self, placement, final=final, **coding)
+    def noted(self: LayerEntries, placement: torch.Tensor, *, final: bool = True, **coding: Any) -> torch.Tensor:
+        done = compact(self, placement, final=final, **coding)
         seen.append((final, tuple((placement > 0).sum((1, 2)).tolist())))
+        return done
 
     monkeypatch.setattr(LayerEntries, "compact", noted)
     return seen
