@@ -236,6 +236,7 @@ def test_performance_page_has_the_figures_of_the_results() -> None:
         ("transformers' `DynamicCache`", "DynamicCache"),
         ("plphp, every layer at 0.4", "plphp uniform 0.4"),
         ("plphp, every layer at 0.2", "plphp uniform 0.2"),
+        ("plphp, 3 bits for every vision entry", "plphp 3 bits"),
         ("plphp, `target_retention=0.4`", "plphp target 0.4"),
         ("the same, all layers held until the last is scored", "plphp target 0.4, all layers held"),
     ):
