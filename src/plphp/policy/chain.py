@@ -97,6 +97,11 @@ class Chain:
         links: dict[str, Link[Any] | None] = {name: getattr(self, name) for name in STAGES}
         return {name: link for name, link in links.items() if link is not None and link.stage is not KEEP_WHAT_STAYED}
 
+    @property
+    def acts_early(self) -> bool:
+        """Whether tokens leave before layers get them: before the text model or inside prefill."""
+        return self.encoder is not None or self.prefill is not None
+
     def refuse_all_but(self, supported: Iterable[str], engine: str) -> None:
         """Raise `UnsupportedFeatureError` for a link that an engine cannot do.
 

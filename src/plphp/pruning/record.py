@@ -18,6 +18,7 @@ from plphp.policy.allocation import RowAllocation
 from .entries import LayerEntries
 from .placement import LayerPlacement, Placement, coded_somewhere, whole_or_dropped
 from .report import ImageReport, LayerReport, PromptReport, RowReport
+from .tail_tokens import TailTokens
 from .tier_report import TierReport
 
 
@@ -56,20 +57,22 @@ class LayerRecord:
 
     @classmethod
     def of(
-        cls, spans: VisionSpans, start: int, part: LayerPlacement, coders: Sequence[Coder | None] | None = None
+        cls, spans: VisionSpans, tokens: TailTokens, part: LayerPlacement, coders: Sequence[Coder | None] | None = None
     ) -> LayerRecord:
-        """Note down what became of a layer's tail, which begins at the logical position ``start``.
+        """Note down what became of a layer's tail.
 
         ``coders`` are those of the rows; default: that of the layer for all of them.
         """
         scores, dropped = part.scores, part.placement == Placement.DROPPED
         evicted = None
         if scores.evictable is not None:
-            evicted = (dropped & (scores.evictable & ~scores.vision)[:, None]).cpu()
-        kept = (~dropped & scores.vision[:, None]).cpu()
-        placement = part.placement.cpu() if coded_somewhere(part.placement) else None
+            evicted = tokens.spread((dropped & (scores.evictable & ~scores.vision)[:, None]).cpu(), False)
+        kept = tokens.spread((~dropped & scores.vision[:, None]).cpu(), False)
+        placement = None
+        if coded_somewhere(part.placement):
+            placement = tokens.spread(part.placement.cpu(), int(Placement.DROPPED))
         own = [part.coder] * len(kept) if coders is None else list(coders)
-        return cls(scores.layer, start, spans, part.allocation, kept, evicted, placement, own)
+        return cls(scores.layer, tokens.begin, spans, part.allocation, kept, evicted, placement, own)
 
     @classmethod
     def stacked(cls, records: Sequence[LayerRecord], order: Sequence[int]) -> LayerRecord:

@@ -64,11 +64,12 @@ def readings_of(
     readings: list[PromptReading | None] = []
     for chain in chains:
         of_answer = chain.kv.stage.needs_answer
-        if chain.prefill is not None:
+        if chain.acts_early:
             if of_answer:
+                early = " and ".join(repr(link.method) for link in (chain.encoder, chain.prefill) if link is not None)
                 raise ConfigError(
                     f"The method {chain.kv.method!r} asks with the answer's queries over the whole prompt: no method "
-                    f"can act before it, got {chain.prefill.method!r}."
+                    f"can act before it, got {early}."
                 )
             readings.append(None)
             continue

@@ -20,7 +20,9 @@ from plphp.methods.registry import chain_of
 from plphp.policy.bank import QueryBank
 from plphp.pruning import too_large
 from plphp.pruning.finite import features_of
+from plphp.pruning.leaving import Leaving
 from plphp.pruning.live_bytes import books_nbytes
+from plphp.pruning.packing import Packing
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord, prompt_reports
 from plphp.pruning.report import BankProgress, PruneReport
@@ -63,7 +65,9 @@ class PrunedCache(GuardedCache):
         self.config, self.decode = config, checked_mode(decode)
         self.chain = chain_of(config, len(self.layers))
         self.chain.refuse_unanswered()
-        refuse_stages(self.chain, attachment.model, len(self._pruned) == len(self.layers))
+        refuse_stages(self.chain, attachment.model)
+        if self.chain.acts_early:
+            attachment.pack_layers()
         self._own_bank = own_bank
         self.collecting: BankProgress | None = None
         """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""
@@ -156,12 +160,13 @@ class PrunedCache(GuardedCache):
         if self._spent and self.get_seq_length():
             raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
         spans, turn = self.begin_turn(inputs, vision_mask)
-        self.reading = None
+        self.reading = self.leaving = None
         # A turn of text alone has nothing to evict: it is read like an answer, into the tail.
         if spans.vision.any():
             if self._before_whole is not None:
                 self._before_whole()
             self.reading = self._reading_of(spans, features_of(turn))
+            self.leaving = self.reading.leaving
             self._by_mask = vision_mask is not None
         return turn
 
@@ -177,6 +182,7 @@ class PrunedCache(GuardedCache):
             features=features,
             rotations=partial(rotations_of, self.attachment),
             narrows=True,
+            leaving=Leaving.of(spans, self.chain, list(self._pruned), len(self.layers)),
         )
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
@@ -205,13 +211,13 @@ class PrunedCache(GuardedCache):
             self._repeat_rows(reading, query.shape[0])
             for part in reading.read(attended):
                 layer = self._pruned[part.scores.layer]
-                start, asked, vision = layer.prefix_length, part.placement, part.scores.vision
+                tokens, asked, vision = layer.tail_tokens, part.placement, part.scores.vision
                 placement = layer.compact(asked, final=part.final, coder=part.coder, vision=vision)
                 if placement is not asked:
                     too_large.warn(part.scores.layer, asked, placement)
                     part = replace(part, placement=placement)
                 if part.final:
-                    self.records.append(LayerRecord.of(reading.spans, start, part))
+                    self.records.append(LayerRecord.of(reading.spans, tokens, part))
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None
@@ -237,12 +243,16 @@ class PrunedCache(GuardedCache):
 
     def leave_whole(self) -> None:
         """Read the prompt that was planned as it is: no layer is placed or packed, and listeners hear of each."""
-        self.reading = None
+        self.reading = self.leaving = None
 
-    def hidden(self, layer_idx: int) -> Tensor | None:
-        """Entries of a layer's tail that have left the prompt before the layer, bool [batch, tail], or None."""
-        hidden = None if self.reading is None else self.reading.hidden_at(layer_idx)
-        return None if hidden is None else hidden[:, self._pruned[layer_idx].prefix_length :]
+    def enter_layer(self, number: int, states: Tensor) -> tuple[Tensor, Packing | None]:
+        """Say what a decoder layer gets, see `GuardedCache.enter_layer`; an error ends the cache."""
+        if self.leaving is None:
+            return states, None
+        with self._ended_by_errors():
+            if number == 0 and self.reading is not None:
+                self._repeat_rows(self.reading, states.shape[0])
+            return super().enter_layer(number, states)
 
     def report(self) -> PruneReport:
         """What was kept and evicted so far, and the bytes that the cache holds now.

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
+from plphp.errors import UnsupportedFeatureError
 from plphp.kernels.bit_planes import BYTE
 from plphp.policy.chain import Chain
 from plphp.settings.ladder import WHOLE
 
 from .foreign_banks import refuse_foreign_banks
 
-STAGES = ("prefill", "kv")
+STAGES = ("encoder", "prefill", "kv")
 """Stages that plphp runs in transformers."""
 
 
-def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
+def refuse_stages(chain: Chain, model: PreTrainedModel) -> None:
     """Raise for a stage of a chain that cannot be done on a model.
 
     Parameters
@@ -25,30 +25,22 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
         What is to be done at each stage.
     model : PreTrainedModel
         The model.
-    all_full : bool
-        Whether all of its text layers have full attention.
 
     Raises
     ------
-    UnsupportedModelError, UnsupportedFeatureError
+    UnsupportedFeatureError
     ConfigError
         If codebooks are of another model.
     """
     chain.refuse_all_but(STAGES, "plphp's engine for transformers")
     _refuse_heads(chain, model)
     refuse_foreign_banks(chain, model)
-    if chain.prefill is None:
-        return
-    method = chain.prefill.method
-    # A layer with a window or a recurrent state makes its entries while it reads: nothing can be hidden from it later.
-    if not all_full:
-        raise UnsupportedModelError(
-            f"{method} takes tokens out of all later layers, and some text layers of this "
-            f"{model.config.model_type!r} model have no full attention, where they would still be seen."
-        )
-    if "flash" in (model.config.get_text_config(decoder=True)._attn_implementation or ""):
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation or ""
+    if chain.acts_early and "flash" in implementation:
+        methods = " and ".join(link.method for link in (chain.encoder, chain.prefill) if link is not None)
+        # It takes positions with gaps for packed sequences.
         raise UnsupportedFeatureError(
-            f"{method} hides tokens by a mask per layer, which flash attention does not take: call "
+            f"{methods} takes tokens out before layers get them, which was not tried with flash attention: call "
             "model.set_attn_implementation('sdpa') first."
         )
 
