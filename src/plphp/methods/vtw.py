@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Visual Tokens Withdrawal (arXiv:2405.05803): all vision tokens leave the prompt after some layer.
 
-The decoder layers from K on do not get them; the layers before keep everything. With r the ``retention_rate`` and L layers, ``K = max(1, round(r L))``: what is kept is
-K / L. The paper looks for K on a calibration set; here the retention says it.
+The decoder layers from K on do not get them; the layers before keep everything. With r the ``retention_rate`` and L
+layers, ``K = max(1, round(r L))``: what is kept is K / L. The paper looks for K on a calibration set; here the
+retention says it.
 
 A prompt that ends in a vision token keeps that one, since the answer goes on from it.
 """

@@ -20,6 +20,7 @@ from plphp.policy.evidence import LayerScores
 from plphp.policy.image_tokens import Chosen, ImageTokens
 
 from .packing import Packing
+from .stage_report import StageReport
 
 TowerScores = Callable[[], Sequence[Tensor]]
 """Gives the attention inside of the vision tower by images, in the order of the batch: float32 [layers, tokens]."""
@@ -53,6 +54,8 @@ class Leaving:
         self._shares: dict[int, float] = {}
         self._not_finite: set[int] = set()
         self._unranked: set[int] = set()
+        self.computed: dict[int, int] = {}
+        """By decoder layer, the tokens that it has computed, over the rows."""
         self.entered = chain.encoder is None
         """Whether the encoder stage has chosen."""
         self._drops = self._checked(pruned_layers)
@@ -149,6 +152,26 @@ class Leaving:
             stay = scores.valid[:, -own:].cpu() | last
             self._packings[first] = Packing.of(stay) if base is None else base.narrowed(stay)
             self._shares[first] = share
+
+    def note_computed(self, layer: int) -> None:
+        """Count the tokens that a layer computes, without what only fills rows up."""
+        packing = self.packing_at(layer)
+        stay = self.spans.valid[:, self.spans.start :] if packing is None else packing.stay
+        self.computed[layer] = int(stay.sum())
+
+    def report(self) -> list[StageReport]:
+        """What left, in the order of the layers."""
+        vision = self.spans.vision[:, self.spans.start :]
+        reports, before = [], vision
+        for first, packing in sorted(self._packings.items()):
+            link = self.chain.encoder if first == 0 else self.chain.prefill
+            stay = vision & packing.stay
+            if link is not None:
+                positions = [(row.nonzero()[:, 0] + self.spans.start).tolist() for row in stay]
+                stage = "prefill" if first else "encoder"
+                reports.append(StageReport(stage, link.method, first, before.sum(1).tolist(), positions))
+            before = stay
+        return reports
 
     def repeat(self, times: int) -> None:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""

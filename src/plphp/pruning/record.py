@@ -16,6 +16,7 @@ from plphp.kernels.coder import Coder
 from plphp.policy.allocation import RowAllocation
 
 from .entries import LayerEntries
+from .leaving import Leaving
 from .placement import LayerPlacement, Placement, coded_somewhere, whole_or_dropped
 from .report import ImageReport, LayerReport, PromptReport, RowReport
 from .tail_tokens import TailTokens
@@ -144,7 +145,9 @@ class LayerRecord:
         return [(mask.nonzero()[:, 0] + self.start).tolist() for mask in masks]
 
 
-def prompt_reports(records: Sequence[LayerRecord], layers: Mapping[int, LayerEntries]) -> list[PromptReport]:
+def prompt_reports(
+    records: Sequence[LayerRecord], layers: Mapping[int, LayerEntries], left: Mapping[int, Leaving] | None = None
+) -> list[PromptReport]:
     """Put the records of all layers and turns together, prompt by prompt, oldest first.
 
     Parameters
@@ -153,7 +156,10 @@ def prompt_reports(records: Sequence[LayerRecord], layers: Mapping[int, LayerEnt
         In the order in which they were noted down.
     layers : mapping of int to LayerEntries
         The layers that they are of.
+    left : mapping of int to Leaving, optional
+        By the beginning of the prompts, what left them before layers got it.
     """
+    left = left or {}
     prompts: dict[int, list[LayerRecord]] = {}
     for record in records:
         prompts.setdefault(record.spans.start, []).append(record)
@@ -163,6 +169,8 @@ def prompt_reports(records: Sequence[LayerRecord], layers: Mapping[int, LayerEnt
             end=own[0].spans.end,
             images=_images(own[0].spans),
             layers=[record.report(layers[record.layer]) for record in sorted(own, key=lambda record: record.layer)],
+            stages=left[start].report() if start in left else [],
+            computed=[tokens for _, tokens in sorted(left[start].computed.items())] if start in left else [],
         )
         for start, own in prompts.items()
     ]

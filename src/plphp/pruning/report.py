@@ -10,6 +10,7 @@ from typing import Any
 
 from plphp.io.json_files import Kind, from_json, to_json
 
+from .stage_report import StageReport
 from .tier_report import LayerBytes, RungBytes, TierReport
 
 KIND = Kind("report", "`plphp generate --report`", 1)
@@ -120,12 +121,18 @@ class PromptReport:
         Per row, its images.
     layers : list of LayerReport
         The pruned layers.
+    stages : list of StageReport
+        What left before layers got it, in the order of the layers; empty for methods of the KV cache.
+    computed : list of int
+        By decoder layer, the tokens that it computed, over the rows and without padding; empty where that was all.
     """
 
     start: int
     end: int
     images: list[list[ImageReport]]
     layers: list[LayerReport]
+    stages: list[StageReport] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -339,4 +346,6 @@ def _read_prompt(values: dict[str, Any]) -> PromptReport:
             for row in values["images"]
         ],
         layers=[LayerReport(layer["layer"], [_read_row(row) for row in layer["rows"]]) for layer in values["layers"]],
+        stages=[StageReport.from_values(stage) for stage in values.get("stages", [])],
+        computed=_integers(values.get("computed", []), "computed"),
     )

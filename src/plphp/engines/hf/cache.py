@@ -272,7 +272,7 @@ class PrunedCache(GuardedCache):
             kv_bytes=self.nbytes,
             reserved_bytes=self.reserved_nbytes,
             pruning_seconds=self.pruning_seconds,
-            prompts=prompt_reports(self.records, self._pruned),
+            prompts=prompt_reports(self.records, self._pruned, self.left),
             collecting=self.collecting,
             held=[held_bytes(number, layer) for number, layer in enumerate(self.layers)],
             book_bytes=books_nbytes(self._pruned.values()),

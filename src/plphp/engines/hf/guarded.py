@@ -79,6 +79,7 @@ class GuardedCache(ConversationCache):
         self._can_take_back = all(i in self._pruned for i in updated)
         self._before = 0  # tokens at the beginning of the pass
         self.packing: Packing | None = None  # of the layer that runs
+        self.left: dict[int, Leaving] = {}  # by the beginning of each prompt that tokens have left early
         self._lease: Lease | None = None
         self._dead = ""  # why nothing can be done with the cache any more
         self._spent = ""  # why it takes no further turn
@@ -146,12 +147,15 @@ class GuardedCache(ConversationCache):
             self._begin_packed(leaving, states)
             states = leaving.enter(states)
         before, self.packing = self.packing, leaving.packing_at(number)
+        leaving.note_computed(number)
         if self.packing is not None and self.packing is not before:
             states = gathered(states, self.packing.within(before))
         return states, self.packing
 
     def leave_layers(self) -> Packing | None:
         """End a pass over the layers; return which tokens the last of them has got, None for all."""
+        if self.leaving is not None:
+            self.left[self.leaving.spans.start] = self.leaving
         self.leaving = None
         packing, self.packing = self.packing, None
         return packing
@@ -243,6 +247,7 @@ class GuardedCache(ConversationCache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self.reading, self.leaving, self.packing, self._spent = None, None, None, ""
+        self.left = {}
         self._guard.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardedCache:

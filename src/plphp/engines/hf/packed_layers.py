@@ -41,7 +41,9 @@ class PackedLayers:
     Parameters
     ----------
     decoder : Module
-        The text model.
+        The text model, or what holds it.
+    layers : int
+        Its decoder layers.
 
     Raises
     ------
@@ -50,16 +52,15 @@ class PackedLayers:
     """
 
     def __init__(self, decoder: nn.Module, layers: int) -> None:
-        found = getattr(decoder, "layers", None)
-        if not isinstance(found, nn.ModuleList) or len(found) != layers:
+        text_model = next((part for part in decoder.modules() if _decoder_layers(part, layers)), None)
+        if text_model is None:
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} has no list of {layers} decoder layers, so no token can leave before them: "
                 "take a method that acts on the KV cache."
             )
         self._handles: list[RemovableHandle] = []
-        self._deepstack: Callable[[], Any] | None = None
-        deepstack = hasattr(decoder, DEEPSTACK)
-        for number, layer in enumerate(found):
+        deepstack = hasattr(text_model, DEEPSTACK)
+        for number, layer in enumerate(_decoder_layers(text_model, layers)):
             names = list(inspect.signature(layer.forward).parameters)
             hook = partial(_before, number, names)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -67,18 +68,23 @@ class PackedLayers:
                 self._handles.append(layer.register_forward_hook(_behind_the_last, with_kwargs=True))
             elif deepstack:
                 self._handles.append(layer.register_forward_hook(_marked, with_kwargs=True))
-        self._decoder = weakref.ref(decoder)
+        self._text_model = weakref.ref(text_model)
         if deepstack:
-            original = getattr(decoder, DEEPSTACK)
-            decoder.__dict__[DEEPSTACK] = partial(_deepstack, original)
+            text_model.__dict__[DEEPSTACK] = partial(_deepstack, getattr(text_model, DEEPSTACK))
 
     def remove(self) -> None:
         """Leave the layers as they were."""
         for handle in self._handles:
             handle.remove()
-        decoder = self._decoder()
-        if decoder is not None:
-            decoder.__dict__.pop(DEEPSTACK, None)
+        text_model = self._text_model()
+        if text_model is not None:
+            text_model.__dict__.pop(DEEPSTACK, None)
+
+
+def _decoder_layers(module: nn.Module, number: int) -> list[nn.Module]:
+    """The decoder layers that a module is made of; none where it is not made of so many."""
+    layers = getattr(module, "layers", None)
+    return list(layers) if isinstance(layers, nn.ModuleList) and len(layers) == number else []
 
 
 def _cache_of(kwargs: Mapping[str, Any]) -> PackingCache | None:

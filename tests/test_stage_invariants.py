@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Invariant 9: a run that tokens left before a layer equals one in which they are masked from that layer on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from invariants import assert_same_generation, generate, logit_difference, pruned, two_turns
+from left_masked import left_tokens_masked
+from plphp import PLPHPConfig, PrunedCache
+from plphp.engines.hf.cache_argument import passed
+from plphp.pruning.report import PruneReport
+from tiny_models import TINY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+FAMILIES = sorted(TINY)
+WITH_STATE = {"qwen3.5", "qwen3.5-moe", "lfm2-vl"}
+"""Families whose recurrent states or convolutions have no masked reference."""
+ENCODER = "encoder_random:retention_rate=0.5"
+ROWS = ([1], [2, 0, 1])
+
+
+def late(family: str) -> str:
+    """A method inside prefill, at the first layer behind one with full attention."""
+    kinds = getattr(TINY[family].config().get_text_config(), "layer_types", None) or ["full_attention"]
+    first = kinds.index("full_attention") + 1
+    layers = TINY[family].config().get_text_config().num_hidden_layers
+    return f"fastv:layer={first},retention_rate={(first + 0.5 * (layers - first)) / layers}"
+
+
+def chains(family: str) -> dict[str, str]:
+    layers = TINY[family].config().get_text_config().num_hidden_layers
+    inside = late(family)
+    if f"layer={layers}," in inside:
+        return {"encoder": ENCODER}
+    return {"encoder": ENCODER, "prefill": inside, "both": f"{ENCODER}+{inside}"}
+
+
+CASES = [(family, stages) for family in FAMILIES for stages in chains(family)]
+MASKED = [(family, stages) for family, stages in CASES if family not in WITH_STATE]
+
+
+def assert_something_left(report: PruneReport) -> None:
+    for prompt in report.prompts:
+        assert prompt.stages
+        for stage in prompt.stages:
+            assert sum(stage.tokens_out) < sum(stage.tokens_in)
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize(("family", "stages"), MASKED)
+def test_left_tokens_are_masked_tokens(family: str, stages: str, rows: list[int]) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), rows)
+    output, report = pruned(model, inputs, PLPHPConfig.parse(chains(family)[stages]))
+    assert_something_left(report)
+    with left_tokens_masked(model, report):
+        assert_same_generation(generate(model, inputs), output)
+    # The masks do something: without them the logits are others.
+    assert logit_difference(generate(model, inputs), output) > 1e-4
+
+
+@pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
+@pytest.mark.parametrize(("family", "stages"), MASKED)
+def test_later_turns(family: str, stages: str, with_image: bool) -> None:
+    model, tiny = tiny_model(family), TINY[family]
+    rows = [2, 1]
+    cache = PrunedCache.for_inputs(model, tiny.inputs(model, rows), PLPHPConfig.parse(chains(family)[stages]))
+    turns = two_turns(model, tiny, cache, with_image, rows)
+    report = cache.report()
+    assert_something_left(report)
+    assert len(report.prompts) == 1 + with_image
+    del cache
+    with left_tokens_masked(model, report):
+        expected = two_turns(model, tiny, DynamicCache(config=model.config.get_text_config()), with_image, rows)
+    for output, reference in zip(turns, expected, strict=True):
+        assert_same_generation(reference, output)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_dropped_is_stock(family: str) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 0, 1])
+    output, report = pruned(model, inputs, PLPHPConfig.parse("encoder_random:retention_rate=1.0"))
+    assert_same_generation(generate(model, inputs), output)
+    assert report.retention == 1
+
+
+@pytest.mark.parametrize(("family", "stages"), CASES)
+def test_a_padded_row_is_the_row_alone(family: str, stages: str) -> None:
+    model, tiny = tiny_model(family), TINY[family]
+    config = PLPHPConfig.parse(chains(family)[stages])
+    rows = tiny.rows(model, [2, 0, 1])
+    together, _ = pruned(model, tiny.inputs(model, [2, 0, 1]), config)
+    for number, row in enumerate(rows):
+        alone, _ = pruned(model, row, config)
+        for whole, own in zip(together.logits, alone.logits, strict=True):
+            assert (whole[number] - own[0]).abs().max() < 1e-9
+
+
+def computed_tokens(model: Any, inputs: Any, config: PLPHPConfig) -> tuple[list[int], PruneReport]:
+    """Tokens that the layers' own modules were given for a prompt."""
+    given: list[int] = []
+    handles = [
+        layer.mlp.register_forward_hook(lambda module, args, output: given.append(args[0].shape[1]))
+        for layer in model.get_decoder().layers
+    ]
+    try:
+        cache = PrunedCache.for_inputs(model, inputs, config)
+        with torch.no_grad():
+            model(**inputs, **passed(cache))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return given, cache.report()
+
+
+@pytest.mark.parametrize("stages", ["encoder", "prefill", "both"])
+def test_what_left_is_not_computed_and_not_held(stages: str) -> None:
+    model = tiny_model("llava")
+    inputs = TINY["llava"].inputs(model, [2])
+    given, report = computed_tokens(model, inputs, PLPHPConfig.parse(chains("llava")[stages]))
+    [prompt] = report.prompts
+    left = {stage.layer: stage.tokens_in[0] - stage.tokens_out[0] for stage in prompt.stages}
+    expected, tokens = [], inputs["input_ids"].shape[1]
+    for layer in range(3):
+        tokens -= left.get(layer, 0)
+        expected.append(tokens)
+    assert given == expected == prompt.computed
+    assert [layer.whole + layer.tail for layer in report.held] == [
+        tokens * report.prompts[0].layers[0].rows[0].entry_bytes * model.config.text_config.num_key_value_heads
+        for tokens in expected
+    ]
