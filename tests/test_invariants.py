@@ -27,8 +27,8 @@ from tiny_models import TINY, tiny_model
 pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = sorted(TINY)
-STAGED = ("fastv", "vtw")
-"""Methods that act inside prefill."""
+STAGED = tuple(name for name, method in sorted(plphp.available_methods().items()) if method.kv is None)
+"""Methods that act before the KV cache alone."""
 METHODS = tuple(sorted(plphp.available_methods().keys() - {"oracle", "query_bank", "quantized", *STAGED}))
 """Those that need nothing but a prompt and hold entries whole; tests/studies/test_query_bank.py has the invariants of
 that method."""
@@ -77,7 +77,7 @@ def pairs(mechanisms: tuple[str, ...] = MECHANISMS) -> list[tuple[str, str]]:
 
 
 def staged() -> list[tuple[str, str]]:
-    """The same for the methods that act inside prefill."""
+    """The same for the methods that act before the KV cache; tests/test_stage_invariants.py has more of them."""
     return [(family, method) for family in FULL for method in STAGED if method == "fastv" or family in KINDS]
 
 

@@ -63,6 +63,7 @@ SURFACE = {
         *("by_vision_attention", "keep_all", "kept_count", "proportional", "uniform", "with_rates"),
         *("at_random", "by_best_position", "by_peak", "by_value_norm", "combined", "per_head", "pooled"),
         *("ConfigError", "Ranker", "SpanError", "keep_mask", "shared_by_heads", "times_value_norm"),
+        *("Chosen", "ImageTokens", "TowerEvidence"),
         *("Family", "Features", "Inputs", "VisionSegment", "register_family"),
     ),
     "plphp.kernels": ("WindowScores", "compact_kv", "decode_attention", "merge_states", "window_scores"),

@@ -24,6 +24,7 @@ from plphp.policy.allocation import (
     with_rates,
 )
 from plphp.policy.evidence import Evidence, LayerScores, OwnBank
+from plphp.policy.image_tokens import Chosen, ImageTokens, TowerEvidence
 from plphp.policy.method import Method
 from plphp.policy.rankers import (
     Ranker,
@@ -46,11 +47,13 @@ from plphp.settings.options import Option, settings
 __all__ = [
     "Allocation",
     "Allocator",
+    "Chosen",
     "ConfigError",
     "EncoderStage",
     "Evidence",
     "Family",
     "Features",
+    "ImageTokens",
     "Inputs",
     "KVStage",
     "LayerClass",
@@ -67,6 +70,7 @@ __all__ = [
     "RowAllocation",
     "ScoredLayer",
     "SpanError",
+    "TowerEvidence",
     "VisionSegment",
     "at_random",
     "by_best_position",

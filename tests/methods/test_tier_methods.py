@@ -20,11 +20,14 @@ from plphp.settings.ladder import LADDERS, Ladder
 
 PRODUCT = ("pr2", "rvq", "pq", "pq16")
 CANNOT = {
-    "fastv": "it leaves the KV cache as it is.* behind it, as in fastv\\+query_bank:tiers=t10",
-    "vtw": "it leaves the KV cache as it is.* behind it, as in vtw\\+query_bank:tiers=t10",
     "none": "it keeps every entry whole. Take 'quantized'",
     "snapkv": "text competes with vision tokens",
     "adakv": "text competes with vision tokens",
+    **{
+        name: f"it leaves the KV cache as it is.* behind it, as in {name}\\+query_bank:tiers=t10"
+        for name, method in plphp.available_methods().items()
+        if method.kv is None
+    },
 }
 """By method, why it can fill no tiers."""
 
