@@ -159,10 +159,10 @@ def test_the_order_of_the_tokens_does_not_matter(image: tuple[Tensor, int], seed
 @settings(deadline=None)
 @given(st.integers(2, 14), st.integers(2, 30), st.integers(2, 4), st.sampled_from([torch.float32, torch.float64]))
 def test_each_of_several_copies_is_taken_before_a_second(
-    choose: Choice, different: int, dim: int, copies: int, dtype: torch.dtype
+    choose: Choice, different: int, rank: int, copies: int, dtype: torch.dtype
 ) -> None:
-    """With more different tokens than dimensions too, where every determinant is 0."""
-    features = drawn(different, different, dim).to(dtype).repeat(copies, 1)
+    """With more different tokens than their rank too, where every determinant is 0 but for rounding."""
+    features = (drawn(different, different, rank) @ drawn(rank, rank, 32)).to(dtype).repeat(copies, 1)
     which = torch.arange(different).repeat(copies)
     for keep in (different - 1, different, different + 1):
         assert len(which[choose(features, keep)].unique()) == min(keep, different)
@@ -182,6 +182,8 @@ def test_past_the_rank_dpp_goes_on_with_the_nearest_token() -> None:
     assert [kept(dpp(features, keep)) for keep in (2, 3, 4)] == [[0, 1], [0, 1, 3], [0, 1, 2, 3]]
     # sin(5) is 0.087 and sin(40) is 0.643: 7.9 times the first is more.
     assert kept(dpp(features, 3, torch.tensor([9.0, 8.0, 1.0, 1.0, 7.9]))) == [0, 1, 4]
+    # What is opposite to a chosen token is as dependent on it as what is alike.
+    assert kept(dpp(at(0, 90, 178, 20), 3)) == [0, 1, 3]
 
 
 def test_past_the_rank_tokens_of_one_plane_are_spread() -> None:

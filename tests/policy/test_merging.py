@@ -123,7 +123,7 @@ def test_cells_are_nearly_square_cover_the_image_and_meet_the_share(rows: int, c
     target = share * rows * columns
     assert abs(down * across - target) <= 0.5 * max(down, across) or down * across == 1
     if min(rows, columns) * share**0.5 >= 2:
-        assert 0.5 <= (rows / down) / (columns / across) <= 2
+        assert 1 / 3 <= (rows / down) / (columns / across) <= 3
     # The mean of each cell, found from the middles: places belong to the cell that begins last before them.
     number = [[i * side // count for i in range(count + 1)] for side, count in ((rows, down), (columns, across))]
     image = features.view(rows, columns, 2)

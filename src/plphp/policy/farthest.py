@@ -71,8 +71,7 @@ def extended(vectors: Tensor, worth: Tensor, chosen: Tensor, count: int, *, eith
 
     def distance(some: Tensor, others: Tensor) -> Tensor:
         cosines = some @ others.T
-        # Rounding must not make a copy of a vector nearer than near.
-        return (1 - (cosines.square() if either_way else cosines)).clamp_(min=0)
+        return 1 - (cosines.square() if either_way else cosines)
 
     value = torch.full_like(worth, torch.inf)
     newest = chosen

@@ -154,9 +154,9 @@ def _cells(grid: tuple[int, int], share: float) -> tuple[int, int]:
             choices.append((cells[0], cells[1]))
 
     def badness(cells: tuple[int, int]) -> float:
-        # A share that is missed by a tenth is as bad as cells that are a fifth longer than wide.
+        # The number counts for more than the shape, which no short side of an image can have in full.
         missed = math.log(cells[0] * cells[1] / target)
-        return 2 * abs(missed) + abs(math.log(cells[0] / grid[0] * grid[1] / cells[1]))
+        return 6 * abs(missed) + abs(math.log(cells[0] / grid[0] * grid[1] / cells[1]))
 
     return min(choices, key=badness)
 
