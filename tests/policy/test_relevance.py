@@ -29,13 +29,13 @@ def test_the_mean_over_the_text_is_one_of_cosines() -> None:
         torch.testing.assert_close(relevance(features, same), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tokens_that_differ_by_rounding_alone_are_equally_relevant(dtype: torch.dtype) -> None:
     direction = torch.randn(1, 96, generator=torch.Generator().manual_seed(1))
-    features = direction.to(dtype) * 2.0 ** torch.arange(20)[:, None].to(dtype)
+    features = direction.to(dtype) * torch.arange(1, 21)[:, None]
     scores = relevance(features, torch.randn(5, 96, generator=torch.Generator().manual_seed(2)))
-    assert torch.equal(scores, torch.ones(20, dtype=torch.promote_types(dtype, torch.float32)))
-    assert torch.equal(relevance(features[:1], features), torch.ones(1, dtype=scores.dtype))
+    assert torch.equal(scores, torch.ones(20, dtype=dtype))
+    assert torch.equal(relevance(features[:1], features), torch.ones(1, dtype=dtype))
 
 
 def test_features_of_16_bits_give_scores_of_float32() -> None:
