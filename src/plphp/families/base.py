@@ -71,6 +71,11 @@ class Features:
         """All inputs that belong to the images."""
         return self.pixels + self.each
 
+    @property
+    def of_videos(self) -> bool:
+        """Whether they are videos."""
+        return self.pixels[0].endswith("_videos")
+
     def placeholders(self, config: PretrainedConfig, inputs: Inputs) -> Tensor:
         """Mark the tokens of ``input_ids`` that the images fill, bool [batch, seq]."""
         import torch  # families are listed without it

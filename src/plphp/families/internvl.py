@@ -23,8 +23,6 @@ FAMILY = Family(
     vision_token_ids=image_ids,
     segments=equal_tiles(_shuffled),
     features=(Features(image_ids),),
-    tower=VisionTower(
-        "vision_tower", "vision_tower", {"multi_modal_projector": "mean"}, class_token=lambda config: 0
-    ),
+    tower=VisionTower("vision_tower", "vision_tower", {"multi_modal_projector": "mean"}, class_token=lambda config: 0),
     notes="A segment is a tile; the processor does not tell tiles of one image and frames of a video apart.",
 )

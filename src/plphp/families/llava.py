@@ -35,9 +35,7 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
 
 _NOTES = "With a Pixtral tower the break and end tokens of an image count as text and are kept."
 _FEATURES = (Features(image_ids, each=("image_sizes",)),)
-_TOWER = VisionTower(
-    "vision_tower", "vision_tower", {"multi_modal_projector": "mean"}, class_token=class_token_of_clip
-)
+_TOWER = VisionTower("vision_tower", "vision_tower", {"multi_modal_projector": "mean"}, class_token=class_token_of_clip)
 
 FAMILIES = (
     Family("llava", ("llava",), image_ids, _segments, _NOTES, _FEATURES, _TOWER),

@@ -104,6 +104,7 @@ FAMILY = Family(
         "vision_tower",
         {"multi_modal_projector": "mean", "image_newline": "zero"},
         class_token=class_token_of_clip,
+        behind_video=1,  # transformers 5.17
     ),
     notes="The newline tokens are placeholders too and are evicted like patches.",
 )

@@ -54,6 +54,8 @@ class VisionTower:
         returns, but on the way there.
     class_token : callable, optional
         ``config -> int or None``: position of the class token among those of an image; None where there is none.
+    behind_video : int
+        Newline tokens behind a video that ``get_video_features`` may leave for the model's ``forward`` to put there.
     full_attention : callable, optional
         ``config -> sequence of int``: the layers whose patches see their whole image or frame; None for all layers.
     """
@@ -63,6 +65,7 @@ class VisionTower:
     stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
     tokens: str | None = None
     class_token: Callable[[PretrainedConfig], int | None] = lambda config: None
+    behind_video: int = 0
     full_attention: Callable[[PretrainedConfig], tuple[int, ...]] | None = None
 
 

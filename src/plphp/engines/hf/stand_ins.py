@@ -24,6 +24,8 @@ HOOKS = (
 INSTANCE_FORWARD = ("forward", "_old_forward", "_hf_hook")
 """What accelerate puts on a module to move its inputs, bound to the module and not to a copy."""
 
+Function = Callable[[Any, Tensor], Tensor]
+"""From a module and its first input to what it shall return."""
 Change = Callable[[Any], Any]
 """From what stands at a path to what takes its place."""
 
@@ -53,32 +55,39 @@ def copied_with(module: nn.Module, changes: Mapping[str, Change]) -> Any:
             if table.get(first) is not None:
                 table[first] = change(table[first])
     for name, inner in below.items():
-        if copy._modules.get(name) is not None:
-            copy._modules[name] = copied_with(copy._modules[name], inner)
+        part = copy._modules.get(name)
+        if part is not None:
+            copy._modules[name] = copied_with(part, inner)
     return copy
 
 
-class Scores(nn.Module):
-    """Returns scores of patches [images, positions] in the place of their features."""
-
-    def __init__(self, scores: Tensor) -> None:
-        super().__init__()
-        self.scores = scores[..., None]
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Return the scores as the features of any layer, with a single channel."""
-        return BaseModelOutputWithPooling(
-            last_hidden_state=self.scores,  # type: ignore[arg-type]  # transformers annotates a class of its own
-            hidden_states=_OfAnyLayer((self.scores,)),
-        )
+def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Any:
+    """Copy a module that runs another forward; the model may still read its sizes and its dtype."""
+    copy = copied_with(module, {})
+    copy.__dict__["forward"] = forward
+    return copy
 
 
-class ScoresOfRow(Scores):
-    """The same for a layer of a tower that holds all images in a row without a batch axis."""
+def scores_of_patches(scores: Tensor) -> Change:
+    """Return what puts scores [images, positions] in the place of the features that a module returns.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the scores [positions, 1]."""
-        return self.scores[0]
+    A list of layers, as of a tower that holds all images in a row without a batch axis, is given a single layer that
+    returns the scores [positions, 1]. A tower or an encoder returns them [images, positions, 1] as the features of any
+    of its layers.
+    """
+    features = scores[..., None]
+
+    def outputs(*args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        hidden_states: Any = _OfAnyLayer((features,))
+        last: Any = features
+        return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=hidden_states)
+
+    def change(module: nn.Module) -> Any:
+        if isinstance(module, nn.ModuleList):
+            return nn.ModuleList([standing_in(module[-1], lambda *args, **kwargs: features[0])])
+        return standing_in(module, outputs)
+
+    return change
 
 
 class _OfAnyLayer(tuple[Tensor, ...]):
@@ -88,22 +97,16 @@ class _OfAnyLayer(tuple[Tensor, ...]):
         return next(iter(self))
 
 
-def scores_of_patches(scores: Tensor) -> Change:
-    """Return what puts scores [images, positions] in the place of a tower, an encoder or a list of layers."""
-    return lambda module: nn.ModuleList([ScoresOfRow(scores)]) if isinstance(module, nn.ModuleList) else Scores(scores)
+def computing(function: Function) -> Change:
+    """Return what puts a function of a module and its first input in the place of the module."""
 
+    def change(module: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return function(module, args[0] if args else next(iter(kwargs.values())))
 
-class StandInModule(nn.Module):
-    """Takes the place of a module: calls a function with it and its first input."""
+        return standing_in(module, forward)
 
-    def __init__(self, function: Callable[[Any, Tensor], Tensor], module: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        self.__dict__["module"] = module  # not among the submodules: its parameters are not this one's
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the function makes of the first input."""
-        return self.function(self.__dict__["module"], args[0] if args else next(iter(kwargs.values())))
+    return change
 
 
 def average(module: Any, values: Tensor) -> Tensor:

@@ -130,9 +130,7 @@ def core_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def _chosen(model: PreTrainedModel, tower: VisionTower, module: nn.Module, layers: Sequence[int]) -> list[nn.Module]:
     """The attention modules of the layers to record."""
-    found = [
-        part for part in module.modules() if type(part).__name__.endswith("Attention") and hasattr(part, "config")
-    ]
+    found = [part for part in module.modules() if type(part).__name__.endswith("Attention") and hasattr(part, "config")]
     full = found if tower.full_attention is None else [found[i] for i in tower.full_attention(model.config)]
     missing = [layer for layer in layers if not -len(full) <= layer < len(full)]
     if missing or not layers:
@@ -168,8 +166,9 @@ class _Recorder:
             return
         calls = [self._heard[layer] for layer in self._layers]
         received = tuple(_joined(scores for scores, _ in of_layer) for of_layer in calls)
-        rows = tuple(_joined(row for _, row in of_layer if row is not None) for of_layer in calls)
-        self.record.passes.append(TowerPass(received, None if self._class_token is None else rows))
+        rows = [[row for _, row in of_layer if row is not None] for of_layer in calls]
+        class_rows = None if self._class_token is None else tuple(map(_joined, rows))
+        self.record.passes.append(TowerPass(received, class_rows))
 
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:

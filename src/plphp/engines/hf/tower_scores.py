@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from plphp.errors import SpanError, UnsupportedFeatureError
 from plphp.families.base import Family, Features, Inputs
@@ -19,7 +19,7 @@ from plphp.families.registry import family_of
 from plphp.families.spans import VisionSpans, find_spans
 from plphp.families.towers import StandIn, VisionTower
 
-from .stand_ins import Change, StandInModule, average, copied_with, empty, scores_of_patches
+from .stand_ins import Change, Function, average, computing, copied_with, empty, scores_of_patches
 from .tower_recording import core_of, known_tower
 from .unwrapping import unwrapped
 
@@ -92,6 +92,10 @@ def _in_prompt(
     for features, of_patches in zip(present, patch_scores, strict=True):
         values = _of_tokens(core_of(model), tower, features, inputs, of_patches.float())
         places = _placeholders(features, model, inputs, spans)
+        videos = len(inputs[features.pixels[0]]) if features.of_videos else 0
+        if len(values) + videos * tower.behind_video == int(places.sum()):
+            values = pad(values.view(max(1, videos), -1), (0, tower.behind_video if videos else 0), value=torch.inf)
+            values = values.flatten()
         if int(places.sum()) != len(values):
             raise SpanError(
                 f"The prompt holds {int(places.sum())} vision tokens for {_named([features])}, but the patches fill "
@@ -123,7 +127,7 @@ def _of_tokens(
     return torch.where(weight > 0, total / weight, torch.inf)
 
 
-class _Arrived(Exception):
+class _Arrived(Exception):  # noqa: N818  # no error, but the end of a run
     """Ends a run behind the stand-in that has the scores of all tokens."""
 
     def __init__(self, scores: Tensor) -> None:
@@ -137,11 +141,9 @@ def _sent(
     """Send numbers the way of the features of patches, float32 [tokens]."""
     changes = {path: _stood_in(name, core, path == tower.tokens) for path, name in tower.stand_ins.items()}
     shadow = copied_with(core, {**changes, str(tower.patches): scores_of_patches(patch_scores)})
-    videos = features.pixels[0].endswith("_videos")
-    method = shadow.get_video_features if videos else shadow.get_image_features
-    known = inspect.signature(method).parameters
+    method = shadow.get_video_features if features.of_videos else shadow.get_image_features
     try:
-        output = method(**{name: inputs[name] for name in known if inputs.get(name) is not None})
+        output = method(inputs[features.pixels[0]], **_arguments(method, core.config, inputs))
     except _Arrived as arrived:
         return arrived.scores.reshape(-1)
     except (RuntimeError, ValueError, IndexError) as error:
@@ -153,15 +155,27 @@ def _sent(
     return torch.cat([part[..., 0].reshape(-1) for part in ([tokens] if isinstance(tokens, Tensor) else tokens)])
 
 
+def _arguments(method: Callable[..., Any], config: PretrainedConfig, inputs: Inputs) -> dict[str, Any]:
+    """What a method takes of the inputs, beside the pixels, which come first; the rest as the model sets it."""
+    arguments = {}
+    for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
+        if inputs.get(name) is not None:
+            arguments[name] = inputs[name]
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            arguments[name] = getattr(config, name, getattr(config.vision_config, name, None))
+    return arguments
+
+
 def _stood_in(name: StandIn, core: PreTrainedModel, last: bool) -> Change:
     """Return what makes the stand-in of this name."""
     config = core.config
     width = config.get_text_config(decoder=True).hidden_size
-    functions = {
+    merged = getattr(config.vision_config, "spatial_merge_size", 1) ** 2
+    functions: dict[StandIn, Function] = {
         "same": lambda module, values: values,
         "mean": partial(_mean, width),
         "average": average,
-        "merged": lambda module, values: _mean(width, module, values.view(-1, config.vision_config.spatial_merge_size**2)),
+        "merged": lambda module, values: _mean(width, module, values.view(-1, merged)),
         "one": lambda module, values: torch.ones_like(values),
         "zero": lambda module, values: torch.zeros_like(values),
         "empty": empty,
@@ -175,7 +189,7 @@ def _stood_in(name: StandIn, core: PreTrainedModel, last: bool) -> Change:
         if isinstance(part, nn.ModuleList):
             return nn.ModuleList([change(module) for module in part])
         if isinstance(part, nn.Module):
-            return StandInModule(arrive if last else function, part)
+            return computing(arrive if last else function)(part)
         weights = torch.zeros if name == "zero" else torch.ones
         # A matrix of weights is given a single channel, of which the mean over the channels is the channel.
         return weights((1, *part.shape[1:]) if name == "mean" else part.shape, dtype=torch.float32, device=part.device)
