@@ -40,8 +40,8 @@ def token_scores(
     inputs : mapping
         What the model was called with: ``input_ids``, ``attention_mask`` and the inputs of images and videos.
     patch_scores : sequence of Tensor
-        For each pass of the tower float [images, positions], in the layout of `TowerPass`: the images of the prompt
-        first, its videos second. The score of a class token is read only where that is a token of the prompt.
+        For each pass of the tower finite floats [images, positions], in the layout of `TowerPass`: the images of the
+        prompt first, its videos second. The score of a class token is read only where that is a token of the prompt.
     past_length : int
         Tokens that the cache held before this prompt.
 
@@ -92,13 +92,13 @@ def _in_prompt(
     for features, of_patches in zip(present, patch_scores, strict=True):
         values = _of_tokens(core_of(model), tower, features, inputs, of_patches.float())
         places = _placeholders(features, model, inputs, spans)
-        videos = len(inputs[features.pixels[0]]) if features.of_videos else 0
-        if len(values) + videos * tower.behind_video == int(places.sum()):
-            values = pad(values.view(max(1, videos), -1), (0, tower.behind_video if videos else 0), value=torch.inf)
-            values = values.flatten()
-        if int(places.sum()) != len(values):
+        tokens = int(places.sum())
+        if features.of_videos and tower.behind_video and len(values) < tokens:
+            of_videos = values.view(len(inputs[features.pixels[0]]), -1)
+            values = pad(of_videos, (0, tower.behind_video), value=torch.inf).flatten()
+        if len(values) != tokens:
             raise SpanError(
-                f"The prompt holds {int(places.sum())} vision tokens for {_named([features])}, but the patches fill "
+                f"The prompt holds {tokens} vision tokens for {_named([features])}, but the patches fill "
                 f"{len(values)}: pass the inputs with which the tower was recorded."
             )
         placed[places.to(placed.device)] = values.to(placed)
