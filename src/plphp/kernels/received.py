@@ -10,6 +10,8 @@ from .precision import as_written
 
 MASS_AT_ONCE = 2**24
 """Most numbers of the softmax mass that are held at a time: 64 MiB in float32."""
+UNSEEN = -3e4
+"""What is added to the logit of an entry that a query row does not see is no more; the least float16 is -6.6e4."""
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def received_attention(
         [batch, kv_heads, seq, dim]; ``q_heads`` is a multiple of ``kv_heads``.
     mask : Tensor, optional
         [batch or 1, 1, seq or 1, seq]; bool and True on what a query row sees, or float and added to the logits, with
-        the least number of its dtype, or -inf, on what the row does not see. An entry that does not see itself is
+        -inf, or the least number of a dtype, on what the row does not see. An entry that does not see itself is
         padding: its row does not count.
     scaling : float
         Factor on the logits.
@@ -84,4 +86,4 @@ def _row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, row: i
 
 def _visible(mask: Tensor) -> Tensor:
     """Mark what a query row sees, bool in the shape of the mask."""
-    return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask if mask.dtype is torch.bool else mask > UNSEEN

@@ -86,13 +86,16 @@ class Weights:
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.by_module: dict[nn.Module, list[Tensor]] = {}
-        parts = [part for part in tower_of(model).modules() if isinstance(getattr(part, "config", None), PretrainedConfig)]
+        parts = [
+            part for part in tower_of(model).modules() if isinstance(getattr(part, "config", None), PretrainedConfig)
+        ]
         for part in parts:
             monkeypatch.setattr(part.config, "_attn_implementation", "eager")
         for name in {type(part).__module__ for part in parts}:
             file = sys.modules[name]
-            if hasattr(file, "eager_attention_forward"):
-                monkeypatch.setattr(file, "eager_attention_forward", self._collecting(file.eager_attention_forward))
+            for function in ("eager_attention_forward", "vision_eager_attention_forward"):
+                if hasattr(file, function):
+                    monkeypatch.setattr(file, function, self._collecting(getattr(file, function)))
 
     def _collecting(self, eager: Any) -> Any:
         def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +223,7 @@ def test_beside_a_session() -> None:
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])
     whole = state(model)
-    with plphp.prune(model, retention_rate=0.5):
+    with plphp.prune(model, plphp.PLPHPConfig(retention_rate=0.5)):
         pruned = model.generate(**inputs, **GREEDY)
         with recorded_tower(model) as record:
             assert torch.equal(model.generate(**inputs, **GREEDY), pruned)
@@ -261,7 +264,11 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in tower_of(sharing).modules():
         if hasattr(part, "config"):
             part.config = model.config.vision_config
-    with recorded_tower(model), pytest.raises(UnsupportedFeatureError, match="config of its own"), recorded_tower(sharing):
+    with (
+        recorded_tower(model),
+        pytest.raises(UnsupportedFeatureError, match="config of its own"),
+        recorded_tower(sharing),
+    ):
         pass
     for layer in tower_of(model).modules():
         if hasattr(layer, "is_causal"):

@@ -8,6 +8,7 @@ beside that. It is registered for the life of the process; a model is given its 
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -144,10 +145,17 @@ def _recorded(base: str) -> Attention:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         _tell(module, query, key, attention_mask, kwargs)
-        return stock_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
+        return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
 
     plphp_tower_attention.__name__ = f"plphp_tower_over_{base}"
     return plphp_tower_attention
+
+
+def _stock(base: str, module: nn.Module) -> Attention:
+    """Return the attention function that the module would call without plphp."""
+    # The file of Llama 4 has an eager attention for the text model and one for the tower.
+    of_tower: Attention | None = getattr(sys.modules[type(module).__module__], "vision_eager_attention_forward", None)
+    return of_tower if base == "eager" and of_tower is not None else stock_attention(base, module)
 
 
 @torch.compiler.disable  # a compiled tower would go on with who listened when it was compiled
