@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recording the attention of vision towers: nothing of the model changes, and the record is what eager attention says."""
+"""Recording the attention of vision towers: the model stays as it is, and the record is what eager attention says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import plphp
-from plphp.engines.hf.tower_recording import TowerRecord, core_of, recorded_tower
+from plphp.engines.hf.tower_layers import core_of
+from plphp.engines.hf.tower_record import TowerRecord
+from plphp.engines.hf.tower_recording import recorded_tower
 from plphp.errors import ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.families.registry import FAMILIES_BY_NAME, family_of
 from precision import assert_exact

@@ -5,56 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from plphp.errors import ConfigError, UnsupportedFeatureError, UnsupportedModelError
-from plphp.families.base import Family
+from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 from plphp.families.registry import family_of
-from plphp.families.towers import VisionTower
 from plphp.kernels.received import received_attention
 
 from .attention import UNSUPPORTED_TERMS
-from .tower_attention import listening
+from .tower_attachment import listening
+from .tower_layers import chosen_layers, core_of, known_tower
+from .tower_record import TowerPass, TowerRecord
 from .unwrapping import unwrapped
-
-
-@dataclass(frozen=True)
-class TowerPass:
-    """What was recorded while the tower read all images of a prompt, or all of its videos.
-
-    Parameters
-    ----------
-    received : tuple of Tensor
-        For each recorded layer, float32 [images, positions]: the attention that a patch receives, mean over the heads
-        and the patches that see it, 0 on padding. It sums to 1 over the patches that see each other, those of an image
-        or a frame. Rows and positions are those of the tower: a class token is a position, and towers that read images
-        of several sizes put them one behind the other in a single row.
-    class_rows : tuple of Tensor, or None
-        For each recorded layer, float32 [images, positions]: the attention of the class token, mean over the heads,
-        its attention to itself included. None where the tower has no class token.
-    """
-
-    received: tuple[Tensor, ...]
-    class_rows: tuple[Tensor, ...] | None
-
-
-@dataclass(frozen=True)
-class TowerRecord:
-    """What a vision tower was recorded to do.
-
-    Attributes
-    ----------
-    passes : list of TowerPass
-        One each time that the tower ran: for a prompt, its images come first and its videos second. A pass is
-        complete when the tower has returned.
-    """
-
-    passes: list[TowerPass] = field(default_factory=list)
 
 
 @contextmanager
@@ -100,45 +64,10 @@ def recorded_tower(model: Any, layers: Sequence[int] = (-1,)) -> Iterator[TowerR
         raise UnsupportedFeatureError(
             "The vision tower is in training mode, where dropout changes the attention: call model.eval() first."
         )
-    chosen = _chosen(model, tower, module, layers)
+    chosen = chosen_layers(model, tower, module, layers)
     recorder = _Recorder(module, chosen, tower.class_token(model.config))
     with listening(model, module, recorder):
         yield recorder.record
-
-
-def known_tower(family: Family) -> VisionTower:
-    """Return what is known of the vision tower of a family.
-
-    Raises
-    ------
-    UnsupportedFeatureError
-        If there is nothing.
-    """
-    if family.tower is None:
-        raise UnsupportedFeatureError(
-            f"plphp does not know the vision tower of the family {family.name!r}, whose attention this method reads: "
-            "give the Family a VisionTower (docs/extending.md), or choose a method without it."
-        )
-    return family.tower
-
-
-def core_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the module that has the tower and ``get_image_features``: the model, or the base model inside of it."""
-    inner = getattr(model, "model", None)
-    return inner if hasattr(inner, "get_image_features") else model
-
-
-def _chosen(model: PreTrainedModel, tower: VisionTower, module: nn.Module, layers: Sequence[int]) -> list[nn.Module]:
-    """The attention modules of the layers to record."""
-    found = [part for part in module.modules() if type(part).__name__.endswith("Attention") and hasattr(part, "config")]
-    full = found if tower.full_attention is None else [found[i] for i in tower.full_attention(model.config)]
-    missing = [layer for layer in layers if not -len(full) <= layer < len(full)]
-    if missing or not layers:
-        raise ConfigError(
-            f"layers must name layers of the vision tower, from {-len(full)} to {len(full) - 1}, as the tower of "
-            f"{type(model).__name__} has {len(full)} with full attention; got {list(layers)}."
-        )
-    return [full[layer] for layer in layers]
 
 
 class _Recorder:
