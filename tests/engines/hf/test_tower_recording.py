@@ -162,6 +162,7 @@ def test_layers_that_are_not_there(layers: list[int]) -> None:
 def test_a_pass_that_stops_leaves_nothing() -> None:
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])
+    called(model, inputs)  # transformers puts hooks of its own on a model when it first runs
     whole, last = state(model), tower_of(model).encoder.layers[1].mlp  # type: ignore[union-attr,index]
 
     def stop(*args: Any) -> None:
@@ -181,6 +182,7 @@ def test_a_pass_that_stops_leaves_nothing() -> None:
 def test_recordings_inside_each_other() -> None:
     model, other = tiny_model("llava"), TINY["llava"].build(seed=1)
     inputs = TINY["llava"].inputs(model, [1])
+    called(model, inputs)  # transformers puts hooks of its own on a model when it first runs
     whole = state(model)
     with recorded_tower(model, [0]) as outer:
         with recorded_tower(model, [1]) as inner, recorded_tower(other) as of_other:
@@ -224,6 +226,7 @@ def test_a_recording_hears_its_own_thread_alone() -> None:
 def test_beside_a_session() -> None:
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [1])
+    called(model, inputs)  # transformers puts hooks of its own on a model when it first runs
     whole = state(model)
     with plphp.prune(model, plphp.PLPHPConfig(retention_rate=0.5)):
         pruned = model.generate(**inputs, **GREEDY)
