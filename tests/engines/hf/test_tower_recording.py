@@ -21,6 +21,7 @@ from plphp.engines.hf.tower_record import TowerRecord
 from plphp.engines.hf.tower_recording import recorded_tower
 from plphp.errors import ConfigError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.families.registry import FAMILIES_BY_NAME, family_of
+from plphp.families.towers import VisionTower
 from precision import assert_exact
 from tiny_models import TINY, tiny_model
 
@@ -275,11 +276,20 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         recorded_tower(sharing),
     ):
         pass
+    inputs = TINY["llava"].inputs(model, [1])
+    with recorded_tower(model):
+        model.config.vision_config._attn_implementation = "sdpa"
+        with pytest.raises(UnsupportedFeatureError, match="ran without plphp's attention"):
+            called(model, inputs)
+    assert model.config.vision_config._attn_implementation == "sdpa"
     for layer in tower_of(model).modules():
         if hasattr(layer, "is_causal"):
             layer.is_causal = True
-    inputs = TINY["llava"].inputs(model, [1])
     with pytest.raises(UnsupportedModelError, match="is_causal"):
+        recorded(model, inputs)
+    elsewhere = dataclasses.replace(family_of(model.config), tower=VisionTower("tower", None))
+    monkeypatch.setitem(FAMILIES_BY_NAME.registered, "llava", elsewhere)
+    with pytest.raises(UnsupportedFeatureError, match="has no module 'tower'"):
         recorded(model, inputs)
     unknown = dataclasses.replace(family_of(model.config), tower=None)
     monkeypatch.setitem(FAMILIES_BY_NAME.registered, "llava", unknown)

@@ -165,12 +165,13 @@ def test_images_of_a_batch_have_their_own_scores(name: str, video: bool) -> None
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.own_dtype
 def test_scores_keep_their_precision(name: str) -> None:
-    """A model in bfloat16 hands on the scores in float32, and is as it was."""
+    """A model in bfloat16 hands on the scores in float32, under autocast too, and is as it was."""
     model, small = TINY[name].build(), TINY[name].build(dtype=torch.bfloat16)
     inputs, of_small = TINY[name].inputs(model, [2, 1]), TINY[name].inputs(small, [2, 1])
     before = copy.deepcopy(small.state_dict())
     scores = [part + 1 for part in patch_scores(model, inputs)]
-    actual = flat(token_scores(small, of_small, scores))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = flat(token_scores(small, of_small, scores))
     assert actual.dtype is torch.float32
     assert torch.equal(actual, flat(token_scores(model, inputs, scores)))
     assert all(torch.equal(weight, small.state_dict()[key]) for key, weight in before.items())

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from plphp.errors import SpanError
 from plphp.families.base import Features, Inputs
 from plphp.families.towers import StandIn, VisionTower
+from plphp.kernels.precision import as_written
 
 from .copies import Change, copied_with
 from .stand_ins import Function, average, computing, empty, scores_of_patches
@@ -46,9 +47,12 @@ def _sent(
     shadow = copied_with(core, {**changes, str(tower.patches): scores_of_patches(patch_scores)})
     method = shadow.get_video_features if features.of_videos else shadow.get_image_features
     try:
-        output = method(inputs[features.pixels[0]], **_arguments(method, core.config, inputs))
+        with as_written(patch_scores.device):
+            output = method(inputs[features.pixels[0]], **_arguments(method, core.config, inputs))
     except _Arrived as arrived:
         return arrived.scores.reshape(-1)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise SpanError(
             f"Scores of the shape {tuple(patch_scores.shape)} do not fit {features.pixels[0]}: pass the inputs with "

@@ -35,6 +35,23 @@ def core_of(model: PreTrainedModel) -> PreTrainedModel:
     return inner if hasattr(inner, "get_image_features") else model
 
 
+def part_of(model: PreTrainedModel, path: str) -> nn.Module:
+    """Return the module at a path of `VisionTower`.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If the model has no module there.
+    """
+    try:
+        return core_of(model).get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedFeatureError(
+            f"{type(model).__name__} has no module {path!r}, where its family has the vision tower: use a version of "
+            "transformers that plphp supports and a tower that is not wrapped, or register a Family with another tower."
+        ) from error
+
+
 def chosen_layers(
     model: PreTrainedModel, tower: VisionTower, module: nn.Module, layers: Sequence[int]
 ) -> list[nn.Module]:

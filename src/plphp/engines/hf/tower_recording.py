@@ -16,7 +16,7 @@ from plphp.kernels.received import received_attention
 
 from .attention import UNSUPPORTED_TERMS
 from .tower_attachment import listening
-from .tower_layers import chosen_layers, core_of, known_tower
+from .tower_layers import chosen_layers, known_tower, part_of
 from .tower_record import TowerPass, TowerRecord
 from .unwrapping import unwrapped
 
@@ -59,7 +59,7 @@ def recorded_tower(model: Any, layers: Sequence[int] = (-1,)) -> Iterator[TowerR
     """
     model = unwrapped(model)
     tower = known_tower(family_of(model.config))
-    module = core_of(model).get_submodule(tower.module)
+    module = part_of(model, tower.module)
     if module.training:
         raise UnsupportedFeatureError(
             "The vision tower is in training mode, where dropout changes the attention: call model.eval() first."
@@ -93,6 +93,11 @@ class _Recorder:
         """Put a run of the tower into the record."""
         if tower is not self._tower:
             return
+        if not self._heard.keys() >= set(self._layers):
+            raise UnsupportedFeatureError(
+                "The vision tower ran without plphp's attention, so that nothing was recorded: leave the attention "
+                "implementation as it is while the tower is recorded."
+            )
         calls = [self._heard[layer] for layer in self._layers]
         received = tuple(_joined(scores for scores, _ in of_layer) for of_layer in calls)
         rows = [[row for _, row in of_layer if row is not None] for of_layer in calls]

@@ -18,7 +18,7 @@ from plphp.families.spans import VisionSpans, find_spans
 from plphp.families.towers import VisionTower
 
 from .patch_ways import of_tokens
-from .tower_layers import core_of, known_tower
+from .tower_layers import core_of, known_tower, part_of
 from .unwrapping import unwrapped
 
 
@@ -65,6 +65,7 @@ def token_scores(
             f"In models of the family {family.name!r} a resampler mixes all patches of an image into every token, so "
             "that scores of patches say nothing of tokens: choose a method that does not read the vision tower."
         )
+    part_of(model, tower.patches)
     spans = find_spans(family, model.config, inputs, past_length=past_length)
     scores = _in_prompt(model, family, tower, inputs, patch_scores, spans)
     rows = zip(scores, spans.segment.to(scores.device), spans.grids, strict=True)
