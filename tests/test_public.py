@@ -64,7 +64,7 @@ SURFACE = {
         *("at_random", "by_best_position", "by_peak", "by_value_norm", "combined", "per_head", "pooled"),
         *("ConfigError", "Ranker", "SpanError", "keep_mask", "shared_by_heads", "times_value_norm"),
         *("Chosen", "ImageTokens", "TowerEvidence"),
-        *("Family", "Features", "Inputs", "VisionSegment", "register_family"),
+        *("Family", "Features", "Inputs", "VisionSegment", "VisionTower", "register_family"),
     ),
     "plphp.kernels": ("WindowScores", "compact_kv", "decode_attention", "merge_states", "window_scores"),
 }
@@ -79,7 +79,8 @@ CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
     *("BankProgress", "EntrySample", "Kind", "LayerBank", "LayerBooks", "PackedKV", "ProfiledPrompt", "PromptReport"),
-    *("CodedKV", "Ladder", "LayerBytes", "QueryRows", "ReAttention", "Rotation", "RungBytes", "TierReport", "Value"),
+    *("CodedKV", "Ladder", "LayerBytes", "QueryRows", "ReAttention", "Rotation", "RungBytes", "StandIn", "TierReport"),
+    "Value",
 }
 """What public objects are made of: documented where they are reached from."""
 

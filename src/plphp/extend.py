@@ -8,6 +8,7 @@ model is loaded. A method's own file imports torch in the functions that compute
 from plphp.errors import ConfigError, SpanError
 from plphp.families.base import Family, Features, Inputs, VisionSegment
 from plphp.families.registry import register_family
+from plphp.families.towers import VisionTower
 from plphp.methods.registry import register_method
 from plphp.policy.allocation import (
     Allocation,
@@ -72,6 +73,7 @@ __all__ = [
     "SpanError",
     "TowerEvidence",
     "VisionSegment",
+    "VisionTower",
     "at_random",
     "by_best_position",
     "by_peak",

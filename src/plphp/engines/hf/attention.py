@@ -86,12 +86,12 @@ def _attention_over(base: str) -> Attention:
             gaps = getattr(key, "plphp_gaps", None)
             if gaps is not None:
                 attention_mask = gaps.mask(attention_mask, query.shape[2])
-            return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
+            return stock_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
         pending.cache.check_reader(module)
         _refuse_unsupported_terms(module, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attend = partial(_stock(base, module), module, **kwargs)
+        attend = partial(stock_attention(base, module), module, **kwargs)
         layer = pending.cache.layers[pending.layer]
         prefix = layer.prefix
         if prefix is None:
@@ -142,8 +142,8 @@ def _refuse_stray_cache(kwargs: dict[str, Any]) -> None:
             )
 
 
-def _stock(base: str, module: nn.Module) -> Attention:
-    """The attention function that the module would call without plphp."""
+def stock_attention(base: str, module: nn.Module) -> Attention:
+    """Return the attention function that the module would call without plphp."""
     if base != "eager":
         function: Attention = ALL_ATTENTION_FUNCTIONS[base]
         return function

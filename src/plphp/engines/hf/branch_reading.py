@@ -146,7 +146,8 @@ def _scored_for(reader: PrunedCache, readings: Sequence[PromptReading]) -> Abstr
 def forward(model: PreTrainedModel, cache: PrunedCache, inputs: Mapping[str, Any]) -> Tensor:
     """Read ``inputs`` into a cache; return the logits of their last token, [1, vocab]."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output: Any = model(**{**inputs, **last}, **passed(cache), use_cache=True)
+    with cache.tower_recorded():
+        output: Any = model(**{**inputs, **last}, **passed(cache), use_cache=True)
     cache.check_read()
     logits: Tensor = output.logits[:, -1]
     return logits

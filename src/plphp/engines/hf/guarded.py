@@ -29,6 +29,7 @@ from .conversation.cache import ConversationCache
 from .layer import PrunedLayer, layer_nbytes
 from .packed_masks import packed_mask
 from .passes import PassGuard
+from .tower_watch import TowerWatch
 from .window_layer import WindowLayer
 
 
@@ -85,6 +86,7 @@ class GuardedCache(ConversationCache):
         self._spent = ""  # why it takes no further turn
         self.reading: PromptReading | None = None
         self.leaving: Leaving | None = None
+        self.watch: TowerWatch | None = None  # of the vision tower, where the method that chooses before asks for it
         self.tail_bias: Tensor | None = None
 
     def update(
@@ -145,7 +147,7 @@ class GuardedCache(ConversationCache):
         if number == 0:
             self.packing = None
             self._begin_packed(leaving, states)
-            states = leaving.enter(states)
+            states = leaving.enter(states, None if self.watch is None else self.watch.scores)
         before, self.packing = self.packing, leaving.packing_at(number)
         leaving.note_computed(number)
         if self.packing is not None and self.packing is not before:
@@ -156,7 +158,7 @@ class GuardedCache(ConversationCache):
         """End a pass over the layers; return which tokens the last of them has got, None for all."""
         if self.leaving is not None:
             self.left[self.leaving.spans.start] = self.leaving
-        self.leaving = None
+        self.leaving = self.watch = None
         packing, self.packing = self.packing, None
         return packing
 
@@ -246,8 +248,8 @@ class GuardedCache(ConversationCache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes the entries and goes on behind them
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.reading, self.leaving, self.packing, self._spent = None, None, None, ""
-        self.left = {}
+        self.reading, self.leaving, self.watch, self.packing = None, None, None, None
+        self._spent, self.left = "", {}
         self._guard.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardedCache:

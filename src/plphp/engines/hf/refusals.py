@@ -6,6 +6,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from plphp.errors import UnsupportedFeatureError
+from plphp.families.registry import family_of
 from plphp.kernels.bit_planes import BYTE
 from plphp.policy.chain import Chain
 from plphp.settings.ladder import WHOLE
@@ -35,6 +36,8 @@ def refuse_stages(chain: Chain, model: PreTrainedModel) -> None:
     chain.refuse_all_but(STAGES, "plphp's engine for transformers")
     _refuse_heads(chain, model)
     refuse_foreign_banks(chain, model)
+    if chain.tower is not None:
+        _refuse_unread_tower(chain, model)
     implementation = model.config.get_text_config(decoder=True)._attn_implementation or ""
     if chain.acts_early and "flash" in implementation:
         methods = " and ".join(link.method for link in (chain.encoder, chain.prefill) if link is not None)
@@ -42,6 +45,17 @@ def refuse_stages(chain: Chain, model: PreTrainedModel) -> None:
         raise UnsupportedFeatureError(
             f"{methods} takes tokens out before layers get them, which was not tried with flash attention: call "
             "model.set_attn_implementation('sdpa') first."
+        )
+
+
+def _refuse_unread_tower(chain: Chain, model: PreTrainedModel) -> None:
+    """Raise `UnsupportedFeatureError` for a method that reads a vision tower of which nothing can be told."""
+    family = family_of(model.config)
+    if chain.encoder is not None and (family.tower is None or family.tower.patches is None):
+        raise UnsupportedFeatureError(
+            f"{chain.encoder.method} chooses vision tokens by the attention of their patches inside of the vision "
+            f"tower, and in models of the family {family.name!r} no patches stand behind a token: take a method that "
+            "does not read the tower, such as 'divprune'."
         )
 
 
