@@ -183,6 +183,16 @@ def test_a_larger_session_adds_queries_alone_to_a_bank_with_codebooks(tmp_path: 
     assert grown.books is not None
 
 
+def test_entries_that_the_sample_left_out_are_not_kept(tmp_path: Path) -> None:
+    """The answer counts all the same, and can be read again."""
+    broken = entries(2)
+    broken[2][0][0, 0, 0] = torch.inf
+    collection(tmp_path, 4).add([wide(1), wide(2), wide(3)], ROTATIONS, [entries(1), broken, entries(3)])
+    assert QueryBank.load(tmp_path / f"{STEM}.answer-0002.safetensors").sampled is None
+    assert collection(tmp_path, 4).progress == BankProgress(3, 4)
+    assert kept(tmp_path).record["book_prompts"] == 2
+
+
 def other_weights(file: Path) -> None:
     bank = QueryBank.load(file)
     QueryBank(bank.layers, bank.ahead, {**bank.record, "weights_sha256": "f" * 64}).save(file)
