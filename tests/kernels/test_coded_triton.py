@@ -24,6 +24,8 @@ from plphp.kernels.rungs import RUNGS
 pytest.importorskip("triton")
 from plphp.kernels import _coded_triton, _decode_triton, _triton_shapes
 
+NO_NUMBERS = (0x7FC00000, -0x400000, 0x7FFFFFFF, -1)
+"""The bits of NaN of both signs, with the smallest and the largest payload of a quiet one."""
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -113,6 +115,41 @@ def test_what_is_no_number_is_not_read_out_of_bounds() -> None:
     output, _ = _coded_triton.attend(query, coded, 0.1)
     assert output[0, 0].isnan().all()
     assert torch.equal(output[1], expected[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter's numpy
+@pytest.mark.parametrize("bits", NO_NUMBERS, ids=hex)
+def test_a_query_that_is_no_number_chooses_the_first_entries(bits: int) -> None:
+    """As the reference does. Other heads of its group read the same entries, which shows in what they give."""
+    coded = block(T10, 32, reading=Reading(0.3), seq=40)
+    query = queries(coded, 3, 1, 32, torch.float32)
+    query[0, 0, 0, 5] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    output, lse = _coded_triton.attend(query, coded, 0.1)
+    expected, exact = reference(query.double(), coded, 0.1)
+    torch.testing.assert_close(output.double(), expected, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert output[0, 0].isnan().all()
+    torch.testing.assert_close(lse[:, 1:].double(), exact[:, 1:], rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("wanted", [1, 4, 6, 7, 9, 10])
+@pytest.mark.parametrize("block", [4, 16])
+def test_masses_that_are_no_numbers_are_all_alike(wanted: int, block: int) -> None:
+    """More than any number, and of themselves the first: torch's order, whatever their sign and their payload."""
+    own = [*(0x3F000000, *NO_NUMBERS[:2], 0x3E800000, 0x7F800001), *(*NO_NUMBERS[2:], -0x7FFFFF, 0, 0x3F000000)]
+    held = len(own)
+    mass = torch.tensor([[*own, *([-1] * 4)]], dtype=torch.int32).view(torch.float32)  # NaN behind what is held
+    fields = [0, held, wanted, 0, 0, held, 0, 0]
+    table = torch.tensor(fields, dtype=torch.int32)[:, None].contiguous()
+    places = torch.full((1, 1, wanted), -1, dtype=torch.int32)
+    ends = torch.zeros(1, 1, 1, dtype=torch.int32)
+    logits = torch.zeros(1, 1, 1, mass.shape[1])
+    _coded_triton.choose[(1,)](
+        mass, table, places, ends, logits, 1, 1, mass.shape[1], wanted, 1, GROUP=1, RESTS=True, BLOCK=block
+    )
+    expected = mass[0, :held].argsort(descending=True, stable=True)[:wanted].sort().values
+    assert places.flatten().tolist() == expected.tolist()
+    assert ends.item() == wanted
+    assert logits.flatten().isinf().nonzero().flatten().tolist() == expected.tolist()
 
 
 class _NothingFromTheHost(TorchDispatchMode):

@@ -15,6 +15,7 @@ from torch import Tensor
 from plphp import ConfigError, QueryBank
 from plphp.policy.bank_sampling import BankSample
 from plphp.policy.rotation import Rotation
+from plphp.policy.sampled_answer import SampledAnswer
 
 LAYERS = (1, 3)
 ROTATIONS = {layer: Rotation(torch.tensor([1.0])) for layer in LAYERS}
@@ -67,6 +68,28 @@ def test_a_sample_goes_on_where_its_bank_ended(size: int, tmp_path: Path) -> Non
     assert numbers(resumed) == numbers(expected)
     assert resumed.ahead.tolist() == expected.ahead.tolist()
     assert resumed.record == expected.record
+
+
+@pytest.mark.parametrize("size", [6, 100])
+def test_what_was_taken_of_answers_makes_the_same_sample_again(size: int, tmp_path: Path) -> None:
+    """Also from files, and of an answer of which no token was taken."""
+    whole, again, first = BankSample(size), BankSample(size), 0
+    taken = []
+    for tokens in (2, 7, 1, 1, 1, 1, 1, 11, 4):
+        answer_of = whole.add(answer(first, tokens))
+        assert answer_of is not None
+        taken.append(len(answer_of.ahead))
+        answer_of.bank(ROTATIONS, {}).save(tmp_path / "answer")
+        again.replay(SampledAnswer.of(QueryBank.load(tmp_path / "answer")))
+        first += tokens
+    assert (0 in taken) == (size == 6)
+    expected, replayed = whole.bank(ROTATIONS, {}), again.bank(ROTATIONS, {})
+    assert numbers(replayed) == numbers(expected)
+    assert replayed.ahead.tolist() == expected.ahead.tolist()
+    assert replayed.record == expected.record
+    assert answer_of is not None
+    with pytest.raises(ConfigError, match="it holds answer 9, behind 25 tokens, expected answer 10, behind 29"):
+        again.replay(answer_of)
 
 
 def test_threads_lose_no_answer() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from plphp import ConfigError, QueryBank
+from plphp.policy import bank_folder
 from plphp.policy.bank_folder import BankFolder, BankModel
 from plphp.policy.bank_sampling import BankSample
 from plphp.policy.book_learning import with_books
@@ -32,6 +33,13 @@ ROTATIONS = {2: Rotation(torch.tensor([1.0, 0.1]))}
 
 def answer(number: float, tokens: int = 2) -> dict[int, Tensor]:
     return {2: torch.full((1, tokens, 4), float(number))}
+
+
+def kept(folder: Path) -> QueryBank:
+    """What a folder keeps, as a session reads it."""
+    loaded = BankFolder(folder, MODEL).load()
+    assert loaded is not None
+    return loaded.bank
 
 
 def numbers(bank: QueryBank | None) -> list[float]:
@@ -62,10 +70,15 @@ def test_entries_are_kept_until_the_bank_is_complete_and_become_codebooks(tmp_pa
     for number in (1, 2, 3):  # in three processes
         collection = BankCollection(OwnBank(3, str(tmp_path)), MODEL)
         collection.add([wide(number)], ROTATIONS, [entries(number)])
-        kept = QueryBank.load(tmp_path / NAME)
-        assert (kept.books is None) == (kept.sampled is not None) == (number < 3)
-        assert kept.record["book_tokens"] == 6 * number
-    for bank in (whole.bank, collection.bank, kept, BankCollection(OwnBank(3, str(tmp_path)), MODEL).bank):
+        now = kept(tmp_path)
+        assert (now.books is None) == (now.sampled is not None) == (number < 3)
+        assert now.record["book_tokens"] == 6 * number
+    for bank in (
+        whole.bank,
+        collection.bank,
+        QueryBank.load(tmp_path / NAME),
+        BankCollection(OwnBank(3, str(tmp_path)), MODEL).bank,
+    ):
         assert bank is not None
         assert bank.books is not None
         assert torch.equal(bank.books[2].keys.fine, expected[2].keys.fine)
@@ -79,14 +92,14 @@ def sampled(*prompts: int) -> EntrySample:
     return sample
 
 
-def test_a_session_of_fewer_prompts_learns_from_what_the_file_holds_and_leaves_it(tmp_path: Path) -> None:
+def test_a_session_of_fewer_prompts_learns_from_what_the_folder_holds_and_leaves_it(tmp_path: Path) -> None:
     BankCollection(OwnBank(3, str(tmp_path)), MODEL).add([wide(1), wide(2)], ROTATIONS, [entries(1), entries(2)])
-    content = (tmp_path / NAME).read_bytes()
+    content = {path: path.read_bytes() for path in tmp_path.iterdir()}
     fewer = BankCollection(OwnBank(2, str(tmp_path)), MODEL).bank
     assert fewer is not None
     assert fewer.books is not None
     assert fewer.sampled is None
-    assert (tmp_path / NAME).read_bytes() == content
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == content
 
 
 def test_codebooks_stay_where_a_bank_is_added_to(tmp_path: Path) -> None:
@@ -136,25 +149,38 @@ def test_a_file_of_fewer_prompts_is_added_to_and_of_more_is_taken(tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {NAME, NAME.replace("safetensors", "lock")}
 
 
-def _collect(folder: str, first: int) -> None:
+def _collect(folder: str, first: int, room: int) -> None:
+    bank_folder.MOST_ANSWERS = room
     collection = BankCollection(OwnBank(12, folder), MODEL)
     for number in range(first, first + 8):
         collection.add([answer(number)], ROTATIONS)
 
 
-def test_processes_lose_nothing_and_end_with_the_same_bank(tmp_path: Path) -> None:
+def _watch(folder: str) -> None:
+    """What a session does before each prompt: it never finds half of what another writes."""
+    collection, collected = BankCollection(OwnBank(12, folder), MODEL), 0
+    while collection.bank is None:
+        collection.refresh()
+        assert collection.progress.collected >= collected
+        collected = collection.progress.collected
+
+
+@pytest.mark.parametrize("room", [2, 16])
+def test_processes_lose_nothing_and_end_with_the_same_bank(room: int, tmp_path: Path) -> None:
+    """Also where answers are put into the bank before it is complete, while a third process reads."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_collect, args=(str(tmp_path), first)) for first in (0, 100)]
+    processes = [context.Process(target=_collect, args=(str(tmp_path), first, room)) for first in (0, 100)]
+    processes.append(context.Process(target=_watch, args=(str(tmp_path),)))
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    kept = numbers(QueryBank.load(tmp_path / NAME))
-    assert len(kept) == 24
-    assert kept[::2] == kept[1::2]
-    assert len(set(kept)) == 12, "an answer is there twice, and another was lost"
-    ours, theirs = [number for number in kept[::2] if number < 100], [number for number in kept[::2] if number >= 100]
+    found = numbers(QueryBank.load(tmp_path / NAME))
+    assert len(found) == 24
+    assert found[::2] == found[1::2]
+    assert len(set(found)) == 12, "an answer is there twice, and another was lost"
+    ours, theirs = [number for number in found[::2] if number < 100], [number for number in found[::2] if number >= 100]
     assert ours == list(range(len(ours)))
     assert theirs == list(range(100, 100 + len(theirs)))
     assert {path.name for path in tmp_path.iterdir()} == {NAME, NAME.replace("safetensors", "lock")}
@@ -192,9 +218,10 @@ def test_two_saves_never_write_to_the_same_file(tmp_path: Path, monkeypatch: pyt
 def test_a_file_that_was_taken_away_begins_anew(tmp_path: Path) -> None:
     collection = BankCollection(OwnBank(3, str(tmp_path)), MODEL)
     collection.add([answer(1)], ROTATIONS)
-    (tmp_path / NAME).unlink()
+    [file] = tmp_path.glob("*.safetensors")
+    file.unlink()
     assert collection.add([answer(2)], ROTATIONS) == BankProgress(1, 3)
-    assert numbers(QueryBank.load(tmp_path / NAME)) == [2, 2]
+    assert numbers(kept(tmp_path)) == [2, 2]
 
 
 def saved(path: Path, bank: QueryBank, **record: object) -> None:
@@ -202,8 +229,8 @@ def saved(path: Path, bank: QueryBank, **record: object) -> None:
 
 
 def test_a_file_that_is_no_bank_of_this_model_is_refused_and_stays(tmp_path: Path) -> None:
+    BankCollection(OwnBank(1, str(tmp_path)), MODEL).add([answer(1)], ROTATIONS)
     collection = BankCollection(OwnBank(2, str(tmp_path)), MODEL)
-    collection.add([answer(1)], ROTATIONS)
     file = tmp_path / NAME
     good = QueryBank.load(file)
     for record, match in (
@@ -256,7 +283,7 @@ def test_a_save_that_fails_costs_no_answer_and_is_made_up_for(
         assert collection.add([answer(2)], ROTATIONS) == BankProgress(2, 2)
     assert f"{NAME}: No space left on device" in caplog.text
     assert "Nothing is pruned before the query bank is saved" in caplog.text
-    assert numbers(QueryBank.load(tmp_path / NAME)) == [1, 1]
+    assert numbers(kept(tmp_path)) == [1, 1]
     assert not list(tmp_path.glob("*.part"))
     assert not list(tmp_path.glob(".*.part"))
     assert collection.bank is None
@@ -283,9 +310,9 @@ def test_a_folder_without_room_for_a_lock_costs_no_answer(
     assert numbers(collection.bank) == numbers(QueryBank.load(tmp_path / NAME)) == [1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_complete_bank_holds_no_sample_and_only_a_kept_one_is_built_before(
-    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_complete_bank_holds_no_sample_and_none_is_built_before(
+    in_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built, build = [], BankSample.bank
 
@@ -294,11 +321,11 @@ def test_a_complete_bank_holds_no_sample_and_only_a_kept_one_is_built_before(
         return build(sample, *args)
 
     monkeypatch.setattr(BankSample, "bank", bank)
-    collection = BankCollection(OwnBank(3, str(tmp_path) if kept else ""), MODEL)
+    collection = BankCollection(OwnBank(3, str(tmp_path) if in_folder else ""), MODEL)
     samples = weakref.WeakSet([collection._sample])
     for number in (1, 2, 3):
         collection.add([answer(number)], ROTATIONS)
-    assert built == ([1, 2, 3] if kept else [3])
+    assert built == [3]
     gc.collect()
     assert not samples, "the queries are held twice"
     assert collection.progress == BankProgress(3, 3)

@@ -15,12 +15,17 @@ FIELDS: tl.constexpr = tl.constexpr(4)
 """Fields of the table before those of the tiers, and of each tier."""
 
 
+NO_NUMBER: tl.constexpr = tl.constexpr(0x7F800001)
+"""The bits of what is no number: more than any other, so that it is chosen first, as it is by the order of torch."""
+
+
 @triton.jit
 def choose(
     mass, table, chosen, ends, logits, pairs, tiers, longest, most, length,
     GROUP: tl.constexpr, RESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The entries of a pair that a query reads: those with the largest mass, and of equal ones the first.
+    """The entries of a pair that a query reads: those with the largest mass, and of equal ones the first. NaN counts as
+    the largest mass, and all NaN are equal.
 
     Their places among all that the pair holds are written to ``chosen``, int32 [units, most], in their order, and to
     ``ends``, int32 [units, tiers], how many there are up to the end of each tier. With ``RESTS`` their logits become
@@ -32,7 +37,7 @@ def choose(
     masses = mass + unit.to(tl.int64) * longest
     # By halving, in the bits of the masses, which are in the order of the masses: at most `wanted` are above `high`,
     # and more than that above `low`. 64 bits, as the differences of 32 overflow.
-    low, high, above = tl.full([], -2, tl.int64), tl.full([], 0x7FFFFFFF, tl.int64), tl.full([], 0, tl.int32)
+    low, high, above = tl.full([], -2, tl.int64), tl.full([], NO_NUMBER, tl.int64), tl.full([], 0, tl.int32)
     while (high - low > 1) & (above != wanted):
         middle = low + (high - low) // 2
         count = tl.full([], 0, tl.int32)
@@ -66,6 +71,7 @@ def choose(
 
 @triton.jit
 def _bits(masses, entry, inside):
-    """The bits of masses, int64: numbers from 0 on, also of NaN, which may have a sign; -3 where there is no entry."""
+    """The bits of masses, int64: from 0 up to NO_NUMBER, which NaN of any sign and payload has; -3 where there is no
+    entry."""
     own = tl.load(masses + entry, mask=inside, other=0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.where(inside, own, -3).to(tl.int64)
+    return tl.where(inside, tl.minimum(own, NO_NUMBER), -3).to(tl.int64)

@@ -206,7 +206,8 @@ class _Rows:
 
     def _chosen(self, of_index: Tensor) -> Tensor:
         """The entries that queries read, bool [rows, kv_heads, query, longest], from the logits of the index."""
-        mass = of_index.softmax(-1).mean(2).masked_fill(~self.held[:, :, None], -1.0)
+        # A mass is at most 1: all NaN are above it and alike, however a device sorts NaN.
+        mass = of_index.softmax(-1).mean(2).nan_to_num(2.0).masked_fill(~self.held[:, :, None], -1.0)
         most = self.readers.wanted[:, :, None, None]
         position = torch.arange(mass.shape[-1], device=mass.device).expand_as(mass)
         order = mass.argsort(dim=-1, descending=True, stable=True)

@@ -18,6 +18,7 @@ from plphp.kernels.books import LayerBooks
 from .bank import LayerBank, QueryBank
 from .entry_sampling import TOKENS, Entries, EntrySample
 from .rotation import Rotation
+from .sampled_answer import SampledAnswer
 
 log = logging.getLogger("plphp")
 
@@ -87,7 +88,7 @@ class BankSample:
         sample.entries, sample._books = bank.sampled or sample.entries, bank.books
         return sample
 
-    def add(self, queries: Mapping[int, Tensor], entries: Entries | None = None) -> bool:
+    def add(self, queries: Mapping[int, Tensor], entries: Entries | None = None) -> SampledAnswer | None:
         """Take the queries of a whole answer, and entries of its prompt.
 
         Parameters
@@ -100,8 +101,9 @@ class BankSample:
 
         Returns
         -------
-        bool
-            False for an answer that counts for nothing: without a query, or with one that is not finite.
+        SampledAnswer or None
+            What was taken, in main memory, for `replay`; None for an answer that counts for nothing: without a query,
+            or with one that is not finite.
 
         Raises
         ------
@@ -117,32 +119,77 @@ class BankSample:
                 )
             tokens = next(iter(lengths.values()))
             if not tokens:
-                return False
+                return None
             if not all(bool(part.isfinite().all()) for part in queries.values()):
                 log.warning("An answer is left out of the query bank: there is NaN or inf among its queries.")
-                return False
-            if entries and self._books is None:
-                self.entries = self.entries.with_prompt(entries, self.book_tokens, self.seed)
-            self._draw({layer: part.detach().cpu() for layer, part in queries.items()}, tokens)
-            self.prompts += 1
-            return True
+                return None
+            taken = self._take_entries(entries or {})
+            number, before, places = self.prompts + 1, self.answer_tokens, self._places(tokens)
+            ahead = torch.tensor(sorted(set(places.values())), dtype=torch.long)
+            kept = {layer: part.detach()[:, ahead.to(part.device)].cpu() for layer, part in queries.items()}
+            answer = SampledAnswer(number, before, tokens, ahead, kept, taken)
+            self._put(answer, places)
+            return answer
 
-    def _draw(self, queries: Mapping[int, Tensor], tokens: int) -> None:
-        kept = {layer: self._queries.setdefault(layer, []) for layer in queries}
+    def replay(self, answer: SampledAnswer) -> None:
+        """Take what another sample took of an answer, and be what that one was then.
+
+        Parameters
+        ----------
+        answer : SampledAnswer
+            Of a sample of the same size and seed, which had taken the same answers before.
+
+        Raises
+        ------
+        ConfigError
+            If it is no such answer. The sample is of no use then.
+        """
+        with self._lock:
+            if (answer.number, answer.before) != (self.prompts + 1, self.answer_tokens):
+                raise ConfigError(
+                    f"it holds answer {answer.number}, behind {answer.before} tokens, expected answer "
+                    f"{self.prompts + 1}, behind {self.answer_tokens}"
+                )
+            places, ahead = self._places(answer.tokens), answer.ahead.tolist()
+            shapes = {layer: tuple(part.shape) for layer, part in answer.queries.items()}
+            known = {layer: (kept[0].shape[0], len(ahead), kept[0].shape[1]) for layer, kept in self._queries.items()}
+            alike = all(len(shape) == 3 and shape[1] == len(ahead) for shape in shapes.values())
+            if not answer.tokens or sorted(set(places.values())) != ahead or not alike or known not in ({}, shapes):
+                raise ConfigError(
+                    f"it holds the tokens {ahead} of {answer.tokens} with queries of the shapes {shapes}, and not what "
+                    "a sample takes of this answer"
+                )
+            self._take_entries(answer.entries)
+            self._put(answer, places)
+
+    def _take_entries(self, entries: Entries) -> Entries:
+        """Take entries of a prompt as long as there are no codebooks; those that were taken."""
+        if self._books is not None:
+            return {}
+        before = self.entries
+        self.entries = before.with_prompt(entries, self.book_tokens, self.seed)
+        return {} if self.entries is before else entries
+
+    def _places(self, tokens: int) -> dict[int, int]:
+        """Draw for the tokens of the next answer: by place in the sample the token that comes there."""
+        places = {}
         for token in range(tokens):
             number = self.answer_tokens
             self.answer_tokens += 1
             place = number if number < self.size else self._random.randrange(number + 1)
-            if place >= self.size:
-                continue
-            if place == len(self._ahead):
-                self._ahead.append(token)
-                for layer, part in queries.items():
-                    kept[layer].append(part[:, token].clone())  # a view would keep the whole answer
-            else:
-                self._ahead[place] = token
-                for layer, part in queries.items():
-                    kept[layer][place] = part[:, token].clone()
+            if place < self.size:
+                places[place] = token
+        return places
+
+    def _put(self, answer: SampledAnswer, places: Mapping[int, int]) -> None:
+        kept = {layer: self._queries.setdefault(layer, []) for layer in answer.queries}
+        column = {token: number for number, token in enumerate(answer.ahead.tolist())}
+        for place, token in places.items():
+            self._ahead[place : place + 1] = [token]  # also at the end, where it is added
+            for layer, part in answer.queries.items():
+                query = part[:, column[token]].clone()  # a view would keep the whole answer
+                kept[layer][place : place + 1] = [query]
+        self.prompts += 1
 
     def bank(self, rotations: Mapping[int, Rotation], record: Mapping[str, Any]) -> QueryBank:
         """The query bank of the sample so far.

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from plphp.errors import ConfigError
 from plphp.policy.bank import QueryBank
-from plphp.policy.bank_folder import BankFolder, BankModel
+from plphp.policy.bank_folder import BankFolder, BankModel, State
 from plphp.policy.bank_sampling import BankSample
 from plphp.policy.book_learning import with_books
 from plphp.policy.entry_sampling import Entries
 from plphp.policy.evidence import OwnBank
 from plphp.policy.rotation import Rotation
+from plphp.policy.sampled_answer import SampledAnswer
 
 from .report import BankProgress
 
@@ -30,7 +31,7 @@ class BankCollection:
     """Collects the bank that a method asks for with `plphp.policy.evidence.OwnBank`. Threads may share it.
 
     As long as `bank` is None, an engine answers unpruned and hands the queries of the answers to `add`. With a folder,
-    the file there says how far the collection is: processes that share it add to the same bank.
+    the files there say how far the collection is: processes that share it add to the same bank.
 
     Parameters
     ----------
@@ -52,7 +53,8 @@ class BankCollection:
         self._folder = BankFolder(wanted.folder, model) if wanted.folder else None
         self._sample = BankSample()  # empty again once there is the bank
         self._bank: QueryBank | None = None
-        self._read: tuple[int, ...] | None = None  # what the file was when it was read or written last
+        self._read: State = ()  # what the files were when they were read or written last
+        self._saved = 0  # prompts that they are of
         self._warned = False
         self._useless = 0  # answers in a row that counted for nothing
         self._lock = threading.RLock()
@@ -75,26 +77,22 @@ class BankCollection:
         return BankProgress(sample.prompts if bank is None else bank.record["prompts"], self.wanted.prompts)
 
     def refresh(self) -> None:
-        """Take in what another process has added to the file, if there is one.
+        """Take in what another process has added to the folder, if there is one.
 
         Raises
         ------
         ConfigError
-            If the file cannot be used.
+            If a file there cannot be used.
         """
         with self._lock:
             if self._bank is not None or self._folder is None or self._folder.changed() == self._read:
                 return
             changed, kept = self._folder.changed(), self._folder.load()
-            try:
-                sample = BankSample() if kept is None else BankSample.of(kept)
-            except ConfigError as error:
-                raise self._folder.refusal(f"The query bank {self._folder.file} is broken: {error}.") from error
-            self._read = changed
-            if kept is not None and sample.prompts >= self.wanted.prompts:
-                self._finish(kept)
+            self._read, self._saved = changed, 0 if kept is None else kept.sample.prompts
+            if kept is not None and self._saved >= self.wanted.prompts:
+                self._finish(kept.bank)
             else:
-                self._sample = sample
+                self._sample = BankSample() if kept is None else kept.sample
 
     def warn_unpruned(self) -> None:
         """Warn, once, that answers are not pruned yet."""
@@ -131,8 +129,8 @@ class BankCollection:
             For each answer the vision entries of its prompt, see `plphp.policy.entry_sampling.centred`; none at all
             from an engine that does not hear them, whose bank has no codebooks.
         about : callable, optional
-            What else the record of the bank is to say of the model, JSON-ready; asked when a bank is made of the
-            sample, as it may take long.
+            What else the record of the bank is to say of the model, JSON-ready; asked when something is written or the
+            bank is complete, as it may take long.
 
         Returns
         -------
@@ -140,29 +138,36 @@ class BankCollection:
         """
         heard = list(zip(answers, entries or [{}] * len(answers), strict=True))
         with self._lock:
-            taken = False
+            refreshed = False
             try:
                 with nullcontext() if self._folder is None else self._folder.locked():
                     self.refresh()
-                    taken = True
-                    if self._take(heard):
-                        self._keep(rotations, about)
+                    refreshed = True
+                    taken = self._take(heard)
+                    if self._sample.prompts >= self.wanted.prompts:
+                        self._complete(rotations, {**self.model.record(), **about()})
+                    elif taken:
+                        if self._folder is not None:
+                            self._save(self._folder, taken, rotations, {**self.model.record(), **about()})
+                        self._log_progress()
             except ConfigError as error:
                 if self._folder is None:
                     raise
                 log.error("%s Nothing is pruned before the query bank is saved; the next answer tries again.", error)
-                if not taken:
+                if not refreshed:
                     self._take(heard)
             return self.progress
 
-    def _take(self, heard: Sequence[tuple[Mapping[int, Tensor], Entries]]) -> bool:
-        """Add answers to the sample as long as it wants any; whether there is something to save."""
+    def _take(self, heard: Sequence[tuple[Mapping[int, Tensor], Entries]]) -> list[SampledAnswer]:
+        """Add answers to the sample as long as it wants any; what it took of them."""
         if self._bank is not None:
-            return False
-        before = self._sample.prompts
+            return []
+        all_taken = []
         for queries, entries in heard:
             if self._sample.prompts < self.wanted.prompts:
-                self._useless = 0 if self._sample.add(queries, entries) else self._useless + 1
+                taken = self._sample.add(queries, entries)
+                self._useless = self._useless + 1 if taken is None else 0
+                all_taken += [] if taken is None else [taken]
         if self._useless >= self.wanted.prompts:
             log.warning(
                 "The last %d answer(s) gave nothing to the query bank, and nothing is pruned before it is complete: an "
@@ -171,26 +176,41 @@ class BankCollection:
                 self._useless,
             )
             self._useless = 0
-        # Where the last save has failed, the sample is full without any answer more.
-        return self._sample.prompts > before or self._sample.prompts >= self.wanted.prompts
+        return all_taken
 
-    def _keep(self, rotations: Mapping[int, Rotation], about: Callable[[], Mapping[str, Any]]) -> None:
-        done, wanted = self._sample.prompts, self.wanted.prompts
-        if self._folder is None and done < wanted:
-            log.info("The query bank is of %d of %d prompts.", done, wanted)
-            return
-        bank = self._sample.bank(rotations, {**self.model.record(), **about()}).rounded()
-        if done >= wanted:
-            bank = with_books(bank, self._device)
+    def _save(
+        self,
+        folder: BankFolder,
+        taken: Sequence[SampledAnswer],
+        rotations: Mapping[int, Rotation],
+        record: Mapping[str, Any],
+    ) -> None:
+        """Keep what the sample took since the last call: the answers alone, or where that does not do, all of it."""
+        if self._saved + len(taken) == self._sample.prompts and folder.has_room(len(taken)):
+            for answer in taken:
+                folder.add(answer, rotations, record)
+                self._note_saved(folder, answer.number)
+        else:  # there is no room for them, or those before could not be saved and are in the sample alone
+            folder.save(self._sample.bank(rotations, record).rounded())
+            self._note_saved(folder, self._sample.prompts)
+
+    def _note_saved(self, folder: BankFolder, prompts: int) -> None:
+        self._read, self._saved = folder.changed(), prompts
+
+    def _complete(self, rotations: Mapping[int, Rotation], record: Mapping[str, Any]) -> None:
+        bank = with_books(self._sample.bank(rotations, record).rounded(), self._device)
+        where = ""
         if self._folder is not None:
             self._folder.save(bank)
-            self._read = self._folder.changed()
-        log.info("The query bank is of %d of %d prompts.", done, wanted)
-        if done >= wanted:
-            self._finish(bank)
-            where = "" if self._folder is None else f" It is kept in {self._folder.file}."
-            queries = len(bank.ahead)
-            log.info("The query bank is complete: %d prompts, %d queries; pruning from now on.%s", done, queries, where)
+            self._note_saved(self._folder, self._sample.prompts)
+            where = f" It is kept in {self._folder.file}."
+        self._log_progress()
+        self._finish(bank)
+        done, queries = bank.record["prompts"], len(bank.ahead)
+        log.info("The query bank is complete: %d prompts, %d queries; pruning from now on.%s", done, queries, where)
+
+    def _log_progress(self) -> None:
+        log.info("The query bank is of %d of %d prompts.", self._sample.prompts, self.wanted.prompts)
 
     def _finish(self, bank: QueryBank) -> None:
         # The file of a session that wants more prompts has the entries alone.
