@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from plphp.policy.allocation import kept_count
 from plphp.policy.image_tokens import Chosen, ImageTokens
 from plphp.policy.method import Method
 from plphp.policy.stages import EncoderStage
 from plphp.settings.config import PLPHPConfig
+
+from ._encoder import check, staying
 
 
 def choose(image: ImageTokens, config: PLPHPConfig) -> Chosen:
@@ -17,7 +18,7 @@ def choose(image: ImageTokens, config: PLPHPConfig) -> Chosen:
     tokens = len(image.features)
     # Whatever the other rows are: a padded row is the row alone.
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + image.number) % 2**63)
-    drawn = torch.randperm(tokens, generator=generator)[: kept_count(config.base_rate, tokens, config.min_kept)]
+    drawn = torch.randperm(tokens, generator=generator)[: staying(image, config)]
     return Chosen(torch.zeros(tokens, dtype=torch.bool).index_fill(0, drawn, True))
 
 
@@ -26,5 +27,6 @@ METHOD = Method(
     summary="before the text model: random vision tokens leave",
     paper="control",
     encoder=EncoderStage(choose),
+    check=check,
     when="as the control that a method of the encoder stage has to beat",
 )

@@ -18,11 +18,11 @@ class TowerEvidence:
 
     Parameters
     ----------
-    layers : tuple of int
-        Layers of the tower with attention over the whole image, negative ones from the end.
+    layers : tuple of int, or slice
+        Layers of the tower with attention over the whole image, negative ones from the end; of a slice what there is.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] | slice
 
 
 @dataclass(frozen=True)

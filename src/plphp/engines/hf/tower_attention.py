@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from plphp.errors import UnsupportedFeatureError
 
 from .attention import PREFIX, SUPPORTED_BASES, stock_attention
-from .hiding import Attention
+from .packed_masks import Attention
 
 
 class Listener(Protocol):

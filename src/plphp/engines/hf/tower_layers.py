@@ -53,9 +53,11 @@ def part_of(model: PreTrainedModel, path: str) -> nn.Module:
 
 
 def chosen_layers(
-    model: PreTrainedModel, tower: VisionTower, module: nn.Module, layers: Sequence[int]
+    model: PreTrainedModel, tower: VisionTower, module: nn.Module, layers: Sequence[int] | slice
 ) -> list[nn.Module]:
     """Return the attention modules of some layers of a tower, counted over those with full attention.
+
+    A slice takes what there is of it, one layer at least.
 
     Raises
     ------
@@ -64,6 +66,8 @@ def chosen_layers(
     """
     found = [part for part in module.modules() if type(part).__name__.endswith("Attention") and hasattr(part, "config")]
     full = found if tower.full_attention is None else [found[i] for i in tower.full_attention(model.config)]
+    if isinstance(layers, slice):
+        layers = range(*layers.indices(len(full)))
     missing = [layer for layer in layers if not -len(full) <= layer < len(full)]
     if missing or not layers:
         raise ConfigError(

@@ -22,7 +22,7 @@ from .unwrapping import unwrapped
 
 
 @contextmanager
-def recorded_tower(model: Any, layers: Sequence[int] = (-1,)) -> Iterator[TowerRecord]:
+def recorded_tower(model: Any, layers: Sequence[int] | slice = (-1,)) -> Iterator[TowerRecord]:
     """Record the attention of a model's vision tower while the model runs as usual.
 
     The tower runs once and its features are those that it has without a record, to the bit: the model's own attention
@@ -33,8 +33,8 @@ def recorded_tower(model: Any, layers: Sequence[int] = (-1,)) -> Iterator[TowerR
     ----------
     model : PreTrainedModel
         A model of a known family, or a wrapper around one.
-    layers : sequence of int
-        The layers to record, from 0 or, negative, from the end. Counted are the layers of the tower in which a patch
+    layers : sequence of int, or slice
+        The layers to record, from 0 or, negative, from the end; of a slice what there is. Counted are the layers of the tower in which a patch
         sees its whole image or frame, and not those with windows.
 
     Yields

@@ -66,10 +66,8 @@ class TowerWatch:
             )
         passes = self._record.passes
         of_layers = []
-        for number in range(len(self._asked.layers)):
-            patches = [
-                run.received[number] if run.class_rows is None else run.class_rows[number] for run in passes
-            ]
+        for number in range(len(passes[0].received)):
+            patches = [run.received[number] if run.class_rows is None else run.class_rows[number] for run in passes]
             rows = token_scores(self._model, self._inputs, patches, past_length=self._past)
             of_layers.append([image for row in rows for image in row])
         return [torch.stack(image) for image in zip(*of_layers, strict=True)]
