@@ -128,6 +128,9 @@ def test_a_token_has_the_scores_of_the_patches_that_it_depends_on(name: str, vid
         gradient = torch.autograd.grad(token, leaves[0], retain_graph=True, allow_unused=True)[0]
         depends.append(torch.zeros(scores.numel()) if gradient is None else gradient.abs().amax(-1).flatten())
     jacobian = torch.stack(depends) > 1e-12
+    position = tower_of(model).class_token(model.config)
+    if position is not None:
+        assert not jacobian.view(len(tokens), *scores.shape)[:, :, position].any()
     carried = torch.zeros(jacobian.shape).double()
     constant = flat(token_scores(model, inputs, [torch.ones_like(scores)]))
     for patch in range(scores.numel()):
