@@ -122,9 +122,9 @@ class PromptReport:
     layers : list of LayerReport
         The pruned layers.
     stages : list of StageReport
-        What left before layers got it, in the order of the layers; empty for methods of the KV cache.
+        What left before layers got it, in their order.
     computed : list of int
-        By decoder layer, the tokens that it computed, over the rows and without padding; empty where that was all.
+        By decoder layer, the tokens that it computed, without padding; empty where that was all.
     """
 
     start: int
@@ -296,10 +296,6 @@ def _check_numbers(report: object, names: tuple[str, ...]) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def _positions(values: Any) -> list[int]:
-    return _integers(values, "positions")
-
-
 def _integers(values: Any, name: str) -> list[int]:
     if not isinstance(values, list) or not all(type(value) is int for value in values):
         raise TypeError(f"{name} must be a list of integers, got {values!r:.60}")
@@ -311,15 +307,17 @@ def _read_row(values: dict[str, Any]) -> RowReport:
     _check_numbers(row, ("vision_score", "rate", "vision_tokens", "entry_bytes", "means_bytes"))
     return dataclasses.replace(
         row,
-        kept_positions=[_positions(head) for head in row.kept_positions],
-        evicted_text=[_positions(head) for head in row.evicted_text],
+        kept_positions=[_integers(head, "positions") for head in row.kept_positions],
+        evicted_text=[_integers(head, "positions") for head in row.evicted_text],
         tiers=[_read_tier(tier) for tier in values.get("tiers", [])],
     )
 
 
 def _read_tier(values: dict[str, Any]) -> TierReport:
     return TierReport(
-        values["rung"], [_positions(head) for head in values["positions"]], _integers(values["nbytes"], "nbytes")
+        values["rung"],
+        [_integers(head, "positions") for head in values["positions"]],
+        _integers(values["nbytes"], "nbytes"),
     )
 
 
@@ -340,7 +338,7 @@ def _read_prompt(values: dict[str, Any]) -> PromptReport:
         end=values["end"],
         images=[
             [
-                ImageReport(_positions(image["positions"]), tuple(image["grid"]) if image["grid"] else None)
+                ImageReport(_integers(image["positions"], "positions"), tuple(image["grid"]) if image["grid"] else None)
                 for image in row
             ]
             for row in values["images"]

@@ -141,8 +141,8 @@ def test_every_method_keeps_the_bad_row_and_prunes_the_others(method: str, tmp_p
     assert_others_are_answered(found, expected, generate(model, inputs))
     for layer, before in zip(report.prompts[0].layers, whole.prompts[0].layers, strict=True):
         for row in GOOD:
-            # The bad row keeps tokens that others are summed beside: the last bits of a score may differ.
-            assert layer.rows[row].vision_score == pytest.approx(before.rows[row].vision_score, abs=1e-12)
+            # Beside a bad row that keeps all its tokens the last bits of a score in float32 may differ.
+            assert layer.rows[row].vision_score == pytest.approx(before.rows[row].vision_score, abs=1e-6)
             assert replace(layer.rows[row], vision_score=0.0) == replace(before.rows[row], vision_score=0.0)
         assert (layer.rows[BAD].layer_class, layer.rows[BAD].rate) == ("non-finite", 1.0)
         assert layer.rows[BAD].kept == [layer.rows[BAD].vision_tokens] * 2

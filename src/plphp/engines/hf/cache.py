@@ -169,9 +169,7 @@ class PrunedCache(PackedCache):
                 self._before_whole()
             self.reading = self._reading_of(spans, features_of(turn))
             self.leaving = self.reading.leaving
-            asked = self.chain.tower
-            if asked is not None:
-                self.watch = TowerWatch(self.attachment.model, asked, turn, spans.start)
+            self.watch = TowerWatch.of(self.attachment.model, self.chain, turn, spans.start)
             self._by_mask = vision_mask is not None
         return turn
 
@@ -253,8 +251,6 @@ class PrunedCache(PackedCache):
 
     def enter_layer(self, number: int, states: Tensor) -> tuple[Tensor, Packing | None]:
         """Say what a decoder layer gets, see `PackedCache`; an error ends the cache."""
-        if self.leaving is None:
-            return states, None
         with self._ended_by_errors():
             if number == 0 and self.reading is not None:
                 self._repeat_rows(self.reading, states.shape[0])
