@@ -14,6 +14,7 @@ from left_masked import left_tokens_masked
 from plphp import PLPHPConfig, PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.pruning.report import PruneReport
+from precision import assert_exact
 from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -134,3 +135,54 @@ def test_what_left_is_not_computed_and_not_held(stages: str) -> None:
         tokens * report.prompts[0].layers[0].rows[0].entry_bytes * model.config.text_config.num_key_value_heads
         for tokens in expected
     ]
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("stages", ["encoder", "prefill", "both"])
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl", "gemma3"])
+def test_beams_and_samples(family: str, stages: str, kwargs: dict[str, Any]) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 1])
+    torch.manual_seed(0)
+    output, report = pruned(model, inputs, PLPHPConfig.parse(chains(family)[stages]), **kwargs)
+    assert report.batch > 2
+    with left_tokens_masked(model, report):
+        torch.manual_seed(0)
+        assert_same_generation(generate(model, inputs, **kwargs), output)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if TINY[family].videos and family not in WITH_STATE])
+def test_videos(family: str) -> None:
+    model, tiny = tiny_model(family), TINY[family]
+    inputs = tiny.inputs(model, [1, 1], video=True)
+    for stages, line in chains(family).items():
+        output, report = pruned(model, inputs, PLPHPConfig.parse(line))
+        assert_something_left(report)
+        with left_tokens_masked(model, report):
+            assert_same_generation(generate(model, inputs), output)
+        assert stages
+
+
+@pytest.mark.parametrize("family", sorted(WITH_STATE & set(FAMILIES)))
+def test_layers_with_a_state_read_the_short_sequence(family: str) -> None:
+    """They have no mask by which a token could be hidden: what they read is the prompt without it, at its positions."""
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2])
+    output, report = pruned(model, inputs, PLPHPConfig.parse(ENCODER))
+    given: dict[str, Any] = {}
+    decoder = model.get_decoder()
+    hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+        hook.remove()
+        [image_tokens] = [[place for image in row for place in image.positions] for row in report.prompts[0].images]
+        [kept] = report.prompts[0].stages[0].positions
+        gone = set(image_tokens) - set(kept)
+        short = [place for place in range(inputs["input_ids"].shape[1]) if place not in gone]
+        assert len(short) < inputs["input_ids"].shape[1]
+        position_ids = given.get("position_ids")
+        places = torch.tensor(short)[None] if position_ids is None else position_ids[..., short]
+        # Without a mask, transformers takes positions with gaps for several sequences in one row.
+        seen = torch.ones(1, len(short), dtype=torch.long)
+        read = {"inputs_embeds": given["inputs_embeds"][:, short], "position_ids": places, "attention_mask": seen}
+        states = decoder(**read, use_cache=False)
+        logits = model.get_output_embeddings()(states.last_hidden_state[:, -1])
+    assert_exact(output.logits[0], logits)
