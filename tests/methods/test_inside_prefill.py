@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -92,7 +93,8 @@ def test_the_steps_of_the_paper() -> None:
 @pytest.mark.parametrize("layers", [3, 8, 26, 32, 61])
 @pytest.mark.parametrize("rate", [0.4, 0.5, 0.7, 0.95])
 @pytest.mark.parametrize(
-    "line", ["pyramiddrop:", "pyramiddrop:stages=7,", "p_sigmoid:", "p_sigmoid:steepness=0.5,", "p_sigmoid:steepness=90,"]
+    "line",
+    ["pyramiddrop:", "pyramiddrop:stages=7,", "p_sigmoid:", "p_sigmoid:steepness=0.5,", "p_sigmoid:steepness=90,"],
 )
 def test_the_mean_over_the_layers_is_what_is_asked_for(line: str, rate: float, layers: int) -> None:
     drops = rates(f"{line}retention_rate={rate}", layers)
@@ -105,7 +107,7 @@ def test_a_sigmoid_of_the_depth() -> None:
     drops = rates("p_sigmoid:retention_rate=0.5,steepness=8", 8)
     assert list(drops) == list(range(1, 8))
     logits = [math.log(rate / (1 - rate)) for rate in drops.values()]
-    assert [later - earlier for earlier, later in zip(logits, logits[1:], strict=False)] == pytest.approx([-1.0] * 6)
+    assert [later - earlier for earlier, later in pairwise(logits)] == pytest.approx([-1.0] * 6)
     late = rates("p_sigmoid:retention_rate=0.75,first=5", 8)
     assert list(late) == [5, 6, 7]
     assert mean_over_layers(late, 8) == pytest.approx(0.75)
@@ -173,7 +175,10 @@ def test_what_is_refused(method: str, settings: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("pyramiddrop:factor=0.5,retention_rate=0.3", r"factor or a rate, not both: .*a mean of 0\.4688 of these 8 layers"),
+        (
+            "pyramiddrop:factor=0.5,retention_rate=0.3",
+            r"factor or a rate, not both: .*mean of 0\.4688 of these 8",
+        ),
         ("pyramiddrop:factor=0.5,target_retention=0.3", "factor or a rate, not both"),
         ("pyramiddrop:factor=1.5", "must be a number from 0 to 1"),
         ("pyramiddrop:retention_rate=0.2", r"first 2 of 8 layers, .* is 0\.25, got 0\.2: .* or set its option stages"),
@@ -188,6 +193,6 @@ def test_what_a_schedule_refuses(line: str, message: str) -> None:
 
 def test_a_bank_of_another_depth_is_refused() -> None:
     model = tiny_model("llava")
+    config = PLPHPConfig.parse("p_sigmoid:evidence=bank,bank=bundled")
     with pytest.raises(ConfigError, match="layers"):
-        config = PLPHPConfig.parse("p_sigmoid:evidence=bank,bank=bundled")
         PrunedCache.for_inputs(model, TINY["llava"].inputs(model), config)

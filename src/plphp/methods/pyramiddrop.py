@@ -11,8 +11,9 @@ is a mean of 15/32, and the layers of the first part alone, 1 / S, are the least
 
 Default: 4 stages, the paper's; its f = 0.5 is ``factor=0.5``. Simplified: tokens are ranked by the attention that the
 last prompt token gives them in the last layer of a part, averaged over all heads. The paper works that attention out
-from the queries and keys of the layer behind it, of the last token of the instruction, before that layer runs. Positions
-stay as they were. Ours: ``evidence=bank`` ranks by the query bank ``bank`` instead, see `plphp.methods._prefill`.
+from the queries and keys of the layer behind it, of the last token of the instruction, before that layer runs.
+Positions stay as they were. Ours: ``evidence=bank`` ranks by the query bank ``bank`` instead, see
+`plphp.methods._prefill`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from plphp.settings.options import Option, settings
 
 from . import _prefill
 
-OPTIONS = {"factor": Option(None, low=0, high=1), "stages": Option(4, low=2), **_prefill.OPTIONS}
+OPTIONS = {"factor": Option(None, low=0, high=1, sets_rate=True), "stages": Option(4, low=2), **_prefill.OPTIONS}
 
 
 def shares(factor: float, stages: int, layers: int) -> list[float]:
@@ -59,10 +60,10 @@ def check(config: PLPHPConfig, layers: int) -> None:
         whole = math.ceil(layers / options["stages"])
         _prefill.check_least(config, whole, layers, "set its option stages higher")
     elif config.base_rate != DEFAULT_RATE:
+        mean = mean_share(options["factor"], options["stages"], layers)
         raise ConfigError(
             f"pyramiddrop takes its option factor or a rate, not both: factor={options['factor']:g} says how much "
-            f"stays, a mean of {mean_share(options['factor'], options['stages'], layers):.4g} of these {layers} layers, "
-            f"got the rate {config.base_rate:g}, too."
+            f"stays, a mean of {mean:.4g} of these {layers} layers, got the rate {config.base_rate:g}, too."
         )
 
 
