@@ -13,11 +13,11 @@ import torch
 from invariants import pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache
 from plphp.extend import LayerScores
-from plphp.methods import p_sigmoid, pyramiddrop
+from plphp.methods import g_search, p_sigmoid, pyramiddrop
 from plphp.methods.registry import chain_of, get_method
 from tiny_models import TINY, tiny_model
 
-RANKED = ("fastv", "pyramiddrop", "p_sigmoid")
+RANKED = ("fastv", "pyramiddrop", "p_sigmoid", "g_search")
 
 
 def scores(vision: list[float], **values: Any) -> LayerScores:
@@ -127,6 +127,19 @@ def test_layers_at_which_nothing_leaves_are_left_out(line: str, layers: int, exp
     assert rates(line, layers) == pytest.approx(expected, abs=1e-9)
 
 
+def test_a_schedule_by_hand() -> None:
+    assert rates('g_search:schedule="2:.7,4:.5"', 8) == {2: 0.7, 4: 0.5}
+    assert rates('g_search:schedule="1:1,2:.7, 3:0.70,4:0"', 8) == {2: 0.7, 4: 0.0}
+    assert g_search.written({4: 0.5, 2: 0.7}) == "2:0.7,4:0.5"
+    assert g_search.read_schedule("2:0.7,4:0.5") == {2: 0.7, 4: 0.5}
+    model = tiny_model("llava")
+    inputs = TINY["llava"].inputs(model, [2])
+    by_schedule, report = pruned(model, inputs, PLPHPConfig.parse('g_search:schedule="1:.5,2:.25"'))
+    by_steps, _ = pruned(model, inputs, PLPHPConfig.parse("pyramiddrop:factor=.5"))
+    assert all(torch.equal(mine, other) for mine, other in zip(by_schedule.logits, by_steps.logits, strict=True))
+    assert [layer.rows[0].rate for layer in report.prompts[0].layers] == [1.0, 0.5, 0.25]
+
+
 @pytest.mark.parametrize("module", [pyramiddrop, p_sigmoid], ids=["pyramiddrop", "p_sigmoid"])
 def test_layers_get_what_the_rates_say(module: Any) -> None:
     model = tiny_model("llava")
@@ -155,11 +168,17 @@ def test_a_layer_at_which_no_token_leaves_is_no_stage() -> None:
     assert len(stages) < 2
 
 
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "p_sigmoid"])
+def test_a_rate_below_that_of_the_layers_that_keep_all_is_refused(method: str) -> None:
+    message = rf"{method} keeps everything in its first \d of 8 layers, so the least retention_rate is 0\."
+    with pytest.raises(ConfigError, match=message):
+        chain_of(PLPHPConfig.parse(f"{method}:retention_rate=0.1"), 8)
+
+
 @pytest.mark.parametrize("method", RANKED)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("retention_rate=0.1", r"{0} keeps everything in its first \d of 8 layers, so the least retention_rate is 0\."),
         ("exempt_layers=0", r"{0} takes tokens out of all later layers, so none of them can be exempt"),
         ("bank=bundled", r"{0} asks with a query bank where its evidence is that: add evidence=bank, or leave out"),
         ("evidence=bank", r"{0}:evidence=bank needs queries of the model's answers: collect them with `plphp collect`"),
@@ -168,8 +187,9 @@ def test_a_layer_at_which_no_token_leaves_is_no_stage() -> None:
     ],
 )
 def test_what_is_refused(method: str, settings: str, message: str) -> None:
+    schedule = "schedule=2:.5," if method == "g_search" else ""
     with pytest.raises(ConfigError, match=message.format(method)):
-        chain_of(PLPHPConfig.parse(f"{method}:{settings}"), 8)
+        chain_of(PLPHPConfig.parse(f"{method}:{schedule}{settings}"), 8)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +202,17 @@ def test_what_is_refused(method: str, settings: str, message: str) -> None:
         ("pyramiddrop:factor=0.5,target_retention=0.3", "factor or a rate, not both"),
         ("pyramiddrop:factor=1.5", "must be a number from 0 to 1"),
         ("pyramiddrop:retention_rate=0.2", r"first 2 of 8 layers, .* is 0\.25, got 0\.2: .* or set its option stages"),
+        ("g_search", r'g_search needs layers with .* as in schedule="2:\.7,4:\.5": write one, or search for it'),
+        ("g_search:schedule=2:", r"schedule must be layers with the shares .*, got '2:'"),
+        ("g_search:schedule=0.5:0.5", r"schedule must be layers with .*, got '0\.5:0\.5'"),
+        ("g_search:schedule=2:nan", "shares from 0 to 1, got 2:nan"),
+        ("g_search:schedule=0:0.5", "layers from 1 on, with shares from 0 to 1, got 0:0.5"),
+        ("g_search:schedule=2:1.5", "layers from 1 on, with shares from 0 to 1, got 2:1.5"),
+        ('g_search:schedule="4:.5,2:.5"', "each layer once, in the order of the layers"),
+        ('g_search:schedule="2:.7,2:.5"', "each layer once, in the order of the layers"),
+        ('g_search:schedule="2:.5,4:.7"', "lets tokens come back that have left"),
+        ('g_search:schedule="2:.5,8:.1"', "layers below the number of decoder layers, 8, got 8"),
+        ("g_search:schedule=2:.5,retention_rate=0.3", "says how much stays, and so does the rate 0.3"),
         ("p_sigmoid:first=8", "p_sigmoid's first must be below the number of decoder layers, 8, got 8"),
         ("p_sigmoid:first=4", r"first 4 of 8 layers, .* is 0\.5, got 0\.4: .* or set its option first lower"),
     ],
