@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_query_bank import bank
 from transformers import DynamicCache
 
 from invariants import assert_same_generation, generate, logit_difference, pruned, two_turns
@@ -22,16 +24,31 @@ pytestmark = pytest.mark.usefixtures("float64")
 FAMILIES = sorted(TINY)
 WITH_STATE = {"qwen3.5", "qwen3.5-moe", "lfm2-vl"}
 """Families whose recurrent states or convolutions have no masked reference."""
+KINDS = ("llava", "qwen2-vl", "gemma3")
+"""Families that see every method inside prefill: plain, with m-RoPE, with sliding windows."""
 ENCODER = "encoder_random:retention_rate=0.5"
 ROWS = ([1], [2, 0, 1])
 
 
-def late(family: str) -> str:
-    """A method inside prefill, at the first layer behind one with full attention."""
+def first_late(family: str) -> int:
+    """The first layer behind one with full attention."""
     kinds = getattr(TINY[family].config().get_text_config(), "layer_types", None) or ["full_attention"]
-    first = kinds.index("full_attention") + 1
+    return kinds.index("full_attention") + 1
+
+
+def late(family: str) -> str:
+    """A method inside prefill, at the first layer where it can act."""
+    first = first_late(family)
     layers = TINY[family].config().get_text_config().num_hidden_layers
     return f"fastv:layer={first},retention_rate={(first + 0.5 * (layers - first)) / layers}"
+
+
+def in_steps(family: str) -> dict[str, str]:
+    """Methods inside prefill that let tokens leave before several layers."""
+    first, layers = first_late(family), TINY[family].config().get_text_config().num_hidden_layers
+    sigmoid = f"p_sigmoid:first={first},retention_rate={(first + 0.4 * (layers - first)) / layers}"
+    steps = f"pyramiddrop:stages={4 if first == 1 else 2},retention_rate=0.7"
+    return {"steps": steps, "sigmoid": sigmoid, "both-sigmoid": f"{ENCODER}+{sigmoid}"}
 
 
 def chains(family: str) -> dict[str, str]:
@@ -39,7 +56,8 @@ def chains(family: str) -> dict[str, str]:
     inside = late(family)
     if f"layer={layers}," in inside:
         return {"encoder": ENCODER}
-    return {"encoder": ENCODER, "prefill": inside, "both": f"{ENCODER}+{inside}"}
+    several = in_steps(family) if family in KINDS else {}
+    return {"encoder": ENCODER, "prefill": inside, "both": f"{ENCODER}+{inside}", **several}
 
 
 CASES = [(family, stages) for family in FAMILIES for stages in chains(family)]
@@ -63,6 +81,24 @@ def test_left_tokens_are_masked_tokens(family: str, stages: str, rows: list[int]
         assert_same_generation(generate(model, inputs), output)
     # The masks do something: without them the logits are others.
     assert logit_difference(generate(model, inputs), output) > 1e-4
+
+
+@pytest.mark.parametrize("stages", ["prefill", "steps", "sigmoid"])
+@pytest.mark.parametrize("family", KINDS)
+def test_tokens_that_left_by_a_query_bank_are_masked_tokens(family: str, stages: str, tmp_path: Path) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 0, 1])
+    bank(family).save(tmp_path / "bank.safetensors")
+    line = chains(family)[stages]
+    _, by_last_row = pruned(model, inputs, PLPHPConfig.parse(line))
+    output, report = pruned(model, inputs, PLPHPConfig.parse(f"{line},evidence=bank,bank={tmp_path}/bank.safetensors"))
+    assert_something_left(report)
+    left, otherwise = (
+        [(stage.layer, stage.tokens_out) for stage in r.prompts[0].stages] for r in (report, by_last_row)
+    )
+    assert left == otherwise
+    assert report.prompts[0].stages != by_last_row.prompts[0].stages
+    with left_tokens_masked(model, report):
+        assert_same_generation(generate(model, inputs), output)
 
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
@@ -119,7 +155,7 @@ def computed_tokens(model: Any, inputs: Any, config: PLPHPConfig) -> tuple[list[
     return given, cache.report()
 
 
-@pytest.mark.parametrize("stages", ["encoder", "prefill", "both"])
+@pytest.mark.parametrize("stages", ["encoder", "prefill", "both", "steps", "both-sigmoid"])
 def test_what_left_is_not_computed_and_not_held(stages: str) -> None:
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [2])
