@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from plphp.errors import BackendUnavailableError, ConfigError
-from plphp.pruning.report import ImageReport, PruneReport, RowReport
+from plphp.pruning.prompt_report import ImageReport, RowReport
+from plphp.pruning.report import PruneReport
 
 from .tables import layer_rows, select_prompt
 
