@@ -28,7 +28,8 @@ from invariants import (
 )
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
 from plphp.engines.hf.cache_argument import passed
-from plphp.pruning.report import LayerReport, PruneReport
+from plphp.pruning.prompt_report import LayerReport
+from plphp.pruning.report import PruneReport
 from precision import EXACT, assert_exact
 from test_invariants import config as method_config
 from tiny_models import TINY, tiny_model

@@ -18,7 +18,7 @@ from plphp.policy.allocation import RowAllocation
 from .entries import LayerEntries
 from .leaving import Leaving
 from .placement import LayerPlacement, Placement, coded_somewhere, whole_or_dropped
-from .report import ImageReport, LayerReport, PromptReport, RowReport
+from .prompt_report import ImageReport, LayerReport, PromptReport, RowReport
 from .tail_tokens import TailTokens
 from .tier_report import TierReport
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .report_checks import integers
+
 
 @dataclass(frozen=True)
 class StageReport:
@@ -48,6 +50,5 @@ class StageReport:
         """
         stage = cls(**values)
         for row in (stage.tokens_in, *stage.positions):
-            if not isinstance(row, list) or not all(type(number) is int for number in row):
-                raise TypeError(f"tokens_in and positions must be lists of integers, got {row!r:.60}")
+            integers(row, "tokens_in and positions")
         return stage

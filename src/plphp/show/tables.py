@@ -12,12 +12,18 @@ from rich.text import Text
 
 from plphp.errors import ConfigError
 
+from .stage_tables import stage_table, stage_values, stages_line
+
 if TYPE_CHECKING:
-    from plphp.pruning.report import BankProgress, PromptReport, PruneReport, RowReport
+    from plphp.pruning.prompt_report import PromptReport, RowReport
+    from plphp.pruning.report import BankProgress, PruneReport
     from plphp.studies.compare import Comparison, Run
     from plphp.studies.estimate import Estimate
 
-TOTALS = ("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held")
+TOTALS = (
+    *("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held"),
+    "computed_share",
+)
 """Properties of a report that stand beside its fields in JSON."""
 MAX_HEADS = 8
 """Heads whose counts are spelled out; beyond it a range is shown."""
@@ -52,8 +58,15 @@ def layer_rows(report: PruneReport, prompt: int = 0, row: int = 0) -> list[tuple
 
 
 def layer_tables(report: PruneReport, row: int = 0) -> list[Table]:
-    """Make a `layer_table` for each pruned prompt; an empty list where no prompt had vision tokens."""
-    return [layer_table(report, prompt, row) for prompt in range(len(report.prompts))]
+    """Make a `layer_table` for each pruned prompt, behind that of what left before layers got it, if anything did.
+
+    Empty where no prompt had vision tokens.
+    """
+    pairs = [
+        (stage_table(select_prompt(report, prompt, row), row), layer_table(report, prompt, row))
+        for prompt in range(len(report.prompts))
+    ]
+    return [table for pair in pairs for table in pair if table is not None]
 
 
 def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
@@ -141,6 +154,7 @@ def report_values(report: PruneReport) -> dict[str, Any]:
         {
             "start": prompt.start,
             "end": prompt.end,
+            **stage_values(prompt),
             "layers": [
                 {"layer": layer.layer, "rows": [_row_values(row) for row in layer.rows]} for layer in prompt.layers
             ],
@@ -161,10 +175,11 @@ def summary(report: PruneReport) -> str:
     if report.text_evicted:
         kept += f" and {report.text_evicted} text entries evicted"
     where = f"{reserved}{_devices(report)}"
+    early = f"{line}, " if (line := stages_line(report)) else ""
     return (
         f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
-        f"({_change(report)}){where}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first use of "
-        "its operations included"
+        f"({_change(report)}){where}, {early}{kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the "
+        "first use of its operations included"
     )
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from plphp.engines.hf.cache import PrunedCache
 from plphp.errors import ConfigError
 from plphp.methods.registry import resolve
-from plphp.pruning.report import PruneReport, RowReport
+from plphp.pruning.prompt_report import RowReport
+from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig
 
 from .reading import read_prompt
