@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,8 +84,8 @@ def search_schedule(
     Raises
     ------
     ConfigError
-        If the method takes no schedule, the config has a rate, a prompt has several rows or no vision token, or nothing can leave within the
-        tolerance.
+        If the method takes no schedule, the config has a rate, a prompt has several rows or no vision token, or
+        nothing can leave within the tolerance.
     """
     method = resolve(config)
     if method.with_schedule is None:
@@ -95,28 +96,38 @@ def search_schedule(
             "out, and set the tolerance."
         )
     config = dataclasses.replace(config, target_retention=None)
-    with_schedule = method.with_schedule
+    with_schedule = partial(method.with_schedule, config)
     answers, first, layers = _answers(model, prompts, progress)
     tolerance = method.settings(config)["tolerance"]
     schedule: dict[int, float] = {}
-    share = STEPS
     for layer in range(first, layers):
         progress(f"layer {layer} of {layers}")
         allowed = tolerance * (layer - first + 1) / (layers - first)
-
-        def within(steps: int, layer: int = layer, allowed: float = allowed) -> bool:
-            candidate = with_schedule(config, {**schedule, layer: steps / STEPS})
-            return _divergence(model, answers, candidate) <= allowed
-
-        least = bisect_left(range(share), True, key=within)
-        if least < share:
-            schedule[layer], share = least / STEPS, least
+        schedule |= _least(model, answers, layer, schedule, with_schedule, allowed)
     if not schedule:
         raise ConfigError(
             f"Within the tolerance of {tolerance:g} nats no vision token can leave: give a larger one, as in "
             f"{config.method}:tolerance={max(0.05, 2 * tolerance):g}."
         )
-    return dataclasses.replace(with_schedule(config, schedule), calibrated_layers=layers)
+    return dataclasses.replace(with_schedule(schedule), calibrated_layers=layers)
+
+
+def _least(
+    model: PreTrainedModel,
+    answers: Sequence[FullAnswer],
+    layer: int,
+    schedule: Schedule,
+    with_schedule: Callable[[Schedule], PLPHPConfig],
+    allowed: float,
+) -> Schedule:
+    """The least share that may go on at a layer, behind those of a schedule; nothing where no more can leave."""
+    share = round(min(schedule.values(), default=1.0) * STEPS)
+
+    def is_within(steps: int) -> bool:
+        return _divergence(model, answers, with_schedule({**schedule, layer: steps / STEPS})) <= allowed
+
+    least = bisect_left(range(share), True, key=is_within)  # more tokens are taken to diverge less
+    return {layer: least / STEPS} if least < share else {}
 
 
 def _answers(
