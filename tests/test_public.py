@@ -71,11 +71,25 @@ SURFACE = {
 """By module its public names: a name that comes or goes is a decision, and this is where it is taken."""
 OWN = re.compile(r"\b_?[A-Z]\w+")
 STANDARD = {
-    *("Any", "Callable", "Iterable", "Iterator", "Literal", "Mapping", "Path", "Sequence", "TypeAlias"),
+    *(
+        "AbstractContextManager",
+        "Any",
+        "Callable",
+        "Iterable",
+        "Iterator",
+        "Literal",
+        "Mapping",
+        "Path",
+        "Sequence",
+        "TypeAlias",
+    ),
     *("PreTrainedModel", "PretrainedConfig", "Tensor", "None", "True", "False"),
 }
 """Names in signatures that are those of Python, torch and transformers."""
-CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"}
+CALLED_BY_ENGINES = {
+    *("attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"),
+    *("enter_layer", "leave_layers", "packed_mask", "forget_leaving"),
+}
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
     *("BankProgress", "EntrySample", "Kind", "LayerBank", "LayerBooks", "PackedKV", "ProfiledPrompt", "PromptReport"),

@@ -536,12 +536,10 @@ def test_what_the_prompt_stage_refuses() -> None:
                 **passed(cache),
             )
         del cache
-        other = tiny_model("gemma3")
-        with (
-            pytest.raises(UnsupportedModelError, match="by a layer with full attention, and the first"),
-            plphp.prune(other, settings),
-        ):
-            generate(other, TINY["gemma3"].inputs(other))
+    other, settings = tiny_model("gemma3"), PLPHPConfig(method="fastv", options={"layer": 1}, retention_rate=0.5)
+    behind = "by a layer with full attention, and the first of this model is layer 1"
+    with pytest.raises(UnsupportedModelError, match=behind), plphp.prune(other, settings):
+        generate(other, TINY["gemma3"].inputs(other))
     assert "generate" not in model.__dict__
 
 
@@ -555,7 +553,8 @@ def test_flash_attention_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
 def test_methods_with_a_mean_rate_meet_it() -> None:
     """Measured retention is what was asked for, on average over many prompts; counts are rounded."""
     model, tiny = tiny_model("llava-next"), TINY["llava-next"]
-    left_out = {"oracle", "query_bank", "quantized", "none", "snapkv", "adakv", "plphp", "shared", "vtw"}
+    left_out = {"oracle", "query_bank", "quantized", "none", "snapkv", "adakv", "plphp", "shared", "vtw", "pool"}
+    left_out |= {"g_search"}
     names = sorted(plphp.available_methods().keys() - left_out)
     for name in names:
         target = random.Random(name).choice([0.5, 0.7])

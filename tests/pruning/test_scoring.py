@@ -215,9 +215,13 @@ def test_tokens_that_have_left_before_a_layer_do_not_ask() -> None:
     hidden = torch.zeros_like(valid)
     hidden[0, [4, 8]] = True
     scores = scored(Evidence(states="prompt"), spans_of(valid), states(1), hidden)
-    assert torch.equal(scores.need_states().asking, ~hidden)
-    assert torch.equal(scores.valid, ~hidden)
-    assert scores.need("token_number").tolist() == [list(range(END_B))]  # they are counted where they stood
+    there = (~hidden)[0].nonzero()[:, 0]
+    states_ = scores.need_states()
+    assert states_.asking.tolist() == [[True] * len(there)]
+    assert states_.keys.shape[2] == len(there)
+    assert torch.equal(states_.position, there[None])
+    assert torch.equal(scores.segment, spans_of(valid).segment[:, there])
+    assert torch.equal(scores.need("token_number"), there[None])  # they are counted where they stood
 
 
 def test_positions_under_m_rope_are_those_of_text_outside_of_the_images() -> None:

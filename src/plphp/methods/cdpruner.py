@@ -2,9 +2,9 @@
 """CDPruner (arXiv:2506.10967): before the text model, vision tokens stay that are diverse and relevant to the text.
 
 Greedy MAP inference of a determinantal point process with the kernel r_i S_ij r_j, where S are the cosines of the
-features and r the relevance of a token (`plphp.policy.relevance.relevance`). Simplified: the paper's relevance for LLaVA
-compares CLIP's embeddings of image and text; here, as in the paper for models without a text tower, both are those of
-the text model, so that it works for every family. The text is all of the prompt's, template words too. With
+features and r the relevance of a token (`plphp.policy.relevance.relevance`). Simplified: the paper's relevance for
+LLaVA compares CLIP's embeddings of image and text; here, as in the paper for models without a text tower, both are
+those of the text model, so that it works for every family. The text is all of the prompt's, template words too. With
 ``sign="negative"`` the token that is least similar to the text is the most relevant, as in the authors' code; with
 ``"positive"`` the most similar.
 """

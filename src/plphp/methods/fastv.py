@@ -10,30 +10,21 @@ them. The layers before keep everything.
 
 Default: layer 2, the paper's. The paper's text speaks of the attention that a token receives from all others; the last
 token's is what the authors' code ranks by, and what later comparisons mean by FastV. The lower tokens are not computed
-in the later layers. Positions stay as they were.
+in the later layers. Positions stay as they were. Ours: ``evidence=bank`` ranks by the query bank ``bank`` instead, see
+`plphp.methods._prefill`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from plphp.errors import ConfigError
-from plphp.policy.evidence import LayerScores
 from plphp.policy.method import Method
-from plphp.policy.rankers import pooled, shared_by_heads
-from plphp.policy.selection import keep_mask
 from plphp.policy.stages import PrefillStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
-from ._prefill import refuse_exempt_layers
+from . import _prefill
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-OPTIONS = {"layer": Option(2, low=1)}
+OPTIONS = {"layer": Option(2, low=1), **_prefill.OPTIONS}
 
 
 def first_layer(config: PLPHPConfig) -> int:
@@ -49,30 +40,19 @@ def rates(config: PLPHPConfig, layers: int) -> dict[int, float]:
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
-    """Refuse a rate that the full layers alone are above."""
-    refuse_exempt_layers(config)
+    """Refuse a layer that there is not, and a rate that the full layers alone are above."""
+    _prefill.check(config, layers)
     first = first_layer(config)
     if first >= layers:
         raise ConfigError(f"fastv's layer must be below the number of decoder layers, {layers}, got {first}.")
-    if layers * config.base_rate - first < -1e-9:
-        least = math.ceil(first / layers * 1e4) / 1e4
-        raise ConfigError(
-            f"fastv keeps everything in its first {first} of {layers} layers, so the least retention_rate is "
-            f"{least:g}, got {config.base_rate:g}: ask for more, or set its option layer lower."
-        )
-
-
-def kept_tokens(scores: LayerScores, rates: Sequence[float], config: PLPHPConfig) -> Tensor:
-    """The best vision tokens of each row by the mean over all heads, bool [batch, seq]."""
-    score = pooled(shared_by_heads(scores, config)[:, :1], scores, config)
-    return keep_mask(score, scores, list(rates), config)[:, 0]
+    _prefill.check_least(config, first, layers, "set its option layer lower")
 
 
 METHOD = Method(
     name="fastv",
     summary="inside prefill: the vision tokens that an early layer attends to least leave all later layers",
     paper="arXiv:2403.06764",
-    prefill=PrefillStage(rates, kept_tokens),
+    prefill=PrefillStage(rates, _prefill.kept_tokens, _prefill.evidence),
     options=OPTIONS,
     check=check,
     when="to shorten prefill, alone or before a method of the KV cache",

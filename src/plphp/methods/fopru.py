@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """FoPru (arXiv:2411.14164): before the text model, the vision tokens stay that receive the most attention in the tower.
 
-``by="rank"``: the best tokens of each image; ``by="row"``: whole rows of the image, those with the largest sums, the last
-of them in part so that the rate is met. What stays keeps the order of the image. The attention is that of the tower's
-layer ``layer``, averaged over the heads and the patches that give it, and where the tower has a class token, that
-token's; which layer the authors read could not be verified, the default is the last but one, whose features LLaVA reads.
+``by="rank"``: the best tokens of each image; ``by="row"``: whole rows of the image, those with the largest sums, the
+last of them in part so that the rate is met. What stays keeps the order of the image. The attention is that of the
+tower's layer ``layer``, averaged over the heads and the patches that give it, and where the tower has a class token,
+that token's. Which layer the authors read could not be verified; by default it is the last but one, whose features
+LLaVA reads.
 """
 
 from __future__ import annotations

@@ -32,10 +32,8 @@ def choose(image: ImageTokens, config: PLPHPConfig) -> Chosen:
     from plphp.policy.merging import visionzip
 
     keep = staying(image, config)
-    if keep == len(image.features):
-        dominant = keep
-    else:
-        dominant = int(settings(OPTIONS, config.options)["dominant"] * keep + 0.5)
+    share = settings(OPTIONS, config.options)["dominant"] if keep < len(image.features) else 1
+    dominant = int(share * keep + 0.5)
     features = image.features
     return Chosen(*visionzip(features, features, of_patches(image.need_tower[0]), dominant, keep - dominant))
 

@@ -51,7 +51,7 @@ class Leaving:
     def __init__(self, spans: VisionSpans, chain: Chain, pruned_layers: Sequence[int], layers: int) -> None:
         self.spans, self.chain, self._layers = spans, chain, layers
         self._packings: dict[int, Packing] = {}
-        self._shares: dict[int, float] = {}
+        self._shares: dict[int, list[float]] = {}  # by layers before which tokens leave, of the rows
         self._not_finite: set[int] = set()
         self._unranked: set[int] = set()
         self.computed: dict[int, int] = {}
@@ -79,9 +79,7 @@ class Leaving:
         share = 1.0
         if self.chain.encoder is not None and row not in self._not_finite:
             share = self.chain.encoder.stage.rate(self.chain.encoder.config)
-        if row not in self._unranked:
-            share *= self._shares.get(max((before for before in self._shares if before <= layer), default=-1), 1.0)
-        return share
+        return share * self._shares_at(layer)[row]
 
     def enter(self, states: Tensor, tower: TowerScores | None = None) -> Tensor:
         """Let tokens leave before the text model.
@@ -148,10 +146,13 @@ class Leaving:
             rates = [min(1.0, share * all_of / left) if left else 1.0 for all_of, left in zip(came, there, strict=True)]
             stay = ~scores.vision | link.stage.kept_tokens(scores, rates, link.config)
             stay[sorted(self._unranked)] = True
+            before = self._shares_at(first)
+            self._shares[first] = [before[row] if row in self._unranked else share for row in range(len(before))]
+            if bool((stay | ~scores.valid).all()):  # few tokens, and a rate that is hardly below the last
+                continue
             scores = replace(scores, segment=scores.segment.masked_fill(~stay, -1), valid=scores.valid & stay)
             stay = scores.valid[:, -own:].cpu() | last
             self._packings[first] = Packing.of(stay) if base is None else base.narrowed(stay)
-            self._shares[first] = share
 
     def note_computed(self, layer: int) -> None:
         """Count the tokens that a layer computes, without what only fills rows up."""
@@ -181,6 +182,9 @@ class Leaving:
             rows.clear()
             rows.update(row + copy for row in first for copy in range(times))
         self._packings = {layer: packing.repeated(times) for layer, packing in self._packings.items()}
+        self._shares = {
+            layer: [share for share in shares for _ in range(times)] for layer, shares in self._shares.items()
+        }
 
     def _checked(self, pruned_layers: Sequence[int]) -> dict[int, dict[int, float]]:
         """By the layers whose scores decide, the layers before which tokens leave, with their rates."""
@@ -239,6 +243,11 @@ class Leaving:
                 f"The method {method!r} has to give features {list(expected)} for the tokens that stay, got "
                 f"{list(chosen.features.shape)}."
             )
+
+    def _shares_at(self, layer: int) -> list[float]:
+        """Which share of the vision tokens of each row the prefill stage leaves to a layer."""
+        last = max((before for before in self._shares if before <= layer), default=-1)
+        return self._shares.get(last, [1.0] * len(self.spans.valid))
 
     def _came(self) -> list[int]:
         """Vision tokens of each row that came to the text model."""

@@ -27,6 +27,8 @@ class Option:
         What a text may be; anything if empty.
     odd : bool
         Whether an integer has to be odd.
+    sets_rate : bool
+        Whether a value says how much is kept, in the place of a rate.
     """
 
     default: Value
@@ -34,6 +36,7 @@ class Option:
     high: float | None = None
     choices: tuple[str, ...] = ()
     odd: bool = False
+    sets_rate: bool = False
 
     def accepts(self, value: object) -> bool:
         """Whether the option can have a value."""

@@ -21,7 +21,13 @@ from tiny_models import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-PREFILL = ("fastv:layer=1,retention_rate=0.7", "fastv:layer=2,retention_rate=0.8", "vtw:retention_rate=0.6")
+PREFILL = (
+    "fastv:layer=1,retention_rate=0.7",
+    "fastv:layer=2,retention_rate=0.8",
+    "vtw:retention_rate=0.6",
+    "pyramiddrop:retention_rate=0.6",
+    "p_sigmoid:retention_rate=0.6",
+)
 KV = (
     "uniform:retention_rate=0.4",
     "plphp:target_retention=0.5",

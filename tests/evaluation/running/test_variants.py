@@ -65,6 +65,15 @@ def test_tiers_say_how_much_is_kept() -> None:
             make_variants([text], [0.5])
 
 
+def test_options_that_set_the_rate_are_taken_as_they_are() -> None:
+    variants = make_variants(["paper=pyramiddrop:factor=0.5", "pyramiddrop:stages=3"], [0.5, 0.4])[1:]
+    assert [(variant.label, variant.retention) for variant in variants] == [
+        ("paper", None),
+        ("pyramiddrop:stages=3", 0.5),
+        ("pyramiddrop:stages=3", 0.4),
+    ]
+
+
 def test_a_method_may_have_retentions_of_its_own() -> None:
     variants = make_variants(["plphp", "fastv@0.5+0.25", "mine=uniform:query_rows=8@0.1"], [0.4])
     assert [variant.name for variant in variants[1:]] == ["plphp@0.4", "fastv@0.5", "fastv@0.25", "mine@0.1"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,8 +33,8 @@ from .attachment import Attachment, Lease
 from .contexts import Session
 from .generate_call import GenerateCall
 from .generation import generate
-from .guarded import GuardedCache
 from .layer import held_bytes
+from .packed_cache import PackedCache
 from .refusals import refuse_stages
 from .rotation_probe import rotations_of
 from .tower_watch import TowerWatch
@@ -42,7 +42,7 @@ from .tower_watch import TowerWatch
 NOTHING_EVICTED = PLPHPConfig(method="none")
 
 
-class PrunedCache(GuardedCache):
+class PrunedCache(PackedCache):
     """KV cache from which vision tokens are evicted as soon as a layer has read the prompt.
 
     Make it with `for_inputs` or let `plphp.prune` make it. Full-attention layers are pruned; sliding-window and
@@ -161,16 +161,15 @@ class PrunedCache(GuardedCache):
         if self._spent and self.get_seq_length():
             raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
         spans, turn = self.begin_turn(inputs, vision_mask)
-        self.reading = self.leaving = self.watch = None
+        self.reading = None
+        self.forget_leaving()
         # A turn of text alone has nothing to evict: it is read like an answer, into the tail.
         if spans.vision.any():
             if self._before_whole is not None:
                 self._before_whole()
             self.reading = self._reading_of(spans, features_of(turn))
             self.leaving = self.reading.leaving
-            asked = self.chain.tower
-            if asked is not None:
-                self.watch = TowerWatch(self.attachment.model, asked, turn, spans.start)
+            self.watch = TowerWatch.of(self.attachment.model, self.chain, turn, spans.start)
             self._by_mask = vision_mask is not None
         return turn
 
@@ -245,21 +244,13 @@ class PrunedCache(GuardedCache):
         copied._listeners = []  # who listens to this cache has not asked for another one
         return copied
 
-    def tower_recorded(self) -> AbstractContextManager[None]:
-        """While open, the vision tower is recorded for a method that chooses tokens by its attention.
-
-        ``generate`` does it by itself; a call of ``model(...)`` with such a method has to be inside of it.
-        """
-        return nullcontext() if self.watch is None else self.watch.open()
-
     def leave_whole(self) -> None:
         """Read the prompt that was planned as it is: no layer is placed or packed, and listeners hear of each."""
-        self.reading = self.leaving = self.watch = None
+        self.reading = None
+        self.forget_leaving()
 
     def enter_layer(self, number: int, states: Tensor) -> tuple[Tensor, Packing | None]:
-        """Say what a decoder layer gets, see `GuardedCache.enter_layer`; an error ends the cache."""
-        if self.leaving is None:
-            return states, None
+        """Say what a decoder layer gets, see `PackedCache`; an error ends the cache."""
         with self._ended_by_errors():
             if number == 0 and self.reading is not None:
                 self._repeat_rows(self.reading, states.shape[0])

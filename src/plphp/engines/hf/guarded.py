@@ -15,21 +15,17 @@ import copy
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from plphp.errors import CacheMemoryError, CacheStateError, SpanError, UnsupportedFeatureError, UnsupportedModelError
-from plphp.pruning.leaving import Leaving
-from plphp.pruning.packing import Packing, gathered
+from plphp.pruning.packing import Packing
 from plphp.pruning.reading import PromptReading
 
 from .attachment import Attachment, Lease
 from .conversation.cache import ConversationCache
 from .layer import PrunedLayer, layer_nbytes
-from .packed_masks import packed_mask
 from .passes import PassGuard
-from .tower_watch import TowerWatch
 from .window_layer import WindowLayer
 
 
@@ -54,8 +50,6 @@ class GuardedCache(ConversationCache):
     reading : PromptReading or None
         The prompt that was planned and has not been read to its end. None says that everything planned is read: what
         comes now is an answer, which no layer scores or evicts.
-    leaving : Leaving or None
-        What leaves before layers get it, while the layers read a prompt that was planned.
     tail_bias : Tensor or None
         Additive mask, float32 [1, 1, 1, room], in the place of the model's; set while a step is captured for a CUDA
         graph, which reads the tail with the room behind it (`plphp.engines.hf.captured`).
@@ -79,14 +73,10 @@ class GuardedCache(ConversationCache):
         # A sliding window has overwritten entries, and a recurrent state has mixed them: neither can go back.
         self._can_take_back = all(i in self._pruned for i in updated)
         self._before = 0  # tokens at the beginning of the pass
-        self.packing: Packing | None = None  # of the layer that runs
-        self.left: dict[int, Leaving] = {}  # by the beginning of each prompt that tokens have left early
         self._lease: Lease | None = None
         self._dead = ""  # why nothing can be done with the cache any more
         self._spent = ""  # why it takes no further turn
         self.reading: PromptReading | None = None
-        self.leaving: Leaving | None = None
-        self.watch: TowerWatch | None = None  # of the vision tower, where the method that chooses before asks for it
         self.tail_bias: Tensor | None = None
 
     def update(
@@ -118,56 +108,6 @@ class GuardedCache(ConversationCache):
         keys.plphp_pending = PendingUpdate(self, layer_idx)  # type: ignore[attr-defined]
         self._guard.pending = layer_idx
         return keys, values
-
-    def enter_layer(self, number: int, states: Tensor) -> tuple[Tensor, Packing | None]:
-        """Say what a decoder layer gets.
-
-        Parameters
-        ----------
-        number : int
-            The layer.
-        states : Tensor
-            [batch, tokens, dim]; what the layer before returned, or the embeddings of the whole prompt.
-
-        Returns
-        -------
-        states : Tensor
-            Those of the tokens that are there, [batch, packed, dim].
-        packing : Packing or None
-            Which tokens these are; None where they are all there.
-
-        Raises
-        ------
-        UnsupportedFeatureError
-            If the prompt comes in chunks.
-        """
-        leaving = self.leaving
-        if leaving is None:
-            return states, None
-        if number == 0:
-            self.packing = None
-            self._begin_packed(leaving, states)
-            states = leaving.enter(states, None if self.watch is None else self.watch.scores)
-        before, self.packing = self.packing, leaving.packing_at(number)
-        leaving.note_computed(number)
-        if self.packing is not None and self.packing is not before:
-            states = gathered(states, self.packing.within(before))
-        return states, self.packing
-
-    def leave_layers(self) -> Packing | None:
-        """End a pass over the layers; return which tokens the last of them has got, None for all."""
-        if self.leaving is not None:
-            self.left[self.leaving.spans.start] = self.leaving
-        self.leaving = self.watch = None
-        packing, self.packing = self.packing, None
-        return packing
-
-    def packed_mask(self, layer: PrunedLayer, mask: Tensor | None, queries: int) -> Tensor | None:
-        """Fit a mask to a layer that has not got all tokens of a prompt, see `plphp.engines.hf.packed_masks`."""
-        tokens = layer.tail_tokens
-        rows = 1 if layer.packing is None else len(layer.packing.rows)
-        columns = tokens.of(torch.arange(tokens.end).expand(rows, -1), -1)
-        return packed_mask(mask, columns, queries, tokens.end)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Update a linear-attention layer, see `transformers.Cache.update_conv_state`."""
@@ -248,8 +188,7 @@ class GuardedCache(ConversationCache):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 zeroes the entries and goes on behind them
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        self.reading, self.leaving, self.watch, self.packing = None, None, None, None
-        self._spent, self.left = "", {}
+        self.reading, self._spent = None, ""
         self._guard.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardedCache:
@@ -284,29 +223,9 @@ class GuardedCache(ConversationCache):
                 "it was made for, or call cache.plan(inputs) first."
             )
 
-    def _begin_packed(self, leaving: Leaving, states: Tensor) -> None:
-        """Before the first layer, check that the prompt comes in one piece."""
-        tokens = leaving.spans.end - leaving.spans.start
-        if states.shape[1] != tokens:
-            methods = " and ".join(link.method for name, link in leaving.chain.stages.items() if name != "kv")
-            self._end_by(
-                f"{methods} chooses tokens before layers get them and needs the prompt in one piece, and got "
-                f"{states.shape[1]} of its {tokens} tokens: pass all of it in one call",
-                UnsupportedFeatureError,
-            )
-
     def _packing_at(self, layer_idx: int, given: int) -> Packing | None:
-        """Which tokens of the pass a layer has got; checked against the ``given`` number."""
-        if self.leaving is None:
-            return None
-        packing = self.leaving.packing_at(layer_idx)
-        if not self.leaving.entered or (packing is not None and packing.packed != given):
-            self._end_by(
-                f"layer {layer_idx} got tokens that had left before it: this model class does not pass its cache to "
-                "its decoder layers",
-                UnsupportedModelError,
-            )
-        return packing
+        """Which tokens of the pass a layer has got, None for all; checked against the ``given`` number."""
+        return None
 
     def _begin(self, layer_idx: int) -> None:
         """Before a layer is updated, check that the last layer was read and that the last pass came to its end."""

@@ -34,8 +34,8 @@ def recorded_tower(model: Any, layers: Sequence[int] | slice = (-1,)) -> Iterato
     model : PreTrainedModel
         A model of a known family, or a wrapper around one.
     layers : sequence of int, or slice
-        The layers to record, from 0 or, negative, from the end; of a slice what there is. Counted are the layers of the tower in which a patch
-        sees its whole image or frame, and not those with windows.
+        The layers to record, from 0 or, negative, from the end; of a slice what there is. Counted are the layers of
+        the tower in which a patch sees its whole image or frame, and not those with windows.
 
     Yields
     ------

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plphp.errors import UnsupportedFeatureError
+from plphp.policy.chain import Chain
 from plphp.policy.image_tokens import TowerEvidence
 
 from .tower_record import TowerRecord
@@ -39,6 +40,11 @@ class TowerWatch:
     ) -> None:
         self._model, self._asked, self._inputs, self._past = model, asked, inputs, past_length
         self._record: TowerRecord | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, chain: Chain, inputs: Mapping[str, Any], past_length: int) -> TowerWatch | None:
+        """The same for a chain of methods; None where no method asks."""
+        return None if chain.tower is None else cls(model, chain.tower, inputs, past_length)
 
     @contextmanager
     def open(self) -> Iterator[None]:

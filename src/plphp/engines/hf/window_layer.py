@@ -49,6 +49,9 @@ class WindowLayer(DynamicSlidingWindowLayer):
         all tokens in the window have their entries.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window)
         self.positions: Tensor | None = None
@@ -73,14 +76,16 @@ class WindowLayer(DynamicSlidingWindowLayer):
         rows = torch.arange(new).expand(batch, -1) if packing is None else packing.rows
         columns = torch.cat([self._positions(batch), (rows + self.cumulative_length).where(rows >= 0, -1)], 1)
         self.cumulative_length += new if packing is None else packing.tokens
-        held = self.keys if self.keys.numel() else key_states[:, :, :0]
-        keys = torch.cat([held, key_states], dim=2)
-        values = torch.cat([self.values if self.values.numel() else value_states[:, :, :0], value_states], dim=2)
+        keys, values = (
+            torch.cat([held, new_states], dim=2) if held.numel() else new_states
+            for held, new_states in ((self.keys, key_states), (self.values, value_states))
+        )
         seen = int((columns > self.cumulative_length - self.sliding_window).sum(1).max())
         first = keys.shape[2] - seen
         # Copies, not views: else what no one sees any more would be kept alive.
         self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
         self.positions = columns[:, first:]
+        keys = keys[:]  # a view: the mark is on what is returned, not on what came
         keys.plphp_gaps = Gaps(columns, self.cumulative_length)  # type: ignore[attr-defined]
         return keys, values
 

@@ -27,7 +27,7 @@ CONTROLS = {
 }
 """What may be compared beside the methods."""
 FIXED_BY = ("retention_rate", "target_retention", "attentive_threshold", "indifferent_threshold", "tiers")
-"""Settings that say how much is kept: a method with any of them in its settings is taken as it is."""
+"""Settings that say how much is kept, as some options do: a method with any of them is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
     config = PLPHPConfig.parse(line.chain)
     chain_of(config)  # names, options and stages; what depends on the model's layers comes when it is there
     method = get_method(config.method)
-    if keys_of(line.chain) & set(FIXED_BY) or method.tiers is not None:
+    fixed_by = {*FIXED_BY, *(name for name, option in method.options.items() if option.sets_rate)}
+    if keys_of(line.chain) & fixed_by or method.tiers is not None:
         return [Variant(line.label, None, method.settled(config))]
     if not retention:
         raise ConfigError(f"Give at least one retention for the method {line.label!r}, or settings that fix it.")
