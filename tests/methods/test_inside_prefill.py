@@ -130,8 +130,9 @@ def test_layers_at_which_nothing_leaves_are_left_out(line: str, layers: int, exp
 def test_a_schedule_by_hand() -> None:
     assert rates('g_search:schedule="2:.7,4:.5"', 8) == {2: 0.7, 4: 0.5}
     assert rates('g_search:schedule="1:1,2:.7, 3:0.70,4:0"', 8) == {2: 0.7, 4: 0.0}
-    assert g_search.written({4: 0.5, 2: 0.7}) == "2:0.7,4:0.5"
-    assert g_search.read_schedule("2:0.7,4:0.5") == {2: 0.7, 4: 0.5}
+    config = g_search.with_schedule(PLPHPConfig.parse("g_search:tolerance=0.1,schedule=1:.1"), {4: 0.5, 2: 0.7})
+    assert dict(config.options) == {"schedule": "2:0.7,4:0.5", "tolerance": 0.1}
+    assert g_search.rates(config, 8) == {2: 0.7, 4: 0.5}
     model = tiny_model("llava")
     inputs = TINY["llava"].inputs(model, [2])
     by_schedule, report = pruned(model, inputs, PLPHPConfig.parse('g_search:schedule="1:.5,2:.25"'))
@@ -202,7 +203,7 @@ def test_what_is_refused(method: str, settings: str, message: str) -> None:
         ("pyramiddrop:factor=0.5,target_retention=0.3", "factor or a rate, not both"),
         ("pyramiddrop:factor=1.5", "must be a number from 0 to 1"),
         ("pyramiddrop:retention_rate=0.2", r"first 2 of 8 layers, .* is 0\.25, got 0\.2: .* or set its option stages"),
-        ("g_search", r'g_search needs layers with .* as in schedule="2:\.7,4:\.5": write one, or search for it'),
+        ("g_search", r'g_search needs layers with .* as in schedule="2:\.7,4:\.5": write one, or let `plphp calibrate'),
         ("g_search:schedule=2:", r"schedule must be layers with the shares .*, got '2:'"),
         ("g_search:schedule=0.5:0.5", r"schedule must be layers with .*, got '0\.5:0\.5'"),
         ("g_search:schedule=2:nan", "shares from 0 to 1, got 2:nan"),

@@ -17,6 +17,7 @@ a greedy search do; it holds by definition, as what has left stays away. Positio
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -57,9 +58,10 @@ def read_schedule(text: str) -> dict[int, float]:
     return dict(steps)
 
 
-def written(schedule: Mapping[int, float]) -> str:
-    """The text of a schedule, which `read_schedule` reads."""
-    return ",".join(f"{layer}:{share:g}" for layer, share in sorted(schedule.items()))
+def with_schedule(config: PLPHPConfig, schedule: Mapping[int, float]) -> PLPHPConfig:
+    """The settings with a schedule in the place of theirs, if they have any."""
+    text = ",".join(f"{layer}:{share:g}" for layer, share in sorted(schedule.items()))
+    return dataclasses.replace(config, options={**config.options, "schedule": text})
 
 
 def rates(config: PLPHPConfig, layers: int) -> dict[int, float]:
@@ -73,8 +75,8 @@ def check(config: PLPHPConfig, layers: int) -> None:
     schedule = settings(OPTIONS, config.options)["schedule"]
     if not schedule:
         raise ConfigError(
-            f"g_search needs {FORM}: write one, or search for it with `plphp calibrate --method g_search`, which writes "
-            "it into the preset."
+            f"g_search needs {FORM}: write one, or let `plphp calibrate --method g_search` search for it and write a "
+            "preset."
         )
     last = max(read_schedule(schedule))
     if last >= layers:
@@ -92,5 +94,6 @@ METHOD = Method(
     prefill=PrefillStage(rates, _prefill.kept_tokens, _prefill.evidence),
     options=OPTIONS,
     check=check,
+    with_schedule=with_schedule,
     when="to shorten prefill by as much as your own prompts allow",
 )

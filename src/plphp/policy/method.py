@@ -40,6 +40,10 @@ class Method:
     with_bank : callable, optional
         ``(config, file) -> config``: the settings with the query bank of a file, for a method that asks for a bank
         that the engine collects (`plphp.policy.evidence.OwnBank`).
+    with_schedule : callable, optional
+        ``(config, schedule) -> config``: the settings with the shares of the vision tokens that go on by decoder
+        layers, for a method whose schedule is searched for (`plphp.studies.schedule_search`) within its option
+        ``tolerance``.
     tiers : str, optional
         The ladder of a config that names none, for a method that holds entries in few bits in any case. Default: such
         a config holds entries whole, or drops them.
@@ -56,6 +60,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     check: Callable[[PLPHPConfig, int], None] = lambda config, layers: None
     with_bank: Callable[[PLPHPConfig, str], PLPHPConfig] | None = None
+    with_schedule: Callable[[PLPHPConfig, Mapping[int, float]], PLPHPConfig] | None = None
     tiers: str | None = None
     when: str = "to compare"
 
