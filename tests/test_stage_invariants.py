@@ -186,6 +186,18 @@ def test_beams_and_samples(family: str, stages: str, kwargs: dict[str, Any]) -> 
         assert_same_generation(generate(model, inputs, **kwargs), output)
 
 
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl", "gemma3"])
+def test_the_tower_is_read_once_for_all_beams_and_samples(family: str, kwargs: dict[str, Any]) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 1])
+    config = PLPHPConfig.parse("vtc_cls:start=0,retention_rate=0.5")
+    _, alone = pruned(model, inputs, config)
+    _, report = pruned(model, inputs, config, **kwargs)
+    times = report.batch // 2
+    [once], [stage] = alone.prompts[0].stages, report.prompts[0].stages
+    assert stage.positions == [once.positions[row // times] for row in range(report.batch)]
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if TINY[family].videos and family not in WITH_STATE])
 def test_videos(family: str) -> None:
     model, tiny = tiny_model(family), TINY[family]

@@ -203,10 +203,15 @@ def test_accelerators() -> None:
     assert accelerator("H200").memory == 141e9
     given_ = accelerator("24 GiB, 1.5TB/s")
     assert (given_.memory, given_.bandwidth) == (24 * 2**30, 1.5e12)
+    assert (accelerator("H100").flops, accelerator("T4").flops, given_.flops) == (989.5e12, None, None)
+    for text in ("24GB,1TB/s,165TFLOP/s", "24GB, 1TB/s, 165 tflops"):
+        assert accelerator(text).flops == 165e12
     for text, message in (
         ("H20", "Did you mean 'H200'"),
         ("24GB", "Unknown GPU '24GB'"),
         ("0GB,5GB/s", "positive numbers"),
+        ("1GB,5GB/s,0TFLOP/s", "positive numbers"),
+        ("1GB,5GB/s,7", "with the peak if you like"),
         ("1.2.3GB,5GB/s", "positive numbers"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -21,9 +21,11 @@ UNUSABLE = 1
 def methods(as_json: JsonOption = False) -> None:
     """List the pruning methods: what each keeps, when to take it, and its options; the ladders and rungs of tiers."""
     from plphp.methods.registry import available_methods
+    from plphp.policy.stages import STAGES
     from plphp.settings.ladder import LADDERS, PLAIN_RUNGS, PRODUCT_RUNGS
 
-    known = available_methods().values()
+    # In the order in which a prompt passes their stages.
+    known = sorted(available_methods().values(), key=lambda method: STAGES.index(next(iter(method.stages))))
     options = {method.name: {name: option.default for name, option in method.options.items()} for method in known}
     if as_json:
         names = ("name", "summary", "when", "paper")

@@ -40,4 +40,5 @@ METHOD = Method(
     encoder=EncoderStage(choose),
     options=OPTIONS,
     check=check,
+    when="to see what relevance to the question adds to dpp",
 )

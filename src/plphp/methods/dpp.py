@@ -26,4 +26,5 @@ METHOD = Method(
     paper="arXiv:2506.10967 without relevance",
     encoder=EncoderStage(choose),
     check=check,
+    when="in the place of divprune, where it keeps more of your answers",
 )

@@ -44,4 +44,5 @@ METHOD = Method(
     encoder=EncoderStage(choose, tower=asked),
     options=OPTIONS,
     check=check,
+    when="for towers without a class token; by=row keeps whole lines, as of text",
 )

@@ -45,4 +45,5 @@ METHOD = Method(
     encoder=EncoderStage(choose, tower=asked),
     options=OPTIONS,
     check=check,
+    when="like vtc_cls, where what leaves is still to be felt",
 )

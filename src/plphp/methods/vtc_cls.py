@@ -40,4 +40,5 @@ METHOD = Method(
     encoder=EncoderStage(choose, tower=asked),
     options=OPTIONS,
     check=check,
+    when="for towers with a class token, such as CLIP",
 )

@@ -54,6 +54,7 @@ class Leaving:
         self._shares: dict[int, list[float]] = {}  # by layers before which tokens leave, of the rows
         self._not_finite: set[int] = set()
         self._unranked: set[int] = set()
+        self._times = 1  # rows that each row of the prompt stands for
         self.computed: dict[int, int] = {}
         """By decoder layer, the tokens that it has computed, over the rows."""
         self.entered = chain.encoder is None
@@ -101,10 +102,10 @@ class Leaving:
         if link is None:
             return states
         stay = self.spans.valid[:, self.spans.start :].clone()
-        of_tower = iter(tower() if tower is not None and link.stage.tower(link.config) is not None else ())
+        of_tower = self._of_tower(tower() if tower is not None and link.stage.tower(link.config) is not None else ())
         merged = states
         for row, number, index in self._images():
-            image = self._image(states[row], row, number, index, next(of_tower, None))
+            image = self._image(states[row], row, number, index, of_tower.get((row, number)))
             # What is not finite cannot be told apart. The row stays whole, and the KV stage names it.
             if not bool(image.features.isfinite().all()):
                 self._not_finite.add(row)
@@ -176,6 +177,7 @@ class Leaving:
 
     def repeat(self, times: int) -> None:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
+        self._times *= times
         self.spans = self.spans.repeated(times)
         for rows in (self._not_finite, self._unranked):
             first = [row * times for row in rows]
@@ -221,6 +223,12 @@ class Leaving:
             for row, segment in enumerate(new)
             for number in segment[segment >= 0].unique().tolist()
         ]
+
+    def _of_tower(self, scores: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
+        """Scores of the tower by row and number of the image; the tower has seen no repeated row."""
+        images = [(row, number) for row, number, _ in self._images() if row % self._times == 0]
+        by_image = dict(zip(images, scores, strict=bool(scores)))
+        return {(row + copy, number): own for (row, number), own in by_image.items() for copy in range(self._times)}
 
     def _image(self, states: Tensor, row: int, number: int, index: Tensor, tower: Tensor | None) -> ImageTokens:
         new = slice(self.spans.start, None)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from plphp.pruning.prompt_report import PromptReport, RowReport
     from plphp.pruning.report import BankProgress, PruneReport
     from plphp.studies.compare import Comparison, Run
-    from plphp.studies.estimate import Estimate
 
 TOTALS = (
     *("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held"),
@@ -198,37 +197,6 @@ def collecting_line(progress: BankProgress, folder: str) -> str:
         where = f"which {folder} keeps"
         return f"{bank}, {where}; {f'{progress.missing} more to go' if progress.missing else 'the next is pruned'}."
     return f"{bank}, and nothing is kept: name a folder for it (folder=DIR), or a bank (bank=FILE, see plphp collect)."
-
-
-def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
-    """Table of both estimates side by side, with their ratios."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    asked = f"retention {pruned.retention:g}" if pruned.tiers is None else f"tiers {pruned.tiers}"
-    asked += f", {pruned.read:g} read" if pruned.read < 1 else ""
-    for heading in ("everything kept", asked, "ratio"):
-        table.add_column(heading, justify="right")
-    lines: list[tuple[str, str, Callable[[float], str]]] = [
-        ("KV cache of a sequence", "sequence_kv_bytes", human_bytes),
-        ("KV cache of the batch", "kv_bytes", human_bytes),
-        ("weights and KV cache", "memory_bytes", human_bytes),
-        ("read in a decoding step", "step_bytes", human_bytes),
-    ]
-    if pruned.book_bytes:
-        lines.insert(2, ("codebooks of the model", "book_bytes", human_bytes))
-    if unpruned.fits is not None:
-        lines += [
-            ("step takes at least", "step_seconds", lambda seconds: f"{1000 * seconds:.2f} ms"),
-            ("tokens per second at most", "tokens_per_second", lambda rate: f"{rate:,.0f}"),
-            ("largest batch", "largest_batch", lambda batch: f"{batch:,.0f}"),
-            ("tokens per second with it", "most_tokens_per_second", lambda rate: f"{rate:,.0f}"),
-        ]
-    for text, name, shown in lines:
-        before, after = getattr(unpruned, name), getattr(pruned, name)
-        table.add_row(text, shown(before), shown(after), f"{after / before:.2f}" if before else "")
-    if unpruned.fits is not None:
-        table.add_row("the batch fits", *("yes" if each.fits else "no" for each in (unpruned, pruned)), "")
-    return table
 
 
 def human_bytes(count: float) -> str:

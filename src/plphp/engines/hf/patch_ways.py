@@ -48,7 +48,7 @@ def _sent(
     method = shadow.get_video_features if features.of_videos else shadow.get_image_features
     try:
         with as_written(patch_scores.device):
-            output = method(inputs[features.pixels[0]], **_arguments(method, core.config, inputs))
+            output = method(inputs[features.pixels[0]], **feature_arguments(method, core.config, inputs))
     except _Arrived as arrived:
         return arrived.scores.reshape(-1)
     except torch.OutOfMemoryError:
@@ -62,7 +62,7 @@ def _sent(
     return torch.cat([part[..., 0].reshape(-1) for part in ([tokens] if isinstance(tokens, Tensor) else tokens)])
 
 
-def _arguments(method: Callable[..., Any], config: PretrainedConfig, inputs: Inputs) -> dict[str, Any]:
+def feature_arguments(method: Callable[..., Any], config: PretrainedConfig, inputs: Inputs) -> dict[str, Any]:
     """What a method takes of the inputs, beside the pixels, which come first; the rest as the model sets it."""
     arguments = {}
     for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
