@@ -16,7 +16,8 @@ PART is one of, in this order:
                    docs/quality/*.png
 - ``tiers``        few bits in the place of eviction, on the test split: benchmarks/results/tiers.json
 - ``bits``         every entry in one rung, no choice, on the test split: benchmarks/results/bits.json
-- ``stages``       what leaves before and inside the text model, on the development split: benchmarks/results/stages.json
+- ``stages``       what leaves before and inside the text model, on the development split:
+                   benchmarks/results/stages.json
 - ``early``        the same on the test split: benchmarks/results/early.json
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
