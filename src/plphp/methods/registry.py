@@ -13,6 +13,7 @@ from plphp.errors import ConfigError, did_you_mean
 from plphp.plugins import Plugins
 from plphp.policy.chain import Chain
 from plphp.policy.method import Method
+from plphp.policy.stages import STAGES
 from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_elsewhere
 from plphp.settings.options import check_options
 
@@ -42,6 +43,11 @@ def register_method(method: Method, *, replace: bool = False) -> None:
 def available_methods() -> dict[str, Method]:
     """All methods by name."""
     return METHODS_BY_NAME.available()
+
+
+def methods_by_stage() -> list[Method]:
+    """All methods, in the order in which a prompt passes the first of their stages, and by name."""
+    return sorted(available_methods().values(), key=lambda method: STAGES.index(next(iter(method.stages))))
 
 
 def get_method(name: str) -> Method:
