@@ -63,7 +63,7 @@ class PrunedCache(GuardedCache):
         self.config, self.decode = config, checked_mode(decode)
         self.chain = chain_of(config, len(self.layers))
         self.chain.refuse_unanswered()
-        refuse_stages(self.chain, attachment.model, len(self._pruned) == len(self.layers))
+        refuse_stages(self.chain, attachment.model, len(self._pruned) == len(self.layers), own_bank)
         self._own_bank = own_bank
         self.collecting: BankProgress | None = None
         """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""

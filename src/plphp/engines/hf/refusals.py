@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 from plphp.kernels.bit_planes import BYTE
+from plphp.policy.bank import QueryBank
 from plphp.policy.chain import Chain
 from plphp.settings.ladder import WHOLE
 
@@ -16,7 +17,9 @@ STAGES = ("prefill", "kv")
 """Stages that plphp runs in transformers."""
 
 
-def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
+def refuse_stages(
+    chain: Chain, model: PreTrainedModel, all_full: bool, own_bank: QueryBank | None = None
+) -> None:
     """Raise for a stage of a chain that cannot be done on a model.
 
     Parameters
@@ -27,6 +30,8 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
         The model.
     all_full : bool
         Whether all of its text layers have full attention.
+    own_bank : QueryBank, optional
+        The bank that a session has collected, for a method that asks for such a bank.
 
     Raises
     ------
@@ -36,7 +41,7 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
     """
     chain.refuse_all_but(STAGES, "plphp's engine for transformers")
     _refuse_heads(chain, model)
-    refuse_foreign_banks(chain, model)
+    refuse_foreign_banks(chain, model, own_bank)
     if chain.prefill is None:
         return
     method = chain.prefill.method
