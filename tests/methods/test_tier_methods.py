@@ -133,10 +133,13 @@ def test_quantized_has_a_ladder_of_its_own() -> None:
     assert resolved("plphp").tiers is None
 
 
-@pytest.mark.parametrize("setting", ["retention_rate", "target_retention"])
+@pytest.mark.parametrize(
+    "setting", ["retention_rate", "target_retention", "attentive_threshold", "indifferent_threshold"]
+)
 def test_quantized_says_itself_how_much_it_keeps(setting: str) -> None:
-    with pytest.raises(ConfigError, match=rf"tiers=c3 says how much is kept, and so does {setting}=0.3: leave"):
-        resolve(PLPHPConfig(method="quantized", **{setting: 0.3}))  # type: ignore[arg-type]
+    own = r"^The ladder of the method 'quantized' \(c3\) says how much is kept"
+    with pytest.raises(ConfigError, match=rf"{own}, and so does {setting}=0.2: leave"):
+        resolve(PLPHPConfig(method="quantized", **{setting: 0.2}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tiers", ["t10", "c3=.5", "c4=.5,c3"])

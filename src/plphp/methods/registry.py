@@ -13,7 +13,8 @@ from plphp.errors import ConfigError, did_you_mean
 from plphp.plugins import Plugins
 from plphp.policy.chain import Chain
 from plphp.policy.method import Method
-from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_elsewhere
+from plphp.settings.calibrated import warn_if_calibrated_elsewhere
+from plphp.settings.config import SETTINGS, PLPHPConfig
 from plphp.settings.options import check_options
 
 from ._tiers import check_books, refuse_tiers

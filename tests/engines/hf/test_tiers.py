@@ -86,6 +86,23 @@ def test_rows_of_a_branch_are_ordinary_runs(family: str, folder: Path) -> None:
         assert branches.vision_kept[row] == pytest.approx(cache.report().retention)
 
 
+@pytest.mark.parametrize("method", ["plphp", "shared", "recall_rank:floor=0,layers=vision_attention"])
+def test_layer_classes_hold_as_much_as_the_same_rate_everywhere(method: str) -> None:
+    """The ladder is the mean over the layers, in the report, in bytes, and in a branch."""
+    model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2])
+    tiers = 'tiers="r3=.3,r1=.3"'
+    config = PLPHPConfig.parse(f"{method}{',' if ':' in method else ':'}{tiers}")
+    report = read(model, inputs, config).report()
+    even = read(model, inputs, PLPHPConfig.parse(f"uniform:{tiers}")).report()
+    tokens = report.prompts[0].layers[0].rows[0].vision_tokens
+    assert report.retention == pytest.approx(even.retention, abs=0.5 / tokens)
+    assert report.kv_bytes == pytest.approx(even.kv_bytes, rel=0.02)
+    rates = {layer.rows[0].rate for layer in report.prompts[0].layers}
+    assert len(rates) > 1
+    [branch] = plphp.branch(model, inputs, [config]).vision_kept
+    assert branch == pytest.approx(report.retention)
+
+
 def test_a_copy_goes_on_by_itself(folder: Path) -> None:
     model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2])
     cache = read(model, inputs, settings(MIXED, folder, "llava"))
