@@ -316,7 +316,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
     refused("not a safetensors file", tmp_path / "text")
     save_file({"a": torch.zeros(1)}, tmp_path / "tensors")
     refused("does not hold a query bank", tmp_path / "tensors")
-    about = {"format": FORMAT, "interleaved": '{"0": false}', "record": "{}"}
+    about = {"format": FORMAT, "interleaved": '{"0": false}', "record": '{"decoder_layers": 3}'}
     save_file({"ahead": torch.zeros(4)}, tmp_path / "lacking", metadata=about)
     refused(r"is broken \(KeyError\('0.queries'\)\)\. Make it with plphp collect", tmp_path / "lacking")
     refused("4 decoder layers, and this one has 3", settings(folder, "qwen3-vl").options["bank"])

@@ -13,7 +13,6 @@ from plphp.errors import ConfigError
 
 from .ladder import WHOLE, Ladder
 
-
 KEPT_BY = ("target_retention", "retention_rate", "attentive_threshold", "indifferent_threshold")
 """Settings that say how much is kept where no ladder does."""
 
