@@ -119,7 +119,7 @@ def test_an_answer_that_counts_for_nothing_leaves_no_trace(caplog: pytest.LogCap
 
 
 def test_what_is_no_sample_is_refused() -> None:
-    with pytest.raises(ConfigError, match="samples must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="samples must be an integer of at least 1, got 0"):
         BankSample(0)
     sample = BankSample(4)
     sample.add(answer(0, 3))

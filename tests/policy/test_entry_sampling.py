@@ -100,7 +100,7 @@ def test_what_is_not_finite_or_does_not_fit_is_left_out(caplog: pytest.LogCaptur
         sample.with_prompt({1: entries(0, 2)[1]})
     with pytest.raises(ConfigError, match="2 KV heads of dimension 16 in layer 1, expected 2 of 8"):
         sample.with_prompt({layer: pair[::-1] for layer, pair in entries(0, 2).items()})
-    with pytest.raises(ConfigError, match="book_tokens must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="book_tokens must be an integer of at least 1, got 0"):
         BankSample(book_tokens=0)
 
 

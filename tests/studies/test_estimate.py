@@ -216,6 +216,9 @@ def test_accelerators() -> None:
 def test_numbers_out_of_range() -> None:
     with pytest.raises(ConfigError, match="new_tokens must be an integer of at least 1, got 0"):
         Workload(1, 1, new_tokens=0)
+    for retention in (True, "0.4"):
+        with pytest.raises(ConfigError, match="retention must be between 0 and 1, got"):
+            estimate(COST, Workload(1, 1), retention)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="retention must be between 0 and 1, got 2"):
         estimate(COST, Workload(1, 1), 2)
     with pytest.raises(ConfigError, match=r"reserve must be between 0 and 0\.99, got 1"):

@@ -82,8 +82,9 @@ def by_vision_attention(layers: Layers, config: PLPHPConfig) -> Allocation:
     """Layer-level retention rate allocation of PLPHP.
 
     With ``target_retention``, and with a ladder, the thresholds are the quantiles of each row's own scores over all
-    layers, so that as many layers gain ``delta`` as lose it; ties go to the earlier layer. For the first layers of a prompt alone the result is
-    an upper bound: a layer's position in the order of scores only falls while later layers are scored.
+    layers, so that as many layers gain ``delta`` as lose it; ties go to the earlier layer. For the first layers of a
+    prompt alone the result is an upper bound: a layer's position in the order of scores only falls while later layers
+    are scored.
 
     Parameters
     ----------

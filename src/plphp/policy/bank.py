@@ -160,7 +160,8 @@ class QueryBank:
                 )
                 for number, interleaved in rotations.items()
             }
-            check_queries(layers, tensors["ahead"], record)
+            parts = {number: (layer.queries, layer.rotation.frequencies) for number, layer in layers.items()}
+            check_queries(parts, tensors["ahead"], record)
             queries = {number: layer.queries for number, layer in layers.items()}
             books, sampled = books_in(tensors, queries), sample_in(tensors, queries)
             return cls(layers, tensors["ahead"], record, books, sampled)

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from .bank import LayerBank
+Layers = Mapping[int, tuple[Tensor, Tensor]]
+"""By decoder layer, queries [q_heads, samples, dim] and the frequencies of the rotation [pairs]."""
 
 
 def check_kinds(interleaved: object, record: object) -> None:
@@ -38,13 +38,13 @@ def check_kinds(interleaved: object, record: object) -> None:
         raise ValueError(f"its record says that the model has {layers!r} decoder layers")
 
 
-def check_queries(layers: Mapping[int, LayerBank], ahead: Tensor, record: Mapping[str, Any]) -> None:
+def check_queries(layers: Layers, ahead: Tensor, record: Mapping[str, Any]) -> None:
     """Check that the queries of a file fit each other, and its record.
 
     Parameters
     ----------
-    layers : mapping of int to LayerBank
-        As they were read.
+    layers : mapping of int to tuple of Tensor
+        See `Layers`; as they were read.
     ahead : Tensor
         As it was read; int64 [samples] if it is right.
     record : mapping
@@ -57,8 +57,7 @@ def check_queries(layers: Mapping[int, LayerBank], ahead: Tensor, record: Mappin
     """
     if ahead.dim() != 1 or ahead.is_floating_point() or bool((ahead < 0).any()):
         raise ValueError("it does not say how far ahead its queries came")
-    for number, layer in layers.items():
-        queries, frequencies = layer.queries, layer.rotation.frequencies
+    for number, (queries, frequencies) in layers.items():
         if not 0 <= number < record["decoder_layers"]:
             raise ValueError(f"layer {number} is none of a model with {record['decoder_layers']} decoder layers")
         if queries.dim() != 3 or not queries.is_floating_point() or queries.shape[1] != len(ahead) or not len(queries):

@@ -107,7 +107,7 @@ def test_codebooks_that_a_session_collected_are_refused_once_the_weights_are_oth
             assert not messages(caplog)
             model.model.language_model.layers[0].self_attn.k_proj.weight.data *= 1.5
             if "tiers" in tiers:
-                with pytest.raises(ConfigError, match="collected here are of another model: .* open a new session"):
+                with pytest.raises(ConfigError, match=r"collected here are of another model: .* open a new session"):
                     generate(model, prompt())
             else:
                 generate(model, prompt())

@@ -17,9 +17,7 @@ STAGES = ("prefill", "kv")
 """Stages that plphp runs in transformers."""
 
 
-def refuse_stages(
-    chain: Chain, model: PreTrainedModel, all_full: bool, own_bank: QueryBank | None = None
-) -> None:
+def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool, own_bank: QueryBank | None = None) -> None:
     """Raise for a stage of a chain that cannot be done on a model.
 
     Parameters
