@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 from plphp.kernels.bit_planes import BYTE
+from plphp.kernels.codecs import INSTEAD
 from plphp.policy.bank import QueryBank
 from plphp.policy.chain import Chain
 from plphp.settings.ladder import WHOLE
@@ -64,6 +65,6 @@ def _refuse_heads(chain: Chain, model: PreTrainedModel) -> None:
     dim = vars(text).get("head_dim")  # in some configs layers differ, and reading it of all raises
     if ladder is not None and set(ladder.names) != {WHOLE} and isinstance(dim, int) and dim % BYTE:
         raise UnsupportedFeatureError(
-            f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: name "
-            "a method without tiers, such as PLPHPConfig(target_retention=0.4)."
+            f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: "
+            f"{INSTEAD}."
         )
