@@ -84,7 +84,12 @@ def generate(
     report: Annotated[Path | None, option(OUTPUT, "Write what was kept to this JSON file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a prompt about images, with a pruned KV cache."""
+    """Answer a prompt about images, with a pruned KV cache.
+
+    Without settings vision entries are held in few bits: all of them in 3 (quantized, c3), and with the bundled model
+    as its bank says (query_bank, t10). With --method, --retention-rate or --target-retention they are evicted instead,
+    unless the method itself holds them in few bits (quantized) or whole (none).
+    """
     settings = read_settings(config, config_file, method, retention_rate, target_retention, bundled=is_bundled(model))
     checked_mode(decode)
     options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling_options(temperature, top_p, seed)}
