@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from plphp.errors import ConfigError
+from plphp.settings.checks import check_kept_once
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -85,7 +86,10 @@ class Method:
         ConfigError
             If the method has a ladder, and the config says otherwise how much is kept.
         """
-        return config if self.tiers is None or config.tiers is not None else replace(config, tiers=self.tiers)
+        if self.tiers is None or config.tiers is not None:
+            return config
+        check_kept_once(f"The ladder of the method {self.name!r} ({self.tiers})", config.given_rates)
+        return replace(config, tiers=self.tiers)
 
     def settings(self, config: PLPHPConfig) -> dict[str, Any]:
         """All options by name: those of the config, else the defaults."""

@@ -88,7 +88,8 @@ class KVStage:
         ``config -> Mix``: which part of the entries that a head keeps does not go by score.
     uses_class_rule : callable
         ``config -> bool``: whether the allocator sorts layers into classes by their vision attention scores. Then
-        ``target_retention`` says how much is kept, and the rate of none is known before all have been scored.
+        ``target_retention``, or a ladder, says how much is kept, and the rate of none is known before all have been
+        scored.
     all_layers : callable
         ``config -> bool``: whether the rates of any layer depend on the scores of all, for another reason than
         ``uses_class_rule``.
@@ -140,7 +141,7 @@ class KVStage:
 
     def needs_all_layers(self, config: PLPHPConfig) -> bool:
         """Whether the rates of any layer depend on the scores of all."""
-        return (config.target_retention is not None and self.uses_class_rule(config)) or self.all_layers(config)
+        return (config.sorts_by_order and self.uses_class_rule(config)) or self.all_layers(config)
 
     def bounded(self, config: PLPHPConfig) -> KVStage | None:
         """The stage with upper bounds in the place of rates, where what it selects by them holds all that it selects in

@@ -233,7 +233,7 @@ class LayerEntries:
             False where the rest is freed and what is held does not join the prefix yet: another placement of the same
             tail narrows it.
         coder : Coder, optional
-            Holds what the placement puts in few bits.
+            Holds what a final placement puts in few bits: codes are not made of entries that another one may drop.
         vision : Tensor, optional
             bool [batch, tail]; the vision tokens, for a coder.
 
@@ -247,8 +247,10 @@ class LayerEntries:
         ------
         UnsupportedFeatureError, CacheStateError
             If an entry cannot be held in few bits, or was dropped by an earlier placement, or the placement is not that
-            of the tail; the layer is as before.
+            of the tail, or has a coder and is not final; the layer is as before.
         """
+        if coder is not None and not final:
+            raise CacheStateError("A placement that is not final holds entries whole, and it came with a coder.")
         shape = self.tail()[0].shape[:3] if self._provisional is None else self._provisional.held.shape
         if placement.shape != shape:
             raise CacheStateError(

@@ -10,6 +10,8 @@ from typing import Any
 
 from plphp.errors import ConfigError, did_you_mean
 
+from .ladder import quoting_hint
+
 Value = int | float | str | None
 
 
@@ -110,7 +112,7 @@ def check_options(
     """
     for name, value in values.items():
         if name not in declared:
-            hint = did_you_mean(name, {*declared, *settings})
+            hint = quoting_hint(name) or did_you_mean(name, {*declared, *settings})
             raise ConfigError(f"Unknown setting {name!r}, which is no option of the method {method!r} either.{hint}")
         if not declared[name].accepts(value):
             raise ConfigError(f"The option {name!r} of the method {method!r} must be {declared[name]}, got {value!r}.")

@@ -136,8 +136,8 @@ def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0)
             x, y = zip(*members, strict=True)
             axes.scatter(x, y, marker=marker, color=colour, s=50, label=name, zorder=2)
     by_threshold = any(layer.layer_class in ("attentive", "balanced", "indifferent") for _, layer in layers)
-    # With a target retention the classes come from quantiles of the prompt, and the thresholds of the config lie idle.
-    if by_threshold and report.config.get("target_retention") is None:
+    # With a target retention, or a ladder, the classes come from the order of the layers, and the thresholds lie idle.
+    if by_threshold and report.config.get("target_retention") is None and report.config.get("tiers") is None:
         for name, style in (("attentive_threshold", "--"), ("indifferent_threshold", ":")):
             label = f"{name.replace('_', ' ')} {report.config[name]:g}"
             axes.axhline(report.config[name], color="black", linestyle=style, linewidth=1, label=label)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from plphp.errors import ConfigError
 from plphp.kernels.coded import Reading
+from plphp.settings.checks import check_int
 from plphp.settings.ladder import Ladder
 
 from .accelerators import Accelerator
@@ -45,9 +46,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, least in (("vision_tokens", 0), ("text_tokens", 0), ("new_tokens", 1), ("batch", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
+            check_int(name, getattr(self, name), minimum=least)
 
     @property
     def tokens(self) -> int:
@@ -221,7 +220,8 @@ def _first_token(figures: Estimate, cost: ModelCost, accelerator: Accelerator) -
 def _check_shares(retention: float, reserve: float, read: float) -> None:
     """Raise `ConfigError` for a number that is out of range."""
     for name, value, top in (("retention", retention, 1.0), ("reserve", reserve, 0.99), ("read", read, 1.0)):
-        if not 0 <= value <= top:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= top:
             raise ConfigError(f"{name} must be between 0 and {top:g}, got {value!r}.")
 
 

@@ -125,3 +125,9 @@ def test_chance_draws_anew_for_every_sample() -> None:
     assert seeds[0] == seeds[1]
     assert seeds[0][1] != seeds[0][2]
     assert [a != b for a, b in zip(seeds[0], seeds[2], strict=True)] == drawn
+
+
+@pytest.mark.parametrize("line", ["query_bank:tiers=pr2=.5,pq=.2", "query_bank:tiers=pr2=.5,pq"])
+def test_a_ladder_without_quotes_in_a_list_is_told_of_them(line: str) -> None:
+    with pytest.raises(ConfigError, match=r"'pq' is a rung: .* double quotes"):
+        make_variants(split_methods([line]), [0.5])

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from plphp.errors import PLPHPError, SpanError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
-from plphp.methods.registry import chain_of
+from plphp.methods.registry import chain_of, settled
 from plphp.policy.bank import QueryBank
 from plphp.pruning import too_large
 from plphp.pruning.finite import features_of
@@ -66,7 +66,7 @@ class PrunedCache(PackedCache):
         self.config, self.decode = config, checked_mode(decode)
         self.chain = chain_of(config, len(self.layers))
         self.chain.refuse_unanswered()
-        refuse_stages(self.chain, attachment.model)
+        refuse_stages(self.chain, attachment.model, own_bank)
         if self.chain.acts_early:
             attachment.pack_layers()
         self._own_bank = own_bank
@@ -267,7 +267,7 @@ class PrunedCache(PackedCache):
         return PruneReport(
             model_type=model.config.model_type,
             model_class=type(model).__name__,
-            config=self.config.to_dict(),
+            config=settled(self.config).to_dict(),
             batch=max(self.batch_size, 0),
             tokens=self.get_seq_length(),
             kv_bytes_full=self.full_nbytes,

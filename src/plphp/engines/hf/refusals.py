@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 from plphp.errors import UnsupportedFeatureError
 from plphp.families.registry import family_of
 from plphp.kernels.bit_planes import BYTE
+from plphp.kernels.codecs import INSTEAD
+from plphp.policy.bank import QueryBank
 from plphp.policy.chain import Chain
 from plphp.settings.ladder import WHOLE
 
@@ -17,7 +19,7 @@ STAGES = ("encoder", "prefill", "kv")
 """Stages that plphp runs in transformers."""
 
 
-def refuse_stages(chain: Chain, model: PreTrainedModel) -> None:
+def refuse_stages(chain: Chain, model: PreTrainedModel, own_bank: QueryBank | None = None) -> None:
     """Raise for a stage of a chain that cannot be done on a model.
 
     Parameters
@@ -26,6 +28,8 @@ def refuse_stages(chain: Chain, model: PreTrainedModel) -> None:
         What is to be done at each stage.
     model : PreTrainedModel
         The model.
+    own_bank : QueryBank, optional
+        The bank that a session has collected, for a method that asks for such a bank.
 
     Raises
     ------
@@ -35,7 +39,7 @@ def refuse_stages(chain: Chain, model: PreTrainedModel) -> None:
     """
     chain.refuse_all_but(STAGES, "plphp's engine for transformers")
     _refuse_heads(chain, model)
-    refuse_foreign_banks(chain, model)
+    refuse_foreign_banks(chain, model, own_bank)
     if chain.tower is not None:
         _refuse_unread_tower(chain, model)
     implementation = model.config.get_text_config(decoder=True)._attn_implementation or ""
@@ -67,6 +71,6 @@ def _refuse_heads(chain: Chain, model: PreTrainedModel) -> None:
     dim = vars(text).get("head_dim")  # in some configs layers differ, and reading it of all raises
     if ladder is not None and set(ladder.names) != {WHOLE} and isinstance(dim, int) and dim % BYTE:
         raise UnsupportedFeatureError(
-            f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: name "
-            "a method without tiers, such as PLPHPConfig(target_retention=0.4)."
+            f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: "
+            f"{INSTEAD}."
         )

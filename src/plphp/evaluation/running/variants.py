@@ -15,6 +15,7 @@ from plphp.methods.registry import available_methods, chain_of, get_method
 from plphp.policy.rankers import at_random
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.grammar import Line, keys_of, read_chain, read_line, split_lines
+from plphp.settings.ladder import quoting_hint
 
 if TYPE_CHECKING:
     from plphp.evaluation.tasks.task import Sample
@@ -148,7 +149,8 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
         if name in CONTROLS:
             raise ConfigError(f"{name!r} is no method and stands alone, got {line.chain!r}.")
         if name not in available_methods():
-            raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, [*available_methods(), *CONTROLS])}")
+            hint = quoting_hint(name) or did_you_mean(name, [*available_methods(), *CONTROLS])
+            raise ConfigError(f"Unknown method {name!r}.{hint}")
     config = PLPHPConfig.parse(line.chain)
     chain_of(config)  # names, options and stages; what depends on the model's layers comes when it is there
     method = get_method(config.method)
