@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from test_query_bank import bank
 from transformers import DynamicCache
 
+import plphp
 from invariants import assert_same_generation, generate, logit_difference, pruned, two_turns
 from left_masked import left_tokens_masked
 from plphp import PLPHPConfig, PrunedCache
 from plphp.engines.hf.cache_argument import passed
+from plphp.policy.image_tokens import ImageTokens
 from plphp.pruning.report import PruneReport
 from precision import assert_exact
 from tiny_models import TINY, tiny_model
@@ -234,3 +238,40 @@ def test_layers_with_a_state_read_the_short_sequence(family: str) -> None:
         states = decoder(**read, use_cache=False)
         logits = model.get_output_embeddings()(states.last_hidden_state[:, -1])
     assert_exact(output.logits[0], logits)
+
+
+@contextmanager
+def features_replaced(model: Any, report: PruneReport, line: str) -> Iterator[None]:
+    """Give the first layer of a full model the merged features, in the places of the tokens that stay."""
+    config = PLPHPConfig.parse(line)
+    stage = plphp.available_methods()[config.method].encoder
+    [prompt] = report.prompts
+    assert stage is not None
+
+    def merge(module: Any, args: Any, kwargs: Any) -> Any:
+        states = args[0].clone()
+        for row, images in enumerate(prompt.images if states.shape[1] == prompt.end else []):
+            for number, image in enumerate(images):
+                own = ImageTokens(states[row, image.positions], states[row, :0], image.grid, row, number)
+                chosen = stage.choose(own, config)
+                kept = [place for place, stays in zip(image.positions, chosen.stay.tolist(), strict=True) if stays]
+                assert set(kept) <= set(prompt.stages[0].positions[row])
+                states[row, kept] = chosen.features
+        return (states, *args[1:]), kwargs
+
+    handle = model.get_decoder().layers[0].register_forward_pre_hook(merge, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl", "gemma3"])
+def test_merged_features_stand_in_the_places_of_tokens_that_stay(family: str) -> None:
+    model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 0, 1])
+    line = "pool:retention_rate=0.5"
+    output, report = pruned(model, inputs, PLPHPConfig.parse(line))
+    with left_tokens_masked(model, report), features_replaced(model, report, line):
+        assert_same_generation(generate(model, inputs), output)
+    with left_tokens_masked(model, report):
+        assert logit_difference(generate(model, inputs), output) > 1e-4
