@@ -16,6 +16,9 @@ PART is one of, in this order:
                    docs/quality/*.png
 - ``tiers``        few bits in the place of eviction, on the test split: benchmarks/results/tiers.json
 - ``bits``         every entry in one rung, no choice, on the test split: benchmarks/results/bits.json
+- ``stages``       what leaves before and inside the text model, on the development split:
+                   benchmarks/results/stages.json
+- ``early``        the same on the test split: benchmarks/results/early.json
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
 docs/quality.md from the results. Another model needs folders of its own (``--results``, ``--runs``).
@@ -166,6 +169,26 @@ LADDERS = {
     "whole entries": "query_bank:bank=bundled",
 }
 """Ladders, single rungs for everything, and other evidence."""
+STAGES = {
+    "random": "encoder_random:seed=1@0.5+0.25",
+    "pool": "pool@0.5+0.25",
+    "downsample": "downsample@0.5+0.25",
+    "DivPrune": "divprune@0.5+0.25",
+    "DPP": "dpp@0.5+0.25",
+    "CDPruner": "cdpruner@0.5",
+    "CDPruner, positive relevance": "cdpruner:sign=positive@0.5",
+    "VTC-CLS": "vtc_cls@0.5+0.25",
+    "FoPru, tokens": "fopru@0.5",
+    "FoPru, rows": "fopru:by=row@0.5",
+    "VisionZip": "visionzip@0.5",
+    # Layer 1 of 8: the layers behind it hold 43 % and 14 %.
+    "FastV, layer 1": "fastv:layer=1@0.5+0.25",
+    "query_bank": "query_bank:bank=bundled@0.25",
+    "DivPrune 50 %, then query_bank": "divprune:retention_rate=0.5+query_bank:bank=bundled@0.5",
+    "DPP 50 %, then query_bank": "dpp:retention_rate=0.5+query_bank:bank=bundled@0.5",
+}
+"""What leaves before and inside the text model. A chain's rate is of what its first method leaves: half of a half is a
+quarter of the KV, as query_bank alone holds it."""
 
 
 def main() -> None:
@@ -182,6 +205,8 @@ def main() -> None:
         "ladders": ladders,
         "tiers": tiers,
         "bits": bits,
+        "stages": stages,
+        "early": early,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
@@ -309,6 +334,16 @@ def tiers(arguments: argparse.Namespace) -> None:
 def bits(arguments: argparse.Namespace) -> None:
     """Every entry in one rung on the test split."""
     _table(arguments, "bits", BITS, "test", TIERS_RETENTION, 500)
+
+
+def stages(arguments: argparse.Namespace) -> None:
+    """What leaves before and inside the text model, on the development split."""
+    _table(arguments, "stages", _labelled(STAGES), "dev", TIERS_RETENTION, 40)
+
+
+def early(arguments: argparse.Namespace) -> None:
+    """What leaves before and inside the text model, on the test split; each line reads every prompt anew."""
+    _table(arguments, "early", _labelled(STAGES), "test", TIERS_RETENTION, 500)
 
 
 def ablation(arguments: argparse.Namespace) -> None:

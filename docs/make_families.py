@@ -9,8 +9,9 @@ from plphp.families.unsupported import UNSUPPORTED
 HEAD = """# Model families
 
 Each family is tested on small models with random weights, built from the real configs and classes of transformers
-5.17, 5.23 and 5.24. No published checkpoint has been run yet. Only full-attention layers are pruned; all other layers
-keep transformers' own cache.
+5.17, 5.23 and 5.24. No published checkpoint has been run yet. Once a prompt has been read only full-attention layers
+are pruned, and all others keep transformers' own cache; what leaves [before](concepts.md#three-stages) leaves for all.
+Methods that read the vision tower (`vtc_cls`, `fopru`, `visionzip`) work on all families but {without}.
 
 | family | `config.model_type` | notes |
 |---|---|---|
@@ -27,11 +28,14 @@ A *segment* is what `image_quota="per_image"` gives a share to: an image, unless
 
 def page() -> str:
     """The page's text."""
+    known = plphp.available_families()
     families = "".join(
         f"| {family.name} | {', '.join(f'`{name}`' for name in family.model_types)} | {family.notes} |\n"
-        for family in plphp.available_families().values()
+        for family in known.values()
     )
-    return HEAD + families + TAIL + "".join(f"| `{name}` | {reason} |\n" for name, reason in UNSUPPORTED.items())
+    without = [name for name, family in known.items() if family.tower is None or family.tower.patches is None]
+    head = HEAD.replace("{without}", ", ".join(without))
+    return head + families + TAIL + "".join(f"| `{name}` | {reason} |\n" for name, reason in UNSUPPORTED.items())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "policy": ("errors", "io", "kernels", "settings"),
     "methods": ("errors", "plugins", "policy", "settings"),
     "pruning": ("errors", "families", "io", "kernels", "policy", "settings"),
-    "inputs": ("errors", "families", "io"),
+    "inputs": ("errors", "families", "io", "settings"),
     "engines.hf": ("errors", "families", "inputs", "io", "kernels", "methods", "policy", "pruning", "settings"),
     "engines.vllm": ("errors", "families", "inputs", "io", "kernels", "methods", "policy", "pruning", "settings"),
     "studies": (

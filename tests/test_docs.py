@@ -111,7 +111,7 @@ def test_api_runs(scope: dict[str, Any]) -> None:
     del names["cache"], names["model"]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["method", "family"])
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["method", "early", "family"])
 def test_extending_runs(scope: dict[str, Any], index: int) -> None:
     exec(blocks("docs/extending.md")[index], scope)
 

@@ -27,9 +27,13 @@ from tiny_models import TINY, tiny_model
 pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = sorted(TINY)
-STAGED = ("fastv", "vtw")
-"""Methods that act inside prefill."""
-METHODS = tuple(sorted(plphp.available_methods().keys() - {"oracle", "query_bank", "quantized", *STAGED}))
+STAGED = tuple(
+    name for name, method in sorted(plphp.available_methods().items()) if method.kv is None and name != "g_search"
+)
+"""Methods that act before the KV cache alone, and are asked for a rate."""
+MERGING = ("pool", "visionzip")
+"""Those of them that change the features of what stays: tests/test_stage_invariants.py has a reference for them."""
+METHODS = tuple(sorted(plphp.available_methods().keys() - {"oracle", "query_bank", "quantized", "g_search", *STAGED}))
 """Those that need nothing but a prompt and hold entries whole; tests/studies/test_query_bank.py has the invariants of
 that method."""
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -77,7 +81,7 @@ def pairs(mechanisms: tuple[str, ...] = MECHANISMS) -> list[tuple[str, str]]:
 
 
 def staged() -> list[tuple[str, str]]:
-    """The same for the methods that act inside prefill."""
+    """The same for the methods that act before the KV cache; tests/test_stage_invariants.py has more of them."""
     return [(family, method) for family in FULL for method in STAGED if method == "fastv" or family in KINDS]
 
 
@@ -103,7 +107,7 @@ def test_compacted_cache_is_full_cache_with_evicted_entries_masked(family: str, 
         assert (generate(model, inputs).logits[-1] - output.logits[-1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("family", "method"), staged())
+@pytest.mark.parametrize(("family", "method"), [pair for pair in staged() if pair[1] not in MERGING])
 def test_tokens_that_left_are_masked_in_prefill_too(family: str, method: str) -> None:
     """The prompt itself, and decoding after it; with padding, a row without images and unequal numbers of them."""
     model, inputs = tiny_model(family), TINY[family].inputs(tiny_model(family), [2, 0, 1])

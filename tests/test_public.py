@@ -63,22 +63,38 @@ SURFACE = {
         *("by_vision_attention", "keep_all", "kept_count", "proportional", "uniform", "with_rates"),
         *("at_random", "by_best_position", "by_peak", "by_value_norm", "combined", "per_head", "pooled"),
         *("ConfigError", "Ranker", "SpanError", "keep_mask", "shared_by_heads", "times_value_norm"),
-        *("Family", "Features", "Inputs", "VisionSegment", "register_family"),
+        *("Chosen", "ImageTokens", "TowerEvidence"),
+        *("Family", "Features", "Inputs", "VisionSegment", "VisionTower", "register_family"),
     ),
     "plphp.kernels": ("WindowScores", "compact_kv", "decode_attention", "merge_states", "window_scores"),
 }
 """By module its public names: a name that comes or goes is a decision, and this is where it is taken."""
 OWN = re.compile(r"\b_?[A-Z]\w+")
 STANDARD = {
-    *("Any", "Callable", "Iterable", "Iterator", "Literal", "Mapping", "Path", "Sequence", "TypeAlias"),
+    *(
+        "AbstractContextManager",
+        "Any",
+        "Callable",
+        "Iterable",
+        "Iterator",
+        "Literal",
+        "Mapping",
+        "Path",
+        "Sequence",
+        "TypeAlias",
+    ),
     *("PreTrainedModel", "PretrainedConfig", "Tensor", "None", "True", "False"),
 }
 """Names in signatures that are those of Python, torch and transformers."""
-CALLED_BY_ENGINES = {"attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"}
+CALLED_BY_ENGINES = {
+    *("attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"),
+    *("enter_layer", "leave_layers", "packed_mask", "forget_leaving"),
+}
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
     *("BankProgress", "EntrySample", "Kind", "LayerBank", "LayerBooks", "PackedKV", "ProfiledPrompt", "PromptReport"),
-    *("CodedKV", "Ladder", "LayerBytes", "QueryRows", "ReAttention", "Rotation", "RungBytes", "TierReport", "Value"),
+    *("CodedKV", "Ladder", "LayerBytes", "QueryRows", "ReAttention", "Rotation", "RungBytes", "StandIn", "TierReport"),
+    "Value",
 }
 """What public objects are made of: documented where they are reached from."""
 

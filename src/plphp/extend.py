@@ -8,6 +8,7 @@ model is loaded. A method's own file imports torch in the functions that compute
 from plphp.errors import ConfigError, SpanError
 from plphp.families.base import Family, Features, Inputs, VisionSegment
 from plphp.families.registry import register_family
+from plphp.families.towers import VisionTower
 from plphp.methods.registry import register_method
 from plphp.policy.allocation import (
     Allocation,
@@ -24,6 +25,7 @@ from plphp.policy.allocation import (
     with_rates,
 )
 from plphp.policy.evidence import Evidence, LayerScores, OwnBank
+from plphp.policy.image_tokens import Chosen, ImageTokens, TowerEvidence
 from plphp.policy.method import Method
 from plphp.policy.rankers import (
     Ranker,
@@ -46,11 +48,13 @@ from plphp.settings.options import Option, settings
 __all__ = [
     "Allocation",
     "Allocator",
+    "Chosen",
     "ConfigError",
     "EncoderStage",
     "Evidence",
     "Family",
     "Features",
+    "ImageTokens",
     "Inputs",
     "KVStage",
     "LayerClass",
@@ -67,7 +71,9 @@ __all__ = [
     "RowAllocation",
     "ScoredLayer",
     "SpanError",
+    "TowerEvidence",
     "VisionSegment",
+    "VisionTower",
     "at_random",
     "by_best_position",
     "by_peak",

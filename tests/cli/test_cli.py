@@ -307,6 +307,11 @@ class TestSupport:
         bank = next(method for method in json.loads(ok("methods", "--json")) if method["name"] == "query_bank")
         assert bank["when"].startswith("first of all")
         assert bank["options"]["collect"] == 16
+        stages = [method["stage"] for method in json.loads(ok("methods", "--json"))]
+        assert list(dict.fromkeys(stages)) == ["encoder", "prefill", "kv"]
+        assert stages == sorted(stages, key=["encoder", "prefill", "kv"].index)
+        early = [method for method in json.loads(ok("methods", "--json")) if method["stage"] == "encoder"]
+        assert all(method["when"] != "to compare" for method in early)
         assert "qwen2_5_vl" in ok("families")
 
     def test_doctor_judges_a_model(self, folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from plphp.inputs.loading import empty_model
 from plphp.studies.accelerators import accelerator
 from plphp.studies.estimate import Workload, estimate
 from plphp.studies.model_cost import model_cost
+from plphp.studies.schedule import Schedule
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,38 @@ def test_the_table(folder: Path) -> None:
         assert text in shown
     assert "largest batch" not in ok("estimate", "--model", folder)
     assert ok("estimate", "--gpu", "1MB,1GB/s").count("no ") >= 2  # not even the weights fit
+
+
+def test_what_leaves_early(folder: Path) -> None:
+    size = ("--model", folder, "--tokens-per-image", 40, "--images", 3)
+    asked = (*size, "--encoder-retention", 0.5, "--prefill", "1:.2")
+    figures = values(*asked, "--gpu", "H100")
+    schedule = Schedule(0.5, {1: 0.2}, 3)
+    cost = model_cost(empty_model(folder, "auto"))
+    expected = estimate(cost, Workload(120, 100), 1.0, accelerator("H100"), schedule=schedule)
+    assert figures["pruned"] == vars(expected)
+    slow = values(*asked, "--gpu", "1GB,1TB/s,1TFLOP/s")
+    assert slow["pruned"]["first_token_seconds"] < slow["unpruned"]["first_token_seconds"]
+    assert values(*asked, "--target-retention", 0.3)["pruned"]["retention"] == 0.3
+    shown = ok("estimate", *asked, "--gpu", "H100")
+    for text in ("encoder 0.5, prefill 1:0.2", "tokens x layers of prefill", "first token takes at least"):
+        assert text in shown
+    assert "tower is not counted: --tokens-per-image" in shown
+    assert "such as 2:0.5" in error("estimate", "--prefill", "2")
+    assert "between 0 and 1" in error("estimate", "--prefill", "2:7")
+    assert "got 1.5" in error("estimate", "--encoder-retention", 1.5)
+    assert "names others" in error("estimate", "--prefill", "99:0.5", "--model", folder)
+
+
+def test_the_tower_and_the_peak(folder: Path) -> None:
+    figures = values("--model", folder, "--gpu", "T4", "--images", 2)
+    assert figures["unpruned"]["tower_flops"] == 2 * values("--model", folder)["unpruned"]["tower_flops"] > 0
+    assert figures["unpruned"]["first_token_seconds"] is None
+    shown = ok("estimate", "--model", folder, "--gpu", "T4")
+    assert "prefill at least, vision tower" in shown
+    assert "The peak of T4 in bf16 is not known" in shown
+    assert "first token" not in shown.split("The peak of T4")[0]
+    assert "not known" not in ok("estimate", "--model", folder, "--gpu", "16GB,320GB/s,65TFLOP/s")
 
 
 def test_a_ladder() -> None:

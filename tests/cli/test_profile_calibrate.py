@@ -128,6 +128,20 @@ class TestCalibrate:
         assert PLPHPConfig.from_toml(tmp_path / "a.toml").retention_rate == 0.4
         assert "held out" not in ok(*ask, "--holdout", 0)
 
+    def test_a_schedule(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
+        out = tmp_path / "preset.toml"
+        ask = ("calibrate", "--model", folder, "--prompts", prompts, "--out", out)
+        text = ok(*ask, "--config", "g_search:tolerance=10")
+        assert "schedule 1:0" in text
+        assert "indifferent below" not in text
+        config = PLPHPConfig.from_toml(out)
+        assert (config.options["schedule"], config.calibrated_layers) == ("1:0", 3)
+        answer = ("generate", "--model", folder, "--image", prompts.parent / "1.png", "--prompt", "a", "--json")
+        report = json.loads(ok(*answer, "--max-new-tokens", 2, "--config-file", out))["report"]
+        assert report["config"]["options"]["schedule"] == "1:0"
+        assert "Within the tolerance of 0 nats" in error(*ask, "--config", "g_search:tolerance=0")
+        ok(*ask, "--method", "g_search")
+
     def test_settings_are_taken_over(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
         settings = "shared:target_retention=0.3,query_rows=text,exempt_layers=0"
         ask = ("calibrate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "a.toml")

@@ -59,6 +59,24 @@ def test_what_a_command_printed_is_named(folder: Path, name: str, command: tuple
     assert not list(tmp_path.iterdir())
 
 
+def test_what_left_before_layers_got_it(folder: Path, tmp_path: Path) -> None:
+    chain = "encoder_random:retention_rate=0.5+fastv:layer=1,retention_rate=0.7+uniform:retention_rate=0.5"
+    ask = ("generate", "--model", folder / "model", "--device", "cpu", "--image", folder / "a.png", "--prompt", "What?")
+    result = run(*ask, "--max-new-tokens", 2, "--config", chain, "--report", tmp_path / "report.json")
+    report = PruneReport.from_json(tmp_path / "report.json")
+    encoder, inside = report.prompts[0].stages
+    [came], [stayed], [left] = encoder.tokens_in, encoder.tokens_out, inside.tokens_out
+    words = (
+        f"{came} -> {stayed} vision tokens before the text model (encoder_random) -> {left} before layer 1 (fastv), "
+    )
+    assert words in result.stderr
+    shown = ok("inspect", tmp_path / "report.json")
+    assert words in shown
+    assert f"tokens x layers computed ({report.computed_share:.0%})" in shown
+    assert json.loads(ok("inspect", tmp_path / "report.json", "--json"))["computed_share"] == report.computed_share < 1
+    assert ok("plot", tmp_path / "report.json", "--out", tmp_path / "plots").count(".png") == 3
+
+
 def test_a_preset_is_no_report(tmp_path: Path) -> None:
     path = tmp_path / "preset.toml"
     path.write_text("[plphp]\nmethod = 'plphp'\n")

@@ -35,8 +35,9 @@ def test_without_a_rate_the_target_is_two_fifths() -> None:
 def test_a_method_with_a_ladder_of_its_own_has_no_default_target() -> None:
     for bundled in (False, True):
         assert read_settings(None, None, "quantized", None, None, bundled=bundled) == PLPHPConfig(method="quantized")
-    with pytest.raises(ConfigError, match=r"tiers=c3 says how much is kept, and so does retention_rate=0.3"):
-        read_settings(None, None, "quantized", 0.3, None)
+    for rate, target in ((0.3, None), (0.4, None), (None, 0.5)):
+        with pytest.raises(ConfigError, match=r"^The ladder of the method 'quantized' says how much is kept"):
+            read_settings(None, None, "quantized", rate, target)
 
 
 def test_explicit_rates_are_taken() -> None:

@@ -211,6 +211,10 @@ class TestFrames:
         for name in ("1.png", "2.png"):
             (tmp_path / name).write_bytes(PNG)
         assert len(load_video(tmp_path.as_uri())) == 2
+        for number in (0, 1.5, True):
+            for name in ("frames", "max_pixels"):
+                with pytest.raises(ConfigError, match=f"{name} must be an integer of at least 1, got {number}"):
+                    load_video(tmp_path.as_uri(), **{name: number})  # type: ignore[arg-type]
         with pytest.raises(LoadError, match="is an address: plphp reads videos from files alone"):
             load_video("https://films.test/a.mp4")
         with pytest.raises(LoadError, match=r"There is no video none\.mp4"):

@@ -10,7 +10,7 @@ from test_methods import FAMILIES, Reading, half_up, reading, run, window_score
 
 from plphp import ConfigError, PLPHPConfig
 from plphp.methods.registry import resolve
-from plphp.pruning.report import RowReport
+from plphp.pruning.prompt_report import RowReport
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -28,7 +28,8 @@ from invariants import (
 )
 from plphp import ConfigError, PLPHPConfig, PrunedCache, UnsupportedFeatureError, UnsupportedModelError
 from plphp.engines.hf.cache_argument import passed
-from plphp.pruning.report import LayerReport, PruneReport
+from plphp.pruning.prompt_report import LayerReport
+from plphp.pruning.report import PruneReport
 from precision import EXACT, assert_exact
 from test_invariants import config as method_config
 from tiny_models import TINY, tiny_model
@@ -535,23 +536,25 @@ def test_what_the_prompt_stage_refuses() -> None:
                 **passed(cache),
             )
         del cache
-        other = tiny_model("gemma3")
-        with pytest.raises(UnsupportedModelError, match="no full attention"), plphp.prune(other, settings):
-            generate(other, TINY["gemma3"].inputs(other))
+    other, settings = tiny_model("gemma3"), PLPHPConfig(method="fastv", options={"layer": 1}, retention_rate=0.5)
+    behind = "by a layer with full attention, and the first of this model is layer 1"
+    with pytest.raises(UnsupportedModelError, match=behind), plphp.prune(other, settings):
+        generate(other, TINY["gemma3"].inputs(other))
     assert "generate" not in model.__dict__
 
 
 def test_flash_attention_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llava")
     monkeypatch.setattr(model.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
-    with pytest.raises(UnsupportedFeatureError, match="flash attention does not take"):
+    with pytest.raises(UnsupportedFeatureError, match="was not tried with flash attention"):
         PrunedCache.for_inputs(model, TINY["llava"].inputs(model), PLPHPConfig(method="vtw"))
 
 
 def test_methods_with_a_mean_rate_meet_it() -> None:
     """Measured retention is what was asked for, on average over many prompts; counts are rounded."""
     model, tiny = tiny_model("llava-next"), TINY["llava-next"]
-    left_out = {"oracle", "query_bank", "quantized", "none", "snapkv", "adakv", "plphp", "shared", "vtw"}
+    left_out = {"oracle", "query_bank", "quantized", "none", "snapkv", "adakv", "plphp", "shared", "vtw", "pool"}
+    left_out |= {"g_search"}
     names = sorted(plphp.available_methods().keys() - left_out)
     for name in names:
         target = random.Random(name).choice([0.5, 0.7])

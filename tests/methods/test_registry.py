@@ -77,7 +77,7 @@ def test_unknown_method() -> None:
     with pytest.raises(ConfigError, match=r"Unknown method 'plphq'\. Did you mean 'plphp'\?"):
         get_method("plphq")
     with pytest.raises(
-        ConfigError, match=r"Unknown method 'xyz'\. Known: adakv, expected_attention, fastv, mixkv, none"
+        ConfigError, match=r"Unknown method 'xyz'\. Known: adakv, cdpruner, divprune, dpp, encoder_random"
     ):
         get_method("xyz")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,14 @@ from plphp.settings.ladder import LADDERS, Ladder
 
 PRODUCT = ("pr2", "rvq", "pq", "pq16")
 CANNOT = {
-    "fastv": "it leaves the KV cache as it is.* behind it, as in fastv\\+query_bank:tiers=t10",
-    "vtw": "it leaves the KV cache as it is.* behind it, as in vtw\\+query_bank:tiers=t10",
     "none": "it keeps every entry whole. Take 'quantized'",
     "snapkv": "text competes with vision tokens",
     "adakv": "text competes with vision tokens",
+    **{
+        name: f"it leaves the KV cache as it is.* behind it, as in {name}\\+query_bank:tiers=t10"
+        for name, method in plphp.available_methods().items()
+        if method.kv is None
+    },
 }
 """By method, why it can fill no tiers."""
 
@@ -69,8 +73,9 @@ def test_the_tiers_of_a_chain_are_those_of_its_last_method() -> None:
     ("tiers", "message"),
     [
         ("pr=.2,pq=.3", r"Unknown rung 'pr' in tiers=pr=.2,pq=.3. Did you mean 'pr2'\?"),
-        ("t100", r"Unknown rung 't100' in tiers=t100. Did you mean 't10'\?"),
-        ("kivi3", r"Unknown rung 'kivi3' in tiers=kivi3. Did you mean 'kivi"),
+        ("t11", r"Unknown ladder or rung 't11' in tiers=t11. Ladders: t15, t10, .*; rungs: whole, kivi4, .*, pq16\.$"),
+        ("kivi3", r"Unknown ladder or rung 'kivi3' in tiers=kivi3. Ladders: .* kivi4, kivi2"),
+        ("kivi3=.5", r"Unknown rung 'kivi3' in tiers=kivi3=.5. Did you mean 'kivi"),
         ("zzz=.2,pq", r"Unknown rung 'zzz' in tiers=zzz=.2,pq. Known: c3, c4, kivi2, kivi4, pq,"),
     ],
 )
@@ -116,9 +121,27 @@ def test_a_bank_without_codebooks_is_refused(monkeypatch: pytest.MonkeyPatch, va
         chain_of(config, layers=4)
     with pytest.raises(ConfigError, match="of a model with 4 decoder layers, and this one has 5"):
         chain_of(config, layers=5)
-    chain_of(PLPHPConfig(**{**values, "tiers": "c3"}), layers=4)  # needs none
+    if "books" not in values:
+        chain_of(PLPHPConfig(**{**values, "tiers": "c3"}), layers=4)  # needs none
     bank.books = {}
     assert chain_of(config, layers=4).kv.config == config
+
+
+@pytest.mark.parametrize("line", ["quantized", "quantized:tiers=c3", "query_bank:tiers=r15", 'uniform:tiers="c3=.5"'])
+def test_codebooks_that_no_rung_needs_are_refused(line: str) -> None:
+    """A file that nobody looks at could be any."""
+    config = dataclasses.replace(get_method(line.split(":")[0]).settled(PLPHPConfig.parse(line)), books="/nope")
+    with pytest.raises(ConfigError, match=r"books=/nope brings codebooks, and no rung .* leave books out, .* pr2, rvq"):
+        resolve(config)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["query_bank:tiers=pr2=.5,pq=.2", "query_bank:tiers=pr2=.5,pq", "query_bank:tiers=pr2=.5+pq", "pq"],
+)
+def test_a_ladder_without_quotes_is_told_of_them(line: str) -> None:
+    with pytest.raises(ConfigError, match=r"'pq' is a rung: .* double quotes, as in tiers=\"pr2=.2,pq=.3\""):
+        chain_of(PLPHPConfig.parse(line))
 
 
 def test_a_file_of_codebooks_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -133,10 +156,13 @@ def test_quantized_has_a_ladder_of_its_own() -> None:
     assert resolved("plphp").tiers is None
 
 
-@pytest.mark.parametrize("setting", ["retention_rate", "target_retention"])
+@pytest.mark.parametrize(
+    "setting", ["retention_rate", "target_retention", "attentive_threshold", "indifferent_threshold"]
+)
 def test_quantized_says_itself_how_much_it_keeps(setting: str) -> None:
-    with pytest.raises(ConfigError, match=rf"tiers=c3 says how much is kept, and so does {setting}=0.3: leave"):
-        resolve(PLPHPConfig(method="quantized", **{setting: 0.3}))  # type: ignore[arg-type]
+    own = r"^The ladder of the method 'quantized' \(c3\) says how much is kept"
+    with pytest.raises(ConfigError, match=rf"{own}, and so does {setting}=0.2: leave"):
+        resolve(PLPHPConfig(method="quantized", **{setting: 0.2}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tiers", ["t10", "c3=.5", "c4=.5,c3"])

@@ -57,6 +57,16 @@ def test_class_rule_at_and_beside_the_thresholds() -> None:
     assert [[one.vision_score for one in layer] for layer in result] == scores
 
 
+@given(st.lists(gammas, min_size=1, max_size=12), st.sampled_from(["t15", "t10", "t5", "r15", "whole=.3"]))
+def test_a_ladder_is_the_mean_over_the_layers(scores: list[float], tiers: str) -> None:
+    """As `target_retention` is; thresholds, which fit no prompt in particular, would hold more or less."""
+    config = PLPHPConfig(tiers=tiers)
+    result = by_vision_attention([[score] for score in scores], config)
+    kept = [layer[0].rate for layer in result]
+    assert sum(kept) / len(kept) == pytest.approx(config.base_rate)
+    assert result == by_vision_attention([[score] for score in scores], PLPHPConfig(target_retention=config.base_rate))
+
+
 def test_equal_thresholds_leave_no_balanced_layer() -> None:
     config = PLPHPConfig(attentive_threshold=0.3, indifferent_threshold=0.3)
     assert classes(by_vision_attention([[0.3], [0.29]], config)) == ["attentive", "indifferent"]

@@ -61,10 +61,10 @@ def test_a_sample_goes_on_where_its_bank_ended(size: int, tmp_path: Path) -> Non
     for tokens in (2, 7, 3, 11, 4):
         whole.add(answer(first, tokens))
         part.add(answer(first, tokens))
-        part.bank(ROTATIONS, {}).save(tmp_path / "bank")
+        part.bank(ROTATIONS, {"decoder_layers": 4}).save(tmp_path / "bank")
         part = BankSample.of(QueryBank.load(tmp_path / "bank"), size)
         first += tokens
-    expected, resumed = whole.bank(ROTATIONS, {}), part.bank(ROTATIONS, {})
+    expected, resumed = whole.bank(ROTATIONS, {"decoder_layers": 4}), part.bank(ROTATIONS, {"decoder_layers": 4})
     assert numbers(resumed) == numbers(expected)
     assert resumed.ahead.tolist() == expected.ahead.tolist()
     assert resumed.record == expected.record
@@ -79,11 +79,11 @@ def test_what_was_taken_of_answers_makes_the_same_sample_again(size: int, tmp_pa
         answer_of = whole.add(answer(first, tokens))
         assert answer_of is not None
         taken.append(len(answer_of.ahead))
-        answer_of.bank(ROTATIONS, {}).save(tmp_path / "answer")
+        answer_of.bank(ROTATIONS, {"decoder_layers": 4}).save(tmp_path / "answer")
         again.replay(SampledAnswer.of(QueryBank.load(tmp_path / "answer")))
         first += tokens
     assert (0 in taken) == (size == 6)
-    expected, replayed = whole.bank(ROTATIONS, {}), again.bank(ROTATIONS, {})
+    expected, replayed = whole.bank(ROTATIONS, {"decoder_layers": 4}), again.bank(ROTATIONS, {"decoder_layers": 4})
     assert numbers(replayed) == numbers(expected)
     assert replayed.ahead.tolist() == expected.ahead.tolist()
     assert replayed.record == expected.record
@@ -96,7 +96,7 @@ def test_threads_lose_no_answer() -> None:
     sample = BankSample(1000)
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda number: sample.add(answer(10 * number, 10)), range(60)))
-    bank = sample.bank(ROTATIONS, {})
+    bank = sample.bank(ROTATIONS, {"decoder_layers": 4})
     assert sorted(numbers(bank)) == list(range(600))
     assert bank.record["prompts"] == 60
     assert all(number % 10 == ahead for number, ahead in zip(numbers(bank), bank.ahead.tolist(), strict=True))
@@ -113,13 +113,13 @@ def test_an_answer_that_counts_for_nothing_leaves_no_trace(caplog: pytest.LogCap
     assert "NaN or inf among its queries" in caplog.text
     assert (sample.prompts, sample.answer_tokens) == (0, 0)
     with pytest.raises(ConfigError, match="no answer of more than one token"):
-        sample.bank(ROTATIONS, {})
+        sample.bank(ROTATIONS, {"decoder_layers": 4})
     assert sample.add(answer(5, 2))
-    assert numbers(sample.bank(ROTATIONS, {})) == [5, 6]
+    assert numbers(sample.bank(ROTATIONS, {"decoder_layers": 4})) == [5, 6]
 
 
 def test_what_is_no_sample_is_refused() -> None:
-    with pytest.raises(ConfigError, match="samples must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="samples must be an integer of at least 1, got 0"):
         BankSample(0)
     sample = BankSample(4)
     sample.add(answer(0, 3))
@@ -127,7 +127,7 @@ def test_what_is_no_sample_is_refused() -> None:
         sample.add({1: torch.zeros(2, 3, 2)})
     with pytest.raises(ConfigError, match=r"\{1: 3, 3: 2\}"):
         sample.add({1: torch.zeros(2, 3, 2), 3: torch.zeros(2, 2, 2)})
-    bank = sample.bank(ROTATIONS, {})
+    bank = sample.bank(ROTATIONS, {"decoder_layers": 4})
     for record, match in (({"prompts": 1}, "None tokens"), ({"prompts": 0, "answer_tokens": 3}, "0 prompts")):
         with pytest.raises(ConfigError, match=match):
             BankSample.of(QueryBank(bank.layers, bank.ahead, record))

@@ -84,7 +84,8 @@ def test_vectors_of_zeros_have_codebooks() -> None:
 def test_every_centroid_is_used_and_is_the_mean_of_its_vectors() -> None:
     """Clusters that run empty begin anew: far outliers draw the first centroids, and none may stay without vectors."""
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.cat([torch.randn(1, 2000, 8, generator=generator), 1000 + torch.randn(1, 300, 8)], dim=1)
+    near, far = (torch.randn(1, tokens, 8, generator=generator) for tokens in (2000, 300))
+    vectors = torch.cat([near, 1000 + far], dim=1)
     centroids = centroids_of(vectors, 0)
     which, apart = k_means.nearest_of(vectors, centroids)
     counts = torch.bincount(which[0], minlength=256)

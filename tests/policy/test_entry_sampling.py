@@ -100,7 +100,7 @@ def test_what_is_not_finite_or_does_not_fit_is_left_out(caplog: pytest.LogCaptur
         sample.with_prompt({1: entries(0, 2)[1]})
     with pytest.raises(ConfigError, match="2 KV heads of dimension 16 in layer 1, expected 2 of 8"):
         sample.with_prompt({layer: pair[::-1] for layer, pair in entries(0, 2).items()})
-    with pytest.raises(ConfigError, match="book_tokens must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="book_tokens must be an integer of at least 1, got 0"):
         BankSample(book_tokens=0)
 
 
@@ -109,11 +109,11 @@ def test_a_sample_goes_on_where_its_file_ended(tmp_path: Path) -> None:
     for number in range(5):
         for sample in (whole, part):
             sample.add(answer(), entries(100 * number, 12))
-        part.bank(ROTATIONS, {}).save(tmp_path / "bank")
+        part.bank(ROTATIONS, {"decoder_layers": 4}).save(tmp_path / "bank")
         part = BankSample.of(QueryBank.load(tmp_path / "bank"))
         part.book_tokens = 30
     assert numbers(part.entries) == numbers(whole.entries)
-    record = whole.bank(ROTATIONS, {}).record
+    record = whole.bank(ROTATIONS, {"decoder_layers": 4}).record
     assert (record["book_tokens"], record["book_prompts"]) == (30, 5)
 
 
@@ -139,7 +139,7 @@ def test_books_take_the_place_of_the_sample_and_are_read_back(tmp_path: Path) ->
     # Books that are there stay, as the entries that they are of are gone.
     sample = BankSample.of(read)
     sample.add(answer(), entries(0, 5))
-    continued = sample.bank(ROTATIONS, {})
+    continued = sample.bank(ROTATIONS, {"decoder_layers": 4})
     assert continued.books is read.books
     assert continued.sampled is None
 
@@ -157,7 +157,7 @@ def test_broken_files_are_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "bank"
     (with_books(bank()) if kind == "books" else bank()).save(path)
     good = load_file(path)
-    about = {"format": FORMAT, "interleaved": '{"1": false, "3": false}', "record": "{}"}
+    about = {"format": FORMAT, "interleaved": '{"1": false, "3": false}', "record": '{"decoder_layers": 4}'}
     some = "3.books.keys.residual" if kind == "books" else "3.sampled.keys"
     nan = good[some].clone()
     nan[0, 0, 0] = torch.nan

@@ -205,7 +205,7 @@ def other_samples(file: Path) -> None:
 
 def other_heads(file: Path) -> None:
     bank = QueryBank.load(file)
-    layers = {2: type(bank.layers[2])(bank.layers[2].queries[:, :, :2], ROTATIONS[2])}
+    layers = {2: type(bank.layers[2])(bank.layers[2].queries.repeat(2, 1, 1), ROTATIONS[2])}
     QueryBank(layers, bank.ahead, bank.record).save(file)
 
 
@@ -221,7 +221,7 @@ def no_answer(file: Path) -> None:
         (lambda file: file.write_bytes(b""), "0002.* is not a safetensors file"),
         (other_weights, "0002.* is a query bank of another model: its weights_sha256 is 'ffff"),
         (other_samples, r"holds the tokens \[1, 2\] of 2"),
-        (other_heads, r"with queries of the shapes \{2: \(1, 2, 2\)\}"),
+        (other_heads, r"with queries of the shapes \{2: \(2, 2, 4\)\}"),
         (no_answer, "says that it is of the answer None"),
         (lambda file: file.unlink(), "0003.* holds answer 3, behind 4 tokens, expected answer 2, behind 2"),
         (lambda file: shutil.copy(file.with_name(f"{STEM}.answer-0001.safetensors"), file), "holds answer 1, behind 0"),

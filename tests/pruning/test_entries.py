@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from plphp import CacheStateError
+from plphp.kernels.coder import Coder
+from plphp.kernels.rungs import RUNGS
 from plphp.pruning.entries import LayerEntries
 from plphp.pruning.placement import Placement
 
@@ -23,9 +25,16 @@ def test_few_bits_are_refused_and_nothing_is_lost() -> None:
     held = entries()
     placement = torch.full((1, 2, 5), Placement.WHOLE, dtype=torch.uint8)
     placement[0, 1, 3] = 1
-    with pytest.raises(CacheStateError, match="asks for few bits, and no coder came with it: leave out tiers"):
+    with pytest.raises(CacheStateError, match="asks for few bits, and no coder came with it"):
         held.compact(placement)
     assert (held.prefix, held.tail_length) == (None, 5)
+
+
+def test_no_codes_are_made_of_what_may_still_be_dropped() -> None:
+    held, placement = entries(), torch.full((1, 2, 5), Placement.WHOLE, dtype=torch.uint8)
+    with pytest.raises(CacheStateError, match="not final holds entries whole, and it came with a coder"):
+        held.compact(placement, final=False, coder=Coder((RUNGS["r2"],)), vision=torch.ones(1, 5, dtype=torch.bool))
+    assert (held.prefix, held.tail_length, held.provisional_nbytes) == (None, 5, 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4), (1, 1, 5), (2, 2, 5)])

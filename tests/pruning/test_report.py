@@ -14,7 +14,7 @@ from invariants import generate, pruned
 from plphp import AttentionProfile, ConfigError, PLPHPConfig, PrunedCache, PruneReport
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import PrunedLayer, layer_nbytes
-from plphp.pruning.report import ImageReport, LayerReport, PromptReport, RowReport
+from plphp.pruning.prompt_report import ImageReport, LayerReport, PromptReport, RowReport
 from plphp.show.tables import layer_tables, report_values, summary
 from tiny_models import TINY, tiny_model
 

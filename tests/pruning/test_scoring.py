@@ -16,6 +16,7 @@ from plphp.policy.bank import LayerBank, QueryBank
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.rotation import Rotation
 from plphp.pruning.entries import LayerEntries
+from plphp.pruning.packing import Packing
 from plphp.pruning.placement import whole_or_dropped
 from plphp.pruning.row_weights import row_weights
 from plphp.pruning.scoring import Attended, Scoring
@@ -88,15 +89,18 @@ def scored(
     hidden: Tensor | None = None,
     **more: Any,
 ) -> LayerScores:
-    """The scores of a prompt that is read in two chunks."""
+    """The scores of a prompt that is read in two chunks; in one, where tokens have left before the layer."""
     query, keys, values = tensors
     scoring = Scoring.of(spans, PLPHPConfig(), evidence, **more)
     entries = LayerEntries()
-    for begin, end in ((0, 5), (5, END_B)):
-        entries.append(keys[:, :, begin:end], values[:, :, begin:end])
+    packing = None if hidden is None else Packing.of(~hidden)
+    if packing is not None:
+        query, keys, values = (packing.take(part.transpose(1, 2)).transpose(1, 2) for part in tensors)
+    for begin, end in ((0, 5), (5, END_B)) if packing is None else ((0, packing.packed),):
+        entries.append(keys[:, :, begin:end], values[:, :, begin:end], packing)
         attended = Attended(LAYER, query[:, :, begin:end], entries, 0.7)
         scoring.gather(attended)
-    scoring.score(attended, hidden)
+    scoring.score(attended)
     assert scoring._gathered == {}
     return scoring.scores[LAYER]
 
@@ -211,9 +215,13 @@ def test_tokens_that_have_left_before_a_layer_do_not_ask() -> None:
     hidden = torch.zeros_like(valid)
     hidden[0, [4, 8]] = True
     scores = scored(Evidence(states="prompt"), spans_of(valid), states(1), hidden)
-    assert torch.equal(scores.need_states().asking, ~hidden)
-    assert torch.equal(scores.valid, ~hidden)
-    assert scores.need("token_number").tolist() == [list(range(END_B))]  # they are counted where they stood
+    there = (~hidden)[0].nonzero()[:, 0]
+    states_ = scores.need_states()
+    assert states_.asking.tolist() == [[True] * len(there)]
+    assert states_.keys.shape[2] == len(there)
+    assert torch.equal(states_.position, there[None])
+    assert torch.equal(scores.segment, spans_of(valid).segment[:, there])
+    assert torch.equal(scores.need("token_number"), there[None])  # they are counted where they stood
 
 
 def test_positions_under_m_rope_are_those_of_text_outside_of_the_images() -> None:

@@ -15,8 +15,10 @@ from plphp.families.spans import VisionSpans
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.rotation import Rotation
 from plphp.pruning.entries import LayerEntries
+from plphp.pruning.packing import Packing
 from plphp.pruning.placement import whole_or_dropped
 from plphp.pruning.scoring import Attended, Scoring
+from plphp.pruning.tail_tokens import TailTokens
 from plphp.pruning.turned_rows import TurnedRows
 from precision import assert_exact
 
@@ -100,11 +102,14 @@ def scored(
         entries.compact(whole_or_dropped(keep))
     rotations = {LAYER: Rotation(torch.tensor(FREQUENCIES, dtype=torch.float64))}
     scoring = Scoring.of(spans, PLPHPConfig(), asked, delta, lambda: rotations)
+    packing = None if hidden is None else Packing.of(~hidden)
+    if packing is not None:
+        query, keys, values = (packing.take(part.transpose(1, 2)).transpose(1, 2) for part in (query, keys, values))
     for begin, end in zip([spans.start, *(cuts or [])], [*(cuts or []), END], strict=True):
-        entries.append(keys[:, :, begin:end], values[:, :, begin:end])
+        entries.append(keys[:, :, begin:end], values[:, :, begin:end], packing)
         attended = Attended(LAYER, query[:, :, begin:end], entries, 0.7)
         scoring.gather(attended)
-    scoring.score(attended, hidden)
+    scoring.score(attended)
     assert scoring.turned is not None
     assert (scoring._gathered, scoring.turned._held) == ({}, {})
     return scoring.scores[LAYER]
@@ -181,8 +186,9 @@ def test_tokens_that_have_left_do_not_ask() -> None:
     seen = (spans.valid & ~hidden)[:, None].expand(-1, 2, -1)
     asking = [[(token, END + AHEAD - token) for token in row] for row in ([6, 9, 12, 15, 18], [9, 12, 15, 18])]
     mass = naive(seen, asking)
-    assert_exact(scores.attention[0], mass[0].mean(1))
-    assert_exact(scores.attention[1], mass[1, :, :4].mean(1))
+    attention = TailTokens(0, 0, Packing.of(~hidden)).spread(scores.attention, 0)
+    assert_exact(attention[0], mass[0].mean(1))
+    assert_exact(attention[1], mass[1, :, :4].mean(1))
 
 
 @pytest.mark.usefixtures("float64")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import plphp
 from plphp import ConfigError, PLPHPConfig, PLPHPError
 from plphp.methods.registry import resolve
+from plphp.settings.checks import KEPT_BY
 from plphp.settings.ladder import Ladder
 from tiny_models import TINY, tiny_model
 
@@ -31,7 +32,7 @@ def configs(draw: st.DrawFn, longest: int = 2) -> PLPHPConfig:
     rate = draw(fractions) if tiers is None else 0.4
     base = rate if target is None else target
     base = base if tiers is None else Ladder.parse(tiers).kept
-    thresholds = sorted([draw(fractions), draw(fractions)])
+    thresholds = sorted([draw(fractions), draw(fractions)]) if tiers is None else [0.1, 0.25]
     return PLPHPConfig(
         method=draw(st.sampled_from(["plphp", "random", "my-method"])),
         retention_rate=rate,
@@ -62,6 +63,8 @@ def one_line(config: PLPHPConfig) -> str:
     values = config.to_dict()
     del values["earlier"]
     method = values.pop("method")
+    if config.tiers is not None:  # on a line even the default of a rate contradicts a ladder
+        values = {name: value for name, value in values.items() if name not in KEPT_BY}
     values["exempt_layers"] = "+".join(map(str, values["exempt_layers"]))
     values.update(values.pop("options"))
     values.update({name: f'"{value}"' for name in ("tiers", "books") if (value := values[name]) is not None})
@@ -211,6 +214,11 @@ def test_fraction_that_is_no_number(name: str, value: Any) -> None:
             {"tiers": "t10", "retention_rate": 0.3},
             ["tiers=t10 says how much is kept, and so does retention_rate=0.3", "another ladder"],
         ),
+        (
+            {"tiers": "c3", "attentive_threshold": 0.3},
+            ["tiers=c3 says how much is kept, and so does attentive_threshold=0.3", "leave attentive_threshold out"],
+        ),
+        ({"tiers": "c3", "indifferent_threshold": 0.05}, ["and so does indifferent_threshold=0.05"]),
         ({"tiers": "t10", "retention_delta": 0.3}, ["the rate of tiers", "0.76 -/+ 0.3", "at most 0.24"]),
         ({"seed": -1}, ["seed must be an integer of at least 0", "-1"]),
         ({"seed": 0.5}, ["seed must be", "0.5"]),
@@ -236,6 +244,8 @@ def test_error_names_the_setting_the_value_and_what_was_expected(values: dict[st
         ("plphp:retention_rate=nan", "retention_rate must be between 0 and 1, got nan"),
         ("plphp:retention_rate=true", "retention_rate must be a number between 0 and 1, got 'true'"),
         ("plphp:retention_rate=none", "retention_rate must be a number between 0 and 1, got None"),
+        ("plphp:tiers=c3,retention_rate=0.4", "tiers=c3 says how much is kept, and so does retention_rate=0.4"),
+        ("plphp:attentive_threshold=0.25,tiers=c3", "tiers=c3 says how much is kept, and so does attentive_threshold"),
         ("plphp:exempt_layers=0+1.5", "exempt_layers must be a list of layer numbers"),
     ],
 )

@@ -80,8 +80,8 @@ def test_shares_that_are_rounded_add_up_to_everything() -> None:
     [
         ("", ["A ladder needs a rung", "t10"]),
         (" ", ["A ladder needs a rung"]),
-        ("t7.4", ["Unknown ladder 't7.4'", "Did you mean 't7.5'?"]),
-        ("99.5", ["Unknown ladder '99.5'", "Known: "]),
+        ("t7.4", ["Unknown ladder 't7.4'", "Ladders: t15, t10, t7.5, t5,", "rungs: whole,"]),
+        ("99.5", ["Unknown ladder '99.5'", "Ladders: "]),
         ("pr2=.2,rvq=.5,pq=.32", ["at most 1 together, got 1.02 in pr2=0.2,rvq=0.5,pq=0.32"]),
         ("pr2=half", ["share of the rung 'pr2'", "got 'half' in 'pr2=half'"]),
         ("pr2=", ["share of the rung 'pr2'", "got ''"]),

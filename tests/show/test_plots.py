@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from plphp import BackendUnavailableError, ConfigError, PLPHPConfig, PruneReport
-from plphp.pruning.report import ImageReport, LayerReport, PromptReport, RowReport
+from plphp.pruning.prompt_report import ImageReport, LayerReport, PromptReport, RowReport
 from plphp.pruning.tier_report import LayerBytes, TierReport
 from plphp.show.plots import plot_kept, plot_vision_attention
 from plphp.show.tables import comparison_table, layer_table, report_values, summary

@@ -119,7 +119,10 @@ def test_values_for_json(llava: Any, inputs: dict[str, Any], tmp_path: Path) -> 
     assert len(values["report"]["prompts"][0]["layers"]) == 3
 
 
-@pytest.mark.parametrize("arguments", [{"rounds": 0}, {"past_key_values": None}, {"streamer": None}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"rounds": 0}, {"rounds": 1.5}, {"rounds": True}, {"seed": "1"}, {"past_key_values": None}, {"streamer": None}],
+)
 def test_refusals(llava: Any, inputs: dict[str, Any], arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         compare(llava, tiny_hub.processor(), inputs, **arguments)

@@ -105,7 +105,7 @@ def test_bytes_of_a_ladder_are_those_of_a_run(ladder: str, read: float, monkeypa
 def test_what_is_no_ladder_of_an_estimate() -> None:
     cost = ModelCost(100, 60, False, (LayerCost(48, None, 0, True, 1, (12, 12)),))
     for arguments, message in (
-        ({"tiers": "c5"}, "Unknown ladder 'c5'|Unknown rung 'c5'"),
+        ({"tiers": "c5"}, "Unknown ladder or rung 'c5' in tiers=c5. Ladders: t15"),
         ({"tiers": "c3", "retention": 0.5}, "tiers=c3 says how much is kept, and so does retention=0.5"),
         ({"read": 0.5}, "there are none: give tiers"),
         ({"tiers": "c3", "read": 0.0}, "read must be above 0"),
@@ -203,10 +203,15 @@ def test_accelerators() -> None:
     assert accelerator("H200").memory == 141e9
     given_ = accelerator("24 GiB, 1.5TB/s")
     assert (given_.memory, given_.bandwidth) == (24 * 2**30, 1.5e12)
+    assert (accelerator("H100").flops, accelerator("T4").flops, given_.flops) == (989.5e12, None, None)
+    for text in ("24GB,1TB/s,165TFLOP/s", "24GB, 1TB/s, 165 tflops"):
+        assert accelerator(text).flops == 165e12
     for text, message in (
         ("H20", "Did you mean 'H200'"),
         ("24GB", "Unknown GPU '24GB'"),
         ("0GB,5GB/s", "positive numbers"),
+        ("1GB,5GB/s,0TFLOP/s", "positive numbers"),
+        ("1GB,5GB/s,7", "with the peak if you like"),
         ("1.2.3GB,5GB/s", "positive numbers"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -216,6 +221,9 @@ def test_accelerators() -> None:
 def test_numbers_out_of_range() -> None:
     with pytest.raises(ConfigError, match="new_tokens must be an integer of at least 1, got 0"):
         Workload(1, 1, new_tokens=0)
+    for retention in (True, "0.4"):
+        with pytest.raises(ConfigError, match="retention must be between 0 and 1, got"):
+            estimate(COST, Workload(1, 1), retention)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="retention must be between 0 and 1, got 2"):
         estimate(COST, Workload(1, 1), 2)
     with pytest.raises(ConfigError, match=r"reserve must be between 0 and 0\.99, got 1"):

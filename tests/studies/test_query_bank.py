@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
     refused("not a safetensors file", tmp_path / "text")
     save_file({"a": torch.zeros(1)}, tmp_path / "tensors")
     refused("does not hold a query bank", tmp_path / "tensors")
-    about = {"format": FORMAT, "interleaved": '{"0": false}', "record": "{}"}
+    about = {"format": FORMAT, "interleaved": '{"0": false}', "record": '{"decoder_layers": 3}'}
     save_file({"ahead": torch.zeros(4)}, tmp_path / "lacking", metadata=about)
     refused(r"is broken \(KeyError\('0.queries'\)\)\. Make it with plphp collect", tmp_path / "lacking")
     refused("4 decoder layers, and this one has 3", settings(folder, "qwen3-vl").options["bank"])
@@ -331,6 +332,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path, folder: Path) -> None:
     refused("layers 0, not of layer 1", tmp_path / "few")
 
 
+def never_asked() -> Iterator[Any]:
+    """Prompts for a call that has to be refused before the model answers one."""
+    raise AssertionError("a prompt was asked for")
+    yield
+
+
 def test_prompts_that_cannot_be_collected_from_are_refused() -> None:
     model, tiny = tiny_model("llava"), TINY["llava"]
     with pytest.raises(ConfigError, match="Prompt 1 has 2 rows or padding") as padded:
@@ -342,8 +349,11 @@ def test_prompts_that_cannot_be_collected_from_are_refused() -> None:
         with pytest.raises(ConfigError, match=r"prompt\(s\) gave no answer of more than one token"):
             plphp.collect_query_bank(model, questions, max_new_tokens=longest)
     assert bank("llava").books is None, "12 channels have no product code"
-    with pytest.raises(ConfigError, match="samples must be at least 1, got 0"):
-        plphp.collect_query_bank(model, prompts("llava", 1), samples=0)
+    for name in ("samples", "book_tokens", "max_new_tokens", "seed"):
+        for number in (-1, 2.5, True, "2"):
+            asked: dict[str, Any] = {name: number}
+            with pytest.raises(ConfigError, match=f"{name} must be an integer of at least [01], got"):
+                plphp.collect_query_bank(model, never_asked(), **asked)
     assert "generate" not in model.__dict__
 
 

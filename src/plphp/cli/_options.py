@@ -111,12 +111,12 @@ MethodOption = Annotated[
     str | None,
     option(
         PRUNING,
-        "Default: plphp, and query_bank with the bundled model. See `plphp methods`:",
+        "Default of eviction: plphp, and query_bank with the bundled model. See `plphp methods`:",
         choices=METHODS_BY_NAME.file_names(),
         complete=METHODS_BY_NAME.names,
     ),
 ]
 RetentionRateOption = Annotated[float | None, option(PRUNING, "Fraction of vision tokens that a balanced layer keeps.")]
 TargetRetentionOption = Annotated[
-    float | None, option(PRUNING, "Mean fraction of vision tokens kept over all layers; default 0.4.")
+    float | None, option(PRUNING, "Mean fraction of vision tokens kept over all layers; default of eviction: 0.4.")
 ]

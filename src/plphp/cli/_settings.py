@@ -8,6 +8,7 @@ from typing import Any
 
 from plphp.errors import ConfigError
 from plphp.methods.registry import chain_of, get_method
+from plphp.settings.checks import check_kept_once
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.presets import with_defaults
 
@@ -57,6 +58,7 @@ def read_settings(
     elif config_file is not None:
         settings = PLPHPConfig.from_toml(config_file)
     elif method is not None and get_method(method).tiers is not None:  # its ladder says how much is kept
+        check_kept_once(f"The ladder of the method {method!r}", explicit)
         settings = PLPHPConfig.from_dict(explicit)
     else:
         settings = PLPHPConfig.from_dict(with_defaults(explicit, bundled, evicts))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plphp calibrate``: thresholds of the layer classes from a few prompts, as a preset."""
+"""``plphp calibrate``: thresholds of the layer classes, or a schedule, from a few prompts, as a preset."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def calibrate(
         float | None, option(None, "Mean fraction of vision tokens to keep; default 0.4.")
     ] = None,
     method: Annotated[
-        str | None, option(None, "Method with layer classes; default plphp.", complete=METHODS_BY_NAME.names)
+        str | None,
+        option(None, "Method with layer classes, default plphp, or g_search.", complete=METHODS_BY_NAME.names),
     ] = None,
     config: Annotated[
         str | None, option(None, "More settings, such as 'plphp:target_retention=0.4,query_rows=text'.")
@@ -57,7 +58,7 @@ def calibrate(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find thresholds that reach a retention on prompts like yours, and measure it on others."""
+    """Find thresholds that reach a retention on prompts like yours, or a schedule, and measure it on others."""
     settings = read_settings(config, None, method, None, target_retention, evicts=True)
     check_holdout(holdout)
     check_in_file(prompts, "prompts")
@@ -116,8 +117,12 @@ def _show(calibrated: PLPHPConfig, measured: dict[str, RetentionMeasurement], ou
     from plphp.show.measurement_tables import class_table, retention_line
 
     console().print(class_table(list(measured.values())[-1]))
-    attentive, indifferent = calibrated.attentive_threshold, calibrated.indifferent_threshold
-    print(f"attentive from {attentive:.4f}, indifferent below {indifferent:.4f}")
+    schedule = calibrated.options.get("schedule")
+    if schedule:
+        print(f"schedule {schedule}")
+    else:
+        attentive, indifferent = calibrated.attentive_threshold, calibrated.indifferent_threshold
+        print(f"attentive from {attentive:.4f}, indifferent below {indifferent:.4f}")
     for name, measurement in measured.items():
         print(f"{name.replace('_', ' ')}: {retention_line(measurement)}")
     print(out)

@@ -20,10 +20,10 @@ UNUSABLE = 1
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
     """List the pruning methods: what each keeps, when to take it, and its options; the ladders and rungs of tiers."""
-    from plphp.methods.registry import available_methods
+    from plphp.methods.registry import methods_by_stage
     from plphp.settings.ladder import LADDERS, PLAIN_RUNGS, PRODUCT_RUNGS
 
-    known = available_methods().values()
+    known = methods_by_stage()
     options = {method.name: {name: option.default for name, option in method.options.items()} for method in known}
     if as_json:
         names = ("name", "summary", "when", "paper")

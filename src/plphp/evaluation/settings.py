@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from plphp.errors import ConfigError, did_you_mean
 from plphp.evaluation.tasks.choices import SPLITS, Split, check_choice
 from plphp.evaluation.tasks.metrics import get_metric
+from plphp.settings.checks import check_int
 
 FULL = "full"
 """Name of the full cache, which every evaluation compares with."""
@@ -94,11 +95,9 @@ class EvalSettings:
         for name, known in (("split", SPLITS), ("mode", MODES)):
             check_choice(name, getattr(self, name), known)
         for name in ("samples", "rows", "batch", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}.")
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), minimum=1)
+        check_int("seed", self.seed, minimum=0)
         get_metric(self.metric)
         if self.prompts is not None and self.mode != "label-free":
             raise ConfigError("A file of prompts has no answers to score: use the label-free mode with it.")

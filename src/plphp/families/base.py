@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
+from .towers import VisionTower
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
@@ -68,6 +70,11 @@ class Features:
     def names(self) -> tuple[str, ...]:
         """All inputs that belong to the images."""
         return self.pixels + self.each
+
+    @property
+    def of_videos(self) -> bool:
+        """Whether they are videos."""
+        return self.pixels[0].endswith("_videos")
 
     def placeholders(self, config: PretrainedConfig, inputs: Inputs) -> Tensor:
         """Mark the tokens of ``input_ids`` that the images fill, bool [batch, seq]."""
@@ -165,7 +172,10 @@ class Family:
         What a user should know: layers that are never pruned, inputs that are not supported.
     features : tuple of Features
         How the inputs of images and of videos are taken apart, so that a later turn may pass those of the whole
-        conversation; empty where a later turn has to pass the features of its new images alone.
+        conversation; empty where a later turn has to pass the features of its new images alone. Those of images come
+        before those of videos.
+    tower : VisionTower, optional
+        The vision tower; None where nothing is known of it, so that its attention says nothing of the tokens.
     """
 
     name: str
@@ -174,3 +184,4 @@ class Family:
     segments: Callable[[PretrainedConfig, Inputs], list[VisionSegment] | None] = no_segments
     notes: str = ""
     features: tuple[Features, ...] = ()
+    tower: VisionTower | None = None

@@ -3,6 +3,7 @@
 
 from ._segments import grid_features, grids_of_images_and_videos, image_and_video_ids
 from .base import Family
+from .towers import MERGED_BLOCKS, VisionTower, full_attention_blocks
 
 FAMILY = Family(
     name="exaone4.5",
@@ -10,5 +11,6 @@ FAMILY = Family(
     vision_token_ids=image_and_video_ids,
     segments=grids_of_images_and_videos,
     features=grid_features(),
+    tower=VisionTower("visual", "visual.blocks", MERGED_BLOCKS, full_attention=full_attention_blocks),
     notes="Three of four layers have a sliding window and are never pruned.",
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ._segments import grid_segment, image_ids, in_prompt_order
 from .base import Family, Features, Inputs, VisionSegment
+from .towers import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,6 +27,14 @@ FAMILY = Family(
     vision_token_ids=image_ids,
     segments=_segments,
     features=(Features(image_ids),),
+    tower=VisionTower(
+        "vision_tower",
+        "vision_tower",
+        {
+            "multi_modal_projector.mm_soft_emb_norm": "same",
+            "multi_modal_projector.mm_input_projection_weight": "mean",
+        },
+    ),
     notes=(
         "Five of six layers have a sliding window and are never pruned. Tokens of an image see the whole "
         "image (token_type_ids), also what stands after them."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._segments import grid_segment, image_and_video_ids, image_ids, in_prompt_order, video_ids
 from .base import Family, Features, Inputs, Kind, VisionSegment
+from .towers import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,6 +49,16 @@ FAMILY = Family(
             ("num_frames_per_video",),
             _frames,
         ),
+    ),
+    tower=VisionTower(
+        "vision_tower",
+        "vision_tower.encoder",
+        {
+            "vision_tower.patch_embedder": "empty",
+            "vision_tower.std_bias": "zero",
+            "vision_tower.std_scale": "one",
+            "embed_vision": "mean",
+        },
     ),
     notes=(
         "Five of six layers have a sliding window and are never pruned. Checkpoints whose last layers share keys "

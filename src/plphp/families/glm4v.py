@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ._segments import grid_features, image_ids, in_prompt_order, merged_grids
 from .base import Family, Inputs, VisionSegment
+from .towers import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,5 +28,15 @@ FAMILY = Family(
     vision_token_ids=image_ids,
     segments=_segments,
     features=grid_features(image_ids, image_ids, image_type=1, video_type=2),
+    tower=VisionTower(
+        "visual",
+        "visual.blocks",
+        {
+            "visual.patch_embed": "empty",
+            "visual.post_layernorm": "same",
+            "visual.downsample": "average",
+            "visual.merger": "mean",
+        },
+    ),
     notes="Positions are three-dimensional and offset by rope_deltas, which the model keeps between turns.",
 )

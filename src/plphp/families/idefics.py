@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._segments import equal_tiles, image_ids, in_prompt_order
 from .base import Family, Features, Inputs, VisionSegment
+from .towers import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -77,6 +78,7 @@ FAMILIES = (
         _resampled,
         "Refused where the Mistral text model has a sliding window, which all of its layers share.",
         _FEATURES,
+        VisionTower("vision_model", None),
     ),
     Family(
         "idefics3",
@@ -85,5 +87,6 @@ FAMILIES = (
         equal_tiles(_shuffled, _count),
         "A segment is a tile; row, column and frame markers between tiles count as text and are kept.",
         _FEATURES,
+        VisionTower("vision_model", "vision_model", {"connector.modality_projection": "mean"}),
     ),
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ._segments import equal_tiles, image_ids
 from .base import Family, Features
+from .towers import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,5 +23,6 @@ FAMILY = Family(
     vision_token_ids=image_ids,
     segments=equal_tiles(_shuffled),
     features=(Features(image_ids),),
+    tower=VisionTower("vision_tower", "vision_tower", {"multi_modal_projector": "mean"}, class_token=lambda config: 0),
     notes="A segment is a tile; the processor does not tell tiles of one image and frames of a video apart.",
 )

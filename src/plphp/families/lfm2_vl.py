@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ._segments import image_ids, in_prompt_order, sized_images
 from .base import Family, Features, Inputs, VisionSegment
+from .towers import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,5 +24,15 @@ FAMILY = Family(
     vision_token_ids=image_ids,
     segments=_segments,
     features=(Features(image_ids, each=("spatial_shapes", "pixel_attention_mask")),),
+    tower=VisionTower(
+        "vision_tower",
+        "vision_tower",
+        {
+            "multi_modal_projector.layer_norm": "same",
+            "multi_modal_projector.linear_1": "mean",
+            "multi_modal_projector.act": "same",
+            "multi_modal_projector.linear_2": "mean",
+        },
+    ),
     notes="A segment is a tile. Only the attention layers have a KV cache; the convolutions are not touched.",
 )

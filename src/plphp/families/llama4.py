@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ._segments import equal_tiles, image_ids
 from .base import Family, Features
+from .towers import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,6 +23,13 @@ FAMILY = Family(
     vision_token_ids=image_ids,
     segments=equal_tiles(_shuffled),
     features=(Features(image_ids),),
+    tower=VisionTower(
+        "vision_model",
+        "vision_model.model",
+        {"vision_model.layernorm_post": "same", "vision_model.vision_adapter.mlp": "mean"},
+        tokens="vision_model.vision_adapter.mlp",
+        class_token=lambda config: -1,
+    ),
     notes="A segment is a tile. Layers with chunked attention are never pruned. transformers 5.24.0 fails in every "
     "pass.",
 )

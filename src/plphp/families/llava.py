@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ._segments import image_ids, in_prompt_order, patch_grid, patch_size, sized_images
 from .base import Family, Features, Inputs, VisionSegment
+from .towers import VisionTower, class_token_of_clip
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,8 +35,9 @@ def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] |
 
 _NOTES = "With a Pixtral tower the break and end tokens of an image count as text and are kept."
 _FEATURES = (Features(image_ids, each=("image_sizes",)),)
+_TOWER = VisionTower("vision_tower", "vision_tower", {"multi_modal_projector": "mean"}, class_token=class_token_of_clip)
 
 FAMILIES = (
-    Family("llava", ("llava",), image_ids, _segments, _NOTES, _FEATURES),
-    Family("vipllava", ("vipllava",), image_ids, _segments, features=_FEATURES),
+    Family("llava", ("llava",), image_ids, _segments, _NOTES, _FEATURES, _TOWER),
+    Family("vipllava", ("vipllava",), image_ids, _segments, features=_FEATURES, tower=_TOWER),
 )

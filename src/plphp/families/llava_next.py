@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ._segments import grid_segment, image_and_video_ids, image_ids, in_prompt_order, rows_of, video_ids
 from .base import Family, Features, Inputs, VisionSegment
+from .towers import VisionTower, class_token_of_clip
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,8 +80,22 @@ def _video_segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegm
 _IMAGES = Features(image_ids, each=("image_sizes",))
 _VIDEOS = Features(video_ids, ("pixel_values_videos",))
 _NOTES = "The newline tokens between rows of patches are placeholders too and are evicted like patches."
+_TOWER = VisionTower(
+    "vision_tower",
+    "vision_tower",
+    {"multi_modal_projector": "mean", "image_newline": "zero", "vision_resampler.pool": "average"},
+    class_token=class_token_of_clip,
+)
 
 FAMILIES = (
-    Family("llava-next", ("llava_next",), image_ids, _segments, _NOTES, (_IMAGES,)),
-    Family("llava-next-video", ("llava_next_video",), image_and_video_ids, _video_segments, _NOTES, (_IMAGES, _VIDEOS)),
+    Family("llava-next", ("llava_next",), image_ids, _segments, _NOTES, (_IMAGES,), _TOWER),
+    Family(
+        "llava-next-video",
+        ("llava_next_video",),
+        image_and_video_ids,
+        _video_segments,
+        _NOTES,
+        (_IMAGES, _VIDEOS),
+        _TOWER,
+    ),
 )

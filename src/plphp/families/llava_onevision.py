@@ -13,6 +13,7 @@ from plphp.errors import UnsupportedFeatureError
 from ._segments import image_and_video_ids, image_ids, in_prompt_order, rows_of, video_ids
 from .base import Family, Features, Inputs, VisionSegment
 from .llava_next import base_tokens, unpadded_grid
+from .towers import VisionTower, class_token_of_clip
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -97,6 +98,13 @@ FAMILY = Family(
     features=(
         _Tiled(image_ids, each=("image_sizes",)),
         Features(video_ids, ("pixel_values_videos",), ("image_sizes_videos",)),
+    ),
+    tower=VisionTower(
+        "vision_tower",
+        "vision_tower",
+        {"multi_modal_projector": "mean", "image_newline": "zero"},
+        class_token=class_token_of_clip,
+        behind_video=1,  # transformers 5.17
     ),
     notes="The newline tokens are placeholders too and are evicted like patches.",
 )

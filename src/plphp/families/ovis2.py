@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ._segments import equal_tiles, image_ids
 from .base import Family, Features
+from .towers import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,5 +24,11 @@ FAMILY = Family(
     vision_token_ids=image_ids,
     segments=equal_tiles(_words),
     features=(Features(image_ids),),
+    tower=VisionTower(
+        "vision_tower",
+        "vision_tower.transformer",
+        {"vision_tower.head_linear": "mean"},
+        tokens="vision_tower.head_linear",  # then a softmax over visual words, in which the scores would be lost
+    ),
     notes="A segment is a tile; the indicator tokens around tiles count as text and are kept.",
 )

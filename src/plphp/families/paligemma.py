@@ -3,6 +3,7 @@
 
 from ._segments import equal_tiles, image_ids
 from .base import Family, Features
+from .towers import VisionTower
 
 FAMILY = Family(
     name="paligemma",
@@ -10,5 +11,6 @@ FAMILY = Family(
     vision_token_ids=image_ids,
     segments=equal_tiles(),
     features=(Features(image_ids),),
+    tower=VisionTower("vision_tower", "vision_tower", {"multi_modal_projector": "mean"}),
     notes="The whole prompt is read bidirectionally. PaliGemma 2 soft-caps its attention and is refused.",
 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FAMILIES_BY_NAME = Plugins(
-    Family, families, "FAMILY", "plphp.families", helpers=("base", "registry", "spans", "unsupported")
+    Family, families, "FAMILY", "plphp.families", helpers=("base", "registry", "spans", "towers", "unsupported")
 )
 
 

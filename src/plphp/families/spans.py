@@ -53,6 +53,14 @@ class VisionSpans:
         """Position after the last prompt token."""
         return self.segment.shape[1]
 
+    def token_grid(self, row: int, image: int) -> tuple[int, int] | None:
+        """Return ``(rows, columns)`` of the tokens of an image, which stand row by row; None where they form no grid.
+
+        The frames of a video stand one below the other, so that it has the rows of all of them.
+        """
+        grid = self.grids[row][image]
+        return None if grid is None else (grid[0] * grid[1], grid[2])
+
     def repeated(self, times: int) -> VisionSpans:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
         return VisionSpans(

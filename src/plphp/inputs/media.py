@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from plphp.errors import BackendUnavailableError, ConfigError, LoadError
+from plphp.errors import BackendUnavailableError, LoadError
 from plphp.io.quoting import one_line
+from plphp.settings.checks import check_int
 
 from .fetching import WebAddress, fetch
 from .image_source import ImageSource, find_image, find_video
@@ -61,8 +62,9 @@ def load_image(
     LoadError
         If it is missing, not an image, broken or too large.
     ConfigError
-        If it is a mapping that names no image or several.
+        If it is a mapping that names no image or several, or ``max_pixels`` is no integer of at least 1.
     """
+    check_int("max_pixels", max_pixels, minimum=1)
     located = find_image(source, folder=folder, allow_urls=allow_urls)
     with _opened(located, max_pixels) as image:
         return upright_rgb(image, located.name)
@@ -89,11 +91,13 @@ def load_video(
     ------
     LoadError
         If the video cannot be read.
+    ConfigError
+        If ``frames`` or ``max_pixels`` is no integer of at least 1.
     BackendUnavailableError
         If it is a video file and PyAV is not installed.
     """
-    if frames < 1:
-        raise ConfigError(f"frames must be at least 1, got {frames}.")
+    check_int("frames", frames, minimum=1)
+    check_int("max_pixels", max_pixels, minimum=1)
     video = find_video(source, allow_urls=allow_urls)
     if isinstance(video, list):
         return [load_image(frame, allow_urls=allow_urls, max_pixels=max_pixels) for frame in video]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from plphp.errors import ConfigError
 
+DTYPE = torch.float16
+"""Of centroids."""
 CENTROIDS = 256
 """Centroids of a part: as many as a byte can name."""
 PART, COARSE_PART = 8, 16
@@ -56,7 +58,7 @@ class Books:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         if shapes != expected:
             raise ConfigError(f"Codebooks have the shapes {shapes}, expected {expected}.")
-        if any(tensor.dtype != torch.float16 for tensor in tensors.values()):
+        if any(tensor.dtype != DTYPE for tensor in tensors.values()):
             dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
             raise ConfigError(f"Codebooks are float16, got {dtypes}.")
         if len({tensor.device for tensor in tensors.values()}) > 1:

@@ -37,6 +37,8 @@ SMALLEST = 2.0**-24
 """Smallest step: the least number of float16 above 0."""
 TOKEN_GROUP = 32
 """Channels of an entry that share their scale, where entries have several."""
+INSTEAD = "take the method 'none', or one that evicts, such as PLPHPConfig(target_retention=0.4)"
+"""What to do where few bits cannot be: they are the default, so that to leave something out is no advice."""
 
 
 class ScaleError(UnsupportedFeatureError):
@@ -249,6 +251,6 @@ def stored(numbers: Tensor) -> Tensor:
     if not bool(result.isfinite().all()):
         raise ScaleError(
             "Keys or values are held in few bits with scales and means in float16, and these are NaN or beyond 65,504: "
-            "leave out tiers for this prompt."
+            f"for this prompt {INSTEAD}."
         )
     return result

@@ -216,7 +216,7 @@ def _block(
     of_rows = [None if mean is None else mean.repeat(len(coders), 1) for mean in means]
     tiers = []
     for rung, mask in masks.items():
-        if rung.independent:
+        if not rung.group:
             held = mask.any(0, keepdim=True)
             tiers.append(encoded(rung, keys, values, held, means, books).picked(mask, held))
         else:

@@ -12,7 +12,7 @@ from plphp.errors import UnsupportedFeatureError
 from .bit_planes import BYTE
 from .books import Books, LayerBooks
 from .centred import Centred
-from .codecs import Affine, Codec
+from .codecs import INSTEAD, Affine, Codec
 
 GROUP = 128
 """Entries of a head that share the steps of a channel, in rungs that are not KIVI's."""
@@ -51,11 +51,6 @@ class Rung:
         """Whether it needs codebooks."""
         return bool(self.keys.books or self.values.books)
 
-    @property
-    def independent(self) -> bool:
-        """Whether the code of an entry depends on no other entry of its tier."""
-        return not self.group
-
     def bits(self, dim: int, value_dim: int | None = None) -> float:
         """Bits per channel of an entry, over its key and value, with its part of what a full group shares."""
         value_dim = value_dim or dim
@@ -66,7 +61,7 @@ class Rung:
         if dim % BYTE or value_dim % BYTE:
             raise UnsupportedFeatureError(
                 f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has "
-                f"{dim} and {value_dim}: leave out tiers."
+                f"{dim} and {value_dim}: {INSTEAD}."
             )
         for side, codec in (("keys", self.keys), ("values", self.values)):
             of_side: Books | None = None if books is None else getattr(books, side)

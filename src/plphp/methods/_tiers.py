@@ -3,17 +3,12 @@
 
 from __future__ import annotations
 
-from plphp.errors import ConfigError, did_you_mean
+from plphp.errors import ConfigError
 from plphp.policy.allocation import keep_all
 from plphp.policy.method import Method
 from plphp.policy.selection import RANKED
 from plphp.settings.config import PLPHPConfig
-from plphp.settings.ladder import LADDERS, PLAIN_RUNGS, PRODUCT_RUNGS, WHOLE, Ladder
-
-
-def known_rungs() -> dict[str, bool]:
-    """By name of each rung, whether it needs codebooks."""
-    return {WHOLE: False, **dict.fromkeys(PLAIN_RUNGS, False), **dict.fromkeys(PRODUCT_RUNGS, True)}
+from plphp.settings.ladder import LADDERS, PRODUCT_RUNGS, Ladder, check_rungs
 
 
 def refuse_tiers(method: Method, config: PLPHPConfig) -> None:
@@ -29,15 +24,16 @@ def refuse_tiers(method: Method, config: PLPHPConfig) -> None:
     ladder = config.ladder
     if ladder is None:
         return
-    rungs = known_rungs()
-    for name in ladder.names:
-        if name not in rungs:
-            known = {*rungs, *LADDERS} if len(ladder.names) == 1 else rungs
-            raise ConfigError(f"Unknown rung {name!r} in tiers={config.tiers}.{did_you_mean(name, known)}")
+    check_rungs(ladder, config.tiers or "")
     reason = _obstacle(method, config)
     if reason:
         raise ConfigError(f"The method {method.name!r} cannot fill tiers={config.tiers}: {reason}.")
     needed = _product_rungs(ladder)
+    if config.books is not None and not needed:
+        raise ConfigError(
+            f"books={config.books} brings codebooks, and no rung of tiers={config.tiers} needs any: leave books out, "
+            f"or take a ladder with one of {', '.join(PRODUCT_RUNGS)}."
+        )
     if needed and config.books is None and method.kv is not None and method.kv.evidence(config).bank is None:
         without = [name for name, text in LADDERS.items() if not _product_rungs(Ladder.parse(text))]
         raise ConfigError(
@@ -98,5 +94,4 @@ def _obstacle(method: Method, config: PLPHPConfig) -> str:
 
 def _product_rungs(ladder: Ladder) -> tuple[str, ...]:
     """The rungs of a ladder that need codebooks."""
-    needs_books = known_rungs()
-    return tuple(name for name in ladder.names if needs_books[name])
+    return tuple(name for name in ladder.names if name in PRODUCT_RUNGS)

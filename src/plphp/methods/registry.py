@@ -13,7 +13,10 @@ from plphp.errors import ConfigError, did_you_mean
 from plphp.plugins import Plugins
 from plphp.policy.chain import Chain
 from plphp.policy.method import Method
-from plphp.settings.config import SETTINGS, PLPHPConfig, warn_if_calibrated_elsewhere
+from plphp.policy.stages import STAGES
+from plphp.settings.calibrated import warn_if_calibrated_elsewhere
+from plphp.settings.config import SETTINGS, PLPHPConfig
+from plphp.settings.ladder import quoting_hint
 from plphp.settings.options import check_options
 
 from ._tiers import check_books, refuse_tiers
@@ -44,6 +47,11 @@ def available_methods() -> dict[str, Method]:
     return METHODS_BY_NAME.available()
 
 
+def methods_by_stage() -> list[Method]:
+    """All methods, in the order in which a prompt passes the first of their stages, and by name."""
+    return sorted(available_methods().values(), key=lambda method: STAGES.index(next(iter(method.stages))))
+
+
 def get_method(name: str) -> Method:
     """The method of a name.
 
@@ -55,7 +63,7 @@ def get_method(name: str) -> Method:
     known = available_methods()
     if name not in known:
         chain = " Chains of methods are for --config and PLPHPConfig.parse." if "+" in name else ""
-        raise ConfigError(f"Unknown method {name!r}.{chain or did_you_mean(name, known)}")
+        raise ConfigError(f"Unknown method {name!r}.{chain or quoting_hint(name) or did_you_mean(name, known)}")
     return known[name]
 
 
@@ -83,6 +91,18 @@ def resolve(config: PLPHPConfig) -> Method:
         )
     refuse_tiers(method, method.settled(config))
     return method
+
+
+def settled(config: PLPHPConfig) -> PLPHPConfig:
+    """The same settings as a run takes them: with the ladders that methods of the chain have of their own.
+
+    Raises
+    ------
+    ConfigError
+        See `plphp.policy.method.Method.settled`.
+    """
+    own = get_method(config.method).settled(config)
+    return dataclasses.replace(own, earlier=tuple(settled(part) for part in config.earlier))
 
 
 def chain_of(config: PLPHPConfig, layers: int | None = None) -> Chain:

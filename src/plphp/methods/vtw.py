@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Visual Tokens Withdrawal (arXiv:2405.05803): all vision tokens leave the prompt after some layer.
 
-From decoder layer K on no other token sees a vision token, in prefill too, and none of their KV is stored; the
-layers before keep everything. With r the ``retention_rate`` and L layers, ``K = max(1, round(r L))``: what is kept is
-K / L. The paper looks for K on a calibration set; here the retention says it.
+The decoder layers from K on do not get them; the layers before keep everything. With r the ``retention_rate`` and L
+layers, ``K = max(1, round(r L))``: what is kept is K / L. The paper looks for K on a calibration set; here the
+retention says it.
 
-As with FastV, prefill takes less time where one prompt without padding is read as a whole, since attention leaves the
-tokens out, and as long as before in a batch and in later turns, where they are masked. A prompt that ends in a vision
-token keeps that one, since the answer goes on from it.
+A prompt that ends in a vision token keeps that one, since the answer goes on from it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from plphp.policy.evidence import LayerScores
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def first_layer(config: PLPHPConfig, layers: int) -> int:
-    """The first layer without vision tokens."""
-    return max(1, math.floor(config.base_rate * layers + 0.5))
+def rates(config: PLPHPConfig, layers: int) -> dict[int, float]:
+    """No vision token from the first layer on that is beyond the budget."""
+    return {max(1, math.floor(config.base_rate * layers + 0.5)): 0.0}
 
 
-def nothing_stays(scores: LayerScores, config: PLPHPConfig, layers: int) -> Tensor:
+def nothing_stays(scores: LayerScores, rates: Sequence[float], config: PLPHPConfig) -> Tensor:
     """No vision token stays."""
     import torch
 
@@ -42,7 +41,7 @@ METHOD = Method(
     name="vtw",
     summary="inside prefill: all vision tokens leave the later layers",
     paper="arXiv:2405.05803",
-    prefill=PrefillStage(first_layer, lambda config, layers: 0.0, nothing_stays),
+    prefill=PrefillStage(rates, nothing_stays),
     check=lambda config, layers: refuse_exempt_layers(config),
     when="to shorten prefill, where late layers do not look at images",
 )

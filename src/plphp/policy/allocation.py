@@ -81,14 +81,16 @@ def rate_of(layer_class: LayerClass, config: PLPHPConfig) -> float:
 def by_vision_attention(layers: Layers, config: PLPHPConfig) -> Allocation:
     """Layer-level retention rate allocation of PLPHP.
 
-    With ``target_retention`` the thresholds are the quantiles of each row's own scores over all layers, so that as many
-    layers gain ``delta`` as lose it; ties go to the earlier layer. For the first layers of a prompt alone the result is
-    an upper bound: a layer's position in the order of scores only falls while later layers are scored.
+    With ``target_retention``, and with a ladder, the thresholds are the quantiles of each row's own scores over all
+    layers, so that as many layers gain ``delta`` as lose it; ties go to the earlier layer. For the first layers of a
+    prompt alone the result is an upper bound: a layer's position in the order of scores only falls while later layers
+    are scored.
 
     Parameters
     ----------
     layers : sequence of ScoredLayer
-        All layers of the prompt where ``target_retention`` is set, or the first of them for the most that each keeps.
+        All layers of the prompt where the config sorts them by their order (`PLPHPConfig.sorts_by_order`), or the first
+        of them for the most that each keeps.
     config : PLPHPConfig
         Rates and thresholds.
 
@@ -98,7 +100,7 @@ def by_vision_attention(layers: Layers, config: PLPHPConfig) -> Allocation:
         ``[layer][row]``.
     """
     scores = [layer.vision_score for layer in layers]
-    if config.target_retention is None:
+    if not config.sorts_by_order:
         classes = [[classify(score, config) for score in layer] for layer in scores]
     else:
         count = layers[0].count

@@ -21,6 +21,7 @@ from plphp.errors import ConfigError
 from plphp.kernels.books import LayerBooks
 
 from .bank_books import book_tensors, books_in, sample_in, sample_tensors
+from .bank_checks import check_kinds, check_queries
 from .entry_sampling import EntrySample
 from .rotation import Rotation
 
@@ -151,17 +152,19 @@ class QueryBank:
         except SafetensorError as error:
             raise ConfigError(f"{path} is not a safetensors file: {error}. {_ADVICE}") from error
         try:
+            rotations, record = json.loads(about["interleaved"]), json.loads(about["record"])
+            check_kinds(rotations, record)
             layers = {
                 int(number): LayerBank(
                     tensors[f"{number}.queries"], Rotation(tensors[f"{number}.frequencies"], interleaved)
                 )
-                for number, interleaved in json.loads(about["interleaved"]).items()
+                for number, interleaved in rotations.items()
             }
-            if not all(bool(layer.queries.isfinite().all()) for layer in layers.values()):
-                raise ValueError("it holds NaN or inf")
+            parts = {number: (layer.queries, layer.rotation.frequencies) for number, layer in layers.items()}
+            check_queries(parts, tensors["ahead"], record)
             queries = {number: layer.queries for number, layer in layers.items()}
             books, sampled = books_in(tensors, queries), sample_in(tensors, queries)
-            return cls(layers, tensors["ahead"], json.loads(about["record"]), books, sampled)
+            return cls(layers, tensors["ahead"], record, books, sampled)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"The query bank {path} is broken ({error!r}). {_ADVICE}") from error
 
@@ -198,7 +201,8 @@ class QueryBank:
     @property
     def decoder_layers(self) -> int:
         """Decoder layers of the model that the bank is of."""
-        return int(self.record["decoder_layers"])
+        layers: int = self.record["decoder_layers"]
+        return layers
 
     @property
     def values_hash(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plphp.errors import ConfigError
 from plphp.kernels.books import LayerBooks
+from plphp.settings.checks import check_int
 
 from .bank import LayerBank, QueryBank
 from .entry_sampling import TOKENS, Entries, EntrySample
@@ -52,8 +53,8 @@ class BankSample:
 
     def __init__(self, size: int = SAMPLES, seed: int = 0, book_tokens: int = TOKENS) -> None:
         for name, number in (("samples", size), ("book_tokens", book_tokens)):
-            if number < 1:
-                raise ConfigError(f"{name} must be at least 1, got {number}.")
+            check_int(name, number, minimum=1)
+        check_int("seed", seed, minimum=0)
         self.size, self.seed, self.book_tokens = size, seed, book_tokens
         self.prompts = self.answer_tokens = 0
         self.entries = EntrySample()

@@ -12,6 +12,7 @@ from plphp.settings.config import PLPHPConfig
 
 from .allocation import keep_all
 from .evidence import OwnBank
+from .image_tokens import TowerEvidence
 from .method import Method
 from .rankers import per_head
 from .stages import STAGES, EncoderStage, KVStage, PrefillStage
@@ -96,6 +97,16 @@ class Chain:
         """The links by the name of their stage, without a KV stage that keeps everything that stayed."""
         links: dict[str, Link[Any] | None] = {name: getattr(self, name) for name in STAGES}
         return {name: link for name, link in links.items() if link is not None and link.stage is not KEEP_WHAT_STAYED}
+
+    @property
+    def acts_early(self) -> bool:
+        """Whether tokens leave before layers get them: before the text model or inside prefill."""
+        return self.encoder is not None or self.prefill is not None
+
+    @property
+    def tower(self) -> TowerEvidence | None:
+        """What the encoder stage wants to know of the vision tower."""
+        return None if self.encoder is None else self.encoder.stage.tower(self.encoder.config)
 
     def refuse_all_but(self, supported: Iterable[str], engine: str) -> None:
         """Raise `UnsupportedFeatureError` for a link that an engine cannot do.

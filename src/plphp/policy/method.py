@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from plphp.errors import ConfigError
+from plphp.settings.checks import check_kept_once
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
@@ -40,6 +41,10 @@ class Method:
     with_bank : callable, optional
         ``(config, file) -> config``: the settings with the query bank of a file, for a method that asks for a bank
         that the engine collects (`plphp.policy.evidence.OwnBank`).
+    with_schedule : callable, optional
+        ``(config, schedule) -> config``: the settings with the shares of the vision tokens that go on by decoder
+        layers, for a method whose schedule is searched for (`plphp.studies.schedule_search`) within its option
+        ``tolerance``.
     tiers : str, optional
         The ladder of a config that names none, for a method that holds entries in few bits in any case. Default: such
         a config holds entries whole, or drops them.
@@ -56,6 +61,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     check: Callable[[PLPHPConfig, int], None] = lambda config, layers: None
     with_bank: Callable[[PLPHPConfig, str], PLPHPConfig] | None = None
+    with_schedule: Callable[[PLPHPConfig, Mapping[int, float]], PLPHPConfig] | None = None
     tiers: str | None = None
     when: str = "to compare"
 
@@ -80,7 +86,10 @@ class Method:
         ConfigError
             If the method has a ladder, and the config says otherwise how much is kept.
         """
-        return config if self.tiers is None or config.tiers is not None else replace(config, tiers=self.tiers)
+        if self.tiers is None or config.tiers is not None:
+            return config
+        check_kept_once(f"The ladder of the method {self.name!r} ({self.tiers})", config.given_rates)
+        return replace(config, tiers=self.tiers)
 
     def settings(self, config: PLPHPConfig) -> dict[str, Any]:
         """All options by name: those of the config, else the defaults."""

@@ -49,11 +49,30 @@ def by_best_position(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
     Each query row has an entry of its own at every position; entries of equal position go by their mean attention.
     """
+    return _best_first(scores.need("best_position"), per_head(scores, config), scores)
+
+
+def shared_best_position(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+    """One score for all KV heads: the best position that any query row gives in any of them, in (0, 1].
+
+    Entries of equal position go by their mean attention over query rows and heads.
+
+    Returns
+    -------
+    Tensor
+        float32 [batch, 1, seq].
+    """
+    best = scores.need("best_position").amin(1, keepdim=True)
+    return _best_first(best, scores.attention.mean(1, keepdim=True), scores)
+
+
+def _best_first(best: Tensor, mean: Tensor, scores: LayerScores) -> Tensor:
+    """Scores in the order of best positions, and among equals in that of the mean attention to the candidates."""
     import torch
 
-    mean = per_head(scores, config).masked_fill(~scores.candidates[:, None], 0)
+    mean = mean.masked_fill(~scores.candidates[:, None], 0)
     share = mean / mean.amax(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
-    return 1 / (2 + scores.need("best_position") - share)
+    return 1 / (2 + best - share)
 
 
 def by_value_norm(scores: LayerScores, config: PLPHPConfig) -> Tensor:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -17,6 +17,7 @@ from plphp.settings.config import PLPHPConfig
 
 from .allocation import Allocator
 from .evidence import Evidence, LayerScores
+from .image_tokens import Chosen, ImageTokens, TowerEvidence
 from .rankers import Ranker
 from .selection import RANKED, Mix
 
@@ -29,38 +30,42 @@ STAGES = ("encoder", "prefill", "kv")
 
 @dataclass(frozen=True)
 class EncoderStage:
-    """Vision tokens leave before the text model. No engine runs this stage yet: each refuses it by name.
+    """Vision tokens leave before the text model.
 
     Parameters
     ----------
-    kept_tokens : callable
-        ``(features [tokens, dim], config) -> bool [tokens]``: the vision tokens of an image that stay, from the
-        features that the text model would be given.
+    choose : callable
+        ``(image, config) -> Chosen``: the vision tokens of an image that stay, and what becomes of their features.
+    rate : callable
+        ``config -> float``: retention rate, in [0, 1].
+    tower : callable
+        ``config -> TowerEvidence or None``: what it wants to know of the vision tower.
     """
 
-    kept_tokens: Callable[[Tensor, PLPHPConfig], Tensor]
+    choose: Callable[[ImageTokens, PLPHPConfig], Chosen]
+    rate: Callable[[PLPHPConfig], float] = lambda config: config.base_rate
+    tower: Callable[[PLPHPConfig], TowerEvidence | None] = lambda config: None
 
 
 @dataclass(frozen=True)
 class PrefillStage:
-    """Vision tokens leave inside prefill: from a layer on no other token sees them, and their KV is not stored.
+    """Vision tokens leave inside prefill: the layers from some on do not get them.
 
     Parameters
     ----------
-    first : callable
-        ``(config, layers) -> int``: the first decoder layer without them, from 1 to ``layers``.
-    rate : callable
-        ``(config, layers) -> float``: retention rate of the layers from ``first`` on, in [0, 1].
+    rates : callable
+        ``(config, layers) -> mapping of int to float``: by the decoder layers, from 1 to ``layers``, before which
+        tokens leave, the retention rate from there on, of the vision tokens that came to the text model.
     kept_tokens : callable
-        ``(scores, config, layers) -> bool [batch, seq]``: the vision tokens that stay, from the scores of the layer
-        before ``first``.
+        ``(scores, rates, config) -> bool [batch, seq]``: the vision tokens that stay. ``scores`` are those of the layer
+        before (of the last before with full attention) with the tokens that it has; ``rates`` say for each row of the
+        batch which share of them is to stay.
     evidence : callable
-        ``config -> Evidence``: what it wants to know of that layer beside the mean attention.
+        ``config -> Evidence``: what it wants to know of those layers beside the mean attention.
     """
 
-    first: Callable[[PLPHPConfig, int], int]
-    rate: Callable[[PLPHPConfig, int], float]
-    kept_tokens: Callable[[LayerScores, PLPHPConfig, int], Tensor]
+    rates: Callable[[PLPHPConfig, int], Mapping[int, float]]
+    kept_tokens: Callable[[LayerScores, Sequence[float], PLPHPConfig], Tensor]
     evidence: Callable[[PLPHPConfig], Evidence] = lambda config: Evidence()
 
 
@@ -83,7 +88,8 @@ class KVStage:
         ``config -> Mix``: which part of the entries that a head keeps does not go by score.
     uses_class_rule : callable
         ``config -> bool``: whether the allocator sorts layers into classes by their vision attention scores. Then
-        ``target_retention`` says how much is kept, and the rate of none is known before all have been scored.
+        ``target_retention``, or a ladder, says how much is kept, and the rate of none is known before all have been
+        scored.
     all_layers : callable
         ``config -> bool``: whether the rates of any layer depend on the scores of all, for another reason than
         ``uses_class_rule``.
@@ -135,7 +141,7 @@ class KVStage:
 
     def needs_all_layers(self, config: PLPHPConfig) -> bool:
         """Whether the rates of any layer depend on the scores of all."""
-        return (config.target_retention is not None and self.uses_class_rule(config)) or self.all_layers(config)
+        return (config.sorts_by_order and self.uses_class_rule(config)) or self.all_layers(config)
 
     def bounded(self, config: PLPHPConfig) -> KVStage | None:
         """The stage with upper bounds in the place of rates, where what it selects by them holds all that it selects in

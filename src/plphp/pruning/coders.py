@@ -12,6 +12,7 @@ from plphp.kernels.coder import Coder
 from plphp.kernels.rungs import RUNGS
 from plphp.policy.bank import QueryBank, bank_at
 from plphp.policy.chain import Link
+from plphp.policy.evidence import OwnBank
 from plphp.policy.stages import KVStage
 from plphp.settings.ladder import WHOLE
 
@@ -56,11 +57,21 @@ def coders_of(link: Link[KVStage], own_bank: QueryBank | None = None) -> Coders 
 
 def books_file(link: Link[KVStage]) -> str | None:
     """The file that the codebooks of a config are read from; None where it needs none, or the engine collects them."""
+    asked = _books_from(link)
+    return asked if isinstance(asked, str) else None
+
+
+def collects_books(link: Link[KVStage]) -> bool:
+    """Whether the codebooks of a config are those of a bank that the engine collects."""
+    return isinstance(_books_from(link), OwnBank)
+
+
+def _books_from(link: Link[KVStage]) -> str | OwnBank | None:
+    """What the codebooks of a config are of: a file, or a bank that the engine collects; None where it needs none."""
     config = link.config
     if config.ladder is None or not any(RUNGS[name].needs_books for name in config.ladder.names if name != WHOLE):
         return None
-    asked = config.books or link.stage.evidence(config).bank
-    return asked if isinstance(asked, str) else None
+    return config.books or link.stage.evidence(config).bank
 
 
 def _books_of(link: Link[KVStage], own_bank: QueryBank | None) -> Mapping[int, LayerBooks]:

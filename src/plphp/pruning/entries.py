@@ -17,9 +17,11 @@ from plphp.kernels.coded import CodedKV
 from plphp.kernels.coder import Coder
 from plphp.kernels.packed import PackedKV
 
+from .packing import Packing
 from .placement import held_whole, without_codes
 from .provisional import ProvisionalBlock
 from .room import appended, grown, memory_named
+from .tail_tokens import TailTokens
 from .too_large import coded_or_whole
 
 
@@ -27,7 +29,8 @@ class LayerEntries:
     """Keys and values of one decoder layer.
 
     Two lengths are kept apart: the *logical* one (`length`: every token seen; position ids follow it) and the
-    *physical* one (what is stored). The tail holds the last ``length - prefix_length`` tokens.
+    *physical* one (what is stored). The tail holds the last ``length - prefix_length`` tokens, but for those that left
+    before the layer (`packing`); they count as seen, and at the end of the prompt no trace of them is left.
 
     Between a `compact` that is not final and the final one the tail is a block of what may still be kept: nothing reads
     the layer then, and it takes no token.
@@ -43,7 +46,9 @@ class LayerEntries:
     prefix_length : int
         Tokens seen up to the last final `compact`.
     tail_length : int
-        Tokens seen since.
+        Entries of the tail, for each token seen since that has not left before the layer.
+    packing : Packing or None
+        Which of the last tokens of the tail have entries, while a prompt is read that some have left.
     dtypes : tuple of torch.dtype
         Those that keys and values are held in; there from the first `append` on.
     slot : Tensor or None
@@ -60,6 +65,7 @@ class LayerEntries:
         self.coded: tuple[CodedKV, ...] = ()
         self.prefix_length = 0
         self.tail_length = 0
+        self.packing: Packing | None = None
         self.slot: Tensor | None = None
         self._dims: tuple[int, int] | None = None
         self._kv_heads = 0
@@ -67,8 +73,15 @@ class LayerEntries:
 
     @property
     def length(self) -> int:
-        """Tokens seen, evicted ones included."""
-        return self.prefix_length + self.tail_length
+        """Tokens seen, evicted ones and those that left before the layer included."""
+        left = 0 if self.packing is None else self.packing.left
+        return self.prefix_length + self.tail_length + left
+
+    @property
+    def tail_tokens(self) -> TailTokens:
+        """The tokens that the entries of the tail are of."""
+        packed = 0 if self.packing is None else self.packing.packed
+        return TailTokens(self.prefix_length, self.tail_length - packed, self.packing)
 
     @property
     def batch_size(self) -> int:
@@ -128,13 +141,15 @@ class LayerEntries:
         self._dims = key_states.shape[3], value_states.shape[3]
         self._kv_heads = key_states.shape[1]
 
-    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, key_states: Tensor, value_states: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         """Append new entries to the tail.
 
         Parameters
         ----------
         key_states, value_states : Tensor
             [batch, kv_heads, new, dim].
+        packing : Packing, optional
+            Which tokens of the pass they are of, where some have left before the layer.
 
         Returns
         -------
@@ -165,7 +180,7 @@ class LayerEntries:
         else:
             self.keys = appended(self.keys, key_states, self.tail_length)
             self.values = appended(self.values, value_states, self.tail_length)
-        self.tail_length = new
+        self.tail_length, self.packing = new, packing
         return self.tail()
 
     def _evened(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +233,7 @@ class LayerEntries:
             False where the rest is freed and what is held does not join the prefix yet: another placement of the same
             tail narrows it.
         coder : Coder, optional
-            Holds what the placement puts in few bits.
+            Holds what a final placement puts in few bits: codes are not made of entries that another one may drop.
         vision : Tensor, optional
             bool [batch, tail]; the vision tokens, for a coder.
 
@@ -232,8 +247,10 @@ class LayerEntries:
         ------
         UnsupportedFeatureError, CacheStateError
             If an entry cannot be held in few bits, or was dropped by an earlier placement, or the placement is not that
-            of the tail; the layer is as before.
+            of the tail, or has a coder and is not final; the layer is as before.
         """
+        if coder is not None and not final:
+            raise CacheStateError("A placement that is not final holds entries whole, and it came with a coder.")
         shape = self.tail()[0].shape[:3] if self._provisional is None else self._provisional.held.shape
         if placement.shape != shape:
             raise CacheStateError(
@@ -254,8 +271,8 @@ class LayerEntries:
             return done
         self.prefix = held.block if self.prefix is None else self.prefix.appended(held.block)
         self.coded += () if coded is None else (coded,)
-        self.prefix_length += self.tail_length
-        self.tail_length = 0
+        self.prefix_length = self.length
+        self.tail_length, self.packing = 0, None
         self._provisional = self.keys = self.values = None
         return done
 
@@ -269,7 +286,7 @@ class LayerEntries:
         self.prefix, self._provisional, self.keys, self.values = None, None, None, None
         self.coded = ()
         self.prefix_length = self.tail_length = 0
-        self._dims = None
+        self.packing = self._dims = None
 
     def remove_last(self, tokens: int) -> None:
         """Remove the last tokens.

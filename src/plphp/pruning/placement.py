@@ -125,5 +125,5 @@ def held_whole(placement: Tensor) -> Tensor:
         If an entry is to be held in few bits.
     """
     if coded_somewhere(placement):
-        raise CacheStateError("A placement asks for few bits, and no coder came with it: leave out tiers.")
+        raise CacheStateError("A placement asks for few bits, and no coder came with it.")
     return placement == Placement.WHOLE

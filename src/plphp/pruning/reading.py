@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from plphp.errors import ConfigError, UnsupportedFeatureError
-from plphp.families.spans import VisionSpans, query_mask
+from plphp.errors import ConfigError
+from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
 from plphp.policy.allocation import RowAllocation, ScoredLayer
 from plphp.policy.bank import QueryBank
@@ -28,6 +27,7 @@ from plphp.settings.config import PLPHPConfig
 
 from .coders import coders_of
 from .finite import UnrankedRows
+from .leaving import Leaving
 from .placement import LayerPlacement
 from .scoring import Attended, Scoring
 from .selecting import Budget, placements
@@ -71,11 +71,8 @@ class PromptReading:
         freed in blocks.
     narrows : bool
         Whether the engine takes placements that are not final.
-
-    Attributes
-    ----------
-    hidden : Tensor or None
-        bool [batch, seq]; the vision tokens that have left at the prefill stage, from the layer ``hidden_from`` on.
+    leaving : Leaving, optional
+        What leaves before layers get it, in an engine that does that.
     """
 
     def __init__(
@@ -92,6 +89,7 @@ class PromptReading:
         join_heads: Callable[[LayerScores], LayerScores] = _as_it_is,
         round_up: Callable[[Tensor, Tensor, LayerScores], Tensor] = _as_it_is,
         narrows: bool = False,
+        leaving: Leaving | None = None,
     ) -> None:
         self.spans, self.chain = spans, chain
         self.pruned_layers, self.layers = list(pruned_layers), layers
@@ -104,14 +102,7 @@ class PromptReading:
             own = chain.prefill.stage.evidence(chain.prefill.config)
             asked = Scoring.of(spans, chain.prefill.config, own, *of_engine)
             self._prefill = self.kv if asked.asks_as(self.kv) else asked
-            if not 1 <= self._first_without <= layers:
-                raise ConfigError(
-                    f"The method {chain.prefill.method!r} lets tokens leave from layer {self._first_without} on, which "
-                    f"must be between 1 and {layers}."
-                )
-        self.hidden: Tensor | None = None
-        self.hidden_from = layers
-        self._whole_rows: list[int] = []
+        self.leaving = leaving
         self._coders = coders_of(chain.kv, own_bank)
         # What is to be coded has to be whole until it is placed.
         narrows = narrows and self._coders is None
@@ -140,12 +131,10 @@ class PromptReading:
             If the attention of a layer is not finite in any row.
         ConfigError
             If the method gives a rate outside of [0, 1].
-        UnsupportedFeatureError
-            If the prompt comes in chunks and tokens leave inside prefill.
         """
         if not self.observe(attended):
             return
-        self.hide_tokens(attended.layer)
+        self.let_leave(attended.layer)
         if self._waits_for_all and attended.layer != self.last_layer:
             yield from self.narrow()
             return
@@ -188,28 +177,18 @@ class PromptReading:
         for scoring in scorings:
             scoring.gather(attended)
         if attended.entries.length < self.spans.end:
-            self._refuse_chunks()
             return False
         with as_written(attended.query.device):
             for scoring in scorings:
-                scoring.score(attended, self.hidden_at(attended.layer))
+                scoring.score(attended)
                 scoring.scores[attended.layer] = self._join_heads(scoring.scores[attended.layer])
         return True
 
-    def hide_tokens(self, layer: int) -> None:
-        """Let vision tokens leave at the prefill stage, once the layer before the first one without them is scored."""
-        link = self.chain.prefill
-        if link is None or layer != self._first_without - 1:
-            return
-        self._whole_rows = self._unranked.set_aside(self._prefill, layer)
-        scores = self._prefill.scores[layer]
-        leaving = scores.vision & ~link.stage.kept_tokens(scores, link.config, self.layers)
-        leaving[self._whole_rows] = False
-        # The answer goes on from the last token, whatever it is.
-        leaving &= ~query_mask(self.spans, 1)[:, -leaving.shape[1] :].to(leaving.device)
-        held_before = self.spans.end - leaving.shape[1]
-        self.hidden = torch.nn.functional.pad(leaving, (held_before, 0)).cpu()
-        self.hidden_from = layer + 1
+    def let_leave(self, layer: int) -> None:
+        """Let vision tokens leave at the prefill stage, once a layer is scored by which they are ranked."""
+        if self.leaving is not None and layer in self.leaving.asked_layers:
+            unranked = self._unranked.set_aside(self._prefill, layer)
+            self.leaving.after(layer, self._prefill.scores[layer], unranked)
 
     def allocate(self, link: Link[KVStage], configs: Sequence[PLPHPConfig]) -> Iterator[Allocated]:
         """Layer level: how much each row of each scored layer keeps.
@@ -264,27 +243,19 @@ class PromptReading:
         """Rows of the prompt."""
         return self.spans.segment.shape[0]
 
-    def hidden_at(self, layer: int) -> Tensor | None:
-        """The vision tokens that have left before a layer, bool [batch, seq]; None if none has."""
-        return self.hidden if layer >= self.hidden_from else None
-
     def repeat(self, times: int) -> None:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
         self.spans = self.spans.repeated(times)
         self._unranked.repeat(times)
         self.kv.repeat(times)
+        if self.leaving is not None:
+            self.leaving.repeat(times)
         if self._prefill is not self.kv:
             self._prefill.repeat(times)
 
     @property
     def _waits_for_all(self) -> bool:
         return self.chain.kv.stage.needs_all_layers(self.chain.kv.config)
-
-    @property
-    def _first_without(self) -> int:
-        """The first decoder layer without the vision tokens that leave inside prefill."""
-        link = self.chain.prefill
-        return self.layers + 1 if link is None else link.stage.first(link.config, self.layers)
 
     def _vision_score(self, layer: int) -> list[float]:
         """The vision attention score of each row of a layer; where layers are narrowed, it is asked for many times."""
@@ -293,16 +264,9 @@ class PromptReading:
         return self._gammas[layer]
 
     def _scorings(self, layer: int) -> list[Scoring]:
-        """What is asked of a layer: by the KV stage of every layer, by the prefill stage of one."""
-        own = self._prefill is not self.kv and layer == self._first_without - 1
+        """What is asked of a layer: by the KV stage of every layer, by the prefill stage of some."""
+        own = self._prefill is not self.kv and self.leaving is not None and layer in self.leaving.asked_layers
         return [self.kv, self._prefill] if own else [self.kv]
-
-    def _refuse_chunks(self) -> None:
-        if self.chain.prefill is not None:
-            raise UnsupportedFeatureError(
-                f"{self.chain.prefill.method} scores inside prefill and needs the prompt in one piece: pass all of it "
-                "in one call"
-            )
 
     def _whole_where_needed(self, rows: Sequence[RowAllocation], unranked: Sequence[int]) -> list[RowAllocation]:
         """Keep rows whole that have no vision token, or cannot be ranked."""
@@ -313,14 +277,13 @@ class PromptReading:
         return kept
 
     def _of_whole_prompt(self, layer: int, rows: Sequence[RowAllocation]) -> list[RowAllocation]:
-        """Rates as fractions of all vision tokens of the prompt, where some have left inside prefill."""
-        link = self.chain.prefill
-        if link is None or self.hidden_at(layer) is None:
+        """Rates as fractions of all vision tokens of the prompt, where some have left before the layer."""
+        if self.leaving is None:
             return list(rows)
-        rate = link.stage.rate(link.config, self.layers)
+        shares = [self.leaving.share_at(layer, number) for number in range(len(rows))]
         return [
-            row if number in self._whole_rows or row.layer_class == "no-vision" else replace(row, rate=row.rate * rate)
-            for number, row in enumerate(rows)
+            row if row.layer_class == "no-vision" else replace(row, rate=row.rate * share)
+            for row, share in zip(rows, shares, strict=True)
         ]
 
 

@@ -16,8 +16,10 @@ from plphp.kernels.coder import Coder
 from plphp.policy.allocation import RowAllocation
 
 from .entries import LayerEntries
+from .leaving import Leaving
 from .placement import LayerPlacement, Placement, coded_somewhere, whole_or_dropped
-from .report import ImageReport, LayerReport, PromptReport, RowReport
+from .prompt_report import ImageReport, LayerReport, PromptReport, RowReport
+from .tail_tokens import TailTokens
 from .tier_report import TierReport
 
 
@@ -56,20 +58,22 @@ class LayerRecord:
 
     @classmethod
     def of(
-        cls, spans: VisionSpans, start: int, part: LayerPlacement, coders: Sequence[Coder | None] | None = None
+        cls, spans: VisionSpans, tokens: TailTokens, part: LayerPlacement, coders: Sequence[Coder | None] | None = None
     ) -> LayerRecord:
-        """Note down what became of a layer's tail, which begins at the logical position ``start``.
+        """Note down what became of a layer's tail.
 
         ``coders`` are those of the rows; default: that of the layer for all of them.
         """
         scores, dropped = part.scores, part.placement == Placement.DROPPED
         evicted = None
         if scores.evictable is not None:
-            evicted = (dropped & (scores.evictable & ~scores.vision)[:, None]).cpu()
-        kept = (~dropped & scores.vision[:, None]).cpu()
-        placement = part.placement.cpu() if coded_somewhere(part.placement) else None
+            evicted = tokens.spread((dropped & (scores.evictable & ~scores.vision)[:, None]).cpu(), False)
+        kept = tokens.spread((~dropped & scores.vision[:, None]).cpu(), False)
+        placement = None
+        if coded_somewhere(part.placement):
+            placement = tokens.spread(part.placement.cpu(), int(Placement.DROPPED))
         own = [part.coder] * len(kept) if coders is None else list(coders)
-        return cls(scores.layer, start, spans, part.allocation, kept, evicted, placement, own)
+        return cls(scores.layer, tokens.begin, spans, part.allocation, kept, evicted, placement, own)
 
     @classmethod
     def stacked(cls, records: Sequence[LayerRecord], order: Sequence[int]) -> LayerRecord:
@@ -141,7 +145,9 @@ class LayerRecord:
         return [(mask.nonzero()[:, 0] + self.start).tolist() for mask in masks]
 
 
-def prompt_reports(records: Sequence[LayerRecord], layers: Mapping[int, LayerEntries]) -> list[PromptReport]:
+def prompt_reports(
+    records: Sequence[LayerRecord], layers: Mapping[int, LayerEntries], left: Mapping[int, Leaving] | None = None
+) -> list[PromptReport]:
     """Put the records of all layers and turns together, prompt by prompt, oldest first.
 
     Parameters
@@ -150,7 +156,10 @@ def prompt_reports(records: Sequence[LayerRecord], layers: Mapping[int, LayerEnt
         In the order in which they were noted down.
     layers : mapping of int to LayerEntries
         The layers that they are of.
+    left : mapping of int to Leaving, optional
+        By the beginning of the prompts, what left them before layers got it.
     """
+    left = left or {}
     prompts: dict[int, list[LayerRecord]] = {}
     for record in records:
         prompts.setdefault(record.spans.start, []).append(record)
@@ -160,6 +169,8 @@ def prompt_reports(records: Sequence[LayerRecord], layers: Mapping[int, LayerEnt
             end=own[0].spans.end,
             images=_images(own[0].spans),
             layers=[record.report(layers[record.layer]) for record in sorted(own, key=lambda record: record.layer)],
+            stages=left[start].report() if start in left else [],
+            computed=[tokens for _, tokens in sorted(left[start].computed.items())] if start in left else [],
         )
         for start, own in prompts.items()
     ]

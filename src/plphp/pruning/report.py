@@ -10,122 +10,12 @@ from typing import Any
 
 from plphp.io.json_files import Kind, from_json, to_json
 
-from .tier_report import LayerBytes, RungBytes, TierReport
+from .prompt_report import PromptReport, RowReport, read_prompt
+from .report_checks import check_numbers, integers
+from .tier_report import LayerBytes, RungBytes
 
 KIND = Kind("report", "`plphp generate --report`", 1)
 NUMBERS = ("batch", "tokens", "kv_bytes_full", "kv_bytes", "reserved_bytes", "pruning_seconds", "book_bytes")
-
-
-@dataclass(frozen=True)
-class ImageReport:
-    """One image of a prompt.
-
-    Parameters
-    ----------
-    positions : list of int
-        Logical positions of its vision tokens.
-    grid : tuple of int, optional
-        ``(frames, height, width)`` in tokens.
-    """
-
-    positions: list[int]
-    grid: tuple[int, int, int] | None
-
-
-@dataclass(frozen=True)
-class RowReport:
-    """What one layer kept of one row.
-
-    Parameters
-    ----------
-    vision_score : float
-        Vision attention score gamma, in [0, 1]; 0 where it is not finite.
-    layer_class : str
-        "attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision", or "non-finite" where the attention
-        of the row is NaN or inf, so that nothing of it was evicted.
-    rate : float
-        Retention rate, in [0, 1].
-    vision_tokens : int
-        Vision tokens of the prompt.
-    kept_positions : list of list of int
-        Per KV head, the logical positions of the vision tokens that are held, whole or in few bits.
-    evicted_text : list of list of int
-        Per KV head, the logical positions of the text tokens that were evicted; empty for methods that keep all.
-    entry_bytes : int
-        Bytes that the key and the value of a token take in a KV head, held whole; 0 in reports of earlier versions.
-    tiers : list of TierReport
-        What of the vision tokens is held in few bits, rung by rung, the best first.
-    means_bytes : int
-        Bytes of the means that the rungs share.
-    """
-
-    vision_score: float
-    layer_class: str
-    rate: float
-    vision_tokens: int
-    kept_positions: list[list[int]]
-    evicted_text: list[list[int]] = field(default_factory=list)
-    entry_bytes: int = 0
-    tiers: list[TierReport] = field(default_factory=list)
-    means_bytes: int = 0
-
-    @property
-    def kept(self) -> list[int]:
-        """Vision tokens held per KV head, whole or in few bits."""
-        return [len(positions) for positions in self.kept_positions]
-
-    @property
-    def vision_kept(self) -> float:
-        """Vision entries kept, as a fraction of all: above ``rate`` where text left instead. 1 without any."""
-        total = self.vision_tokens * len(self.kept_positions)
-        return sum(self.kept) / total if total else 1.0
-
-    @property
-    def whole(self) -> list[int]:
-        """Vision tokens held whole per KV head."""
-        coded = [sum(tier.entries[head] for tier in self.tiers) for head in range(len(self.kept_positions))]
-        return [kept - few for kept, few in zip(self.kept, coded, strict=True)]
-
-    @property
-    def vision_bytes(self) -> int:
-        """Bytes that hold the vision tokens."""
-        coded = self.means_bytes + sum(sum(tier.nbytes) for tier in self.tiers)
-        return self.entry_bytes * sum(self.whole) + coded
-
-    @property
-    def vision_held(self) -> float:
-        """`vision_bytes` as a fraction of those of all vision tokens held whole; 1 without any."""
-        full = self.entry_bytes * self.vision_tokens * len(self.kept_positions)
-        # Reports of earlier versions know nothing of few bits: there entries are bytes.
-        return self.vision_bytes / full if full else self.vision_kept
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What one layer kept, per row of the batch."""
-
-    layer: int
-    rows: list[RowReport]
-
-
-@dataclass(frozen=True)
-class PromptReport:
-    """One prompt (a turn of a chat) that was pruned.
-
-    Parameters
-    ----------
-    start, end : int
-        Logical positions of the prompt, first and after the last.
-    images : list of list of ImageReport
-        Per row, its images.
-    layers : list of LayerReport
-        The pruned layers.
-    """
-
-    start: int
-    end: int
-    images: list[list[ImageReport]]
-    layers: list[LayerReport]
 
 
 @dataclass(frozen=True)
@@ -250,6 +140,14 @@ class PruneReport:
         return sum(row.vision_bytes for row in self._rows) / full if full else self.retention
 
     @property
+    def computed_share(self) -> float:
+        """Tokens x layers that were computed to read the prompts, as a fraction of all: below 1 where tokens left
+        before layers got them."""
+        early = [prompt for prompt in self.prompts if prompt.computed]
+        total = sum(prompt.all_computed for prompt in early)
+        return sum(sum(prompt.computed) for prompt in early) / total if total else 1.0
+
+    @property
     def _rows(self) -> list[RowReport]:
         return [row for prompt in self.prompts for layer in prompt.layers for row in layer.rows]
 
@@ -270,73 +168,21 @@ class PruneReport:
 
 
 def _read_report(values: dict[str, Any]) -> PruneReport:
-    prompts = [_read_prompt(prompt) for prompt in values.pop("prompts")]
+    prompts = [read_prompt(prompt) for prompt in values.pop("prompts")]
     collecting = values.pop("collecting", None)
     progress = None if collecting is None else BankProgress(**collecting)
     held = [_read_layer_bytes(layer) for layer in values.pop("held", [])]
     report = PruneReport(prompts=prompts, collecting=progress, held=held, **values)
-    _check_numbers(report, NUMBERS)
+    check_numbers(report, NUMBERS)
     if progress is not None:
-        _check_numbers(progress, ("collected", "wanted"))
+        check_numbers(progress, ("collected", "wanted"))
     return report
 
 
-def _check_numbers(report: object, names: tuple[str, ...]) -> None:
-    """Raise TypeError where a field of a report that was read is no number."""
-    for name in names:
-        value = getattr(report, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _positions(values: Any) -> list[int]:
-    return _integers(values, "positions")
-
-
-def _integers(values: Any, name: str) -> list[int]:
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise TypeError(f"{name} must be a list of integers, got {values!r:.60}")
-    return values
-
-
-def _read_row(values: dict[str, Any]) -> RowReport:
-    row = RowReport(**values)
-    _check_numbers(row, ("vision_score", "rate", "vision_tokens", "entry_bytes", "means_bytes"))
-    return dataclasses.replace(
-        row,
-        kept_positions=[_positions(head) for head in row.kept_positions],
-        evicted_text=[_positions(head) for head in row.evicted_text],
-        tiers=[_read_tier(tier) for tier in values.get("tiers", [])],
-    )
-
-
-def _read_tier(values: dict[str, Any]) -> TierReport:
-    return TierReport(
-        values["rung"], [_positions(head) for head in values["positions"]], _integers(values["nbytes"], "nbytes")
-    )
-
-
 def _read_layer_bytes(values: dict[str, Any]) -> LayerBytes:
-    rungs = [
-        RungBytes(**{**rung, "entries": _integers(rung["entries"], "entries")}) for rung in values.pop("rungs", [])
-    ]
+    rungs = [RungBytes(**{**rung, "entries": integers(rung["entries"], "entries")}) for rung in values.pop("rungs", [])]
     layer = LayerBytes(rungs=rungs, **values)
-    _check_numbers(layer, ("layer", "whole", "tail", "reserved", "means", "other", "read"))
+    check_numbers(layer, ("layer", "whole", "tail", "reserved", "means", "other", "read"))
     for rung in rungs:
-        _check_numbers(rung, ("codes", "scales", "groups"))
+        check_numbers(rung, ("codes", "scales", "groups"))
     return layer
-
-
-def _read_prompt(values: dict[str, Any]) -> PromptReport:
-    return PromptReport(
-        start=values["start"],
-        end=values["end"],
-        images=[
-            [
-                ImageReport(_positions(image["positions"]), tuple(image["grid"]) if image["grid"] else None)
-                for image in row
-            ]
-            for row in values["images"]
-        ],
-        layers=[LayerReport(layer["layer"], [_read_row(row) for row in layer["rows"]]) for layer in values["layers"]],
-    )

@@ -21,6 +21,7 @@ from plphp.settings.config import PLPHPConfig
 from .entries import LayerEntries
 from .rotary_positions import rotary_positions
 from .row_weights import row_weights
+from .tail_tokens import TailTokens
 from .turned_rows import TurnedRows
 
 
@@ -47,8 +48,8 @@ class Attended:
 
     @property
     def begin(self) -> int:
-        """Logical position of the first token of the chunk."""
-        return self.entries.length - self.query.shape[2]
+        """Where the first token of the chunk stands in the tail."""
+        return self.entries.tail_length - self.query.shape[2]
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Scoring:
     scores: dict[int, LayerScores] = field(default_factory=dict)
     unranked: dict[int, list[int]] = field(default_factory=dict)
     _gathered: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """By layer, queries [batch, q_heads, columns, dim] with their logical positions, int64 [columns]."""
+    """By layer, queries [batch, q_heads, columns, dim] with their places in the tail, int64 [columns]."""
 
     @classmethod
     def of(
@@ -140,27 +141,26 @@ class Scoring:
 
     def gather(self, attended: Attended) -> None:
         """Copy the queries of a chunk that will score the entries, or that the method asks for."""
-        query = attended.query
-        chunk = self._gathering()[:, attended.begin : attended.begin + query.shape[2]]
+        query, tokens = attended.query, attended.entries.tail_tokens
+        chunk = tokens.of(self._gathering(), False)[:, attended.begin :]
         columns = chunk.any(0).nonzero()[:, 0]
         if len(columns):
             part = query[:, :, columns.to(query.device)], columns + attended.begin
             self._gathered.setdefault(attended.layer, []).append(part)
         if self.turned is not None:
-            self.turned.gather(attended.layer, query, attended.begin)
+            self.turned.gather(attended.layer, query, tokens, attended.begin)
 
-    def score(self, attended: Attended, hidden: Tensor | None = None) -> None:
+    def score(self, attended: Attended) -> None:
         """Note the scores of a layer that has read the whole prompt.
 
         Parameters
         ----------
         attended : Attended
-            The layer; its tail holds the keys of the prompt, and nothing of it has been evicted.
-        hidden : Tensor, optional
-            bool [batch, seq]; vision tokens that have left before this layer, and count as none there.
+            The layer; its tail holds the keys of the prompt, but for tokens that have left before it, and nothing of it
+            has been evicted.
         """
-        queries, columns = zip(*self._gathered.pop(attended.layer), strict=True)
-        self.scores[attended.layer] = self._scored(attended, torch.cat(queries, dim=2), torch.cat(columns), hidden)
+        queries, index = zip(*self._gathered.pop(attended.layer), strict=True)
+        self.scores[attended.layer] = self._scored(attended, torch.cat(queries, dim=2), torch.cat(index))
 
     def _gathering(self) -> Tensor:
         """bool [batch, seq]; the tokens whose queries are kept until a layer has read the prompt."""
@@ -169,20 +169,18 @@ class Scoring:
         new = torch.arange(self.spans.end, device=self.spans.valid.device) >= self.spans.start
         return self.queries | (self.spans.valid & new)
 
-    def _scored(self, attended: Attended, gathered: Tensor, position: Tensor, hidden: Tensor | None) -> LayerScores:
+    def _scored(self, attended: Attended, gathered: Tensor, index: Tensor) -> LayerScores:
         keys, values = attended.entries.tail()
-        tail = slice(attended.entries.prefix_length, self.spans.end)
-        valid, segment = self.spans.valid[:, tail], self.spans.segment[:, tail]
-        if hidden is not None:
-            valid, segment = valid & ~hidden[:, tail], segment.masked_fill(hidden[:, tail], -1)
-        valid, segment = valid.to(keys.device), segment.to(keys.device)
-        asked = self.queries[:, tail].to(keys.device)
-        evictable = self._evictable(valid, asked, tail)
-        asking = self.queries[:, position].any(0)
-        own, own_position = gathered, position
+        tokens = attended.entries.tail_tokens
+        valid = tokens.of(self.spans.valid, False).to(keys.device)
+        segment = tokens.of(self.spans.segment, -1).to(keys.device)
+        asked = tokens.of(self.queries, False)
+        evictable = self._evictable(valid, asked.to(keys.device), tokens)
+        asking = asked[:, index].any(0)
+        own, own_index = gathered, index
         if not asking.all():
-            own, own_position = gathered[:, :, asking.to(gathered.device)], position[asking]
-        rows = self._rows(attended, own, own_position, valid)
+            own, own_index = gathered[:, :, asking.to(gathered.device)], index[asking]
+        rows = self._rows(attended, own, asked[:, own_index], own_index, valid)
         placed = attended.entries.placed_keys(keys.dtype)
         mass = window_scores(
             *rows,
@@ -209,46 +207,48 @@ class Scoring:
             valid,
             attended.layer,
             keys.shape[1],
-            queries=asked,
+            queries=asked.to(keys.device),
             evictable=evictable,
             peak=mass.peak,
             best_position=mass.best_position,
             density=mass.density,
             value_norm=_norms(values) if self.evidence.value_norm else None,
             weighted_attention=weighted,
-            token_number=(self.spans.valid.cumsum(1) - 1)[:, tail].to(keys.device),
-            states=None if self.evidence.states is None else self._states(attended, gathered, position, valid),
+            token_number=tokens.of(self.spans.valid.cumsum(1) - 1, 0).to(keys.device),
+            states=None if self.evidence.states is None else self._states(attended, gathered, index, valid),
         )
 
-    def _states(self, attended: Attended, queries: Tensor, position: Tensor, valid: Tensor) -> LayerStates:
+    def _states(self, attended: Attended, queries: Tensor, index: Tensor, valid: Tensor) -> LayerStates:
         """Keys, values and the gathered queries of a layer; tokens that are not ``valid`` do not count."""
-        index = (position - attended.entries.prefix_length).to(valid.device)
-        gathered = (self.queries if self.evidence.states == "rows" else self._gathering())[:, position]
+        tokens = attended.entries.tail_tokens
+        gathered = tokens.of(self.queries if self.evidence.states == "rows" else self._gathering(), False)[:, index]
         rotary, end = rotary_positions(self.spans, self.rope_delta)
         return LayerStates(
             tail=attended.entries.tail,
             held={"queries": queries},
-            asking=gathered.to(valid.device) & valid[:, index],
-            index=index,
-            position=rotary[:, position].to(valid.device),
+            asking=gathered.to(valid.device) & valid[:, index.to(valid.device)],
+            index=index.to(valid.device),
+            position=tokens.of(rotary, -1)[:, index].to(valid.device),
             end=end.to(valid.device),
             scaling=attended.scaling,
             rotation=self.rotations[attended.layer] if self.evidence.rotation else None,
         )
 
-    def _rows(self, attended: Attended, own: Tensor, position: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows(
+        self, attended: Attended, own: Tensor, asking: Tensor, index: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The queries that ask, their weights, and their indices in the tail, see `plphp.kernels.window_scores`."""
         if self.turned is not None:
             rotation = self.rotations[attended.layer]
-            return self.turned.turned(attended.layer, rotation, valid, attended.entries.prefix_length)
+            return self.turned.turned(attended.layer, rotation, valid, attended.entries.tail_tokens)
         bank = None
         if self.evidence.bank is not None:
             bank = self._rows_of_bank(self._bank(self.evidence.bank), attended.layer, own, valid.shape[1])
             if not self.evidence.beside_rows:
                 return bank
-        asking = self.queries[:, position].float()
+        asking = asking.float()
         weight = (asking / asking.sum(1, keepdim=True)).to(valid.device)
-        rows = own, weight, (position - attended.entries.prefix_length).to(valid.device)
+        rows = own, weight, index.to(valid.device)
         if bank is None:
             return rows
         # Each query counts as much as any other.
@@ -278,12 +278,12 @@ class Scoring:
         weight = torch.full(position.shape, 1 / samples, dtype=torch.float32, device=own.device)
         return queries, weight, torch.full((samples,), seq, device=own.device)
 
-    def _evictable(self, valid: Tensor, asked: Tensor, tail: slice) -> Tensor | None:
+    def _evictable(self, valid: Tensor, asked: Tensor, tokens: TailTokens) -> Tensor | None:
         """The candidates where text competes, bool [batch, seq]: what stands before the first query of the prompt."""
         if self.evidence.candidates == "vision":
             return None
-        new = torch.arange(tail.start, tail.stop, device=valid.device) >= self.spans.start
-        return valid & new & (asked.cumsum(1) == 0)
+        new = (torch.arange(self.spans.end) >= self.spans.start).expand_as(self.spans.valid)
+        return valid & tokens.of(new, False).to(valid.device) & (asked.cumsum(1) == 0)
 
 
 def _norms(values: Tensor) -> Tensor:

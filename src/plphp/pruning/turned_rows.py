@@ -13,6 +13,7 @@ from plphp.policy.evidence import SINKS
 from plphp.policy.rotation import Rotation
 
 from .rotary_positions import rotary_positions
+from .tail_tokens import TailTokens
 
 
 @dataclass
@@ -71,7 +72,7 @@ class TurnedRows:
         own = position.gather(1, index)
         return cls(index, counts, (end + ahead - own).where(counts & (own >= 0), 0))
 
-    def gather(self, layer: int, query: Tensor, begin: int) -> None:
+    def gather(self, layer: int, query: Tensor, tokens: TailTokens, begin: int) -> None:
         """Copy those of the queries that a chunk of a layer has.
 
         Parameters
@@ -80,18 +81,25 @@ class TurnedRows:
             Number of the decoder layer.
         query : Tensor
             [batch, q_heads, chunk, dim]; post-RoPE queries of the chunk.
+        tokens : TailTokens
+            The tokens of the layer's tail.
         begin : int
-            Logical position of its first token.
+            Where the first token of the chunk stands in the tail.
         """
         batch, q_heads, chunk, dim = query.shape
-        place = (self.index - begin).to(query.device)
+        # Tokens of later chunks have no place yet.
+        known = self.index.clamp(max=tokens.end - 1)
+        place = torch.where(self.index < tokens.end, tokens.place(known), -1)
+        place = (place - begin).to(query.device)
         inside = (place >= 0) & (place < chunk) & self.counts.to(query.device)
         where = place.clamp(0, chunk - 1)[:, None, :, None].expand(batch, q_heads, -1, dim)
         part = query.gather(2, where)
         before = self._held.get(layer, torch.zeros_like(part))
         self._held[layer] = torch.where(inside[:, None, :, None], part, before)
 
-    def turned(self, layer: int, rotation: Rotation, valid: Tensor, begin: int) -> tuple[Tensor, Tensor, Tensor]:
+    def turned(
+        self, layer: int, rotation: Rotation, valid: Tensor, tokens: TailTokens
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The queries of a layer that has read the whole prompt, which are let go.
 
         Parameters
@@ -102,8 +110,8 @@ class TurnedRows:
             Its rotary position embedding.
         valid : Tensor
             bool [batch, seq]; the entries of the tail that are neither padding nor have left before this layer.
-        begin : int
-            Logical position of the first entry of the tail.
+        tokens : TailTokens
+            The tokens of the tail.
 
         Returns
         -------
@@ -113,8 +121,8 @@ class TurnedRows:
             `plphp.kernels.window_scores`.
         """
         queries = rotation.rotated(self._held.pop(layer), self.turn.to(valid.device)[:, None])
-        place = (self.index - begin).clamp(min=0).to(valid.device)
-        counts = (self.counts.to(valid.device) & valid.gather(1, place)).float()
+        place = tokens.place(self.index).to(valid.device)
+        counts = (self.counts.to(valid.device) & (place >= 0) & valid.gather(1, place.clamp(min=0))).float()
         weight = counts / counts.sum(1, keepdim=True)
         return queries, weight, torch.full((weight.shape[1],), valid.shape[1], device=valid.device)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError
 
 from .ladder import WHOLE, Ladder
+
+KEPT_BY = ("target_retention", "retention_rate", "attentive_threshold", "indifferent_threshold")
+"""Settings that say how much is kept where no ladder does."""
 
 
 def check_fraction(name: str, value: object) -> None:
@@ -100,24 +103,22 @@ def check_tiers(tiers: object, read: object, rest: object, books: object) -> Non
             raise ConfigError(f"{name}={value} is for entries in few bits, and tiers={tiers} has none: leave it out.")
 
 
-def check_kept_once(tiers: str, target: float | None, rate: float, default: float) -> None:
-    """Raise where a rate beside the ladder says how much is kept.
+def check_kept_once(ladder: str, given: Mapping[str, Any]) -> None:
+    """Raise where a setting beside the ladder says how much is kept.
 
     Parameters
     ----------
-    tiers : str
-        The ladder.
-    target : float, optional
-        ``target_retention``.
-    rate, default : float
-        ``retention_rate``, and the value that it has where it is left out.
+    ladder : str
+        The ladder, in words to begin a sentence with.
+    given : mapping of str to object
+        The settings that a user has given, None for what is left open; those of `KEPT_BY` count.
     """
-    name, value = ("target_retention", target) if target is not None else ("retention_rate", rate)
-    if target is not None or rate != default:
-        raise ConfigError(
-            f"tiers={tiers} says how much is kept, and so does {name}={value}: leave {name} out, and choose another "
-            "ladder or other shares to keep more or less."
-        )
+    for name in KEPT_BY:
+        if given.get(name) is not None:
+            raise ConfigError(
+                f"{ladder} says how much is kept, and so does {name}={given[name]}: leave {name} out, and choose "
+                "another ladder or other shares to keep more or less."
+            )
 
 
 def table_of(path: str | Path, beside: Collection[str]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from plphp.errors import ConfigError, did_you_mean
 
 from .checks import (
+    KEPT_BY,
     check_choice,
     check_classes,
     check_fraction,
@@ -33,8 +33,6 @@ DEFAULT_RATE, DEFAULT_DELTA = 0.4, 0.3
 DEFAULT: dict[str, Any] = {"method": "quantized", "tiers": "c3"}
 """Settings of a run that is given none: they need nothing that was measured on the model."""
 QueryRows = int | Literal["text", "text_after_first"]
-
-_logger = logging.getLogger("plphp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,8 @@ class PLPHPConfig:
         Default: 0.3, or less where ``retention_rate`` leaves less room in [0, 1]; so ``retention_rate=1.0``
         keeps everything.
     attentive_threshold : float
-        Vision attention score from which a layer is vision-attentive (the paper's alpha), in [0, 1].
+        Vision attention score from which a layer is vision-attentive (the paper's alpha), in [0, 1]. Beside ``tiers``
+        it is refused, and so is the other threshold.
     indifferent_threshold : float
         Vision attention score below which a layer is vision-indifferent (the paper's beta), in [0, 1].
     target_retention : float, optional
@@ -88,8 +87,8 @@ class PLPHPConfig:
     tiers : str, optional
         The ladder (`plphp.settings.ladder`) by which a layer holds its vision entries in few bits, the best in the
         most: a name such as ``"t10"``, or rungs with shares, ``"pr2=.20,rvq=.24,pq=.32"``; what no rung takes is
-        dropped. It says how much is kept, in the place of ``retention_rate`` and ``target_retention``. Default:
-        entries are held whole, or dropped.
+        dropped. It says how much is kept, as ``target_retention`` does: layers that a method sorts into classes have
+        more or less of every rung. Default: entries are held whole, or dropped.
     read : float
         Share of the entries in few bits that a decoding step reads, in (0, 1]; each step and KV head has its own.
     rest : bool
@@ -179,7 +178,7 @@ class PLPHPConfig:
         check_tiers(self.tiers, self.read, self.rest, self.books)
         which = "retention_rate" if self.target_retention is None else "target_retention"
         if self.tiers is not None:
-            check_kept_once(self.tiers, self.target_retention, self.retention_rate, DEFAULT_RATE)
+            check_kept_once(f"tiers={self.tiers}", self.given_rates)
             which = "the rate of tiers"
         check_room(which, self.base_rate, self.delta)
 
@@ -195,6 +194,18 @@ class PLPHPConfig:
         if self.ladder is not None:
             return self.ladder.kept
         return self.retention_rate if self.target_retention is None else self.target_retention
+
+    @property
+    def sorts_by_order(self) -> bool:
+        """Whether the order of a prompt's vision attention scores sorts its layers into classes, so that their rates
+        have the mean that ``target_retention`` or the ladder says; else both thresholds do."""
+        return self.target_retention is not None or (self.ladder is not None and self.delta > 0)
+
+    @property
+    def given_rates(self) -> dict[str, float]:
+        """Those of the settings that say how much is kept beside a ladder which are not at their defaults."""
+        values = {name: getattr(self, name) for name in KEPT_BY}
+        return {name: value for name, value in values.items() if value != getattr(PLPHPConfig, name)}
 
     @property
     def delta(self) -> float:
@@ -270,6 +281,8 @@ class PLPHPConfig:
     def _of_part(cls, method: str, values: dict[str, Any]) -> PLPHPConfig:
         settings = {key: value for key, value in values.items() if key in SETTINGS}
         options = {key: value for key, value in values.items() if key not in SETTINGS}
+        if settings.get("tiers") is not None:  # on a line a default was given, too, where it is written out
+            check_kept_once(f"tiers={settings['tiers']}", settings)
         return cls(method=method, **settings, options=options)
 
 
@@ -306,26 +319,6 @@ def checked(config: object) -> PLPHPConfig:
             "PLPHPConfig.from_dict for a mapping."
         )
     return config
-
-
-@functools.lru_cache
-def warn_if_calibrated_elsewhere(config: PLPHPConfig, layers: int) -> None:
-    """Log a warning, once, where thresholds meet a model of another depth than that they were calibrated on.
-
-    Parameters
-    ----------
-    config : PLPHPConfig
-        The settings.
-    layers : int
-        Decoder layers of the model.
-    """
-    if config.calibrated_layers not in (None, layers):
-        _logger.warning(
-            "The thresholds were calibrated on a model with %d decoder layers and are used on one with %d: calibrate "
-            "again with this model.",
-            config.calibrated_layers,
-            layers,
-        )
 
 
 @functools.lru_cache

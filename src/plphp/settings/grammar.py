@@ -26,6 +26,8 @@ from typing import Any
 
 from plphp.errors import ConfigError
 
+from .ladder import quoting_hint
+
 _NEXT_PART = re.compile(r"\+(?=\s*[A-Za-z_][\w-]*\s*(?:[:+@,]|$))")
 _COMMA = re.compile(",")
 _QUOTED = re.compile(r'"[^"]*"')
@@ -132,7 +134,8 @@ def _read_part(part: str, text: str) -> tuple[str, dict[str, Any]]:
     for piece in _pieces(rest):
         key, equals, value = piece.partition("=")
         if not equals:
-            raise ConfigError(f"Expected key=value after {method.strip()!r}:, got {piece!r} in {text!r}.")
+            where = f"{piece!r} in {text!r}.{quoting_hint(piece)}"
+            raise ConfigError(f"Expected key=value after {method.strip()!r}:, got {where}")
         if key.strip() in values or key.strip() == "method":
             raise ConfigError(f"{key.strip()!r} is given twice in {text!r}.")
         values[key.strip()] = _read_value(key.strip(), value.strip())

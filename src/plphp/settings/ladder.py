@@ -46,6 +46,8 @@ PRODUCT_RUNGS = {"pr2": 3.12, "rvq": 2, "pq": 1, "pq16": 0.5}
 """The rungs of few bits, and those that need codebooks, with the bits of a channel at a head dimension of 128.
 `plphp.kernels.rungs` has what they are; here they are known without torch, which takes seconds to load and is not
 needed to refuse a line of settings."""
+KNOWN_RUNGS = (WHOLE, *PLAIN_RUNGS, *PRODUCT_RUNGS)
+"""Names of all rungs."""
 ROUNDING = 1e-9
 """By how much shares may be off because decimal fractions are rounded."""
 
@@ -209,6 +211,35 @@ class Ladder:
         return round(math.fsum(rung.share or 0.0 for rung in self.rungs[:count]), 12)
 
 
+def check_rungs(ladder: Ladder, text: str) -> None:
+    """Raise `ConfigError` for a rung that there is not.
+
+    A single name may have been meant for a ladder: names of ladders are too like each other to guess which.
+
+    Parameters
+    ----------
+    ladder : Ladder
+    text : str
+        How the user wrote it, for the message.
+    """
+    for name in ladder.names:
+        if name not in KNOWN_RUNGS:
+            alone = len(ladder.names) == 1 and ladder.open
+            what, hint = ("ladder or rung", _known()) if alone else ("rung", did_you_mean(name, KNOWN_RUNGS))
+            raise ConfigError(f"Unknown {what} {name!r} in tiers={text}.{hint}")
+
+
+def quoting_hint(name: str) -> str:
+    """What to do about a word of a line that is the name of a rung and no setting; empty for any other word."""
+    if name not in KNOWN_RUNGS:
+        return ""
+    return f' {name!r} is a rung: a ladder of several rungs stands in double quotes, as in tiers="pr2=.2,pq=.3".'
+
+
+def _known() -> str:
+    return f" Ladders: {', '.join(LADDERS)}; rungs: {', '.join(KNOWN_RUNGS)}."
+
+
 def _share(piece: str, text: str) -> Share:
     """Read the share of one rung.
 
@@ -220,7 +251,7 @@ def _share(piece: str, text: str) -> Share:
     name, equals, number = (part.strip() for part in piece.partition("="))
     if not _RUNG.fullmatch(name):
         if not equals and piece == text:
-            raise ConfigError(f"Unknown ladder {text!r}.{did_you_mean(text, LADDERS)}")
+            raise ConfigError(f"Unknown ladder {text!r}.{_known()}")
         raise ConfigError(f"Expected rung=share by commas, such as pr2=.20,pq=.32, got {piece!r} in {text!r}.")
     if not equals:
         return Share(name)

@@ -10,6 +10,8 @@ from typing import Any
 
 from plphp.errors import ConfigError, did_you_mean
 
+from .ladder import quoting_hint
+
 Value = int | float | str | None
 
 
@@ -27,6 +29,8 @@ class Option:
         What a text may be; anything if empty.
     odd : bool
         Whether an integer has to be odd.
+    sets_rate : bool
+        Whether a value says how much is kept, in the place of a rate.
     """
 
     default: Value
@@ -34,6 +38,7 @@ class Option:
     high: float | None = None
     choices: tuple[str, ...] = ()
     odd: bool = False
+    sets_rate: bool = False
 
     def accepts(self, value: object) -> bool:
         """Whether the option can have a value."""
@@ -107,7 +112,7 @@ def check_options(
     """
     for name, value in values.items():
         if name not in declared:
-            hint = did_you_mean(name, {*declared, *settings})
+            hint = quoting_hint(name) or did_you_mean(name, {*declared, *settings})
             raise ConfigError(f"Unknown setting {name!r}, which is no option of the method {method!r} either.{hint}")
         if not declared[name].accepts(value):
             raise ConfigError(f"The option {name!r} of the method {method!r} must be {declared[name]}, got {value!r}.")

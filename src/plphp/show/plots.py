@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image
 
 from plphp.errors import BackendUnavailableError, ConfigError
-from plphp.pruning.report import ImageReport, PruneReport, RowReport
+from plphp.pruning.prompt_report import ImageReport, RowReport
+from plphp.pruning.report import PruneReport
 
+from .left_tokens import add_legend, by_place, draw_left, left_shares
 from .tables import layer_rows, select_prompt
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ def plot_kept(
 ) -> Figure:
     """Draw which vision tokens stayed, as a heat map over each image; with tiers, in which rung.
 
+    Tokens that a layer never got have a colour by where they left: before the text model, or inside prefill.
+
     Parameters
     ----------
     report : PruneReport
@@ -79,7 +83,8 @@ def plot_kept(
     BackendUnavailableError
         If matplotlib is not installed.
     """
-    shown = select_prompt(report, prompt, row).images[row]
+    selected = select_prompt(report, prompt, row)
+    shown = selected.images[row]
     if not shown:
         raise ConfigError(f"Row {row} of the report has no images.")
     if images and len(images) != len(shown):
@@ -94,7 +99,9 @@ def plot_kept(
     else:
         what = "fraction of KV heads keeping it" if layer is None else f"kept in layer {layer}"
         scale = Scale(what, {"0": 0.0, "0.5": 0.5, "1": 1.0})
-    return _tile_figure(tiles, shown, images, scale)
+    numbers = list(rows) if layer is None else [layer] * len(tiles)
+    left = [[left_shares(image, selected.stages, row, number) for number in numbers] for image in shown]
+    return _tile_figure(tiles, shown, images, scale, left)
 
 
 def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0) -> Figure:
@@ -129,8 +136,8 @@ def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0)
             x, y = zip(*members, strict=True)
             axes.scatter(x, y, marker=marker, color=colour, s=50, label=name, zorder=2)
     by_threshold = any(layer.layer_class in ("attentive", "balanced", "indifferent") for _, layer in layers)
-    # With a target retention the classes come from quantiles of the prompt, and the thresholds of the config lie idle.
-    if by_threshold and report.config.get("target_retention") is None:
+    # With a target retention, or a ladder, the classes come from the order of the layers, and the thresholds lie idle.
+    if by_threshold and report.config.get("target_retention") is None and report.config.get("tiers") is None:
         for name, style in (("attentive_threshold", "--"), ("indifferent_threshold", ":")):
             label = f"{name.replace('_', ' ')} {report.config[name]:g}"
             axes.axhline(report.config[name], color="black", linestyle=style, linewidth=1, label=label)
@@ -201,8 +208,13 @@ def _head_tiles(row: RowReport, levels: dict[str, float]) -> list[Tile]:
 
 
 def _tile_figure(
-    tiles: list[Tile], shown: list[ImageReport], images: Sequence[Image.Image] | None, scale: Scale
+    tiles: list[Tile],
+    shown: list[ImageReport],
+    images: Sequence[Image.Image] | None,
+    scale: Scale,
+    left: list[list[dict[str, Any]]],
 ) -> Figure:
+    """Draw the tiles of each image; ``left`` has for each image and tile the tokens that never came to it, by stage."""
     columns = min(COLUMNS, len(tiles))
     lines = math.ceil(len(tiles) / columns)
     figure = new_figure(figsize=(1.5 * max(columns, 4) + 1, (1.9 * lines + 0.6) * len(shown)), layout="constrained")
@@ -212,9 +224,11 @@ def _tile_figure(
         grid = part.subplots(lines, columns, squeeze=False)
         drawn = None
         picture = _grey(images[number]) if images else None
-        for axes, (title, kept) in zip(grid.flat, tiles, strict=False):
+        for axes, (title, kept), gone in zip(grid.flat, tiles, left[number], strict=False):
             drawn = _draw(axes, _mean_level(image, kept), picture if image.grid else None)
+            draw_left(axes, gone)
             axes.set_title(title, fontsize="x-small")
+        add_legend(part, list(dict.fromkeys(name for gone in left[number] for name in gone)))
         for axes in grid.flat:
             axes.set_axis_off()
         bar = part.colorbar(drawn, ax=grid, shrink=0.8, ticks=list(scale.ticks.values()))
@@ -238,10 +252,7 @@ def _mean_level(image: ImageReport, heads: list[Head]) -> Any:
     for own, head in zip(levels, heads, strict=True):
         for level, positions in head:
             own[np.isin(image.positions, positions)] = level
-    mean = levels.mean(axis=0)
-    if image.grid is None:
-        return mean[None]
-    return mean.reshape(image.grid).mean(axis=0)
+    return by_place(image, levels.mean(axis=0))
 
 
 def _grey(image: Image.Image) -> Any:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -12,12 +12,17 @@ from rich.text import Text
 
 from plphp.errors import ConfigError
 
-if TYPE_CHECKING:
-    from plphp.pruning.report import BankProgress, PromptReport, PruneReport, RowReport
-    from plphp.studies.compare import Comparison, Run
-    from plphp.studies.estimate import Estimate
+from .stage_tables import stage_table, stage_values, stages_line
 
-TOTALS = ("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held")
+if TYPE_CHECKING:
+    from plphp.pruning.prompt_report import PromptReport, RowReport
+    from plphp.pruning.report import BankProgress, PruneReport
+    from plphp.studies.compare import Comparison, Run
+
+TOTALS = (
+    *("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held"),
+    "computed_share",
+)
 """Properties of a report that stand beside its fields in JSON."""
 MAX_HEADS = 8
 """Heads whose counts are spelled out; beyond it a range is shown."""
@@ -52,8 +57,15 @@ def layer_rows(report: PruneReport, prompt: int = 0, row: int = 0) -> list[tuple
 
 
 def layer_tables(report: PruneReport, row: int = 0) -> list[Table]:
-    """Make a `layer_table` for each pruned prompt; an empty list where no prompt had vision tokens."""
-    return [layer_table(report, prompt, row) for prompt in range(len(report.prompts))]
+    """Make a `layer_table` for each pruned prompt, behind that of what left before layers got it, if anything did.
+
+    Empty where no prompt had vision tokens.
+    """
+    pairs = [
+        (stage_table(select_prompt(report, prompt, row), row), layer_table(report, prompt, row))
+        for prompt in range(len(report.prompts))
+    ]
+    return [table for pair in pairs for table in pair if table is not None]
 
 
 def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
@@ -141,6 +153,7 @@ def report_values(report: PruneReport) -> dict[str, Any]:
         {
             "start": prompt.start,
             "end": prompt.end,
+            **stage_values(prompt),
             "layers": [
                 {"layer": layer.layer, "rows": [_row_values(row) for row in layer.rows]} for layer in prompt.layers
             ],
@@ -161,10 +174,11 @@ def summary(report: PruneReport) -> str:
     if report.text_evicted:
         kept += f" and {report.text_evicted} text entries evicted"
     where = f"{reserved}{_devices(report)}"
+    early = f"{line}, " if (line := stages_line(report)) else ""
     return (
         f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
-        f"({_change(report)}){where}, {kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the first use of "
-        "its operations included"
+        f"({_change(report)}){where}, {early}{kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the "
+        "first use of its operations included"
     )
 
 
@@ -183,37 +197,6 @@ def collecting_line(progress: BankProgress, folder: str) -> str:
         where = f"which {folder} keeps"
         return f"{bank}, {where}; {f'{progress.missing} more to go' if progress.missing else 'the next is pruned'}."
     return f"{bank}, and nothing is kept: name a folder for it (folder=DIR), or a bank (bank=FILE, see plphp collect)."
-
-
-def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
-    """Table of both estimates side by side, with their ratios."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    asked = f"retention {pruned.retention:g}" if pruned.tiers is None else f"tiers {pruned.tiers}"
-    asked += f", {pruned.read:g} read" if pruned.read < 1 else ""
-    for heading in ("everything kept", asked, "ratio"):
-        table.add_column(heading, justify="right")
-    lines: list[tuple[str, str, Callable[[float], str]]] = [
-        ("KV cache of a sequence", "sequence_kv_bytes", human_bytes),
-        ("KV cache of the batch", "kv_bytes", human_bytes),
-        ("weights and KV cache", "memory_bytes", human_bytes),
-        ("read in a decoding step", "step_bytes", human_bytes),
-    ]
-    if pruned.book_bytes:
-        lines.insert(2, ("codebooks of the model", "book_bytes", human_bytes))
-    if unpruned.fits is not None:
-        lines += [
-            ("step takes at least", "step_seconds", lambda seconds: f"{1000 * seconds:.2f} ms"),
-            ("tokens per second at most", "tokens_per_second", lambda rate: f"{rate:,.0f}"),
-            ("largest batch", "largest_batch", lambda batch: f"{batch:,.0f}"),
-            ("tokens per second with it", "most_tokens_per_second", lambda rate: f"{rate:,.0f}"),
-        ]
-    for text, name, shown in lines:
-        before, after = getattr(unpruned, name), getattr(pruned, name)
-        table.add_row(text, shown(before), shown(after), f"{after / before:.2f}" if before else "")
-    if unpruned.fits is not None:
-        table.add_row("the batch fits", *("yes" if each.fits else "no" for each in (unpruned, pruned)), "")
-    return table
 
 
 def human_bytes(count: float) -> str:

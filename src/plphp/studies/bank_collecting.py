@@ -21,6 +21,7 @@ from plphp.policy.bank_sampling import SAMPLES, BankSample
 from plphp.policy.book_learning import with_books
 from plphp.policy.entry_sampling import TOKENS, Entries
 from plphp.policy.rotation import Rotation
+from plphp.settings.checks import check_int
 
 from .provenance import provenance
 
@@ -68,7 +69,8 @@ def collect_query_bank(
     Raises
     ------
     ConfigError
-        If a prompt has several rows or no vision token, or no answer has a second token.
+        If a number is none of at least 1 (the seed: 0), which is said before the model answers; if a prompt has several
+        rows or no vision token, or no answer has a second token.
     UnsupportedModelError
         If it is not known how the model rotates its queries, see `plphp.engines.hf.rotation_probe.find_rotations`.
 
@@ -76,6 +78,7 @@ def collect_query_bank(
     --------
     >>> plphp.collect_query_bank(model, prompts).save("bank.safetensors")  # doctest: +SKIP
     """
+    check_int("max_new_tokens", max_new_tokens, minimum=1)
     sample = BankSample(samples, seed, book_tokens)
     rotations = find_rotations(model)
     _answer_all(model, prompts, max_new_tokens, sample, rotations, progress)

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from plphp.engines.hf.cache import PrunedCache
 from plphp.errors import ConfigError
 from plphp.methods.registry import resolve
-from plphp.pruning.report import PruneReport, RowReport
+from plphp.pruning.prompt_report import RowReport
+from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig
 
 from .reading import read_prompt
+from .schedule_search import search_schedule
 
 Rows = list[tuple[int, RowReport]]
 """Layer numbers with what each layer did to a row."""
@@ -91,6 +93,9 @@ class RetentionMeasurement:
 def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], config: PLPHPConfig) -> PLPHPConfig:
     """Choose the thresholds of the layer classes from the vision attention scores of some prompts.
 
+    For a method that takes a schedule ("g_search") search for that instead, see
+    `plphp.studies.schedule_search.search_schedule`.
+
     The vision attention score grows with the number of vision tokens, so fixed thresholds do not carry over from
     short prompts to long ones. Take prompts like those that will be pruned.
 
@@ -117,7 +122,14 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     ConfigError
         If ``target_retention`` is not set, the method has no layer classes, or no prompt has a vision token.
     """
-    target = check_calibratable(config)
+    check_calibratable(config)
+    if resolve(config).with_schedule is not None:
+        return search_schedule(model, prompts, config)
+    return _with_thresholds(model, prompts, config)
+
+
+def _with_thresholds(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], config: PLPHPConfig) -> PLPHPConfig:
+    """The config with thresholds in the place of its target."""
     # Rate 1 evicts nothing, and the method still scores the layers.
     observe = dataclasses.replace(
         config, retention_rate=1.0, retention_delta=None, target_retention=None, calibrated_layers=None
@@ -139,7 +151,7 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     high = (ordered[-share - 1] + ordered[-share]) / 2 if share else ordered[-1] + 1e-6
     return dataclasses.replace(
         config,
-        retention_rate=target,
+        retention_rate=config.base_rate,
         retention_delta=config.delta,
         target_retention=None,
         indifferent_threshold=min(1.0, max(0.0, low.item())),
@@ -148,14 +160,14 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
     )
 
 
-def check_calibratable(config: PLPHPConfig) -> float:
-    """Return the target of a config that `calibrate` takes.
+def check_calibratable(config: PLPHPConfig) -> None:
+    """Raise `ConfigError` for a config that `calibrate` does not take.
 
-    Raises
-    ------
-    ConfigError
-        If ``target_retention`` is not set, or the method, with these settings, does not sort layers into classes.
+    A method takes a schedule, or ``target_retention`` is set and the method, with these settings, sorts layers into
+    classes.
     """
+    if resolve(config).with_schedule is not None:
+        return
     if config.target_retention is None:
         raise ConfigError("calibrate needs a config with target_retention, got None.")
     if not resolve(config).uses_class_rule(config):
@@ -164,7 +176,6 @@ def check_calibratable(config: PLPHPConfig) -> float:
             f"The method {config.method!r}{options if config.options else ''} does not sort layers into classes by "
             "thresholds, so there is nothing to calibrate: set its retention_rate."
         )
-    return config.target_retention
 
 
 def measure_retention(

@@ -19,6 +19,7 @@ from plphp.engines.hf.layer import layer_nbytes
 from plphp.errors import ConfigError
 from plphp.methods.registry import chain_of
 from plphp.pruning.report import PruneReport
+from plphp.settings.checks import check_int
 from plphp.settings.config import PLPHPConfig, checked
 
 OWN_ARGUMENTS = (*NAMES, "logits_processor", "streamer", "return_dict_in_generate")
@@ -127,11 +128,11 @@ def compare(
     Raises
     ------
     ConfigError
-        If ``rounds`` is less than 1, or ``generation`` holds something that the comparison sets itself.
+        If ``rounds`` or ``seed`` cannot be, or ``generation`` holds something that the comparison sets itself.
     UnsupportedFeatureError
         If the method has yet to collect its query bank.
     """
-    _check(config, rounds, generation)
+    _check(config, rounds, seed, generation)
     unpruned, pruned = _Meter(model.device), _Meter(model.device)
     for number in range(1, rounds + 1):
         progress(f"round {number} of {rounds}, unpruned")
@@ -145,9 +146,9 @@ def compare(
     return Comparison(unpruned.result(processor), pruned.result(processor), pruned.report)
 
 
-def _check(config: PLPHPConfig | None, rounds: int, generation: Mapping[str, Any]) -> None:
-    if rounds < 1:
-        raise ConfigError(f"rounds must be at least 1, got {rounds}.")
+def _check(config: PLPHPConfig | None, rounds: int, seed: int, generation: Mapping[str, Any]) -> None:
+    check_int("rounds", rounds, minimum=1)
+    check_int("seed", seed, minimum=0)
     taken = sorted(set(generation) & set(OWN_ARGUMENTS))
     if taken:
         raise ConfigError(f"compare sets {', '.join(taken)} itself: leave it out.")

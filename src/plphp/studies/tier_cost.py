@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plphp.errors import ConfigError, UnsupportedFeatureError, did_you_mean
+from plphp.errors import UnsupportedFeatureError
+from plphp.kernels.books import CENTROIDS, COARSE_PART, DTYPE
 from plphp.kernels.coded import ALL, Reading
 from plphp.kernels.coded_bytes import head_nbytes, means_of_shape, read_of_shape
 from plphp.kernels.rungs import RUNGS, Rung
 from plphp.policy.allocation import kept_count
-from plphp.settings.ladder import WHOLE, Ladder
+from plphp.settings.ladder import WHOLE, Ladder, check_rungs
 
-CENTROIDS_NBYTES = 256 * 2
+CENTROIDS_NBYTES = CENTROIDS * DTYPE.itemsize
 """Bytes that a channel takes in each codebook."""
-COARSE_PART = 16
-"""Channels that share a centroid of the coarse codebook."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,7 @@ class TierCost:
     reading: Reading = ALL
 
     def __post_init__(self) -> None:
-        for name in self.ladder.names:
-            if name != WHOLE and name not in RUNGS:
-                raise ConfigError(f"Unknown rung {name!r} in tiers={self.ladder}.{did_you_mean(name, RUNGS)}")
+        check_rungs(self.ladder, str(self.ladder))
 
     @property
     def rungs(self) -> list[Rung]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,10 @@ def test_every_method_keeps_the_bad_row_and_prunes_the_others(method: str, tmp_p
     found, report = pruned(model, inputs, settings)
     assert_others_are_answered(found, expected, generate(model, inputs))
     for layer, before in zip(report.prompts[0].layers, whole.prompts[0].layers, strict=True):
-        assert [layer.rows[row] for row in GOOD] == [before.rows[row] for row in GOOD]
+        for row in GOOD:
+            # Beside a bad row that keeps all its tokens the last bits of a score in float32 may differ.
+            assert layer.rows[row].vision_score == pytest.approx(before.rows[row].vision_score, abs=1e-6)
+            assert replace(layer.rows[row], vision_score=0.0) == replace(before.rows[row], vision_score=0.0)
         assert (layer.rows[BAD].layer_class, layer.rows[BAD].rate) == ("non-finite", 1.0)
         assert layer.rows[BAD].kept == [layer.rows[BAD].vision_tokens] * 2
         assert not any(layer.rows[BAD].evicted_text)

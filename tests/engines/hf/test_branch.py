@@ -171,8 +171,9 @@ def test_what_branch_refuses(llava: Any) -> None:
         llava.generate(**inputs, max_new_tokens=2)
     with pytest.raises(UnsupportedFeatureError, match="only"):
         PrunedCache.for_inputs(llava, inputs, oracle)
-    with pytest.raises(UnsupportedModelError, match="no full attention"):
-        plphp.branch(tiny_model("gemma3"), TINY["gemma3"].inputs(tiny_model("gemma3")), [PLPHPConfig(method="vtw")])
+    early = PLPHPConfig.parse("fastv:layer=1,retention_rate=0.9")
+    with pytest.raises(UnsupportedModelError, match="by a layer with full attention"):
+        plphp.branch(tiny_model("gemma3"), TINY["gemma3"].inputs(tiny_model("gemma3")), [early])
 
 
 def test_one_answer_token_is_enough(llava: Any) -> None:

@@ -16,6 +16,7 @@ from invariants import generate
 from plphp import ConfigError, PLPHPConfig, PrunedCache, QueryBank
 from plphp.engines.hf import foreign_banks
 from plphp.inputs.weight_values import kept_weights_values_hash, weights_values_hash
+from plphp.inputs.weights import hash_kept
 from plphp.policy.bank import VALUES_HASH
 from precision import working_dtype
 from tiny_models import TIERS, tiers_model
@@ -69,6 +70,79 @@ def test_codebooks_of_a_sibling_are_refused(line: str, tmp_path: Path, caplog: p
     caplog.clear()
     PrunedCache.for_inputs(tiers_model("llava"), prompt(), asked)
     assert not messages(caplog)
+
+
+@pytest.mark.parametrize("write", ["rows", "few"])
+def test_codebooks_are_refused_once_weights_were_written_past_the_count_of_writes(write: str, tmp_path: Path) -> None:
+    """As by a framework of reinforcement learning, or a moving average: through ``data``, which counts nothing."""
+    model, asked = TIERS["llava"].build(dtype=working_dtype()), config(BY_BOOKS, tmp_path)
+    weight = model.model.language_model.layers[0].self_attn.k_proj.weight
+    with plphp.prune(model, asked):
+        generate(model, prompt())
+        before, version = weight.data.clone(), weight._version
+        if write == "rows":
+            weight.data.copy_(before.flip(0))
+        else:
+            weight.data[:, ::8] += 1
+        assert weight._version == version
+        with pytest.raises(ConfigError, match="are of another model"):
+            generate(model, prompt())
+    with pytest.raises(ConfigError, match="are of another model"), plphp.prune(model, asked):
+        generate(model, prompt())
+    weight.data.copy_(before)
+    with plphp.prune(model, asked):
+        generate(model, prompt())
+
+
+def test_codebooks_that_a_session_collected_are_refused_once_the_weights_are_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for tiers in ('tiers="pq=.5"', "retention_rate=.5"):
+        model = TIERS["llava"].build(dtype=working_dtype())
+        with plphp.prune(model, PLPHPConfig.parse(f"query_bank:collect=1,{tiers}")) as run:
+            generate(model, prompt())
+            caplog.clear()
+            generate(model, prompt())
+            assert run.report.collecting is None
+            assert not messages(caplog)
+            model.model.language_model.layers[0].self_attn.k_proj.weight.data *= 1.5
+            if "tiers" in tiers:
+                with pytest.raises(ConfigError, match=r"collected here are of another model: .* open a new session"):
+                    generate(model, prompt())
+            else:
+                generate(model, prompt())
+                assert "The queries of the bank that was collected here are of another model" in messages(caplog)
+
+
+@pytest.mark.own_dtype
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(300, 40).T,
+        torch.ones(9000, dtype=torch.bfloat16),
+        torch.ones(9000, dtype=torch.float8_e4m3fn),
+        torch.ones(9000, dtype=torch.complex128),
+        torch.ones(9000, dtype=torch.bool),
+        torch.full((70, 70), torch.nan),
+        torch.ones(()),
+    ],
+    ids=lambda weight: f"{weight.dtype}-{list(weight.shape)}",
+)
+def test_a_write_past_the_count_is_noticed_in_every_dtype(weight: torch.Tensor) -> None:
+    hashed: list[int] = []
+
+    def hash_of(model: torch.nn.Module) -> str:
+        hashed.append(1)
+        return str(len(hashed))
+
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("weight_of_its_own", weight)
+    model.register_buffer("offloaded", torch.ones(3, device="meta"))
+    for expected in ("1", "1"):
+        assert hash_kept(model, "test", hash_of) == expected
+    weight.data.zero_()
+    for expected in ("2", "2"):
+        assert hash_kept(model, "test", hash_of) == expected
 
 
 def test_queries_of_a_sibling_are_used_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -86,6 +86,31 @@ def test_rows_of_a_branch_are_ordinary_runs(family: str, folder: Path) -> None:
         assert branches.vision_kept[row] == pytest.approx(cache.report().retention)
 
 
+@pytest.mark.parametrize("line", ["quantized", "fastv:layer=1,retention_rate=0.6+quantized", "none"])
+def test_a_report_names_the_ladder_that_a_method_has_of_its_own(line: str) -> None:
+    model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2])
+    config = read(model, inputs, PLPHPConfig.parse(line)).report().config
+    assert config["tiers"] == ("c3" if "quantized" in line else None)
+    assert [part["tiers"] for part in config["earlier"]] == [None] * line.count("+")
+
+
+@pytest.mark.parametrize("method", ["plphp", "shared", "recall_rank:floor=0,layers=vision_attention"])
+def test_layer_classes_hold_as_much_as_the_same_rate_everywhere(method: str) -> None:
+    """The ladder is the mean over the layers, in the report, in bytes, and in a branch."""
+    model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2])
+    tiers = 'tiers="r3=.3,r1=.3"'
+    config = PLPHPConfig.parse(f"{method}{',' if ':' in method else ':'}{tiers}")
+    report = read(model, inputs, config).report()
+    even = read(model, inputs, PLPHPConfig.parse(f"uniform:{tiers}")).report()
+    tokens = report.prompts[0].layers[0].rows[0].vision_tokens
+    assert report.retention == pytest.approx(even.retention, abs=0.5 / tokens)
+    assert report.kv_bytes == pytest.approx(even.kv_bytes, rel=0.02)
+    rates = {layer.rows[0].rate for layer in report.prompts[0].layers}
+    assert len(rates) > 1
+    [branch] = plphp.branch(model, inputs, [config]).vision_kept
+    assert branch == pytest.approx(report.retention)
+
+
 def test_a_copy_goes_on_by_itself(folder: Path) -> None:
     model, inputs = tiers_model("llava"), TIERS["llava"].inputs(tiers_model("llava"), [2])
     cache = read(model, inputs, settings(MIXED, folder, "llava"))
@@ -306,7 +331,7 @@ def test_an_error_while_encoding_leaves_no_trace(monkeypatch: pytest.MonkeyPatch
 
 def test_what_tiers_cannot_hold_is_refused_before_anything_is_wrong(folder: Path) -> None:
     narrow = tiny_model("llava")  # heads of 12 channels
-    with pytest.raises(UnsupportedFeatureError, match="multiple of 8, and this model has 12"):
+    with pytest.raises(UnsupportedFeatureError, match="multiple of 8, and this model has 12: take the method 'none'"):
         plphp.PrunedCache.for_inputs(narrow, TINY["llava"].inputs(narrow, [1]), PLPHPConfig.parse("quantized:tiers=c3"))
     model = tiers_model("gemma4")  # of as many layers as gemma3, with wider heads
     foreign = PLPHPConfig(method="quantized", tiers="pq", books=books_file(folder, "gemma3"))

@@ -22,7 +22,7 @@ from tiny_models import TINY, tiny_model
 @pytest.mark.parametrize("first", [0, -1, 4])
 def test_a_prefill_stage_begins_inside_the_model(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METHODS_BY_NAME, "registered", {})
-    stage = PrefillStage(lambda config, layers: first, lambda config, layers: 0.5, lambda scores, *_: scores.vision)
+    stage = PrefillStage(lambda config, layers: {first: 0.5}, lambda scores, *_: scores.vision)
     register_method(Method("outside", "an example", "an example", prefill=stage))
     model = tiny_model("llava")
     with pytest.raises(ConfigError, match=f"from layer {first} on, which must be between 1 and 3"):

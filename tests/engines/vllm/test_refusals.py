@@ -179,6 +179,7 @@ def test_the_rest_passes() -> None:
             "no full attention",
         ),
         ({"additional_config": {"plphp": {"method": "fastv"}}}, "'fastv'"),
+        ({"additional_config": {"plphp": {"method": "divprune"}}}, "'divprune' takes tokens out before the text model"),
         ({"additional_config": {"plphp": {"method": "oracle"}}}, "'oracle'"),
         ({"additional_config": {"plphp": {"exempt_layers": [4]}}}, "layers 0 to 3"),
         ({"additional_config": {"plphp": [1]}}, "table of settings"),

@@ -27,7 +27,7 @@ from plphp.evaluation.results.store import read_records, read_skipped
 from plphp.evaluation.running.answering import _shares
 from plphp.evaluation.running.conversation import batch_inputs, prompt_inputs
 from plphp.evaluation.running.skipping import records_of
-from plphp.pruning.report import LayerReport, PromptReport, RowReport
+from plphp.pruning.prompt_report import LayerReport, PromptReport, RowReport
 
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,15 @@ def test_tiers_say_how_much_is_kept() -> None:
             make_variants([text], [0.5])
 
 
+def test_options_that_set_the_rate_are_taken_as_they_are() -> None:
+    variants = make_variants(["paper=pyramiddrop:factor=0.5", "pyramiddrop:stages=3"], [0.5, 0.4])[1:]
+    assert [(variant.label, variant.retention) for variant in variants] == [
+        ("paper", None),
+        ("pyramiddrop:stages=3", 0.5),
+        ("pyramiddrop:stages=3", 0.4),
+    ]
+
+
 def test_a_method_may_have_retentions_of_its_own() -> None:
     variants = make_variants(["plphp", "fastv@0.5+0.25", "mine=uniform:query_rows=8@0.1"], [0.4])
     assert [variant.name for variant in variants[1:]] == ["plphp@0.4", "fastv@0.5", "fastv@0.25", "mine@0.1"]
@@ -116,3 +125,9 @@ def test_chance_draws_anew_for_every_sample() -> None:
     assert seeds[0] == seeds[1]
     assert seeds[0][1] != seeds[0][2]
     assert [a != b for a, b in zip(seeds[0], seeds[2], strict=True)] == drawn
+
+
+@pytest.mark.parametrize("line", ["query_bank:tiers=pr2=.5,pq=.2", "query_bank:tiers=pr2=.5,pq"])
+def test_a_ladder_without_quotes_in_a_list_is_told_of_them(line: str) -> None:
+    with pytest.raises(ConfigError, match=r"'pq' is a rung: .* double quotes"):
+        make_variants(split_methods([line]), [0.5])

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from plphp import ConfigError
 from plphp.evaluation import (
     Sample,
     Turn,
@@ -47,6 +49,13 @@ def dialogue() -> Sample:
     questions = ("What is in row 1, column 2?", "What is in row 2, column 1?", "What is in row 1, column 1?")
     turns = tuple(Turn(question, "?", scored=number > 0) for number, question in enumerate(questions))
     return dataclasses.replace(drawn("cell", 1)[0], turns=turns)
+
+
+@pytest.mark.parametrize("numbers", [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"rows": 0}, {"rows": True}])
+def test_numbers_of_answers_and_rows_are_integers(bundled: Any, numbers: dict[str, Any]) -> None:
+    for answered in (label_free, functools.partial(decode_sample, metric="exact_match")):
+        with pytest.raises(ConfigError, match=f"{next(iter(numbers))} must be an integer of at least 1"):
+            answered(*bundled, drawn("cell", 1)[0], VARIANTS[:1], **{"max_new_tokens": 1, **numbers})
 
 
 @pytest.mark.parametrize("kind", ["one", "several", "dialogue"])

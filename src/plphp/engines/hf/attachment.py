@@ -24,6 +24,7 @@ from plphp.policy.rotation import Rotation
 
 from .attention import PREFIX, register, unwatch, watch
 from .contexts import OpenSessions, is_generating
+from .packed_layers import PackedLayers
 from .unwrapping import unwrapped
 from .wrappers import ATTRIBUTE, NO_COPY, MethodWrapper, generate_with_plphp, refuse_batch
 
@@ -49,6 +50,7 @@ class Attachment:
         self._model = weakref.ref(model)
         self._leases = 0
         self._originals: list[tuple[PretrainedConfig, str]] = []
+        self._packed_layers: PackedLayers | None = None
         self.sessions = OpenSessions()
         self.rotations: Mapping[int, Rotation] | None = None
 
@@ -96,6 +98,20 @@ class Attachment:
         """Whether a layer's attention is one of the model's."""
         return any(module.config is config for config, _ in self._originals)
 
+    def pack_layers(self) -> None:
+        """From now on decoder layers get what a cache says that they get, for methods that act before the KV cache.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the decoder layers of the model are not found.
+        """
+        with _lock:
+            if self._packed_layers is None:
+                model = self.model
+                layers = model.config.get_text_config(decoder=True).num_hidden_layers
+                self._packed_layers = PackedLayers(model.get_decoder(), layers)
+
     def note_unpruned(self) -> None:
         """Note a pass over the layers without a `PrunedCache`, while a session is open.
 
@@ -129,6 +145,9 @@ class Attachment:
             if (config._attn_implementation or "").startswith(PREFIX):
                 config._attn_implementation = name
         self._originals = []
+        if self._packed_layers is not None:
+            self._packed_layers.remove()
+            self._packed_layers = None
         if model is not None:
             unwatch(_first_prunable(model))
             for name in WRAPPED:

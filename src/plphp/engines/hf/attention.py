@@ -27,7 +27,7 @@ from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 from plphp.kernels import decode_attention
 
 from .cache_argument import NAME, NAMES
-from .hiding import Attention, attend_among_shown, hide
+from .packed_masks import Attention
 
 PREFIX = "plphp_"
 SUPPORTED_BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
@@ -83,30 +83,29 @@ def _attention_over(base: str) -> Attention:
             if _watched:
                 _note_stock(module)
             _refuse_stray_cache(kwargs)
-            return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
+            gaps = getattr(key, "plphp_gaps", None)
+            if gaps is not None:
+                attention_mask = gaps.mask(attention_mask, query.shape[2])
+            return stock_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
         pending.cache.check_reader(module)
         _refuse_unsupported_terms(module, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attend = partial(_stock(base, module), module, **kwargs)
+        attend = partial(stock_attention(base, module), module, **kwargs)
         layer = pending.cache.layers[pending.layer]
         prefix = layer.prefix
         if prefix is None:
             # Under autocast keys may be wider than values; a dynamic cache would have widened the values to them.
             value = value.to(torch.promote_types(key.dtype, value.dtype))
-        hidden = pending.cache.hidden(pending.layer)
         if pending.cache.tail_bias is not None:
             # In a CUDA graph the tail comes with the room behind it, which only this mask hides.
             attention_mask = pending.cache.tail_bias
-        if hidden is not None and prefix is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
-            output = attend_among_shown(attend, query, key, value, attention_mask, hidden.to(key.device))
+        elif layer.packing is not None:
+            attention_mask = pending.cache.packed_mask(layer, attention_mask, query.shape[2])
+        if prefix is None:
+            output, _ = attend(query, key, value, attention_mask)
         else:
-            if hidden is not None:
-                attention_mask = hide(attention_mask, hidden.to(key.device), query.shape[2])
-            if prefix is None:
-                output, _ = attend(query, key, value, attention_mask)
-            else:
-                output = decode_attention(query, prefix, key, value, attention_mask, scaling, layer.coded)
+            output = decode_attention(query, prefix, key, value, attention_mask, scaling, layer.coded)
         pending.cache.after_attention(pending.layer, query, scaling)
         return output, None
 
@@ -143,8 +142,8 @@ def _refuse_stray_cache(kwargs: dict[str, Any]) -> None:
             )
 
 
-def _stock(base: str, module: nn.Module) -> Attention:
-    """The attention function that the module would call without plphp."""
+def stock_attention(base: str, module: nn.Module) -> Attention:
+    """Return the attention function that the module would call without plphp."""
     if base != "eager":
         function: Attention = ALL_ATTENTION_FUNCTIONS[base]
         return function

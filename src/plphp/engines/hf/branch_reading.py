@@ -64,11 +64,12 @@ def readings_of(
     readings: list[PromptReading | None] = []
     for chain in chains:
         of_answer = chain.kv.stage.needs_answer
-        if chain.prefill is not None:
+        if chain.acts_early:
             if of_answer:
+                early = " and ".join(repr(link.method) for link in (chain.encoder, chain.prefill) if link is not None)
                 raise ConfigError(
                     f"The method {chain.kv.method!r} asks with the answer's queries over the whole prompt: no method "
-                    f"can act before it, got {chain.prefill.method!r}."
+                    f"can act before it, got {early}."
                 )
             readings.append(None)
             continue
@@ -145,7 +146,8 @@ def _scored_for(reader: PrunedCache, readings: Sequence[PromptReading]) -> Abstr
 def forward(model: PreTrainedModel, cache: PrunedCache, inputs: Mapping[str, Any]) -> Tensor:
     """Read ``inputs`` into a cache; return the logits of their last token, [1, vocab]."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output: Any = model(**{**inputs, **last}, **passed(cache), use_cache=True)
+    with cache.tower_recorded():
+        output: Any = model(**{**inputs, **last}, **passed(cache), use_cache=True)
     cache.check_read()
     logits: Tensor = output.logits[:, -1]
     return logits

@@ -22,6 +22,7 @@ from plphp.pruning.coders import coders_of
 from plphp.pruning.placement import Placement
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord
+from plphp.pruning.tail_tokens import TailTokens
 from plphp.settings.config import PLPHPConfig
 
 from .attachment import Attachment
@@ -101,7 +102,9 @@ def decided_rows(
         for scores, rows in reading.allocate(step, configs):
             placed = torch.cat(reading.select(step, scores, list(zip(configs, rows, strict=True))))
             own = [None if coder is None else coder(scores.layer) for coder in coders]
-            record = LayerRecord.of(spans, 0, reading.place(scores, [row for [row] in rows], placed), own)
+            record = LayerRecord.of(
+                spans, TailTokens(0, spans.end), reading.place(scores, [row for [row] in rows], placed), own
+            )
             decided[scores.layer] = Decided(placed, record, own)
     return decided
 

@@ -20,7 +20,7 @@ from plphp.methods.registry import chain_of
 from plphp.settings.config import PLPHPConfig, checked
 
 from .attachment import Lease
-from .branch_reading import plan_whole, pruned_layers, read_and_score, readings_of
+from .branch_reading import plan_whole, read_and_score, readings_of
 from .branch_rows import decided_rows, kept_shares, merged_rows, prefilled_row, scored_alike
 from .cache import NOTHING_EVICTED, PrunedCache
 from .refusals import refuse_stages
@@ -124,7 +124,7 @@ def _branch(
     chains = [chain_of(config, len(reader.layers)) for config in configs]
     for chain in chains:
         chain.refuse_uncollected("plphp.branch")
-        refuse_stages(chain, model, len(pruned_layers(reader)) == len(reader.layers))
+        refuse_stages(chain, model)
     readings = readings_of(reader, spans, chains, answer_ids)
     logits = read_and_score(reader, spans, readings, inputs, answer_ids)
 

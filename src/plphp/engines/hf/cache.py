@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from plphp.errors import PLPHPError, SpanError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
-from plphp.methods.registry import chain_of
+from plphp.methods.registry import chain_of, settled
 from plphp.policy.bank import QueryBank
 from plphp.pruning import too_large
 from plphp.pruning.finite import features_of
+from plphp.pruning.leaving import Leaving
 from plphp.pruning.live_bytes import books_nbytes
+from plphp.pruning.packing import Packing
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.record import LayerRecord, prompt_reports
 from plphp.pruning.report import BankProgress, PruneReport
@@ -31,15 +33,16 @@ from .attachment import Attachment, Lease
 from .contexts import Session
 from .generate_call import GenerateCall
 from .generation import generate
-from .guarded import GuardedCache
 from .layer import held_bytes
+from .packed_cache import PackedCache
 from .refusals import refuse_stages
 from .rotation_probe import rotations_of
+from .tower_watch import TowerWatch
 
 NOTHING_EVICTED = PLPHPConfig(method="none")
 
 
-class PrunedCache(GuardedCache):
+class PrunedCache(PackedCache):
     """KV cache from which vision tokens are evicted as soon as a layer has read the prompt.
 
     Make it with `for_inputs` or let `plphp.prune` make it. Full-attention layers are pruned; sliding-window and
@@ -63,7 +66,9 @@ class PrunedCache(GuardedCache):
         self.config, self.decode = config, checked_mode(decode)
         self.chain = chain_of(config, len(self.layers))
         self.chain.refuse_unanswered()
-        refuse_stages(self.chain, attachment.model, len(self._pruned) == len(self.layers))
+        refuse_stages(self.chain, attachment.model, own_bank)
+        if self.chain.acts_early:
+            attachment.pack_layers()
         self._own_bank = own_bank
         self.collecting: BankProgress | None = None
         """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""
@@ -157,11 +162,14 @@ class PrunedCache(GuardedCache):
             raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
         spans, turn = self.begin_turn(inputs, vision_mask)
         self.reading = None
+        self.forget_leaving()
         # A turn of text alone has nothing to evict: it is read like an answer, into the tail.
         if spans.vision.any():
             if self._before_whole is not None:
                 self._before_whole()
             self.reading = self._reading_of(spans, features_of(turn))
+            self.leaving = self.reading.leaving
+            self.watch = TowerWatch.of(self.attachment.model, self.chain, turn, spans.start)
             self._by_mask = vision_mask is not None
         return turn
 
@@ -177,6 +185,7 @@ class PrunedCache(GuardedCache):
             features=features,
             rotations=partial(rotations_of, self.attachment),
             narrows=True,
+            leaving=Leaving.of(spans, self.chain, list(self._pruned), len(self.layers)),
         )
 
     def after_attention(self, layer_idx: int, query: Tensor, scaling: float) -> None:
@@ -205,13 +214,13 @@ class PrunedCache(GuardedCache):
             self._repeat_rows(reading, query.shape[0])
             for part in reading.read(attended):
                 layer = self._pruned[part.scores.layer]
-                start, asked, vision = layer.prefix_length, part.placement, part.scores.vision
+                tokens, asked, vision = layer.tail_tokens, part.placement, part.scores.vision
                 placement = layer.compact(asked, final=part.final, coder=part.coder, vision=vision)
                 if placement is not asked:
                     too_large.warn(part.scores.layer, asked, placement)
                     part = replace(part, placement=placement)
                 if part.final:
-                    self.records.append(LayerRecord.of(reading.spans, start, part))
+                    self.records.append(LayerRecord.of(reading.spans, tokens, part))
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None
@@ -238,11 +247,14 @@ class PrunedCache(GuardedCache):
     def leave_whole(self) -> None:
         """Read the prompt that was planned as it is: no layer is placed or packed, and listeners hear of each."""
         self.reading = None
+        self.forget_leaving()
 
-    def hidden(self, layer_idx: int) -> Tensor | None:
-        """Entries of a layer's tail that have left the prompt before the layer, bool [batch, tail], or None."""
-        hidden = None if self.reading is None else self.reading.hidden_at(layer_idx)
-        return None if hidden is None else hidden[:, self._pruned[layer_idx].prefix_length :]
+    def enter_layer(self, number: int, states: Tensor) -> tuple[Tensor, Packing | None]:
+        """Say what a decoder layer gets, see `PackedCache`; an error ends the cache."""
+        with self._ended_by_errors():
+            if number == 0 and self.reading is not None:
+                self._repeat_rows(self.reading, states.shape[0])
+            return super().enter_layer(number, states)
 
     def report(self) -> PruneReport:
         """What was kept and evicted so far, and the bytes that the cache holds now.
@@ -255,14 +267,14 @@ class PrunedCache(GuardedCache):
         return PruneReport(
             model_type=model.config.model_type,
             model_class=type(model).__name__,
-            config=self.config.to_dict(),
+            config=settled(self.config).to_dict(),
             batch=max(self.batch_size, 0),
             tokens=self.get_seq_length(),
             kv_bytes_full=self.full_nbytes,
             kv_bytes=self.nbytes,
             reserved_bytes=self.reserved_nbytes,
             pruning_seconds=self.pruning_seconds,
-            prompts=prompt_reports(self.records, self._pruned),
+            prompts=prompt_reports(self.records, self._pruned, self.left),
             collecting=self.collecting,
             held=[held_bytes(number, layer) for number, layer in enumerate(self.layers)],
             book_bytes=books_nbytes(self._pruned.values()),

@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from plphp.errors import CacheMemoryError, CacheStateError, SpanError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.pruning.packing import Packing
 from plphp.pruning.reading import PromptReading
 
 from .attachment import Attachment, Lease
 from .conversation.cache import ConversationCache
 from .layer import PrunedLayer, layer_nbytes
 from .passes import PassGuard
+from .window_layer import WindowLayer
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class GuardedCache(ConversationCache):
     def __init__(self, attachment: Attachment) -> None:
         text_config = attachment.model.config.get_text_config(decoder=True)
         layers = DynamicCache(config=text_config).layers
-        super().__init__(attachment, [PrunedLayer() if type(layer) is DynamicLayer else layer for layer in layers])
+        super().__init__(attachment, [_of_ours(layer) for layer in layers])
         self._pruned = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PrunedLayer)}
         if not self._pruned:
             raise UnsupportedModelError(
@@ -82,19 +84,22 @@ class GuardedCache(ConversationCache):
     ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens, see `transformers.Cache.update`."""
         self._begin(layer_idx)
-        layer = self._pruned.get(layer_idx)
+        layer, packing = self._pruned.get(layer_idx), self._packing_at(layer_idx, key_states.shape[2])
         if layer is not None and layer_idx == self._first:
             self._before = layer.get_seq_length()
             if self.reading is not None:
-                self._check_length(self.reading.spans.end, self._before + key_states.shape[2])
+                tokens = key_states.shape[2] if packing is None else packing.tokens
+                self._check_length(self.reading.spans.end, self._before + tokens)
         self._guard.enter(layer_idx)
         if layer is None:
+            if packing is not None:
+                kwargs = {**kwargs, "packing": packing}
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return keys, values
         if layer.batch_size not in (-1, key_states.shape[0]):
             self._end_by(f"it holds {layer.batch_size} rows and was given {key_states.shape[0]}")
         try:
-            keys, values = layer.update(key_states, value_states)
+            keys, values = layer.update(key_states, value_states, packing=packing)
         except CacheMemoryError as error:
             if not self._take_back():
                 self._end_by(str(error), CacheMemoryError)
@@ -218,6 +223,10 @@ class GuardedCache(ConversationCache):
                 "it was made for, or call cache.plan(inputs) first."
             )
 
+    def _packing_at(self, layer_idx: int, given: int) -> Packing | None:
+        """Which tokens of the pass a layer has got, None for all; checked against the ``given`` number."""
+        return None
+
     def _begin(self, layer_idx: int) -> None:
         """Before a layer is updated, check that the last layer was read and that the last pass came to its end."""
         self.check_alive()
@@ -235,3 +244,10 @@ class GuardedCache(ConversationCache):
         self.history.cut(self._before)
         self._guard.reset()
         return True
+
+
+def _of_ours(layer: Any) -> Any:
+    """The layer that stands in for one of transformers'."""
+    if type(layer) is DynamicLayer:
+        return PrunedLayer()
+    return WindowLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from plphp.errors import UnsupportedFeatureError
 from plphp.pruning.entries import LayerEntries
 from plphp.pruning.live_bytes import layer_bytes
+from plphp.pruning.packing import Packing
 from plphp.pruning.tier_report import LayerBytes
 
 
@@ -50,9 +51,11 @@ class PrunedLayer(LayerEntries, CacheLayerMixin):
         """Take the dtypes, the sizes and the device of the first keys and values."""
         self.begin(key_states, value_states)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, packing: Packing | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append new entries to the tail, see `LayerEntries.append`."""
-        return self.append(key_states, value_states)
+        return self.append(key_states, value_states, packing)
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included."""
@@ -60,7 +63,7 @@ class PrunedLayer(LayerEntries, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask has to cover: the tail alone."""
-        return self.tail_length + query_length, self.prefix_length
+        return self.length - self.prefix_length + query_length, self.prefix_length
 
     def get_max_length(self) -> int:
         """-1: there is no maximum."""

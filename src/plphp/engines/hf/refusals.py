@@ -5,18 +5,21 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
+from plphp.errors import UnsupportedFeatureError
+from plphp.families.registry import family_of
 from plphp.kernels.bit_planes import BYTE
+from plphp.kernels.codecs import INSTEAD
+from plphp.policy.bank import QueryBank
 from plphp.policy.chain import Chain
 from plphp.settings.ladder import WHOLE
 
 from .foreign_banks import refuse_foreign_banks
 
-STAGES = ("prefill", "kv")
+STAGES = ("encoder", "prefill", "kv")
 """Stages that plphp runs in transformers."""
 
 
-def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
+def refuse_stages(chain: Chain, model: PreTrainedModel, own_bank: QueryBank | None = None) -> None:
     """Raise for a stage of a chain that cannot be done on a model.
 
     Parameters
@@ -25,31 +28,38 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, all_full: bool) -> None:
         What is to be done at each stage.
     model : PreTrainedModel
         The model.
-    all_full : bool
-        Whether all of its text layers have full attention.
+    own_bank : QueryBank, optional
+        The bank that a session has collected, for a method that asks for such a bank.
 
     Raises
     ------
-    UnsupportedModelError, UnsupportedFeatureError
+    UnsupportedFeatureError
     ConfigError
         If codebooks are of another model.
     """
     chain.refuse_all_but(STAGES, "plphp's engine for transformers")
     _refuse_heads(chain, model)
-    refuse_foreign_banks(chain, model)
-    if chain.prefill is None:
-        return
-    method = chain.prefill.method
-    # A layer with a window or a recurrent state makes its entries while it reads: nothing can be hidden from it later.
-    if not all_full:
-        raise UnsupportedModelError(
-            f"{method} takes tokens out of all later layers, and some text layers of this "
-            f"{model.config.model_type!r} model have no full attention, where they would still be seen."
-        )
-    if "flash" in (model.config.get_text_config(decoder=True)._attn_implementation or ""):
+    refuse_foreign_banks(chain, model, own_bank)
+    if chain.tower is not None:
+        _refuse_unread_tower(chain, model)
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation or ""
+    if chain.acts_early and "flash" in implementation:
+        methods = " and ".join(link.method for link in (chain.encoder, chain.prefill) if link is not None)
+        # It takes positions with gaps for packed sequences.
         raise UnsupportedFeatureError(
-            f"{method} hides tokens by a mask per layer, which flash attention does not take: call "
+            f"{methods} takes tokens out before layers get them, which was not tried with flash attention: call "
             "model.set_attn_implementation('sdpa') first."
+        )
+
+
+def _refuse_unread_tower(chain: Chain, model: PreTrainedModel) -> None:
+    """Raise `UnsupportedFeatureError` for a method that reads a vision tower of which nothing can be told."""
+    family = family_of(model.config)
+    if chain.encoder is not None and (family.tower is None or family.tower.patches is None):
+        raise UnsupportedFeatureError(
+            f"{chain.encoder.method} chooses vision tokens by the attention of their patches inside of the vision "
+            f"tower, and in models of the family {family.name!r} no patches stand behind a token: take a method that "
+            "does not read the tower, such as 'divprune'."
         )
 
 
@@ -61,6 +71,6 @@ def _refuse_heads(chain: Chain, model: PreTrainedModel) -> None:
     dim = vars(text).get("head_dim")  # in some configs layers differ, and reading it of all raises
     if ladder is not None and set(ladder.names) != {WHOLE} and isinstance(dim, int) and dim % BYTE:
         raise UnsupportedFeatureError(
-            f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: name "
-            "a method without tiers, such as PLPHPConfig(target_retention=0.4)."
+            f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: "
+            f"{INSTEAD}."
         )

@@ -18,6 +18,7 @@ from plphp.errors import NonFiniteAttentionError
 from plphp.evaluation.settings import ROWS
 from plphp.evaluation.tasks.metrics import Metric, get_metric
 from plphp.pruning.report import PruneReport
+from plphp.settings.checks import check_int
 
 from .controls import blank, interpolated_positions
 from .conversation import Conversation, batch_inputs, encode, end_tokens
@@ -73,6 +74,7 @@ def decode_sample(
     dict
         Outcome by the name of the variant.
     """
+    check_longest(max_new_tokens)
     grade = get_metric(metric)
     ends = end_tokens(model, processor)
     conversation = encode(processor, sample, ends)
@@ -82,10 +84,16 @@ def decode_sample(
             if not span.scored:
                 continue
             history, reference = conversation.draft[: span.start], torch.tensor(span.tokens[:-1])
-            limit = max_new_tokens or _limit(conversation, turn)
+            limit = _limit(conversation, turn) if max_new_tokens is None else max_new_tokens
             for name, (tokens, shares) in decode(model, group, history, reference, ends, limit).items():
                 answers[name].append(_Answer(turn, _text(processor, tokens), shares))
     return {variant.name: _graded(sample, answers[variant.name], grade) for variant in variants}
+
+
+def check_longest(max_new_tokens: int | None) -> None:
+    """Raise `ConfigError` unless the longest answer is left open, or an integer of at least 1."""
+    if max_new_tokens is not None:
+        check_int("max_new_tokens", max_new_tokens, minimum=1, or_else="None")
 
 
 def generate_samples(
@@ -112,6 +120,7 @@ def generate_samples(
     list of dict
         For each sample, its outcomes by the name of the variant.
     """
+    check_longest(max_new_tokens)
     grade = get_metric(metric)
     outcomes: list[dict[str, Outcome]] = [{} for _ in samples]
     for variant in variants:

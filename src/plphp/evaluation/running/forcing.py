@@ -18,6 +18,7 @@ from torch import Tensor
 from plphp.engines.hf.branching import Branches, branch
 from plphp.engines.hf.cache_argument import passed
 from plphp.inputs.prompt import count_vision_tokens
+from plphp.settings.checks import check_int
 
 from .controls import blank, interpolated_positions, smaller_inputs
 from .conversation import prompt_inputs
@@ -78,6 +79,7 @@ def groups_of(
     model: PreTrainedModel, processor: Any, sample: Sample, variants: Sequence[Variant], rows: int
 ) -> list[Group]:
     """Sort variants by the inputs that they read, at most ``rows`` in a group, in their order."""
+    check_int("rows", rows, minimum=1)
     plain = prompt_inputs(processor, sample)
     variants = [variant.for_sample(sample) for variant in variants]
     groups = []

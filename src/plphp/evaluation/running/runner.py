@@ -17,6 +17,7 @@ from plphp.evaluation.results.summary import check_baseline, none_scored, summar
 from plphp.evaluation.settings import EvalSettings
 from plphp.inputs.loading import load_model
 from plphp.methods.registry import chain_of
+from plphp.settings.checks import check_int
 
 from .blocks import Remainder, remainder, shares
 from .controls import smaller_inputs
@@ -79,7 +80,7 @@ def evaluate(
         If the model or the data cannot be read, or all samples of a task had to be skipped: the results of the other
         tasks are written then.
     """
-    _check_workers(workers)
+    check_int("workers", workers, minimum=1)
     # Everything that can be wrong with the settings comes before the weights, which may take minutes.
     tasks = resolve_tasks(settings)
     modes = {task.name: mode_of(task, settings.mode) for task in tasks}
@@ -115,11 +116,6 @@ class _Notes:
             log.warning("%s: sample %s is skipped: %s", task, name, record["skipped"])
         self._done += 1
         self._progress(task, self._done, self._total)
-
-
-def _check_workers(workers: int) -> None:
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ConfigError(f"workers must be an integer of at least 1, got {workers!r}.")
 
 
 def _checked_variants(settings: EvalSettings, baseline: str | None) -> list[Variant]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plphp.evaluation.settings import FULL, ROWS
+from plphp.settings.checks import check_int
 
 from .conversation import AnswerSpan, Conversation, encode, end_tokens, prompt_inputs
 from .forcing import Forced, force, greedy_answer, groups_of
@@ -141,6 +142,7 @@ def label_free(
     dict
         Outcome by the name of the variant, without a score.
     """
+    check_int("max_new_tokens", max_new_tokens, minimum=1)
     history = torch.empty(0, dtype=torch.int64)
     if len(sample.turns) > 1:
         conversation = encode(processor, sample, end_tokens(model, processor))

@@ -15,6 +15,7 @@ from plphp.methods.registry import available_methods, chain_of, get_method
 from plphp.policy.rankers import at_random
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.grammar import Line, keys_of, read_chain, read_line, split_lines
+from plphp.settings.ladder import quoting_hint
 
 if TYPE_CHECKING:
     from plphp.evaluation.tasks.task import Sample
@@ -27,7 +28,7 @@ CONTROLS = {
 }
 """What may be compared beside the methods."""
 FIXED_BY = ("retention_rate", "target_retention", "attentive_threshold", "indifferent_threshold", "tiers")
-"""Settings that say how much is kept: a method with any of them in its settings is taken as it is."""
+"""Settings that say how much is kept, as some options do: a method with any of them is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,13 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
         if name in CONTROLS:
             raise ConfigError(f"{name!r} is no method and stands alone, got {line.chain!r}.")
         if name not in available_methods():
-            raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, [*available_methods(), *CONTROLS])}")
+            hint = quoting_hint(name) or did_you_mean(name, [*available_methods(), *CONTROLS])
+            raise ConfigError(f"Unknown method {name!r}.{hint}")
     config = PLPHPConfig.parse(line.chain)
     chain_of(config)  # names, options and stages; what depends on the model's layers comes when it is there
     method = get_method(config.method)
-    if keys_of(line.chain) & set(FIXED_BY) or method.tiers is not None:
+    fixed_by = {*FIXED_BY, *(name for name, option in method.options.items() if option.sets_rate)}
+    if keys_of(line.chain) & fixed_by or method.tiers is not None:
         return [Variant(line.label, None, method.settled(config))]
     if not retention:
         raise ConfigError(f"Give at least one retention for the method {line.label!r}, or settings that fix it.")

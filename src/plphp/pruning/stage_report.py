@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What left before decoder layers got it, in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .report_checks import integers
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """Vision tokens that left a prompt before a decoder layer.
+
+    Parameters
+    ----------
+    stage : str
+        "encoder" or "prefill".
+    method : str
+        Name of the method that chose.
+    layer : int
+        The first decoder layer without them.
+    tokens_in : list of int
+        Per row, the vision tokens that were there before.
+    positions : list of list of int
+        Per row, the logical positions of those that stay.
+    """
+
+    stage: str
+    method: str
+    layer: int
+    tokens_in: list[int]
+    positions: list[list[int]]
+
+    @property
+    def tokens_out(self) -> list[int]:
+        """Per row, the vision tokens that stay."""
+        return [len(row) for row in self.positions]
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> StageReport:
+        """Read one of a report in JSON.
+
+        Raises
+        ------
+        TypeError, KeyError
+            If it is none.
+        """
+        stage = cls(**values)
+        for row in (stage.tokens_in, *stage.positions):
+            integers(row, "tokens_in and positions")
+        return stage
