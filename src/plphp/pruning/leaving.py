@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from plphp.errors import ConfigError, UnsupportedModelError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.policy.chain import Chain
 from plphp.policy.evidence import LayerScores
-from plphp.policy.image_tokens import Chosen, ImageTokens
+from plphp.policy.image_tokens import ImageTokens
 
+from .leaving_checks import check_chosen, check_layer, check_mask, check_rate
 from .packing import Packing
 from .stage_report import StageReport
 
@@ -111,7 +111,7 @@ class Leaving:
                 self._not_finite.add(row)
                 continue
             chosen = link.stage.choose(image, link.config)
-            self._check(chosen, image, link.method)
+            check_chosen(link.method, chosen, image)
             kept = chosen.stay.cpu()
             stay[row, index[~kept]] = False
             if chosen.features is not None:
@@ -145,7 +145,9 @@ class Leaving:
         for first, share in self._drops.get(layer, {}).items():
             there = scores.vision.sum(1).tolist()
             rates = [min(1.0, share * all_of / left) if left else 1.0 for all_of, left in zip(came, there, strict=True)]
-            stay = ~scores.vision | link.stage.kept_tokens(scores, rates, link.config)
+            kept = link.stage.kept_tokens(scores, rates, link.config)
+            check_mask(link.method, kept, tuple(scores.segment.shape))
+            stay = ~scores.vision | kept
             stay[sorted(self._unranked)] = True
             before = self._shares_at(first)
             self._shares[first] = [before[row] if row in self._unranked else share for row in range(len(before))]
@@ -191,19 +193,19 @@ class Leaving:
     def _checked(self, pruned_layers: Sequence[int]) -> dict[int, dict[int, float]]:
         """By the layers whose scores decide, the layers before which tokens leave, with their rates."""
         drops: dict[int, dict[int, float]] = {}
+        if self.chain.encoder is not None:
+            check_rate(self.chain.encoder.method, self.chain.encoder.stage.rate(self.chain.encoder.config))
         link = self.chain.prefill
         if link is None:
             return drops
         rates = link.stage.rates(link.config, self._layers)
+        for first, rate in rates.items():
+            check_layer(link.method, first, self._layers)
+            check_rate(link.method, rate)
         ordered = sorted(rates.items())
         if any(later > earlier for (_, earlier), (_, later) in pairwise(ordered)):
             raise ConfigError(f"The method {link.method!r} lets tokens come back, with the rates {rates} by layers.")
         for first, rate in ordered:
-            if not 1 <= first <= self._layers:
-                raise ConfigError(
-                    f"The method {link.method!r} lets tokens leave from layer {first} on, which must be between 1 and "
-                    f"{self._layers}."
-                )
             if first == self._layers:
                 continue
             asked = max((layer for layer in pruned_layers if layer < first), default=None)
@@ -236,21 +238,6 @@ class Leaving:
         grids = self.spans.grids[row]
         grid = grids[number] if number < len(grids) else None
         return ImageTokens(states[index.to(states.device)], states[text], grid, row, number, tower)
-
-    def _check(self, chosen: Chosen, image: ImageTokens, method: str) -> None:
-        """Raise `ConfigError` where a method chose something that cannot be."""
-        tokens = len(image.features)
-        if chosen.stay.dtype is not torch.bool or tuple(chosen.stay.shape) != (tokens,):
-            raise ConfigError(
-                f"The method {method!r} has to give bool [{tokens}] for an image of {tokens} tokens, got "
-                f"{chosen.stay.dtype} {list(chosen.stay.shape)}."
-            )
-        expected = (int(chosen.stay.sum()), image.features.shape[1])
-        if chosen.features is not None and tuple(chosen.features.shape) != expected:
-            raise ConfigError(
-                f"The method {method!r} has to give features {list(expected)} for the tokens that stay, got "
-                f"{list(chosen.features.shape)}."
-            )
 
     def _shares_at(self, layer: int) -> list[float]:
         """Which share of the vision tokens of each row the prefill stage leaves to a layer."""

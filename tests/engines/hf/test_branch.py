@@ -11,7 +11,7 @@ from torch import Tensor
 
 import plphp
 from invariants import attention_set
-from plphp import ConfigError, PLPHPConfig, PrunedCache, SpanError, UnsupportedFeatureError, UnsupportedModelError
+from plphp import ConfigError, PLPHPConfig, PrunedCache, SpanError, UnsupportedFeatureError
 from plphp.engines.hf import branching
 from plphp.engines.hf.cache_argument import cache_in, passed
 from precision import EXACT, assert_exact
@@ -171,9 +171,6 @@ def test_what_branch_refuses(llava: Any) -> None:
         llava.generate(**inputs, max_new_tokens=2)
     with pytest.raises(UnsupportedFeatureError, match="only"):
         PrunedCache.for_inputs(llava, inputs, oracle)
-    early = PLPHPConfig.parse("fastv:layer=1,retention_rate=0.9")
-    with pytest.raises(UnsupportedModelError, match="by a layer with full attention"):
-        plphp.branch(tiny_model("gemma3"), TINY["gemma3"].inputs(tiny_model("gemma3")), [early])
 
 
 def test_one_answer_token_is_enough(llava: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from plphp.errors import ConfigError, SpanError
+from plphp.errors import ConfigError, SpanError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.policy.chain import Chain
 from plphp.pruning.reading import PromptReading
@@ -65,8 +65,14 @@ def readings_of(
     for chain in chains:
         of_answer = chain.kv.stage.needs_answer
         if chain.acts_early:
+            early = " and ".join(repr(link.method) for link in (chain.encoder, chain.prefill) if link is not None)
+            if len(pruned_layers(reader)) < len(reader.layers):
+                # Rows share those layers, and what has left is in their windows and states.
+                raise UnsupportedFeatureError(
+                    f"plphp.branch shares layers with windows or states between its rows, and {early} would leave "
+                    "other tokens in them: use plphp.prune or PrunedCache for this model, or a method of the KV cache."
+                )
             if of_answer:
-                early = " and ".join(repr(link.method) for link in (chain.encoder, chain.prefill) if link is not None)
                 raise ConfigError(
                     f"The method {chain.kv.method!r} asks with the answer's queries over the whole prompt: no method "
                     f"can act before it, got {early}."

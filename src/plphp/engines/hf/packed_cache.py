@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 from plphp.pruning.leaving import Leaving
@@ -61,25 +62,28 @@ class PackedCache(GuardedCache):
         Raises
         ------
         UnsupportedFeatureError
-            If the prompt comes in chunks.
+            If the prompt comes in chunks, or a layer with a state would read what only fills a row up.
         """
+        if number == 0 and self.reading is None:
+            self.forget_leaving()  # an error stopped the pass that read the prompt behind its last placement
         leaving = self.leaving
         if leaving is None:
             return states, None
         if number == 0:
             self.packing = None
+            self.left[leaving.spans.start] = leaving
             self._refuse_chunks(leaving, states.shape[1])
             states = leaving.enter(states, None if self.watch is None else self.watch.scores)
         before, self.packing = self.packing, leaving.packing_at(number)
         leaving.note_computed(number)
+        if self.packing is not None and self.packing.filled:
+            self._refuse_filled_states(leaving)
         if self.packing is not None and self.packing is not before:
             states = gathered(states, self.packing.within(before))
         return states, self.packing
 
     def leave_layers(self) -> Packing | None:
         """End a pass over the layers; return which tokens the last of them has got, None for all."""
-        if self.leaving is not None:
-            self.left[self.leaving.spans.start] = self.leaving
         packing = self.packing
         self.forget_leaving()
         return packing
@@ -116,6 +120,16 @@ class PackedCache(GuardedCache):
             self._end_by(
                 f"{methods} chooses tokens before layers get them and needs the prompt in one piece, and got {given} "
                 f"of its {tokens} tokens: pass all of it in one call",
+                UnsupportedFeatureError,
+            )
+
+    def _refuse_filled_states(self, leaving: Leaving) -> None:
+        """Refuse rows of unequal length behind a state: it would go on by what fills the shorter ones up."""
+        if leaving.spans.start and not all(isinstance(layer, DynamicLayer | PrunedLayer) for layer in self.layers):
+            self._end_by(
+                "in a later turn of a batch the rows keep different numbers of tokens, and this model has layers with "
+                "a recurrent state or a convolution, which would read what fills the shorter rows up: answer the rows "
+                "one by one, or take a method of the KV cache",
                 UnsupportedFeatureError,
             )
 

@@ -49,8 +49,15 @@ class TowerWatch:
     @contextmanager
     def open(self) -> Iterator[None]:
         """While open, the tower is recorded."""
-        with recorded_tower(self._model, self._asked.layers) as self._record:
-            yield
+        try:
+            with recorded_tower(self._model, self._asked.layers) as self._record:
+                yield
+        finally:
+            self._record = None  # what runs later is not of this record
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TowerWatch:
+        # A copied cache belongs to the same model, and reads the same prompt.
+        return TowerWatch(self._model, self._asked, self._inputs, self._past)
 
     def scores(self) -> list[Tensor]:
         """The attention that the patches behind each token get, image by image in the order of the batch.

@@ -80,8 +80,9 @@ class WindowLayer(DynamicSlidingWindowLayer):
             torch.cat([held, new_states], dim=2) if held.numel() else new_states
             for held, new_states in ((self.keys, key_states), (self.values, value_states))
         )
-        seen = int((columns > self.cumulative_length - self.sliding_window).sum(1).max())
-        first = keys.shape[2] - seen
+        # What fills a row up may stand between two turns: the first that any row sees, not so many from the end.
+        seen = ((columns >= 0) & (columns > self.cumulative_length - self.sliding_window)).any(0).nonzero()[:, 0]
+        first = int(seen[0]) if len(seen) else keys.shape[2]
         # Copies, not views: else what no one sees any more would be kept alive.
         self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
         self.positions = columns[:, first:]
