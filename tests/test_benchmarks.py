@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import capacity
 import decode
 import end_to_end
+import first_token
 import measuring
 import prefill
 import pytest
@@ -22,7 +24,7 @@ import ragged
 import scaling
 import tiers
 import torch
-from shapes import build_model, twin
+from shapes import SMALL, build_model, twin
 from test_graph import Recorder
 
 import plphp
@@ -150,6 +152,21 @@ def test_prefill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert stock["kv_bytes"] == 2 * 400 * ENTRY
     assert pruned["kv_bytes"] == 2 * (100 + 0.4 * 300) * ENTRY
     assert stock["peak_bytes"] > 2 * 400 * ENTRY
+
+
+def test_first_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Methods ask for the tower's last layer but one.
+    monkeypatch.setattr(first_token, "SO400M", copy.deepcopy(SMALL))
+    first_token.SO400M.num_hidden_layers = 2
+    settings = ["--vision-tokens", "400", "--rounds", "1"]
+    rows = run(first_token, monkeypatch, tmp_path / "first.json", *settings)["results"]
+    alone = {row["variant"]: row for row in rows if not row["with_tower"]}
+    assert alone["DynamicCache"]["tokens_x_layers"] == 3 * 500
+    assert alone["divprune 50%"]["tokens_x_layers"] == alone["encoder_random 50%"]["tokens_x_layers"] == 3 * 300
+    assert alone["fastv layer 2, 25% behind it"]["tokens_x_layers"] == 2 * 500 + 200
+    with_tower = {row["variant"]: row for row in rows if row["with_tower"]}
+    assert with_tower["DynamicCache"]["vision_tokens"] == 729
+    assert with_tower["visionzip 25%"]["tokens_x_layers"] == 3 * (182 + 100)
 
 
 def test_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

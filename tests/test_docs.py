@@ -282,6 +282,14 @@ def test_performance_page_has_the_figures_of_tiers() -> None:
     assert f"and {held['t10']} with `t10`" in page
 
 
+def test_performance_page_has_the_figures_of_the_first_token() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    stock, *rows = figures("first_token_cpu")["results"]
+    assert stock["of_dynamic_cache"] == stock["computed_share"] == 1
+    for row in rows:
+        assert f"| {row['variant']} | {row['of_dynamic_cache']:.2f} | {row['computed_share']:.2f} |" in page
+
+
 def test_guarantees_page_has_the_figures_of_the_results() -> None:
     page, results = (ROOT / "docs" / "guarantees.md").read_text(), figures("exactness_cpu")["results"]
     for line, name in (
