@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plphp.errors import UnsupportedFeatureError
+from plphp.errors import SpanError, UnsupportedFeatureError
 from plphp.policy.chain import Chain
 from plphp.policy.image_tokens import TowerEvidence
 
@@ -70,7 +70,7 @@ class TowerWatch:
         Raises
         ------
         UnsupportedFeatureError
-            If the tower was not recorded.
+            If the tower was not recorded, or read other images than the prompt has.
         """
         if self._record is None or not self._record.passes:
             raise UnsupportedFeatureError(
@@ -81,6 +81,13 @@ class TowerWatch:
         of_layers = []
         for number in range(len(passes[0].received)):
             patches = [run.received[number] if run.class_rows is None else run.class_rows[number] for run in passes]
-            rows = token_scores(self._model, self._inputs, patches, past_length=self._past)
+            try:
+                rows = token_scores(self._model, self._inputs, patches, past_length=self._past)
+            except SpanError as error:
+                raise UnsupportedFeatureError(
+                    "The vision tower read other images than those of the prompt: this version of transformers lets it "
+                    "read each image once for every beam and every returned sequence. Decode with num_beams=1 and "
+                    "num_return_sequences=1, or take a method that does not read the tower, such as 'divprune'."
+                ) from error
             of_layers.append([image for row in rows for image in row])
         return [torch.stack(image) for image in zip(*of_layers, strict=True)]
