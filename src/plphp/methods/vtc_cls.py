@@ -28,9 +28,9 @@ def asked(config: PLPHPConfig) -> TowerEvidence:
 
 def choose(image: ImageTokens, config: PLPHPConfig) -> Chosen:
     """The best tokens by the sum over the layers."""
-    from plphp.policy.top_tokens import top
+    from plphp.policy.top_tokens import top_over_layers
 
-    return Chosen(top(of_patches(image.need_tower.sum(0)), staying(image, config)))
+    return Chosen(top_over_layers(of_patches(image.need_tower), staying(image, config)))
 
 
 METHOD = Method(
