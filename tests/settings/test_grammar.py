@@ -56,6 +56,8 @@ def test_a_chain_of_three_keeps_its_order() -> None:
             ["both=fastv:layer=1+plphp,fastv:layer=2+uniform:seed=3,seed=4"],
             ["both=fastv:layer=1+plphp", "fastv:layer=2+uniform:seed=3,seed=4"],
         ),
+        (["a=fastv:layer=1@.5,b=uniform,c=random@.5"], ["a=fastv:layer=1@.5", "b=uniform", "c=random@.5"]),
+        (["a=plphp+uniform:seed=1@.5,b=random@.2"], ["a=plphp+uniform:seed=1@.5", "b=random@.2"]),
         (["plphp:seed=1,mine=uniform:seed=2"], ["plphp:seed=1", "mine=uniform:seed=2"]),
         (["plphp:exempt_layers=0+1,fastv@0.5+0.25"], ["plphp:exempt_layers=0+1", "fastv@0.5+0.25"]),
     ],
@@ -127,6 +129,15 @@ def test_a_quote_without_a_partner_is_refused(text: str) -> None:
 def test_quotes_stand_around_a_whole_value(value: str) -> None:
     with pytest.raises(ConfigError, match="Double quotes stand around a whole value"):
         read_chain(f"query_bank:bank={value}")
+
+
+def test_keep_is_short_for_the_rate() -> None:
+    assert PLPHPConfig.parse("fastv:keep=0.5+plphp:keep=0.2") == PLPHPConfig(
+        retention_rate=0.2, earlier=(PLPHPConfig(method="fastv", retention_rate=0.5),)
+    )
+    assert keys_of("plphp:keep=0.2") == {"retention_rate"}
+    with pytest.raises(ConfigError, match="'retention_rate' is given twice"):
+        PLPHPConfig.parse("plphp:keep=0.2,retention_rate=0.3")
 
 
 def test_a_list_is_cut_outside_quotes() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plphp.errors import ConfigError
 from plphp.policy.allocation import kept_count
 from plphp.policy.image_tokens import ImageTokens
 from plphp.settings.config import PLPHPConfig
+
+from ._unused import OF_CLASSES, OF_HEADS, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,13 +21,10 @@ def staying(image: ImageTokens, config: PLPHPConfig) -> int:
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
-    """Refuse settings of the KV stage, which have no meaning before the text model."""
-    for name in ("exempt_layers", "query_rows"):
-        if getattr(config, name):
-            raise ConfigError(
-                f"{config.method} lets tokens leave before the text model, where there are no layers and no queries: "
-                f"leave out {name}, got {getattr(config, name)!r}."
-            )
+    """Refuse settings of layers, heads and queries, which have no meaning before the text model."""
+    of_scores = ("exempt_layers", "query_rows", "gqa_reduction", "score_pool")
+    reason = "lets tokens leave before the text model, where there are no layers, heads and queries"
+    refuse_unused(config, (*of_scores, *OF_CLASSES, *OF_HEADS), reason)
 
 
 def of_patches(score: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from plphp.policy.selection import keep_mask
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
+from ._unused import OF_CLASSES, OF_HEADS, refuse_unused
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -49,18 +51,16 @@ def kept_tokens(scores: LayerScores, rates: Sequence[float], config: PLPHPConfig
     return keep_mask(pooled(score, scores, config), scores, list(rates), config)[:, 0]
 
 
-def refuse_exempt_layers(config: PLPHPConfig) -> None:
-    """Raise `ConfigError` for exempt layers: a token that has left is missing in all later layers."""
-    if config.exempt_layers:
-        raise ConfigError(
-            f"{config.method} takes tokens out of all later layers, so none of them can be exempt: leave out "
-            f"exempt_layers, got {list(config.exempt_layers)}."
-        )
+def refuse_settings(config: PLPHPConfig) -> None:
+    """Raise `ConfigError` for settings of single layers and heads: a token that has left is missing in all of them."""
+    refuse_unused(config, ("exempt_layers",), "takes tokens out of all later layers, so none of them can be exempt")
+    refuse_unused(config, OF_CLASSES, "has its own schedule of rates by depth, and no classes of layers")
+    refuse_unused(config, OF_HEADS, "takes tokens out of all heads")
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
-    """Raise `ConfigError` for exempt layers, and where bank and evidence do not go together."""
-    refuse_exempt_layers(config)
+    """Raise `ConfigError` for settings without a use, and where bank and evidence do not go together."""
+    refuse_settings(config)
     options = settings(OPTIONS, config.options)
     if options["evidence"] != "bank":
         if options["bank"]:

@@ -26,7 +26,7 @@ METHOD = Method(
     name="encoder_random",
     summary="before the text model: random vision tokens leave",
     paper="control",
-    encoder=EncoderStage(choose),
+    encoder=EncoderStage(choose, draws=True),
     check=check,
     when="as the control that a method of the encoder stage has to beat",
 )

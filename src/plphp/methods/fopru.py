@@ -26,12 +26,17 @@ def asked(config: PLPHPConfig) -> TowerEvidence:
     return TowerEvidence((settings(OPTIONS, config.options)["layer"],))
 
 
+def by_rows(config: PLPHPConfig) -> bool:
+    """Whether whole rows stay."""
+    return bool(settings(OPTIONS, config.options)["by"] == "row")
+
+
 def choose(image: ImageTokens, config: PLPHPConfig) -> Chosen:
     """The best tokens, or the best rows."""
     from plphp.policy.top_tokens import top, top_rows
 
     score, keep = of_patches(image.need_tower[0]), staying(image, config)
-    if settings(OPTIONS, config.options)["by"] == "rank":
+    if not by_rows(config):
         return Chosen(top(score, keep))
     frames, rows, columns = image.need_grid
     return Chosen(top_rows(score, (frames * rows, columns), keep))
@@ -41,7 +46,7 @@ METHOD = Method(
     name="fopru",
     summary="before the text model: the vision tokens stay that receive the most attention in the vision tower",
     paper="arXiv:2411.14164",
-    encoder=EncoderStage(choose, tower=asked),
+    encoder=EncoderStage(choose, tower=asked, needs_grid=by_rows),
     options=OPTIONS,
     check=check,
     when="for towers without a class token; by=row keeps whole lines, as of text",

@@ -31,7 +31,7 @@ METHOD = Method(
     name="pool",
     summary="before the text model: the vision tokens of an image are averaged over cells of it",
     paper="control",
-    encoder=EncoderStage(choose),
+    encoder=EncoderStage(choose, needs_grid=lambda config: config.base_rate < 1),
     check=check,
     when="as the control that a choice of tokens has to beat",
 )

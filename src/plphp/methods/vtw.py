@@ -19,7 +19,7 @@ from plphp.policy.method import Method
 from plphp.policy.stages import PrefillStage
 from plphp.settings.config import PLPHPConfig
 
-from ._prefill import refuse_exempt_layers
+from ._prefill import refuse_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,6 @@ METHOD = Method(
     summary="inside prefill: all vision tokens leave the later layers",
     paper="arXiv:2405.05803",
     prefill=PrefillStage(rates, nothing_stays),
-    check=lambda config, layers: refuse_exempt_layers(config),
+    check=lambda config, layers: refuse_settings(config),
     when="to shorten prefill, where late layers do not look at images",
 )

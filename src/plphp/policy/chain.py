@@ -14,7 +14,7 @@ from .allocation import keep_all
 from .evidence import OwnBank
 from .image_tokens import TowerEvidence
 from .method import Method
-from .rankers import per_head
+from .rankers import at_random, per_head
 from .stages import STAGES, EncoderStage, KVStage, PrefillStage
 
 StageT = TypeVar("StageT", EncoderStage, PrefillStage, KVStage)
@@ -102,6 +102,12 @@ class Chain:
     def acts_early(self) -> bool:
         """Whether tokens leave before layers get them: before the text model or inside prefill."""
         return self.encoder is not None or self.prefill is not None
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in what stays."""
+        early = self.encoder is not None and self.encoder.stage.draws
+        return early or self.kv.stage.score is at_random or self.kv.stage.mix(self.kv.config).random > 0
 
     @property
     def tower(self) -> TowerEvidence | None:

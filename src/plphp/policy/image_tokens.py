@@ -58,12 +58,11 @@ class ImageTokens:
         Raises
         ------
         ConfigError
-            If they have none.
+            If they have none: `EncoderStage.needs_grid` says beforehand that the method works on it.
         """
         if self.grid is None:
             raise ConfigError(
-                f"The method works on rows and columns of tokens, and image {self.number} of row {self.row} has no "
-                f"plain grid ({len(self.features)} tokens): take a method that needs none, such as 'divprune'."
+                "The method works on rows and columns of tokens, which it did not say: set EncoderStage.needs_grid."
             )
         return self.grid
 

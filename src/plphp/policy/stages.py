@@ -40,11 +40,18 @@ class EncoderStage:
         ``config -> float``: retention rate, in [0, 1].
     tower : callable
         ``config -> TowerEvidence or None``: what it wants to know of the vision tower.
+    needs_grid : callable
+        ``config -> bool``: whether it works on rows and columns of tokens; a prompt with an image whose tokens form no
+        plain grid is refused before it is read.
+    draws : bool
+        Whether it draws at random, by `PLPHPConfig.seed`.
     """
 
     choose: Callable[[ImageTokens, PLPHPConfig], Chosen]
     rate: Callable[[PLPHPConfig], float] = lambda config: config.base_rate
     tower: Callable[[PLPHPConfig], TowerEvidence | None] = lambda config: None
+    needs_grid: Callable[[PLPHPConfig], bool] = lambda config: False
+    draws: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from itertools import pairwise
 from torch import Tensor
 
 from plphp.errors import ConfigError, UnsupportedModelError
-from plphp.families.spans import VisionSpans, query_mask
+from plphp.families.spans import Grid, VisionSpans, query_mask
 from plphp.policy.chain import Chain
 from plphp.policy.evidence import LayerScores
 from plphp.policy.image_tokens import ImageTokens
 
-from .leaving_checks import check_chosen, check_layer, check_mask, check_rate
+from .leaving_checks import check_chosen, check_grid, check_layer, check_mask, check_rate
 from .packing import Packing
 from .stage_report import StageReport
 
@@ -193,8 +193,12 @@ class Leaving:
     def _checked(self, pruned_layers: Sequence[int]) -> dict[int, dict[int, float]]:
         """By the layers whose scores decide, the layers before which tokens leave, with their rates."""
         drops: dict[int, dict[int, float]] = {}
-        if self.chain.encoder is not None:
-            check_rate(self.chain.encoder.method, self.chain.encoder.stage.rate(self.chain.encoder.config))
+        encoder = self.chain.encoder
+        if encoder is not None:
+            check_rate(encoder.method, encoder.stage.rate(encoder.config))
+            if encoder.stage.needs_grid(encoder.config):
+                for row, number, index in self._images():
+                    check_grid(encoder.method, self._grid(row, number), len(index), row, number)
         link = self.chain.prefill
         if link is None:
             return drops
@@ -235,9 +239,11 @@ class Leaving:
     def _image(self, states: Tensor, row: int, number: int, index: Tensor, tower: Tensor | None) -> ImageTokens:
         new = slice(self.spans.start, None)
         text = (self.spans.valid[row, new] & ~self.spans.vision[row, new]).to(states.device)
+        return ImageTokens(states[index.to(states.device)], states[text], self._grid(row, number), row, number, tower)
+
+    def _grid(self, row: int, number: int) -> Grid:
         grids = self.spans.grids[row]
-        grid = grids[number] if number < len(grids) else None
-        return ImageTokens(states[index.to(states.device)], states[text], grid, row, number, tower)
+        return grids[number] if number < len(grids) else None
 
     def _shares_at(self, layer: int) -> list[float]:
         """Which share of the vision tokens of each row the prefill stage leaves to a layer."""

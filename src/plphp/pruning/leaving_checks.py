@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from plphp.errors import ConfigError
+from plphp.families.spans import Grid
 from plphp.policy.image_tokens import Chosen, ImageTokens
 
 
@@ -21,6 +22,15 @@ def check_layer(method: str, layer: object, layers: int) -> None:
     if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= layers:
         raise ConfigError(
             f"The method {method!r} lets tokens leave from layer {layer} on, which must be between 1 and {layers}."
+        )
+
+
+def check_grid(method: str, grid: Grid, tokens: int, row: int, number: int) -> None:
+    """Raise `ConfigError` unless the tokens of an image form a plain grid."""
+    if grid is None:
+        raise ConfigError(
+            f"The method {method!r} works on rows and columns of tokens, and image {number} of row {row} has no plain "
+            f"grid ({tokens} tokens): take a method that needs none, such as 'divprune'."
         )
 
 

@@ -10,11 +10,11 @@
     value     = word | '"' text '"'                        in quotes: text as it is, with any of , @ + : = in it
 
 A chain names methods in the order in which a prompt passes their stages, each with settings of its own, as in
-``fastv:retention_rate=0.5+query_bank:bank=bundled,retention_rate=0.2``. A ``+`` begins a part where a whole name
-follows it, with nothing or one of ``: + @ ,`` behind: ``exempt_layers=0+1`` and ``bank=my+bank.safetensors`` are
-values. A value that holds a comma, an ``@``, or a ``+`` before a bare name stands in double quotes, as in
-``query_bank:bank=bundled,tiers="pr2=.20,rvq=.24,pq=.32"``; a value that holds a double quote is for a TOML file or
-`PLPHPConfig.from_dict`.
+``fastv:retention_rate=0.5+query_bank:bank=bundled,retention_rate=0.2``; ``keep`` is short for ``retention_rate``. A
+``+`` begins a part where a whole name follows it, with nothing or one of ``: + @ ,`` behind: ``exempt_layers=0+1`` and
+``bank=my+bank.safetensors`` are values. A value that holds a comma, an ``@``, or a ``+`` before a bare name stands in
+double quotes, as in ``query_bank:bank=bundled,tiers="pr2=.20,rvq=.24,pq=.32"``; a value that holds a double quote is
+for a TOML file or `PLPHPConfig.from_dict`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _COMMA = re.compile(",")
 _QUOTED = re.compile(r'"[^"]*"')
 _SWITCHES = ("rest",)
 """Settings that are true or false."""
+_SHORT = {"keep": "retention_rate"}
+"""Settings that a line may name in short."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def split_lines(texts: Iterable[str], methods: Collection[str]) -> list[str]:
                 in_settings = ":" in first
             if later:  # of a chain the settings behind a comma are those of its last method
                 in_settings = ":" in later[-1]
+            if "@" in _unquoted(piece):  # rates end a line
+                in_settings = False
     return lines
 
 
@@ -136,9 +140,10 @@ def _read_part(part: str, text: str) -> tuple[str, dict[str, Any]]:
         if not equals:
             where = f"{piece!r} in {text!r}.{quoting_hint(piece)}"
             raise ConfigError(f"Expected key=value after {method.strip()!r}:, got {where}")
-        if key.strip() in values or key.strip() == "method":
-            raise ConfigError(f"{key.strip()!r} is given twice in {text!r}.")
-        values[key.strip()] = _read_value(key.strip(), value.strip())
+        name = _SHORT.get(key.strip(), key.strip())
+        if name in values or name == "method":
+            raise ConfigError(f"{name!r} is given twice in {text!r}.")
+        values[name] = _read_value(name, value.strip())
     return method.strip(), values
 
 

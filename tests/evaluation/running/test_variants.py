@@ -115,16 +115,20 @@ def test_bad_methods(methods: list[str], retention: list[float], message: str) -
 def test_chance_draws_anew_for_every_sample() -> None:
     sample_0, sample_1 = (Sample(f"dev-0-{number}", "cell", (), (Turn("a", "b"),)) for number in range(2))
     variants = make_variants(
-        ["random", "again=random:seed=1", "mixed=recall_rank:random_share=0.5", "recall_rank"], [0.5]
+        ["random", "again=random:seed=1", "mixed=recall_rank:random_share=0.5", "recall_rank", "encoder_random"], [0.5]
     )
     drawn = [variant.draws for variant in variants]
-    assert drawn == [False, True, True, True, False]
+    assert drawn == [False, True, True, True, False, True]
     seeds = [
         [variant.for_sample(sample).config.seed for variant in variants] for sample in (sample_0, sample_0, sample_1)
     ]
     assert seeds[0] == seeds[1]
     assert seeds[0][1] != seeds[0][2]
     assert [a != b for a, b in zip(seeds[0], seeds[2], strict=True)] == drawn
+
+    [_, chain] = make_variants(["encoder_random:keep=0.5+uniform"], [0.5])
+    early = [chain.for_sample(sample).config.earlier[0].seed for sample in (sample_0, sample_0, sample_1)]
+    assert early[0] == early[1] != early[2]
 
 
 @pytest.mark.parametrize("line", ["query_bank:tiers=pr2=.5,pq=.2", "query_bank:tiers=pr2=.5,pq"])

@@ -66,12 +66,14 @@ def chosen_layers(
     """
     found = [part for part in module.modules() if type(part).__name__.endswith("Attention") and hasattr(part, "config")]
     full = found if tower.full_attention is None else [found[i] for i in tower.full_attention(model.config)]
+    first = layers.start if isinstance(layers, slice) else None
     if isinstance(layers, slice):
         layers = range(*layers.indices(len(full)))
     missing = [layer for layer in layers if not -len(full) <= layer < len(full)]
     if missing or not layers:
+        asked = f"layers {list(layers)}" if layers else f"layers from {first} on"
         raise ConfigError(
-            f"layers must name layers of the vision tower, from {-len(full)} to {len(full) - 1}, as the tower of "
-            f"{type(model).__name__} has {len(full)} with full attention; got {list(layers)}."
+            f"The method reads {asked} of the vision tower, and that of {type(model).__name__} has {len(full)} with "
+            f"full attention, {-len(full)} to {len(full) - 1}: set the option of the method that names them."
         )
     return [full[layer] for layer in layers]

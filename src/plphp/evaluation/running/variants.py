@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from plphp.errors import ConfigError, did_you_mean
 from plphp.evaluation.settings import FULL
 from plphp.methods.registry import available_methods, chain_of, get_method
-from plphp.policy.rankers import at_random
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.grammar import Line, keys_of, read_chain, read_line, split_lines
 from plphp.settings.ladder import quoting_hint
@@ -60,8 +59,7 @@ class Variant:
     @property
     def draws(self) -> bool:
         """Whether chance has a part in what is kept."""
-        link = chain_of(self.config).kv
-        return link.stage.score is at_random or link.stage.mix(link.config).random > 0
+        return chain_of(self.config).draws
 
     def for_sample(self, sample: Sample) -> Variant:
         """Return the variant with a seed of its own for a sample.
@@ -71,8 +69,12 @@ class Variant:
         """
         if not self.draws:
             return self
-        seed = zlib.crc32(f"{self.config.seed} {sample.task} {sample.id}".encode())
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, seed=seed))
+
+        def seeded(config: PLPHPConfig) -> PLPHPConfig:
+            seed = zlib.crc32(f"{config.seed} {sample.task} {sample.id}".encode())
+            return dataclasses.replace(config, seed=seed, earlier=tuple(map(seeded, config.earlier)))
+
+        return dataclasses.replace(self, config=seeded(self.config))
 
 
 def split_methods(texts: Iterable[str]) -> list[str]:

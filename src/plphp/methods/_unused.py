@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that a method has no use for are refused: what was asked for is never left undone in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from plphp.errors import ConfigError
+from plphp.settings.config import PLPHPConfig
+
+OF_CLASSES = ("retention_delta", "attentive_threshold", "indifferent_threshold", "class_quantile")
+"""Settings of the classes of layers, which only methods of the KV cache sort them into."""
+OF_HEADS = ("heads", "head_safeguard")
+"""Settings of the KV heads, each of which only methods of the KV cache let keep its own tokens."""
+
+
+def refuse_unused(config: PLPHPConfig, names: Iterable[str], reason: str) -> None:
+    """Raise `ConfigError` for a setting that is not at its default.
+
+    Parameters
+    ----------
+    config : PLPHPConfig
+        Settings of a method that does not look at those of ``names``.
+    names : iterable of str
+        The settings.
+    reason : str
+        Why it has no use for them, as a clause whose subject is the method.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(PLPHPConfig, name):
+            raise ConfigError(f"{config.method} {reason}: leave out {name}, got {value!r}.")
