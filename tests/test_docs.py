@@ -213,11 +213,32 @@ def test_readme_has_the_figures_of_the_results() -> None:
         assert scores == " · ".join(f"{100 * group['score']['mean']:.1f}" for group in groups)
         assert held == f"{100 * statistics.fmean(group['kept'] for group in groups):.1f}"
         assert float(held) == pytest.approx(100 * about, abs=0.5)
-    rows = {row["variant"]: row for row in figures("scaling_cpu")["results"] if row["batch"] == 4}
-    full, half = rows["DynamicCache"], rows["plphp 0.4"]
-    performance = (ROOT / "docs" / "performance.md").read_text()
-    for name, row in (("transformers' `DynamicCache`", full), ("plphp, 40 % kept", half)):
-        assert f"| {name} | {megabytes(row['kv_bytes'])} | {milliseconds(row)} |" in performance
+
+
+def test_performance_page_says_what_a_step_costs() -> None:
+    page, results = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8"), figures("scaling_cpu")
+    rows = {row["variant"]: row for row in results["results"] if (row["batch"], row["vision_tokens"]) == (4, 16000)}
+    for name, variant in (
+        ("transformers' `DynamicCache`", "DynamicCache"),
+        ("plphp, all kept", "plphp 1"),
+        ("plphp, 40 % kept", "plphp 0.4"),
+        ("plphp, 10 % kept", "plphp 0.1"),
+        ("`t10`", "t10"),
+        ("`t10`, a fifth of it read", "t10, read 20%"),
+        ("`c3`", "c3"),
+    ):
+        row = rows[variant]
+        assert f"| {name} | {megabytes(row['kv_bytes'])} | {megabytes(row['read_bytes'])} | {milliseconds(row)} |" in page
+    assert set(rows) == {"DynamicCache", "plphp 1", "plphp 0.4", "plphp 0.1", "t10", "t10, read 20%", "c3"}
+    lines = results["lines"]
+    rate = {name: f"{1e-9 / fit['seconds_per_byte']:.1f}" for name, fit in lines.items()}
+    fixed = {name: f"{1000 * fit['fixed_seconds']:.0f} ms" for name, fit in lines.items()}
+    own = "plphp, all retentions"
+    assert f"costs {fixed[own]} and the bytes that it *reads* at {rate[own]} GB/s" in page
+    assert f"explains\n{100 * lines[own]['explained']:.0f} % of" in page
+    assert f"`DynamicCache`, {fixed['DynamicCache']} and {rate['DynamicCache']} GB/s" in page
+    assert f"{rate['t10']} GB/s for `t10`, {rate['c3']} for `c3`" in page
+    assert f"look\nfor, {rate['t10, read 20%']} (" in page
 
 
 def test_performance_page_has_the_figures_of_the_results() -> None:
