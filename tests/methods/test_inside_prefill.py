@@ -181,7 +181,6 @@ def test_a_rate_below_that_of_the_layers_that_keep_all_is_refused(method: str) -
     ("settings", "message"),
     [
         ("exempt_layers=0", r"{0} takes tokens out of all later layers, so none of them can be exempt"),
-        ("retention_delta=0.1", r"{0} has its own schedule of rates by depth, and no classes of layers: leave out ret"),
         ("head_safeguard=0.5", r"{0} takes tokens out of all heads: leave out head_safeguard, got 0.5"),
         ("bank=bundled", r"{0} asks with a query bank where its evidence is that: add evidence=bank, or leave out"),
         ("evidence=bank", r"{0}:evidence=bank needs queries of the model's answers: collect them with `plphp collect`"),

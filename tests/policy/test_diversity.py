@@ -260,8 +260,9 @@ class Largest(TorchDispatchMode):
 
 
 @BOTH
-def test_nothing_quadratic_is_held(choose: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_quadratic_is_held_of_many_tokens(choose: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(farthest, "AT_ONCE", 2**16)
+    monkeypatch.setattr(farthest, "HELD", 2**20)
     tokens, dim = 3000, 24
     features = drawn(0, tokens, dim)
     with Largest() as largest:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plphp.policy import farthest
-from plphp.policy.farthest import extended, most_remote
+from plphp.policy.farthest import all_cosines, extended, most_remote
 
 
 def naive(vectors: Tensor, worth: Tensor, chosen: list[int], count: int, either_way: bool) -> list[int]:
@@ -52,7 +52,8 @@ def test_rounds_of_any_size_choose_the_same_in_the_same_order(
     vectors, worth = given_set
     chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(before))[:before]
     count = data.draw(st.integers(len(chosen), len(vectors)))
-    order = extended(vectors, worth, chosen, count, either_way=either_way)
+    cosines = all_cosines(vectors) if data.draw(st.booleans()) else None
+    order = extended(vectors, worth, chosen, count, either_way=either_way, cosines=cosines)
     assert order.tolist() == naive(vectors, worth, chosen.tolist(), count, either_way)
 
 
@@ -66,7 +67,20 @@ def test_the_most_remote_is_the_first_with_the_farthest_neighbour(
     vectors = given_set[0]
     nearest = (vectors @ vectors.T).fill_diagonal_(-9).amax(1)
     index = most_remote(vectors)
+    assert index == most_remote(vectors, all_cosines(vectors))
     assert nearest[index] <= nearest.min() + 1e-12
     assert (nearest[:index] > nearest[index] - 1e-12).all()
     if nearest.frac().eq(0).all():  # exact ones: of equal ones the first
         assert (nearest[:index] > nearest[index]).all()
+
+
+def test_cosines_are_held_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(300, 5, dtype=torch.float64), dim=-1)
+    cosines = all_cosines(vectors)
+    assert cosines is not None
+    assert torch.allclose(cosines, vectors @ vectors.T, rtol=0, atol=1e-15)
+    before = cosines.clone()
+    most_remote(vectors, cosines)
+    assert torch.equal(cosines, before)
+    monkeypatch.setattr(farthest, "HELD", 300**2 - 1)
+    assert all_cosines(vectors) is None

@@ -9,7 +9,7 @@ from plphp.policy.allocation import kept_count
 from plphp.policy.image_tokens import ImageTokens
 from plphp.settings.config import PLPHPConfig
 
-from ._unused import OF_CLASSES, OF_HEADS, refuse_unused
+from ._unused import OF_HEADS, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ def check(config: PLPHPConfig, layers: int) -> None:
     """Refuse settings of layers, heads and queries, which have no meaning before the text model."""
     of_scores = ("exempt_layers", "query_rows", "gqa_reduction", "score_pool")
     reason = "lets tokens leave before the text model, where there are no layers, heads and queries"
-    refuse_unused(config, (*of_scores, *OF_CLASSES, *OF_HEADS), reason)
+    refuse_unused(config, (*of_scores, *OF_HEADS), reason)
 
 
 def of_patches(score: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from plphp.policy.selection import keep_mask
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
-from ._unused import OF_CLASSES, OF_HEADS, refuse_unused
+from ._unused import OF_HEADS, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,6 @@ def kept_tokens(scores: LayerScores, rates: Sequence[float], config: PLPHPConfig
 def refuse_settings(config: PLPHPConfig) -> None:
     """Raise `ConfigError` for settings of single layers and heads: a token that has left is missing in all of them."""
     refuse_unused(config, ("exempt_layers",), "takes tokens out of all later layers, so none of them can be exempt")
-    refuse_unused(config, OF_CLASSES, "has its own schedule of rates by depth, and no classes of layers")
     refuse_unused(config, OF_HEADS, "takes tokens out of all heads")
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that a method has no use for are refused: what was asked for is never left undone in silence."""
+"""Settings of layers, heads and queries that a whole stage has no use for are refused, and not left undone in silence.
+
+Thresholds and rates of classes of layers are not among them: methods without classes go by their own rate."""
 
 from __future__ import annotations
 
@@ -8,8 +10,6 @@ from collections.abc import Iterable
 from plphp.errors import ConfigError
 from plphp.settings.config import PLPHPConfig
 
-OF_CLASSES = ("retention_delta", "attentive_threshold", "indifferent_threshold", "class_quantile")
-"""Settings of the classes of layers, which only methods of the KV cache sort them into."""
 OF_HEADS = ("heads", "head_safeguard")
 """Settings of the KV heads, each of which only methods of the KV cache let keep its own tokens."""
 
