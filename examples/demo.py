@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,11 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from plphp import PLPHPConfig
+from plphp.evaluation import make_variants
 from plphp.inputs.loading import load_model
 from plphp.inputs.media import load_image
 from plphp.inputs.prompt import build_inputs
+from plphp.settings.presets import compared
+from plphp.show.html_report import html_report
 from plphp.show.tables import human_bytes, layer_table
 from plphp.studies.compare import Comparison, Run, compare
+from plphp.studies.provenance import provenance
+from plphp.studies.question_runs import Question, Setting, answer_by_each
 
 IMAGES = Path(__file__).parent / "images"
 PAPER = "plphp:target_retention=0.4"
@@ -90,6 +96,21 @@ def totals(results: list[Answered]) -> Table:
     return table
 
 
+def write_page(arguments: argparse.Namespace, questions: list[dict], model: Any, processor: Any) -> None:
+    """Write a page to look at, with a question of each kind: the settings given, or those of `plphp report`."""
+    given = [f"{text.partition(':')[0]}={text}" for text in arguments.config or ()]
+    lines, retention = compared(bundled=arguments.model is None)
+    variants = make_variants(given or lines, retention)
+    settings = [Setting(variant.label, variant.retention, variant.config) for variant in variants]
+    answered = []
+    for one in {one["kind"]: one for one in reversed(questions)}.values():
+        images = [load_image(arguments.images / name) for name in one["images"]]
+        question = Question(one["question"], images, (one["answer"],))
+        length = arguments.max_new_tokens
+        answered.append(answer_by_each(model, processor, question, settings, max_new_tokens=length))
+    arguments.html.write_text(html_report(answered, settings, provenance(model)), encoding="utf-8")
+
+
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -98,6 +119,7 @@ def main() -> None:
     parser.add_argument("--config", action="append", help="settings, as for plphp generate; may be repeated")
     parser.add_argument("--per-kind", type=int, default=2, help="questions of each kind")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
+    parser.add_argument("--html", type=Path, default=Path("demo.html"), help="page to write; default: demo.html")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each question, unpruned and pruned")
     arguments = parser.parse_args()
 
@@ -120,6 +142,8 @@ def main() -> None:
     console.rule("what the layers kept for the last question")
     console.print(*(layer_table(one.report) for one in results[-1].comparisons.values()), totals(results))
     console.print(f"{len(results)} questions in {time.perf_counter() - started:.0f} s")
+    write_page(arguments, [one.question for one in results], model, processor)
+    console.print(f"To look at, in a browser: {arguments.html.resolve()}", soft_wrap=True)
 
 
 if __name__ == "__main__":

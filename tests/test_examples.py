@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,12 @@ class TestShort:
         assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
+def page_data(page: Path) -> dict[str, Any]:
+    """The data of a page that `plphp.show.html_report` made."""
+    text = page.read_text(encoding="utf-8")
+    return json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+
+
 class TestDemo:
     def questions(self, folder: Path) -> Path:
         names = [tiny_hub.picture(folder / f"{seed}.png", seed=seed).name for seed in (1, 2)]
@@ -72,12 +79,18 @@ class TestDemo:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         options = ["--model", folder, "--images", self.questions(tmp_path), "--max-new-tokens", 6, "--rounds", 1]
+        options += ["--html", tmp_path / "page.html"]
         options += ["--config", "uniform:retention_rate=0.5", "--config", "plphp:target_retention=0.25"]
         monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, options)])
         runpy.run_path(str(EXAMPLES / "demo.py"), run_name="__main__")
         text = capsys.readouterr().out
         for part in ("KV cache", "decode per token", "vision attention", "What [bold]?", "several", "0 of 3"):
             assert part in text
+        page = tmp_path / "page.html"
+        assert f"To look at, in a browser: {page}" in text
+        settings, questions = (page_data(page)[name] for name in ("settings", "questions"))
+        assert [setting["name"] for setting in settings] == ["full", "uniform", "plphp"]
+        assert [len(question["pictures"]) for question in questions] == [1, 2, 1]
         headings = [line.replace("┃", " ").split() for line in text.splitlines() if line.startswith("┃")]
         assert headings.count(["unpruned", "uniform", "plphp"]) == 3
 

@@ -39,11 +39,28 @@ def write(folder: Path, *lines: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("values", "answers"),
+    [
+        ({}, ()),
+        ({"answer": "a"}, ("a",)),
+        ({"answers": ["a", "b"]}, ("a", "b")),
+        ({"answer": 3}, ()),
+        ({"answer": None}, ()),
+    ],
+    ids=str,
+)
+def test_right_answers(folder: Path, values: dict[str, Any], answers: tuple[str, ...]) -> None:
+    """Where they are no text they are left out: most commands read none."""
+    path = write(folder, {"images": ["b.png"], "question": "a?", **values})
+    assert [prompt.answers for prompt in read_prompts(path)] == [answers]
+
+
 def test_lines_are_read(folder: Path) -> None:
     question = {"images": ["images/a.png", "b.png"], "question": "a\u2028b?", "answer": "c"}
     path = write(folder, json.dumps(question, ensure_ascii=False), "", {"images": ["b.png"], "turns": TURNS})
     first, second = read_prompts(path)
-    assert first == Prompt((folder / "images/a.png", folder / "b.png"), "a\u2028b?", None, f"{path}, line 1")
+    assert first == Prompt((folder / "images/a.png", folder / "b.png"), "a\u2028b?", None, f"{path}, line 1", ("c",))
     assert second.origin == f"{path}, line 3"
     assert second.turns is not None
     assert second.turns[0]["content"][0]["image"] == folder / "b.png"

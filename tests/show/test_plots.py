@@ -78,9 +78,12 @@ class TestKept:
     def test_over_the_image(self) -> None:
         axes = plot_kept(make_report(), [Image.new("RGB", (600, 400), "red"), Image.new("L", (9, 9))]).axes[0]
         picture, heat = axes.images
-        assert np.asarray(picture.get_array()).shape == (171, 256)
+        assert np.asarray(picture.get_array()).shape == (171, 256, 3)
         assert picture.get_extent() == heat.get_extent() == [0, 3, 2, 0]
-        assert heat.get_alpha() < 1
+        assert np.asarray(picture.get_array())[0, 0].tolist() == [255, 0, 0]
+        dropped, whole = heat.cmap([0.0, 1.0])
+        assert dropped[:3].max() < 0.3
+        assert (dropped[3], whole[3]) == (pytest.approx(0.9), 0.0)
 
     def test_frames_of_a_video_are_averaged(self) -> None:
         report = make_report()

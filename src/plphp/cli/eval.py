@@ -19,6 +19,7 @@ from plphp.methods.registry import METHODS_BY_NAME
 from ._app import app, console, note_on_bundled, print_json
 from ._checks import check_model, check_out_file, check_out_folder
 from ._eval_progress import shown_progress
+from ._lists import names, retentions
 from ._options import JsonOption, allow_urls_option, device_option, dtype_option, model_option, option
 
 WHAT, DATA, HOW, OUTPUT = "What", "Data", "How", "Output"
@@ -104,7 +105,7 @@ def evaluate_command(
         return
     check_choice("mode", mode, MODES)
     settings = _settings(
-        retention=_numbers(target_retention), tasks=_names(tasks, "--tasks"), data=tuple(data or ()), metric=metric,
+        retention=retentions(target_retention), tasks=names(tasks, "--tasks"), data=tuple(data or ()), metric=metric,
         prompts=prompts, allow_urls=allow_urls, split=split, samples=samples, seed=seed, model=model,
         mode="label-free" if label_free else mode, dtype=dtype, device=device, rows=rows, batch=batch,
         max_new_tokens=max_new_tokens,
@@ -210,22 +211,3 @@ def _skipped(metrics: dict[str, Any]) -> str:
         f"{skipped} of {skipped + scored} samples were skipped ({by_task}), and no method is judged on them: the "
         'reasons stand under "skipped" in metrics.json.'
     )
-
-
-def _names(text: str | None, option: str) -> tuple[str, ...] | None:
-    """Texts by commas; None where the option is left out."""
-    if text is None:
-        return None
-    names = tuple(filter(None, (part.strip() for part in text.split(","))))
-    if not names:
-        raise ConfigError(f"{option} takes one or several, separated by commas, got {text!r}: leave it out for all.")
-    return names
-
-
-def _numbers(text: str | None) -> tuple[float, ...] | None:
-    """Numbers by commas, likewise."""
-    try:
-        names = _names(text, "--target-retention")
-        return None if names is None else tuple(map(float, names))
-    except ValueError:
-        raise ConfigError(f"--target-retention must be numbers by commas, such as 0.5,0.25, got {text!r}.") from None

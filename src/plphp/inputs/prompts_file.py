@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts from a file of JSON objects: what ``plphp profile``, ``calibrate`` and ``collect`` measure on."""
+"""Prompts from a file of JSON objects: what ``plphp profile``, ``calibrate``, ``collect`` and ``report`` run on."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ class Prompt:
         A chat in the place of the question; see `plphp.inputs.prompt.build_inputs`.
     origin : str
         Where the prompt stands, for messages: file and line.
+    answers : tuple of str
+        Answers that are right, for ``plphp report``; empty where the file names none.
     """
 
     images: tuple[Any, ...]
     question: str | None = None
     turns: list[dict[str, Any]] | None = None
     origin: str = "the prompt"
+    answers: tuple[str, ...] = ()
 
     def read_images(self) -> list[Image.Image]:
         """Read the images.
@@ -65,8 +68,9 @@ def read_prompts(path: str | Path, *, allow_urls: bool = False) -> list[Prompt]:
         JSON Lines: an object a line with ``"question"`` (text), or ``"turns"`` (a chat, a list of ``{"role": ...,
         "content": ...}``, see `plphp.inputs.chat.normalized`), and ``"images"`` (a list of what
         `plphp.inputs.media.load_image` takes, paths relative to the file; ``"image"`` or ``"file_name"`` for a single
-        image). A JSON file that is a list of such objects will do, too. Further keys, such as ``"answer"``, and empty
-        lines are ignored.
+        image), and, if it is known, ``"answer"`` or ``"answers"`` (text, or a list of texts that are all right). A JSON
+        file that is a list of such objects will do, too. Further keys, answers that are no text, and empty lines are
+        ignored.
     allow_urls : bool
         Whether http and https addresses of images may be fetched, when they are needed.
 
@@ -135,4 +139,10 @@ def _prompt(values: Any, origin: str, folder: Path, allow_urls: bool) -> Prompt:
         raise LoadError(f"{origin}: {error}") from error
     if turns is None and not images:
         raise LoadError(f'{origin}: "images" is missing or empty: a list of image files, relative to the file.')
-    return Prompt(images, question, chat, origin)
+    return Prompt(images, question, chat, origin, _answers(values))
+
+
+def _answers(values: dict[str, Any]) -> tuple[str, ...]:
+    """The right answers of an entry. What is no text is left out: most commands need no answer, and are not to fail."""
+    listed = values.get("answers", values.get("answer"))
+    return tuple(answer for answer in (listed if isinstance(listed, list) else [listed]) if isinstance(answer, str))

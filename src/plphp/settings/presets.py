@@ -17,6 +17,7 @@ BUNDLED_METHOD, BUNDLED_TIERS = "query_bank", "t10"
 """Default method of the bundled model, which has a bank with codebooks, and its ladder (docs/quality.md)."""
 BUNDLED_OPTIONS = {"query_bank": {"bank": "bundled"}}
 """Options of methods that need something measured on the model, which ships with the bundled model."""
+COMPARED_RETENTION = (0.5, 0.25, 0.1)
 HEADER = "# Made by `plphp calibrate`. Use it with `plphp generate --config-file` or PLPHPConfig.from_toml.\n\n"
 
 
@@ -30,6 +31,22 @@ def default_settings(bundled: bool) -> PLPHPConfig:
         model besides all vision entries are held in 3 bits.
     """
     return PLPHPConfig.from_dict(with_defaults({}, bundled))
+
+
+def compared(bundled: bool) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return what ``plphp report`` compares with the full cache where nothing is named: lines of methods, retentions.
+
+    Parameters
+    ----------
+    bundled : bool
+        Whether it is for the bundled model.
+    """
+    if bundled:
+        own = f"{BUNDLED_METHOD}:bank=bundled"
+        lines = (f"{BUNDLED_TIERS}={own},tiers={BUNDLED_TIERS}", f"{BUNDLED_METHOD}={own}", "plphp", "snapkv")
+    else:
+        lines = (f"{DEFAULT['tiers']}={DEFAULT['method']}:tiers={DEFAULT['tiers']}", "plphp", "snapkv", "random")
+    return lines, COMPARED_RETENTION
 
 
 def with_defaults(explicit: Mapping[str, Any], bundled: bool, evicts: bool = False) -> dict[str, Any]:

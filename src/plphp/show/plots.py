@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = "viridis"
-"""Safe for colour-blind eyes, in order when printed in grey, and without the greys of the image."""
+"""Where there is no image: safe for colour-blind eyes, and in order when printed in grey."""
+VEIL = (38 / 255, 45 / 255, 64 / 255)
+"""Dark slate, laid over what is dropped of an image in its own colours. Not black, which pictures have themselves."""
+OPAQUE = 0.9
+"""How much of a dropped token the veil covers: one still sees what is gone."""
 CLASS_MARKERS = {
     "attentive": ("^", "#E69F00"),
     "balanced": ("o", "#56B4E9"),
@@ -55,9 +59,10 @@ def plot_kept(
     prompt: int = 0,
     row: int = 0,
 ) -> Figure:
-    """Draw which vision tokens stayed, as a heat map over each image; with tiers, in which rung.
+    """Draw which vision tokens stayed: on each image in its colours, with what is dropped dark and few bits dimmed.
 
-    Tokens that a layer never got have a colour by where they left: before the text model, or inside prefill.
+    Without images a heat map shows the same. Tokens that a layer never got have a colour by where they left: before the
+    text model, or inside prefill.
 
     Parameters
     ----------
@@ -173,14 +178,15 @@ DROPPED, WHOLE = "dropped", "whole"
 
 
 def _levels(rows: Iterable[RowReport]) -> dict[str, float]:
-    """A level in [0, 1] for each way to hold a vision token in these layers, evenly spaced by the order of bytes."""
+    """A level in [0, 1] for each way to hold a vision token in these layers, evenly spaced by the order of bytes.
+
+    The highest is that of a token held whole, though there be none: what is in few bits is dimmed in every picture.
+    """
     nbytes: dict[str, float] = {}
-    whole = False
     for row in rows:
-        whole = whole or any(row.whole)
         for tier in row.tiers:
             nbytes[tier.rung] = max(nbytes.get(tier.rung, 0.0), sum(tier.nbytes) / max(1, sum(tier.entries)))
-    ways = [DROPPED, *sorted(nbytes, key=nbytes.__getitem__), *([WHOLE] if whole or not nbytes else [])]
+    ways = [DROPPED, *sorted(nbytes, key=nbytes.__getitem__), WHOLE]
     return {name: number / (len(ways) - 1) for number, name in enumerate(ways)}
 
 
@@ -223,7 +229,7 @@ def _tile_figure(
         part.suptitle(_image_title(number, len(shown), image), fontsize="medium")
         grid = part.subplots(lines, columns, squeeze=False)
         drawn = None
-        picture = _grey(images[number]) if images else None
+        picture = _thumbnail(images[number]) if images else None
         for axes, (title, kept), gone in zip(grid.flat, tiles, left[number], strict=False):
             drawn = _draw(axes, _mean_level(image, kept), picture if image.grid else None)
             draw_left(axes, gone)
@@ -255,8 +261,8 @@ def _mean_level(image: ImageReport, heads: list[Head]) -> Any:
     return by_place(image, levels.mean(axis=0))
 
 
-def _grey(image: Image.Image) -> Any:
-    small = image.convert("L")
+def _thumbnail(image: Image.Image) -> Any:
+    small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(small)
 
@@ -265,15 +271,20 @@ def _draw(axes: Any, levels: Any, picture: Any) -> Any:
     height, width = levels.shape
     extent = (0, width, height, 0)
     if picture is not None:
-        # pale, so that the colours above it stay those of the bar
-        axes.imshow(picture, extent=extent, cmap="gray", vmin=-128, vmax=255, aspect="equal")
+        axes.imshow(picture, extent=extent, aspect="equal")
     return axes.imshow(
         levels,
         extent=extent,
-        cmap=COLOURS,
+        cmap=COLOURS if picture is None else _veil(),
         vmin=0,
         vmax=1,
-        alpha=0.6 if picture is not None else 1.0,
         interpolation="nearest",
         aspect="auto" if height == 1 else "equal",
     )
+
+
+def _veil() -> Any:
+    """Colours from all but opaque, for what is dropped, to clear, for what is held whole."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("veil", [(*VEIL, OPAQUE), (*VEIL, 0.0)])

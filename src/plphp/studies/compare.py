@@ -133,7 +133,7 @@ def compare(
         If the method has yet to collect its query bank.
     """
     _check(config, rounds, seed, generation)
-    unpruned, pruned = _Meter(model.device), _Meter(model.device)
+    unpruned, pruned = Meter(model.device), Meter(model.device)
     for number in range(1, rounds + 1):
         progress(f"round {number} of {rounds}, unpruned")
         plain = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -155,10 +155,15 @@ def _check(config: PLPHPConfig | None, rounds: int, seed: int, generation: Mappi
     chain_of(checked(config)).refuse_uncollected("A comparison")
 
 
-class _Meter(LogitsProcessor):
+class Meter(LogitsProcessor):
     """Sees every step of ``generate``: notes the time, and after the prompt what the cache holds.
 
     A logits processor, as ``generate`` calls it right after each pass of the model and with any kind of cache.
+
+    Parameters
+    ----------
+    device : torch.device
+        The model's, whose work has to end before a time is noted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -180,6 +185,7 @@ class _Meter(LogitsProcessor):
         seed: int,
         generation: dict[str, Any],
     ) -> None:
+        """Answer a prompt with a cache; the answer of the first run is kept, and the times of all."""
         inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -209,6 +215,7 @@ class _Meter(LogitsProcessor):
             self.kv_bytes = kv_bytes(self._cache)
 
     def result(self, processor: Any) -> Run:
+        """The answer and what it took."""
         return Run(
             texts=[text.strip() for text in processor.batch_decode(self.tokens, skip_special_tokens=True)],
             tokens=self.tokens,
