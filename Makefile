@@ -7,7 +7,7 @@ SOURCES = pyproject.toml constraints.txt
 .PHONY: help demo bench bench-all test test-oldest test-newest test-vllm lint wheel train clean
 
 help:
-	@echo "make demo         answer questions on images, unpruned and pruned side by side"
+	@echo "make demo         answer questions on images, unpruned and pruned side by side, and write a page to look at"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run those that lean on transformers on its oldest supported version"
 	@echo "make test-newest  the same on the newest release of transformers"

@@ -15,7 +15,7 @@ import plphp
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "images" / "grid-1.png"
 COMMANDS = ("calibrate", "collect", "doctor", "estimate", "eval", "families", "generate", "inspect", "methods", "plot",
-            "profile", "serve")  # fmt: skip
+            "profile", "report", "serve")  # fmt: skip
 SHOWN = [
     ("--help",),
     ("--version",),
@@ -89,6 +89,15 @@ REFUSED = [
     (("inspect", __file__), "not a JSON report"),
     (("plot", "nope.json", "--out", "p"), "Cannot read the report nope.json"),
     (("plot", __file__, "--out", "p", "--image", "nope.png"), "There is no image file nope.png"),
+    (("report", "--html", "no/such/page.html"), "There is no folder no/such to write the page to"),
+    (("report", "--html", "p.html", "--prompts", "nope.jsonl"), "Cannot read the prompts nope.jsonl"),
+    (("report", "--html", "p.html", "--prompt", "a"), "--prompt and --image go together"),
+    (("report", "--html", "p.html", "--image", str(EXAMPLE)), "--prompt and --image go together"),
+    (("report", "--html", "p.html", "--prompt", " "), "--prompt is empty"),
+    (("report", "--html", "p.html", "--prompts", __file__, "--prompt", "a"), "--prompts goes without"),
+    (("report", "--html", "p.html", "--target-retention", "a"), "must be numbers by commas"),
+    (("report", "--html", "p.html", "--image", "nope.png", "--prompt", "a"), "There is no image file nope.png"),
+    (("report", "--html", "p.html", "--device", "nowhere"), "There is no device 'nowhere'"),
     (("serve", "--method", "plhp"), "Did you mean 'plphp'?"),
 ]
 PROGRAM = """

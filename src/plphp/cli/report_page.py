@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from plphp.errors import ConfigError, UnsupportedFeatureError
+from plphp.errors import BackendUnavailableError, ConfigError, UnsupportedFeatureError
 from plphp.inputs.media import load_image
 from plphp.inputs.sources import is_bundled
 from plphp.methods.registry import METHODS_BY_NAME
@@ -115,7 +115,10 @@ def _questions(prompt: str | None, images: list[Any], prompts: Path | None, allo
     if prompt is not None:
         return [Question(prompt, images)]
     if prompts is None:
-        samples = [next(available_tasks()[name].samples("dev", 1)) for name in TASKS]
+        try:
+            samples = [next(available_tasks()[name].samples("dev", 1)) for name in TASKS]
+        except BackendUnavailableError as error:
+            raise BackendUnavailableError(f"{error} Or ask yourself: --image and --prompt, or --prompts.") from error
         return [Question(sample.turns[0].question, sample.images, (sample.turns[0].answer,)) for sample in samples]
     entries = read_prompts(prompts, allow_urls=allow_urls)
     for entry in entries:
