@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take docs/images/report.png, the picture of docs/report.md: ``python docs/make_report_picture.py``.
 
-`plphp report` is asked three of examples/images/questions.json and looked at in headless Chromium, which has to be there.
+`plphp report` is asked three of examples/images/questions.json and looked at in headless Chromium, which has to be
+there.
 """
 
 from __future__ import annotations
