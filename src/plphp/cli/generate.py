@@ -130,6 +130,7 @@ def _answer(model: PreTrainedModel, request: _Request, as_json: bool) -> PruneRe
     from transformers import TextStreamer
 
     from plphp.engines.hf.session import prune
+    from plphp.inputs.prompt import on_device
     from plphp.methods.registry import chain_of
     from plphp.show.tables import collecting_line, report_values, summary
 
@@ -138,7 +139,7 @@ def _answer(model: PreTrainedModel, request: _Request, as_json: bool) -> PruneRe
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     torch.manual_seed(request.seed)
     with prune(model, request.settings, decode=request.decode) as run, torch.no_grad():
-        output: Any = model.generate(**_on_device(request.inputs, model), **options, streamer=streamer)
+        output: Any = model.generate(**on_device(model, request.inputs), **options, streamer=streamer)
     tokens = output[0, request.inputs["input_ids"].shape[1] :].tolist()
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
     if as_json:
@@ -174,7 +175,3 @@ def _compare(model: PreTrainedModel, request: _Request, rounds: int, as_json: bo
     else:
         console().print(comparison_table(comparison), *layer_tables(comparison.report))
     return comparison.report
-
-
-def _on_device(inputs: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    return {name: value.to(model.device) if hasattr(value, "to") else value for name, value in inputs.items()}

@@ -9,7 +9,8 @@ from os import PathLike
 from typing import Any
 
 from PIL import Image
-from transformers import PretrainedConfig
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from plphp.errors import ConfigError, PLPHPError, SpanError, UnsupportedFeatureError
 from plphp.families.registry import family_of
@@ -33,6 +34,7 @@ def build_inputs(
     system: str | None = None,
     frames: int = 8,
     allow_urls: bool = False,
+    text_alone: bool = False,
 ) -> dict[str, Any]:
     """Make the inputs of ``generate`` from a prompt or a chat, with the processor's chat template.
 
@@ -55,6 +57,8 @@ def build_inputs(
         Frames to take at most of a video that is read from a file.
     allow_urls : bool
         Whether http and https addresses of images are fetched.
+    text_alone : bool
+        Whether a prompt without images and videos is taken too, in which nothing can be pruned.
 
     Returns
     -------
@@ -81,7 +85,7 @@ def build_inputs(
     else:
         media = {kind: _filled(chat, kind, media[kind], readers[kind]) for kind in KINDS}
     text = _rendered(processor, _with_system(chat, system))
-    _check_slots(processor, text, media)
+    _check_slots(processor, text, media, text_alone)
     return _processed(processor, text, media)
 
 
@@ -96,6 +100,11 @@ def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> 
         If the model is of no known family.
     """
     return int(find_spans(family_of(config), config, inputs).vision.sum())
+
+
+def on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a prompt with their tensors on a model's device."""
+    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _checked_chat(prompt: str | None, messages: Messages | None) -> list[dict[str, Any]] | None:
@@ -188,14 +197,14 @@ def _count_slots(processor: Any, kind: str, text: str) -> int:
     return max(text.count(str(token)) if token else 0 for token in tokens)
 
 
-def _check_slots(processor: Any, text: str, media: Media) -> None:
+def _check_slots(processor: Any, text: str, media: Media, text_alone: bool) -> None:
     for kind in KINDS:
         slots, count = _count_slots(processor, kind, text), len(media[kind])
         if slots == 0 < count:
             raise SpanError(f"The prompt has no {kind} slot for the {count} {kind}(s) given.")
         if slots != count:
             raise SpanError(f"The prompt has {slots} {kind} slot(s), but {count} {kind}(s) are given.")
-    if not any(media.values()):
+    if not any(media.values()) and not text_alone:
         raise SpanError(
             "The prompt has no image slot, so there is nothing to prune: give an image with it, or an image "
             "entry in the chat."

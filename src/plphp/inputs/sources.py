@@ -17,6 +17,8 @@ DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "npu", "xla")
 """Kinds of devices that torch knows; installed packages may add more."""
 BUNDLED = Path(__file__).parents[1] / "reference_model"
 """Folder of the small model that ships with plphp."""
+BUNDLED_NAME = "bundled"
+"""What clients of a server call it."""
 
 
 def bundled_model_path() -> Path:

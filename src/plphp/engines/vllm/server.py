@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from plphp.errors import BackendUnavailableError, ConfigError, LoadError
-from plphp.inputs.sources import bundled_model_path, is_bundled
+from plphp.inputs.sources import BUNDLED_NAME, bundled_model_path, is_bundled
 from plphp.io.quoting import one_line
 from plphp.settings.config import PLPHPConfig
 
@@ -18,8 +18,6 @@ from .names import CONNECTOR
 from .refusals import refuse_unsupported
 from .settings import ENVIRONMENT, KEY
 
-BUNDLED_NAME = "bundled"
-"""What clients call the bundled model."""
 BLOCK_SIZE = 32
 """Tokens of a block on a CPU by default: the smallest block that vLLM's attention reads there."""
 

@@ -17,12 +17,13 @@ from plphp.engines.hf.session import prune
 from plphp.errors import NonFiniteAttentionError
 from plphp.evaluation.settings import ROWS
 from plphp.evaluation.tasks.metrics import Metric, get_metric
+from plphp.inputs.prompt import on_device
 from plphp.pruning.report import PruneReport
 from plphp.settings.checks import check_int
 
 from .controls import blank, interpolated_positions
 from .conversation import Conversation, batch_inputs, encode, end_tokens
-from .forcing import decode, generate_greedily, groups_of, on_device
+from .forcing import decode, generate_greedily, groups_of
 from .scoring import Outcome
 from .shares import Shares
 from .variants import Variant

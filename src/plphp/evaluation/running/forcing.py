@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plphp.engines.hf.branching import Branches, branch
 from plphp.engines.hf.cache_argument import passed
-from plphp.inputs.prompt import count_vision_tokens
+from plphp.inputs.prompt import count_vision_tokens, on_device
 from plphp.settings.checks import check_int
 
 from .controls import blank, interpolated_positions, smaller_inputs
@@ -258,8 +258,3 @@ def generate_greedily(model: PreTrainedModel, inputs: Mapping[str, Any], max_new
     with torch.inference_mode():
         tokens: Tensor = generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
     return tokens
-
-
-def on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the tensors among the inputs of a model to its device."""
-    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -17,13 +17,14 @@ from plphp.evaluation.settings import EvalSettings
 from plphp.evaluation.tasks.built_in import Task
 from plphp.evaluation.tasks.choices import Split
 from plphp.evaluation.tasks.task import AnyTask, Maker
+from plphp.inputs.prompt import on_device
 from plphp.methods.registry import chain_of, with_bank
 from plphp.policy.bank import QueryBank
 from plphp.policy.evidence import OwnBank
 from plphp.settings.config import PLPHPConfig
 
 from .conversation import prompt_inputs
-from .forcing import generate_greedily, on_device
+from .forcing import generate_greedily
 from .skipping import end_unless_of_sample
 from .variants import Variant
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The messages of a request: a chat whose images come with it or from the web, and never from the server's files."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from PIL import Image
+
+from plphp.errors import PLPHPError
+from plphp.inputs.chat import normalized, parts_of
+from plphp.inputs.fetching import WebAddress, fetch
+from plphp.inputs.image_source import find_image
+from plphp.inputs.media import load_image
+from plphp.io.quoting import quoted
+
+from .options import Limits
+from .refusals import RequestError
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""By role of a message, what chat templates call it."""
+CHARACTERS_PER_TOKEN = 32
+"""Characters that a token may stand for at most: a text that is far too long is not tokenized to be told so."""
+
+_FROM_OUTSIDE = re.compile(r"\s*(?:data:|https?://)", re.IGNORECASE)
+
+
+def read_messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
+    """Check the messages of a request, before anything is fetched or decoded.
+
+    Parameters
+    ----------
+    messages : object
+        Of a request.
+    limits : Limits
+        How many images there may be, and whether they may be fetched.
+
+    Returns
+    -------
+    list of dict
+        As `plphp.inputs.chat.normalized` returns them; images are bytes, or a `WebAddress` to fetch.
+
+    Raises
+    ------
+    RequestError
+        If there are videos, too many images, or an image has no source that clients may name.
+    PLPHPError
+        If the messages are not a chat, or an image is not one.
+    """
+    if not isinstance(messages, list):
+        raise RequestError(f"messages must be a list, got {quoted(messages)}.", param="messages")
+    chat = normalized([_plain_message(message, number) for number, message in enumerate(messages, 1)])
+    _check_text(chat, limits)
+    for origin, _ in parts_of(chat, "video"):
+        raise RequestError(f"{origin}: this server reads no videos: send some frames as images.", param="messages")
+    images = list(parts_of(chat, "image"))
+    if len(images) > limits.max_images:
+        text = f"The chat has {len(images)} images, and this server reads {limits.max_images} at most."
+        raise RequestError(text, param="messages")
+    for origin, part in images:
+        part["image"] = _source(part.get("image"), origin, limits)
+    return chat
+
+
+def fetch_images(chat: list[dict[str, Any]], limits: Limits) -> None:
+    """Fetch the images of a chat that are addresses, in its place; all together may be as large as a request.
+
+    Raises
+    ------
+    PLPHPError
+        If one cannot be fetched.
+    """
+    left = limits.max_body_bytes
+    for origin, part in parts_of(chat, "image"):
+        if isinstance(part["image"], WebAddress):
+            try:
+                content = fetch(part["image"], max_bytes=left)
+            except PLPHPError as error:
+                raise type(error)(f"{origin}: {error}") from error
+            part["image"] = content
+            left -= len(content)
+
+
+def decoded_chat(chat: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """Return a chat with its images decoded.
+
+    Raises
+    ------
+    PLPHPError
+        If one is broken or has too many pixels.
+    """
+    return [
+        {
+            **message,
+            "content": [
+                _decoded_part(part, f"Message {number} of the chat, part {index}", limits)
+                for index, part in enumerate(message["content"], 1)
+            ],
+        }
+        for number, message in enumerate(chat, 1)
+    ]
+
+
+def _decoded_part(part: dict[str, Any], origin: str, limits: Limits) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    try:
+        image: Image.Image = load_image(part["image"], max_pixels=limits.max_image_pixels)
+    except PLPHPError as error:
+        raise type(error)(f"{origin}: {error}") from error
+    return {"type": "image", "image": image}
+
+
+def _plain_message(message: Any, number: int) -> Any:
+    """A message with its role and content alone, as clients send back what they were sent, with empty fields."""
+    if not isinstance(message, dict):
+        return message  # `normalized` says what is wrong
+    values = {key: value for key, value in message.items() if value not in (None, [], "") or key == "content"}
+    role = values.get("role")
+    if isinstance(role, str) and role not in ROLES:
+        known = ", ".join(ROLES)
+        raise RequestError(f"Message {number} has the role {quoted(role)}: known are {known}.", param="messages")
+    further = sorted(set(values) - {"role", "content", "name"})
+    if further:
+        text = f"Message {number} has {quoted(further[0])}, which this server cannot read: leave it out."
+        raise RequestError(text, param="messages")
+    return {"role": ROLES[role] if isinstance(role, str) else role, "content": values.get("content")}
+
+
+def _check_text(chat: list[dict[str, Any]], limits: Limits) -> None:
+    texts = [part["text"] for _, part in parts_of(chat, "text")]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON may hold halves of characters, and tokenizers may not
+            raise RequestError(f"A text is no Unicode: {error.reason}.", param="messages") from error
+    length = sum(map(len, texts))
+    if limits.max_model_len is not None and length > CHARACTERS_PER_TOKEN * limits.max_model_len:
+        text = f"The chat has {length:,} characters, far more than {limits.max_model_len} tokens."
+        raise RequestError(text, param="messages", code="context_length_exceeded")
+
+
+def _source(source: Any, origin: str, limits: Limits) -> bytes | WebAddress:
+    if not isinstance(source, str) or not _FROM_OUTSIDE.match(source):
+        urls = " or an http or https address" if limits.allow_urls else ""
+        text = f"{origin}: the image must be a data: URI{urls}, got {quoted(source)}."
+        raise RequestError(text, param="messages")
+    try:
+        content = find_image(source, allow_urls=limits.allow_urls).content
+    except PLPHPError as error:
+        raise type(error)(f"{origin}: {error}") from error
+    if not isinstance(content, (bytes, WebAddress)):
+        raise RequestError(f"{origin}: the image must come with the request.", param="messages")
+    return content
