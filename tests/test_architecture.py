@@ -33,6 +33,7 @@ BELOW: dict[str, tuple[str, ...]] = {
         "engines.hf",
     ),
     "show": ("errors", "policy", "pruning", "studies"),
+    "serving": ("errors", "inputs", "io", "engines.hf", "pruning", "settings", "show"),
     "evaluation": (
         *("errors", "io", "kernels", "policy", "methods", "pruning", "inputs", "engines.hf", "settings", "studies"),
         "show",
@@ -40,7 +41,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "extend": ("errors", "families", "methods", "policy", "settings"),
     "cli": (
         *("_version", "errors", "io", "methods", "families", "pruning", "inputs", "engines.hf", "studies"),
-        *("engines.vllm", "evaluation", "settings", "show"),
+        *("engines.vllm", "evaluation", "serving", "settings", "show"),
     ),
     "__main__": ("cli",),
     "__init__": (

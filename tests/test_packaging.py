@@ -18,7 +18,10 @@ DISTRIBUTIONS = {
     "safetensors": "transformers",
 }
 """Where the name of a module is not that of the package that brings it."""
-OPTIONAL = {"matplotlib", "sklearn", "datasets", "triton", "vllm", "av", "pandas", "pyarrow", "numpy"}
+OPTIONAL = {
+    *("matplotlib", "sklearn", "datasets", "triton", "vllm", "av", "pandas", "pyarrow", "numpy"),
+    *("anyio", "prometheus_client", "starlette", "uvicorn"),
+}
 """Of extras, or brought by transformers and scipy."""
 
 

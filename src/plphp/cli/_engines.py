@@ -39,7 +39,9 @@ def engine_for(name: str) -> str:
     """Return ``name``, or for "auto" vLLM where it is installed, and transformers elsewhere."""
     if name != "auto":
         return name
-    return "transformers" if find_spec("vllm") is None else "vllm"
+    spec = find_spec("vllm")
+    # Without an origin it is a mere folder of that name, on a path where Python looks for packages.
+    return "transformers" if spec is None or spec.origin is None else "vllm"
 
 
 def check_engine(name: str) -> None:

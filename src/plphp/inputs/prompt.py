@@ -76,14 +76,8 @@ def build_inputs(
     UnsupportedFeatureError
         If there are videos and the processor takes none.
     """
-    chat = _checked_chat(prompt, messages)
-    _check_takes_videos(processor, videos, chat)
-    readers = _readers(frames, allow_urls)
-    media = {"image": _read(images, "images", readers["image"]), "video": _read(videos, "videos", readers["video"])}
-    if chat is None:
-        chat = [_user_turn(processor, prompt or "", media)]
-    else:
-        media = {kind: _filled(chat, kind, media[kind], readers[kind]) for kind in KINDS}
+    sources = {"image": images, "video": videos}
+    chat, media = _chat_and_media(processor, prompt, messages, sources, _readers(frames, allow_urls))
     text = _rendered(processor, _with_system(chat, system))
     _check_slots(processor, text, media, text_alone)
     return _processed(processor, text, media)
@@ -105,6 +99,22 @@ def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> 
 def on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs of a prompt with their tensors on a model's device."""
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _chat_and_media(
+    processor: Any,
+    prompt: str | None,
+    messages: Messages | None,
+    sources: Mapping[str, Any],
+    readers: Mapping[str, Callable[[Any], Any]],
+) -> tuple[list[dict[str, Any]], Media]:
+    """A prompt or a chat as messages with slots, and what goes into the slots."""
+    chat = _checked_chat(prompt, messages)
+    _check_takes_videos(processor, sources["video"], chat)
+    media = {kind: _read(sources[kind], f"{kind}s", readers[kind]) for kind in KINDS}
+    if chat is None:
+        return [_user_turn(processor, prompt or "", media)], media
+    return chat, {kind: _filled(chat, kind, media[kind], readers[kind]) for kind in KINDS}
 
 
 def _checked_chat(prompt: str | None, messages: Messages | None) -> list[dict[str, Any]] | None:

@@ -32,6 +32,7 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow", "triton")
 """Packages whose versions are shown."""
 EXTRAS = {
     "matplotlib": "plots (pip install 'plphp[plots]')",
+    "starlette": "a server on transformers (pip install 'plphp[serve]')",
     "accelerate": "models that are spread over several devices",
     "torchvision": "video inputs, and the processors of some families",
     "av": "video files (pip install av)",
