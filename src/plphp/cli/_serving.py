@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -67,19 +68,20 @@ class ModelToServe:
 def serve_with_transformers(model: ModelToServe, limits: Limits, listening: Listening) -> None:
     """Load a model, try it out, and serve it until the server is stopped."""
     check_model(model.name, model.dtype, model.device)
-    with progress("loading plphp") as show:
-        from plphp.inputs.loading import decoder_layers, load_processor
-        from plphp.methods.registry import chain_of
-        from plphp.serving.served_model import ServedModel
-        from plphp.serving.server import bound_socket, serve
+    with ExitStack() as stack:
+        with progress("loading plphp") as show:
+            from plphp.inputs.loading import decoder_layers, load_processor
+            from plphp.methods.registry import chain_of
+            from plphp.serving.served_model import ServedModel
+            from plphp.serving.server import bound_socket, serve
 
-        socket = bound_socket(listening)
-        show("loading the processor")
-        processor = load_processor(model.name)
-        chain_of(model.settings, decoder_layers(model.name))  # refuses what does not fit, before the weights
-    weights = weights_of(model.name, model.dtype, model.device, quiet=False)
-    served = ServedModel(weights, processor, model.settings, model.decode, limits)
-    served.try_out()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s:     %(message)s")
-    logging.getLogger("plphp").setLevel(logging.INFO)
-    serve(socket, served, model.served_name, listening.api_key)
+            socket = stack.enter_context(bound_socket(listening))
+            show("loading the processor")
+            processor = load_processor(model.name)
+            chain_of(model.settings, decoder_layers(model.name))  # refuses what does not fit, before the weights
+        weights = weights_of(model.name, model.dtype, model.device, quiet=False)
+        served = ServedModel(weights, processor, model.settings, model.decode, limits)
+        served.try_out()
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s:     %(message)s")
+        logging.getLogger("plphp").setLevel(logging.INFO)
+        serve(socket, served, model.served_name, listening.api_key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from contextlib import closing
+from contextlib import ExitStack
 
 import uvicorn
 
@@ -32,9 +32,11 @@ def bound_socket(listening: Listening) -> socket.socket:
         family, kind, _, _, address = socket.getaddrinfo(
             listening.host, listening.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        port = socket.socket(family, kind)
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port.bind(address)
+        with ExitStack() as failed:
+            port = failed.enter_context(socket.socket(family, kind))
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port.bind(address)
+            failed.pop_all()
     except (OSError, OverflowError) as error:
         where = f"port {listening.port} of {listening.host}"
         raise ConfigError(f"Cannot listen at {where}: {error}. Choose another with --host and --port.") from error
@@ -55,9 +57,8 @@ def serve(port: socket.socket, served: ServedModel, model_name: str, api_key: st
     api_key : str, optional
         What clients have to send as their key.
     """
-    with closing(port):
-        logger.info("%s is served at http://%s:%d/v1", model_name, *port.getsockname()[:2])
-        uvicorn.Server(uvicorn_config(served, model_name, api_key)).run(sockets=[port])
+    logger.info("%s is served at http://%s:%d/v1", model_name, *port.getsockname()[:2])
+    uvicorn.Server(uvicorn_config(served, model_name, api_key)).run(sockets=[port])
 
 
 def uvicorn_config(served: ServedModel, model_name: str, api_key: str | None = None) -> uvicorn.Config:
