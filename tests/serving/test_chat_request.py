@@ -127,6 +127,14 @@ def test_all_that_is_fetched_is_as_large_as_a_request_at_most(monkeypatch: pytes
     assert chat[0]["content"][1]["image"] == b"a" * 40
 
 
+def test_nothing_is_fetched_from_the_network_of_the_server() -> None:
+    part = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}}
+    limits = Limits(allow_urls=True)
+    chat = read(limits, messages=[{"role": "user", "content": [part]}]).messages
+    with pytest.raises(LoadError, match=r"part 1: 127\.0\.0\.1 is at 127\.0\.0\.1, which is no public address"):
+        fetch_images(chat, limits)
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

@@ -25,6 +25,7 @@ from plphp import PLPHPConfig, PrunedCache
 from plphp.errors import ConfigError, NonFiniteAttentionError, UnsupportedFeatureError
 from plphp.inputs.loading import load_model
 from plphp.inputs.prompt import build_inputs
+from plphp.serving.answer_text import AnswerText
 from plphp.serving.options import Limits
 from plphp.serving.served_model import ServedModel
 
@@ -322,6 +323,31 @@ def test_the_model_fails_in_a_stream(running: Any, monkeypatch: pytest.MonkeyPat
     assert chunks[1]["choices"][0]["delta"] == {"content": "Half an "}
     assert chunks[-1]["error"]["type"] == "server_error"
     assert client.status_count(500) >= 1
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_answer_that_fails_leaves_no_cache(stream: bool, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    gc.disable()  # memory is freed with the error, and not some time later
+    try:
+        with monkeypatch.context() as patched:
+            add = AnswerText.add
+
+            def fail(self: AnswerText, token: int) -> str:
+                if len(self.tokens) == 3:
+                    raise MemoryError  # the log does not hold it, as pytest's would hold others
+                return add(self, token)
+
+            patched.setattr(AnswerText, "add", fail)
+            with closing(client.send({"messages": LINES, "stream": stream})) as connection:
+                response = connection.getresponse()
+                assert response.status == (200 if stream else 503)
+                assert b"The server has no memory" in response.read()
+        client.wait_for("plphp_requests_running", 0)
+        assert sum(type(item) is PrunedCache for item in gc.get_objects()) == 0
+    finally:
+        gc.enable()
+    assert client.text(GRID)
 
 
 def test_a_key(loaded: Any) -> None:
