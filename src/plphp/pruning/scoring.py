@@ -19,8 +19,8 @@ from plphp.policy.states import LayerStates
 from plphp.settings.config import PLPHPConfig
 
 from .entries import LayerEntries
-from .rotary_positions import rotary_positions
 from .probe_rows import with_random_rows
+from .rotary_positions import rotary_positions
 from .row_weights import row_weights
 from .tail_tokens import TailTokens
 from .turned_rows import TurnedRows

@@ -70,7 +70,7 @@ def readings_of(
                 # Rows share those layers, and what has left is in their windows and states.
                 raise UnsupportedFeatureError(
                     f"plphp.branch shares layers with windows or states between its rows, and {early} would leave "
-                    "other tokens or states in them: use plphp.prune or PrunedCache for this model, or a method of the KV cache."
+                    "other tokens in them: use plphp.prune or PrunedCache for this model, or a method of the KV cache."
                 )
             if of_answer:
                 raise ConfigError(
