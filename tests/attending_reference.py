@@ -103,7 +103,7 @@ class Rule:
     seed: int = 0
 
     def unimportant(self, attention: Tensor, row: int) -> list[int]:
-        """The vision tokens that do not attend, from the attention of one row of the batch [q_heads, tokens, tokens]."""
+        """The vision tokens that do not attend, from the attention of a row of the batch [q_heads, tokens, tokens]."""
         tokens = self.valid[row].nonzero()[:, 0].tolist()
         rest, recent = tokens[: -self.recent], tokens[-self.recent :]
         order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(self.seed)).tolist()

@@ -146,10 +146,19 @@ class PromptReport:
         return sum(self.computed) / self.all_computed if self.computed else 1.0
 
     @property
+    def attended(self) -> int:
+        """Tokens x layers that attended, in the layers of `attention` and over the rows."""
+        return sum(sum(layer.attended) for layer in self.attention)
+
+    @property
+    def attention_computed(self) -> int:
+        """Tokens x layers that those layers computed."""
+        return sum(sum(layer.computed) for layer in self.attention)
+
+    @property
     def attended_share(self) -> float:
-        """Tokens x layers that attended, as a fraction of those computed in the layers of `attention`; 1 without."""
-        computed = sum(sum(layer.computed) for layer in self.attention)
-        return sum(sum(layer.attended) for layer in self.attention) / computed if computed else 1.0
+        """Tokens x layers that attended, as a fraction of `attention_computed`; 1 where attention was the model's."""
+        return self.attended / self.attention_computed if self.attention else 1.0
 
 
 def _positions(values: Any) -> list[int]:
