@@ -105,17 +105,17 @@ def important_count(attention: Tensor, tau: float) -> int:
 
 def rates(scores: LayerScores, config: PLPHPConfig) -> list[float]:
     """Which share of the vision tokens of each row is important in a layer."""
-    from plphp.kernels.ordering import positions_in_order
-
     tau = of(config)["tau"]
     if tau is None:
         return [config.base_rate] * len(scores.valid)
     shares = []
-    position = positions_in_order(normalised(scores)[:, None], scores.valid)[:, 0]
+    score = normalised(scores).masked_fill(~scores.valid, -math.inf)
+    # Equal scores in the order of the tokens, as where they are selected.
+    order = score.sort(descending=True, stable=True).indices
     for row, attention in enumerate(received(scores)):
-        important = position[row] < important_count(attention[scores.valid[row]], tau)
+        best = order[row, : important_count(attention[scores.valid[row]], tau)]
         vision = scores.vision[row]
-        shares.append(int((important & vision).sum()) / max(1, int(vision.sum())))
+        shares.append(int(vision[best].sum()) / max(1, int(vision.sum())))
     return shares
 
 
