@@ -116,7 +116,8 @@ class Chain:
     def draws(self) -> bool:
         """Whether chance has a part in what stays."""
         early = self.encoder is not None and self.encoder.stage.draws
-        return early or self.kv.stage.score is at_random or self.kv.stage.mix(self.kv.config).random > 0
+        asked = any(link.stage.evidence(link.config).random_rows for link in self._links_with_evidence)
+        return early or asked or self.kv.stage.score is at_random or self.kv.stage.mix(self.kv.config).random > 0
 
     @property
     def changes_prefill(self) -> list[Link[Any]]:
@@ -162,9 +163,13 @@ class Chain:
 
     def _own_banks(self) -> dict[str, OwnBank]:
         """The banks that links ask the engine to collect, by the names of their methods."""
-        links = [link for link in (self.prefill, self.attention, self.kv) if link is not None]
-        banks = {link.method: link.stage.evidence(link.config).bank for link in links}
+        banks = {link.method: link.stage.evidence(link.config).bank for link in self._links_with_evidence}
         return {method: bank for method, bank in banks.items() if isinstance(bank, OwnBank)}
+
+    @property
+    def _links_with_evidence(self) -> list[Link[Any]]:
+        """The links that look at the attention of layers."""
+        return [link for link in (self.prefill, self.attention, self.kv) if link is not None]
 
     def refuse_uncollected(self, what: str) -> None:
         """Raise `UnsupportedFeatureError` for a method that collects its query bank, where nothing is collected.

@@ -164,5 +164,5 @@ def test_a_wrong_chain_is_refused_before_anything_runs() -> None:
 
 
 def test_a_method_without_a_stage_is_none() -> None:
-    with pytest.raises(ConfigError, match="'empty' acts at no stage: give it one of encoder, prefill, kv"):
+    with pytest.raises(ConfigError, match="'empty' acts at no stage: give it one of encoder, prefill, attention, kv"):
         Method("empty", "an example", "an example")
