@@ -42,6 +42,8 @@ def lines(layers: int, with_tower: bool) -> dict[str, str]:
             made[f"{method} {share:.0%}"] = f"{method}:retention_rate={share}"
         mean = (2 + (layers - 2) * share) / layers
         made[f"fastv layer 2, {share:.0%} behind it"] = f"fastv:layer=2,retention_rate={mean}"
+        # All layers compute all tokens, so that their count is that of stock; attention is among so many of them.
+        made[f"zipvl {share:.0%}"] = f"zipvl:retention_rate={share}"
     made["vtw, half of the layers"] = "vtw:retention_rate=0.5"
     made["divprune 50% + uniform 50%"] = "divprune:retention_rate=0.5+uniform:retention_rate=0.5"
     return made

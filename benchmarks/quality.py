@@ -52,7 +52,7 @@ METHODS = (
     "snapkv_vision",
     "pyramidkv",
     "vl_cache",
-    "zipvl",
+    "zipvl=zipvl:attention=dense",  # the layer budgets alone, as in all figures so far
     "plphp_defaults=plphp:retention_rate=0.4",
     # These read the prompt anew for each retention; layer 2 of 8 leaves fastv a quarter at least.
     "fastv@0.5+0.25",

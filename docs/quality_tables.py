@@ -54,6 +54,8 @@ python benchmarks/quality.py bits          # every entry in one rung, test split
 python docs/make_quality.py
 ```
 
+In commands and tables `zipvl` is `zipvl:attention=dense`, the layer budgets alone: at the time there was no more of it.
+
 """
 READING = """Scores are per cent, with 95 % intervals of the paired bootstrap over samples. *KV* is the vision KV that
 was really kept, measured, in per cent of the full cache's, mean over layers and KV heads; `snapkv`, `adakv` and

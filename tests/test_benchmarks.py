@@ -164,6 +164,7 @@ def test_first_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert alone["DynamicCache"]["tokens_x_layers"] == 3 * 500
     assert alone["divprune 50%"]["tokens_x_layers"] == alone["encoder_random 50%"]["tokens_x_layers"] == 3 * 300
     assert alone["fastv layer 2, 25% behind it"]["tokens_x_layers"] == 2 * 500 + 200
+    assert alone["zipvl 25%"]["tokens_x_layers"] == 3 * 500
     with_tower = {row["variant"]: row for row in rows if row["with_tower"]}
     assert with_tower["DynamicCache"]["vision_tokens"] == 729
     assert with_tower["visionzip 25%"]["tokens_x_layers"] == 3 * (182 + 100)

@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixkv": {"window": 4},
     "recall_rank": {"floor": 0.2, "random_share": 0.2, "value_norm": 1},
     "fastv": {"layer": 1},
+    "zipvl": {"attention": "dense"},  # with important tokens: tests/engines/hf/test_attending.py
 }
 ROWS = ([1], [2], [2, 0, 1])
 

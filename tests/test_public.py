@@ -38,6 +38,7 @@ SURFACE = {
     ),
     "plphp.extend": (
         *(
+            "AttentionStage",
             "EncoderStage",
             "KVStage",
             "Method",
@@ -87,8 +88,8 @@ STANDARD = {
 }
 """Names in signatures that are those of Python, torch and transformers."""
 CALLED_BY_ENGINES = {
-    *("attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "note"),
-    *("enter_layer", "leave_layers", "packed_mask", "forget_leaving"),
+    *("attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "acting", "note"),
+    *("enter_layer", "leave_layers", "packed_mask", "forget_leaving", "before_attention"),
 }
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from attending_reference import Unimportant, hidden_and_silent
 from invariants import attention_set
 from plphp.engines.hf.layer import PrunedLayer
 from plphp.kernels.books import Books, LayerBooks
@@ -99,12 +100,15 @@ def noting_what_is_held() -> Iterator[list[Held]]:
 
 
 @contextmanager
-def entries_replaced(model: Any, cache: Any, notes: Sequence[Held]) -> Iterator[dict[int, Tensor]]:
+def entries_replaced(
+    model: Any, cache: Any, notes: Sequence[Held], unimportant: Mapping[int, Unimportant] | None = None
+) -> Iterator[dict[int, Tensor]]:
     """Make a full cache behave as a `PrunedCache` with tiers has to.
 
     For every query behind a prompt, what was coded is replaced by what its codes stand for, what was dropped is masked,
     and with recall what the query does not read is masked, too, and stands in by its index and the mean value. Naive
-    float64 attention over all entries, which shares no code with plphp.
+    float64 attention over all entries, which shares no code with plphp. While a prompt is read, the tokens that are
+    ``unimportant`` in a layer are masked in it, and their own attention is 0.
 
     Yields
     ------
@@ -119,14 +123,19 @@ def entries_replaced(model: Any, cache: Any, notes: Sequence[Held]) -> Iterator[
         scaling = kw.get("scaling") or query.shape[-1] ** -0.5
         position = torch.arange(key.shape[2] - query.shape[2], key.shape[2])
         passed = torch.stack([position >= held.end for held in own]).sum(0) if own else torch.zeros_like(position)
+        prompts = (unimportant or {}).get(getattr(module, "layer_idx", -1), [])
+        hidden, silent = hidden_and_silent(prompts, position, len(query), key.shape[2])
         output = query.new_empty(*query.shape[:3], value.shape[3], dtype=torch.float64)
         for count in passed.unique().tolist():  # prompts end one after the other
             some = passed == count
             shown = None if mask is None else mask.double()[:, :, some]
+            if shown is not None and prompts:
+                shown = shown.masked_fill(hidden[:, None, some], -torch.inf)
             scaled = query.double()[:, :, some] * scaling
             output[:, :, some], weights = _attention(scaled, key, value, shown, own[:count])
             if own:
                 newest[module.layer_idx] = weights[:, :, -1]
+        output = output.masked_fill(silent[:, None, :, None], 0)
         return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
     AttentionInterface.register("test_tiers", reference)

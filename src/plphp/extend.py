@@ -40,7 +40,7 @@ from plphp.policy.rankers import (
     times_value_norm,
 )
 from plphp.policy.selection import Mix, keep_mask
-from plphp.policy.stages import EncoderStage, KVStage, PrefillStage
+from plphp.policy.stages import AttentionStage, EncoderStage, KVStage, PrefillStage
 from plphp.policy.states import LayerStates
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
@@ -48,6 +48,7 @@ from plphp.settings.options import Option, settings
 __all__ = [
     "Allocation",
     "Allocator",
+    "AttentionStage",
     "Chosen",
     "ConfigError",
     "EncoderStage",

@@ -308,8 +308,8 @@ class TestSupport:
         assert bank["when"].startswith("first of all")
         assert bank["options"]["collect"] == 16
         stages = [method["stage"] for method in json.loads(ok("methods", "--json"))]
-        assert list(dict.fromkeys(stages)) == ["encoder", "prefill", "kv"]
-        assert stages == sorted(stages, key=["encoder", "prefill", "kv"].index)
+        assert list(dict.fromkeys(stages)) == ["encoder", "prefill", "attention, kv", "kv"]
+        assert stages == sorted(stages, key=["encoder", "prefill", "attention, kv", "kv"].index)
         early = [method for method in json.loads(ok("methods", "--json")) if method["stage"] == "encoder"]
         assert all(method["when"] != "to compare" for method in early)
         assert "qwen2_5_vl" in ok("families")

@@ -272,7 +272,10 @@ def test_block_tables_begin_behind_the_empty_blocks() -> None:
         step.shortened(0, 8, common)
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "shared"}, {"method": "zipvl", "retention_rate": 0.5}], ids=str)
+ZIPVL = {"method": "zipvl", "options": {"attention": "dense"}, "retention_rate": 0.5}
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "shared"}, ZIPVL], ids=str)
 def test_two_processes_decide_as_one_would(settings: dict[str, Any]) -> None:
     """With a KV head each, and waiting for each other, as the processes of tensor parallelism do."""
     alone = pruning_of(**settings)

@@ -222,7 +222,7 @@ def needed(found: Reading, layer: int, tau: float) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zipvl_with_a_fixed_tau(family: str, tau: float) -> None:
     found = reading(family)
-    _, layers = run(found, f"zipvl:tau={tau}")
+    _, layers = run(found, f"zipvl:attention=dense,tau={tau}")
     for layer in layers:
         for head, kept in enumerate(layer.rows[0].kept_positions):
             score = found.mean(layer.layer, head, found.text_rows)
@@ -234,7 +234,7 @@ def test_zipvl_with_a_fixed_tau(family: str, tau: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zipvl_finds_the_tau_of_a_target(family: str, target: float, setting: str) -> None:
     found = reading(family)
-    report, layers = run(found, f"zipvl:{setting}={target}")
+    report, layers = run(found, f"zipvl:attention=dense,{setting}={target}")
     counts = [layer.rows[0].kept[0] for layer in layers]
     wanted = half_up(target * len(found.vision) * found.layers)
     assert sum(counts) == wanted

@@ -51,11 +51,15 @@ class RowAllocation:
         Class of the layer for this prompt.
     rate : float
         Retention rate, in [0, 1].
+    shares : tuple of float, optional
+        For each rung of the stage (`plphp.policy.stages.KVStage.rungs`), the fraction of the vision entries that are
+        held in it or in a better one, rising up to ``rate``. Default: those of the config's ladder, in proportion.
     """
 
     vision_score: float
     layer_class: LayerClass
     rate: float
+    shares: tuple[float, ...] | None = None
 
 
 Layers = Sequence[ScoredLayer]

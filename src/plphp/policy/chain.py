@@ -15,11 +15,16 @@ from .evidence import OwnBank
 from .image_tokens import TowerEvidence
 from .method import Method
 from .rankers import at_random, per_head
-from .stages import STAGES, EncoderStage, KVStage, PrefillStage
+from .stages import STAGES, AttentionStage, EncoderStage, KVStage, PrefillStage
 
-StageT = TypeVar("StageT", EncoderStage, PrefillStage, KVStage)
+StageT = TypeVar("StageT", EncoderStage, PrefillStage, AttentionStage, KVStage)
 
-WHERE = {"encoder": "before the text model", "prefill": "inside prefill", "kv": "of the KV cache"}
+WHERE = {
+    "encoder": "before the text model",
+    "prefill": "inside prefill",
+    "attention": "of prefill's attention",
+    "kv": "of the KV cache",
+}
 """Where the tokens of each stage leave, in words that complete a sentence."""
 KEEP_WHAT_STAYED = KVStage(allocate=keep_all, score=per_head)
 """What happens to the KV cache where no method acts on it."""
@@ -33,7 +38,7 @@ class Link(Generic[StageT]):
     ----------
     method : str
         Name of the method.
-    stage : EncoderStage, PrefillStage or KVStage
+    stage : EncoderStage, PrefillStage, AttentionStage or KVStage
         What it does.
     config : PLPHPConfig
         Its settings.
@@ -54,12 +59,15 @@ class Chain:
         What leaves before the text model.
     prefill : Link of PrefillStage, optional
         What leaves inside prefill.
+    attention : Link of AttentionStage, optional
+        What attends while a layer reads the prompt.
     kv : Link of KVStage
         What leaves the KV cache; nothing where no method acts on it.
     """
 
     encoder: Link[EncoderStage] | None
     prefill: Link[PrefillStage] | None
+    attention: Link[AttentionStage] | None
     kv: Link[KVStage]
 
     @classmethod
@@ -79,13 +87,14 @@ class Chain:
         links: dict[str, Link[Any]] = {}
         methods = [(method, method.settled(config)) for method, config in methods]
         for method, config in methods:
-            for name, stage in method.stages.items():
+            for name, stage in method.acting(config).items():
                 _check_order(links, name, method.name)
                 links[name] = Link(method.name, stage, config)
         last, config = methods[-1]
         return cls(
             links.get("encoder"),
             links.get("prefill"),
+            links.get("attention"),
             links.get("kv") or Link(last.name, KEEP_WHAT_STAYED, config),
         )
 
@@ -107,7 +116,14 @@ class Chain:
     def draws(self) -> bool:
         """Whether chance has a part in what stays."""
         early = self.encoder is not None and self.encoder.stage.draws
-        return early or self.kv.stage.score is at_random or self.kv.stage.mix(self.kv.config).random > 0
+        asked = any(link.stage.evidence(link.config).random_rows for link in self._links_with_evidence)
+        return early or asked or self.kv.stage.score is at_random or self.kv.stage.mix(self.kv.config).random > 0
+
+    @property
+    def changes_prefill(self) -> list[Link[Any]]:
+        """The links by which layers compute a prompt in another way than the model would: all but that of the KV
+        cache."""
+        return [link for link in (self.encoder, self.prefill, self.attention) if link is not None]
 
     @property
     def tower(self) -> TowerEvidence | None:
@@ -147,9 +163,13 @@ class Chain:
 
     def _own_banks(self) -> dict[str, OwnBank]:
         """The banks that links ask the engine to collect, by the names of their methods."""
-        links = [link for link in (self.prefill, self.kv) if link is not None]
-        banks = {link.method: link.stage.evidence(link.config).bank for link in links}
+        banks = {link.method: link.stage.evidence(link.config).bank for link in self._links_with_evidence}
         return {method: bank for method, bank in banks.items() if isinstance(bank, OwnBank)}
+
+    @property
+    def _links_with_evidence(self) -> list[Link[Any]]:
+        """The links that look at the attention of layers."""
+        return [link for link in (self.prefill, self.attention, self.kv) if link is not None]
 
     def refuse_uncollected(self, what: str) -> None:
         """Raise `UnsupportedFeatureError` for a method that collects its query bank, where nothing is collected.

@@ -48,6 +48,8 @@ class Evidence:
     rows : int, "text" or "text_after_first"
         The method's own query rows, for a config that leaves ``query_rows`` open: the last n tokens of the prompt, the
         text after its last image, or all text after its first.
+    random_rows : int
+        How many other tokens of the prompt, drawn at random by the config's ``seed``, are query rows beside those.
     candidates : {"vision", "prompt"}
         Entries that may be evicted: the vision tokens, or all tokens of the prompt before the first query row.
     peak : bool
@@ -89,6 +91,7 @@ class Evidence:
     """
 
     rows: QueryRows = 1
+    random_rows: int = 0
     candidates: Literal["vision", "prompt"] = "vision"
     peak: bool = False
     best_position: bool = False
@@ -106,6 +109,8 @@ class Evidence:
         for name, choices in (("candidates", ("vision", "prompt")), ("states", (None, "rows", "prompt"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"Evidence.{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        if type(self.random_rows) is not int or self.random_rows < 0:
+            raise ConfigError(f"Evidence.random_rows must be an integer of at least 0, got {self.random_rows!r}.")
         if self.beside_rows and self.bank is None:
             raise ConfigError("Evidence.beside_rows says how a bank asks, and the evidence names no bank.")
         if self.weigh_rows is not None and self.bank is not None:

@@ -12,7 +12,7 @@ from plphp.settings.checks import check_kept_once
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
-from .stages import STAGES, EncoderStage, KVStage, PrefillStage, Stage
+from .stages import STAGES, AttentionStage, EncoderStage, KVStage, PrefillStage, Stage
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Method:
         What leaves before the text model.
     prefill : PrefillStage, optional
         What leaves inside prefill.
+    attention : AttentionStage, optional
+        What attends while a layer reads the prompt.
     kv : KVStage, optional
         What leaves the KV cache after a layer has read the prompt.
     options : mapping of str to Option
@@ -57,6 +59,7 @@ class Method:
     paper: str
     encoder: EncoderStage | None = None
     prefill: PrefillStage | None = None
+    attention: AttentionStage | None = None
     kv: KVStage | None = None
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     check: Callable[[PLPHPConfig, int], None] = lambda config, layers: None
@@ -73,6 +76,13 @@ class Method:
     def stages(self) -> dict[str, Stage]:
         """The stages that it acts at by name, in the order in which a prompt passes them."""
         return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
+
+    def acting(self, config: PLPHPConfig) -> dict[str, Stage]:
+        """Those of them at which it acts with a config."""
+        stages = self.stages
+        if self.attention is not None and not self.attention.acts(config):
+            del stages["attention"]
+        return stages
 
     def uses_class_rule(self, config: PLPHPConfig) -> bool:
         """Whether it sorts layers into classes by their vision attention scores, see `KVStage`."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three stages at which vision tokens leave, in the order in which a prompt passes them.
+"""The stages at which vision tokens leave, in the order in which a prompt passes them.
 
 - *encoder*: before the text model. No layer of it ever sees the token.
 - *prefill*: inside the text model, from a decoder layer on. The layers before hold the token, the later ones do not.
+- *attention*: out of the attention of single layers, while they read the prompt. All layers compute all tokens.
 - *kv*: from the KV cache, once a layer has read the whole prompt, per layer and per KV head.
 """
 
@@ -24,8 +25,13 @@ from .selection import RANKED, Mix
 if TYPE_CHECKING:
     from torch import Tensor
 
-STAGES = ("encoder", "prefill", "kv")
+STAGES = ("encoder", "prefill", "attention", "kv")
 """Names of the stages, in the order in which a prompt passes them."""
+
+
+def rungs_of_ladder(config: PLPHPConfig) -> tuple[str, ...] | None:
+    """Names of the rungs of the ladder that a config names, if any."""
+    return None if config.ladder is None else config.ladder.names
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,30 @@ class PrefillStage:
 
 
 @dataclass(frozen=True)
+class AttentionStage:
+    """While a layer reads the prompt, attention runs among its important tokens alone.
+
+    The queries, keys and values of the vision tokens that are not important take no part, and the attention of these
+    tokens is 0 in this layer; they stay in the residual stream, so that all that is no attention is computed for them.
+    Text is always important, and so is the last token of the prompt.
+
+    Parameters
+    ----------
+    important : callable
+        ``(scores, config) -> bool [batch, seq]``: the important vision tokens of a layer. ``scores`` are those of this
+        layer, by the attention that it would have among all tokens.
+    evidence : callable
+        ``config -> Evidence``: what it wants to know of the layer beside the mean attention.
+    acts : callable
+        ``config -> bool``: whether it is asked for at all. Without it the attention of prefill is that of the model.
+    """
+
+    important: Callable[[LayerScores, PLPHPConfig], Tensor]
+    evidence: Callable[[PLPHPConfig], Evidence] = lambda config: Evidence()
+    acts: Callable[[PLPHPConfig], bool] = lambda config: True
+
+
+@dataclass(frozen=True)
 class KVStage:
     """Entries leave the KV cache, once a layer has read the prompt: an allocator and a ranker decide which.
 
@@ -112,6 +142,10 @@ class KVStage:
     heads_compare : bool
         Whether the scores of different KV heads can be compared; otherwise heads keep as many entries each, and
         ``heads="ragged"`` is refused.
+    rungs : callable
+        ``config -> tuple of str or None``: the rungs that a layer holds its vision entries in, the best in the first;
+        None where entries are held whole or dropped. Where they are not those of the config's ladder, the allocator
+        says by `RowAllocation.shares` how much each of them holds.
     """
 
     allocate: Allocator
@@ -124,6 +158,7 @@ class KVStage:
     needs_answer: bool = False
     heads: Literal["equal", "ragged"] = "equal"
     heads_compare: bool = True
+    rungs: Callable[[PLPHPConfig], tuple[str, ...] | None] = rungs_of_ladder
 
     def ragged(self, config: PLPHPConfig) -> bool:
         """Whether the KV heads of a layer compete for its places."""
@@ -159,4 +194,4 @@ class KVStage:
         return replace(self, allocate=self.at_most)
 
 
-Stage: TypeAlias = EncoderStage | PrefillStage | KVStage
+Stage: TypeAlias = EncoderStage | PrefillStage | AttentionStage | KVStage

@@ -26,7 +26,7 @@ def coders_of(link: Link[KVStage], own_bank: QueryBank | None = None) -> Coders 
     Parameters
     ----------
     link : Link of KVStage
-        With a config whose ``tiers`` may name a ladder.
+        With a config by which it may ask for rungs.
     own_bank : QueryBank, optional
         The bank that the engine has collected, for a method that asks for such a bank.
 
@@ -36,9 +36,10 @@ def coders_of(link: Link[KVStage], own_bank: QueryBank | None = None) -> Coders 
         If a rung needs codebooks and there are none.
     """
     config = link.config
-    if config.ladder is None:
+    names = link.stage.rungs(config)
+    if names is None:
         return None
-    rungs = tuple(RUNGS[name] for name in config.ladder.names if name != WHOLE)
+    rungs = tuple(RUNGS[name] for name in names if name != WHOLE)
     reading = Reading(config.read, config.rest)
     books: Mapping[int, LayerBooks] | None = None
     if any(rung.needs_books for rung in rungs):
@@ -69,7 +70,7 @@ def collects_books(link: Link[KVStage]) -> bool:
 def _books_from(link: Link[KVStage]) -> str | OwnBank | None:
     """What the codebooks of a config are of: a file, or a bank that the engine collects; None where it needs none."""
     config = link.config
-    if config.ladder is None or not any(RUNGS[name].needs_books for name in config.ladder.names if name != WHOLE):
+    if not any(RUNGS[name].needs_books for name in link.stage.rungs(config) or () if name != WHOLE):
         return None
     return config.books or link.stage.evidence(config).bank
 

@@ -80,6 +80,12 @@ class Packing:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""
         return Packing(self.rows.repeat_interleave(times, dim=0), self.tokens)
 
+    def behind(self, begin: int) -> Tensor:
+        """Where these tokens stand in a tail that holds ``begin`` entries before the pass, with all of those entries,
+        int64 [batch, begin + packed]; -1 where a row is filled up."""
+        earlier = torch.arange(begin).expand(len(self.rows), -1)
+        return torch.cat([earlier, (self.rows + begin).where(self.rows >= 0, -1)], 1)
+
     def narrowed(self, stay: Tensor) -> Packing:
         """Pack those that stay of the packed tokens, bool [batch, packed]."""
         gone = torch.zeros(len(stay), self.tokens, dtype=torch.bool)
@@ -120,9 +126,10 @@ class Packing:
         return states.gather(-1, place.clamp(min=0)).masked_fill(place < 0, fill)
 
     def spread_tokens(self, states: Tensor) -> Tensor:
-        """The same for states [batch, packed, dim], 0 where a token has left."""
-        place = self.place.to(states.device)[..., None]
-        return states.gather(1, place.clamp(min=0).expand(-1, -1, states.shape[2])).masked_fill(place < 0, 0)
+        """The same for states [batch, packed, ...], 0 where a token has left."""
+        place = self.place.to(states.device).view(len(self.rows), self.tokens, *[1] * (states.ndim - 2))
+        spread = states.gather(1, place.clamp(min=0).expand(-1, -1, *states.shape[2:]))
+        return spread.masked_fill(place < 0, 0)
 
 
 def gathered(states: Tensor, rows: Tensor, axis: int = 1, fill: float | None = None, *, batch: int = -1) -> Tensor:

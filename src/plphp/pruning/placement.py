@@ -14,7 +14,7 @@ from plphp.errors import CacheStateError
 from plphp.kernels.coder import Coder
 from plphp.policy.allocation import RowAllocation
 from plphp.policy.evidence import LayerScores
-from plphp.settings.ladder import WHOLE, Ladder
+from plphp.settings.ladder import WHOLE
 
 
 class Placement(IntEnum):
@@ -72,13 +72,13 @@ def whole_or_dropped(keep: Tensor) -> Tensor:
     return keep.to(torch.uint8) * Placement.WHOLE
 
 
-def by_ladder(ladder: Ladder, masks: Sequence[Tensor], scores: LayerScores, whole_rows: Sequence[int]) -> Tensor:
-    """The placement of what a ladder holds.
+def by_rungs(names: Sequence[str], masks: Sequence[Tensor], scores: LayerScores, whole_rows: Sequence[int]) -> Tensor:
+    """The placement of what is held in several rungs.
 
     Parameters
     ----------
-    ladder : Ladder
-        Its rungs.
+    names : sequence of str
+        The rungs, the best first.
     masks : sequence of Tensor
         For each rung, bool [batch, kv_heads, seq]: what is held in it or in a better one, and all that is no candidate.
     scores : LayerScores
@@ -92,7 +92,7 @@ def by_ladder(ladder: Ladder, masks: Sequence[Tensor], scores: LayerScores, whol
         uint8 [batch, kv_heads, seq].
     """
     numbers = iter(range(1, Placement.WHOLE))
-    values = [Placement.WHOLE if name == WHOLE else next(numbers) for name in ladder.names]
+    values = [Placement.WHOLE if name == WHOLE else next(numbers) for name in names]
     placement = torch.zeros_like(masks[0], dtype=torch.uint8)
     for value, mask in reversed(list(zip(values, masks, strict=True))):
         placement.masked_fill_(mask, value)

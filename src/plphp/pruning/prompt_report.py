@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .report_checks import check_numbers, integers
-from .stage_report import StageReport
+from .stage_report import AttentionReport, StageReport
 from .tier_report import TierReport
 
 
@@ -120,6 +120,8 @@ class PromptReport:
         What left before layers got it, in the order of the layers; empty for methods of the KV cache.
     computed : list of int
         By decoder layer, the tokens that it computed, over the rows and without padding; empty where that was all.
+    attention : list of AttentionReport
+        What attended in each layer whose attention of the prompt ran among important tokens alone.
     """
 
     start: int
@@ -128,6 +130,7 @@ class PromptReport:
     layers: list[LayerReport]
     stages: list[StageReport] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
+    attention: list[AttentionReport] = field(default_factory=list)
 
     @property
     def all_computed(self) -> int:
@@ -141,6 +144,21 @@ class PromptReport:
     def computed_share(self) -> float:
         """Tokens x layers that were computed, as a fraction of `all_computed`; 1 where that was all."""
         return sum(self.computed) / self.all_computed if self.computed else 1.0
+
+    @property
+    def attended(self) -> int:
+        """Tokens x layers that attended, in the layers of `attention` and over the rows."""
+        return sum(sum(layer.attended) for layer in self.attention)
+
+    @property
+    def attention_computed(self) -> int:
+        """Tokens x layers that those layers computed."""
+        return sum(sum(layer.computed) for layer in self.attention)
+
+    @property
+    def attended_share(self) -> float:
+        """Tokens x layers that attended, as a fraction of `attention_computed`; 1 where attention was the model's."""
+        return self.attended / self.attention_computed if self.attention else 1.0
 
 
 def _positions(values: Any) -> list[int]:
@@ -178,4 +196,5 @@ def read_prompt(values: dict[str, Any]) -> PromptReport:
         layers=[LayerReport(layer["layer"], [_read_row(row) for row in layer["rows"]]) for layer in values["layers"]],
         stages=[StageReport.from_values(stage) for stage in values.get("stages", [])],
         computed=integers(values.get("computed", []), "computed"),
+        attention=[AttentionReport.from_values(layer) for layer in values.get("attention", [])],
     )

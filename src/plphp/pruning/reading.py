@@ -25,9 +25,11 @@ from plphp.policy.rotation import Rotation
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 
+from .attending import Attending
 from .coders import coders_of
 from .finite import UnrankedRows
 from .leaving import Leaving
+from .packing import Packing
 from .placement import LayerPlacement
 from .scoring import Attended, Scoring
 from .selecting import Budget, placements
@@ -97,12 +99,11 @@ class PromptReading:
         self._unranked = UnrankedRows(spans, features)
         of_engine = rope_delta, rotations, own_bank
         self.kv = Scoring.of(spans, chain.kv.config, chain.kv.stage.evidence(chain.kv.config), *of_engine)
-        self._prefill = self.kv
-        if chain.prefill is not None:
-            own = chain.prefill.stage.evidence(chain.prefill.config)
-            asked = Scoring.of(spans, chain.prefill.config, own, *of_engine)
-            self._prefill = self.kv if asked.asks_as(self.kv) else asked
+        self._prefill, self._attention = (
+            self._scoring_of(link, of_engine) for link in (chain.prefill, chain.attention)
+        )
         self.leaving = leaving
+        self.attending = None if chain.attention is None else Attending(spans, chain.attention)
         self._coders = coders_of(chain.kv, own_bank)
         # What is to be coded has to be whole until it is placed.
         narrows = narrows and self._coders is None
@@ -173,16 +174,34 @@ class PromptReading:
         bool
             Whether the layer has read the whole prompt.
         """
-        scorings = self._scorings(attended.layer)
+        # What attention was to run among has been scored before it.
+        scorings = [scoring for scoring in self._scorings(attended.layer) if attended.layer not in scoring.scores]
         for scoring in scorings:
             scoring.gather(attended)
         if attended.entries.length < self.spans.end:
             return False
-        with as_written(attended.query.device):
-            for scoring in scorings:
-                scoring.score(attended)
-                scoring.scores[attended.layer] = self._join_heads(scoring.scores[attended.layer])
+        for scoring in scorings:
+            self._score(scoring, attended)
         return True
+
+    def attend(self, attended: Attended) -> Packing | None:
+        """Say which tokens of a layer attend, before they do; None where they all do.
+
+        Parameters
+        ----------
+        attended : Attended
+            The layer with the whole prompt, before its attention.
+        """
+        if self.attending is None or attended.layer not in self.budget_layers(self.attending.link.config):
+            return None
+        scoring, layer = self._attention, attended.layer
+        scoring.gather(attended)
+        self._score(scoring, attended)
+        unranked = self._unranked.set_aside(scoring, layer)
+        packing = self.attending.choose(attended, scoring.scores[layer], unranked)
+        if scoring is not self.kv:
+            del scoring.scores[layer]
+        return packing
 
     def let_leave(self, layer: int) -> None:
         """Let vision tokens leave at the prefill stage, once a layer is scored by which they are ranked."""
@@ -248,10 +267,25 @@ class PromptReading:
         self.spans = self.spans.repeated(times)
         self._unranked.repeat(times)
         self.kv.repeat(times)
-        if self.leaving is not None:
-            self.leaving.repeat(times)
-        if self._prefill is not self.kv:
-            self._prefill.repeat(times)
+        for part in (self.leaving, self.attending):
+            if part is not None:
+                part.repeat(times)
+        for scoring in (self._prefill, self._attention):
+            if scoring is not self.kv:
+                scoring.repeat(times)
+
+    def _scoring_of(self, link: Link[Any] | None, of_engine: tuple[Any, ...]) -> Scoring:
+        """What a link before the KV stage asks of layers; the KV stage's own scoring where that asks the same."""
+        if link is None:
+            return self.kv
+        asked = Scoring.of(self.spans, link.config, link.stage.evidence(link.config), *of_engine)
+        return self.kv if asked.asks_as(self.kv) else asked
+
+    def _score(self, scoring: Scoring, attended: Attended) -> None:
+        """Score a layer that has read the whole prompt."""
+        with as_written(attended.query.device):
+            scoring.score(attended)
+        scoring.scores[attended.layer] = self._join_heads(scoring.scores[attended.layer])
 
     @property
     def _waits_for_all(self) -> bool:

@@ -15,6 +15,7 @@ from plphp.kernels.coded_bytes import head_nbytes, means_of_shape
 from plphp.kernels.coder import Coder
 from plphp.policy.allocation import RowAllocation
 
+from .attending import Attending
 from .entries import LayerEntries
 from .leaving import Leaving
 from .placement import LayerPlacement, Placement, coded_somewhere, whole_or_dropped
@@ -146,7 +147,10 @@ class LayerRecord:
 
 
 def prompt_reports(
-    records: Sequence[LayerRecord], layers: Mapping[int, LayerEntries], left: Mapping[int, Leaving] | None = None
+    records: Sequence[LayerRecord],
+    layers: Mapping[int, LayerEntries],
+    left: Mapping[int, Leaving] | None = None,
+    attended: Mapping[int, Attending] | None = None,
 ) -> list[PromptReport]:
     """Put the records of all layers and turns together, prompt by prompt, oldest first.
 
@@ -158,8 +162,10 @@ def prompt_reports(
         The layers that they are of.
     left : mapping of int to Leaving, optional
         By the beginning of the prompts, what left them before layers got it.
+    attended : mapping of int to Attending, optional
+        By the beginning of the prompts, what attended in their layers.
     """
-    left = left or {}
+    left, attended = left or {}, attended or {}
     prompts: dict[int, list[LayerRecord]] = {}
     for record in records:
         prompts.setdefault(record.spans.start, []).append(record)
@@ -171,6 +177,7 @@ def prompt_reports(
             layers=[record.report(layers[record.layer]) for record in sorted(own, key=lambda record: record.layer)],
             stages=left[start].report() if start in left else [],
             computed=[tokens for _, tokens in sorted(left[start].computed.items())] if start in left else [],
+            attention=attended[start].report() if start in attended else [],
         )
         for start, own in prompts.items()
     ]

@@ -148,6 +148,13 @@ class PruneReport:
         return sum(sum(prompt.computed) for prompt in early) / total if total else 1.0
 
     @property
+    def attended_share(self) -> float:
+        """Tokens x layers that attended while the prompts were read, as a fraction of all in layers where attention ran
+        among important tokens alone; 1 without such layers."""
+        computed = sum(prompt.attention_computed for prompt in self.prompts)
+        return sum(prompt.attended for prompt in self.prompts) / computed if computed else 1.0
+
+    @property
     def _rows(self) -> list[RowReport]:
         return [row for prompt in self.prompts for layer in prompt.layers for row in layer.rows]
 

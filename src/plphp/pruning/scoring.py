@@ -19,6 +19,7 @@ from plphp.policy.states import LayerStates
 from plphp.settings.config import PLPHPConfig
 
 from .entries import LayerEntries
+from .probe_rows import with_random_rows
 from .rotary_positions import rotary_positions
 from .row_weights import row_weights
 from .tail_tokens import TailTokens
@@ -124,11 +125,13 @@ class Scoring:
         turned = None
         if evidence.turned_rows is not None:
             turned = TurnedRows.of(spans, rope_delta, evidence.turned_rows, evidence.turned_ahead)
-        return cls(spans, query_mask(spans, rows), own, config.gqa_reduction, rope_delta, known, own_bank, turned)
+        queries = with_random_rows(query_mask(spans, rows), spans, evidence.random_rows, config.seed)
+        return cls(spans, queries, own, config.gqa_reduction, rope_delta, known, own_bank, turned)
 
     def asks_as(self, scoring: Scoring) -> bool:
         """Whether both ask the same of every layer of one prompt, so that the scores of one serve for both."""
-        return (self.evidence, self.gqa_reduction) == (scoring.evidence, scoring.gqa_reduction)
+        alike = (self.evidence, self.gqa_reduction) == (scoring.evidence, scoring.gqa_reduction)
+        return alike and torch.equal(self.queries, scoring.queries)  # seeds may differ
 
     def repeat(self, times: int) -> None:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""

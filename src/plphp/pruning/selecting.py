@@ -16,7 +16,7 @@ from plphp.policy.selection import keep_masks
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 
-from .placement import by_ladder, whole_or_dropped
+from .placement import by_rungs, whole_or_dropped
 
 NOT_PRUNED = ("exempt", "no-vision", "non-finite")
 """Classes of rows that are held as they are."""
@@ -47,24 +47,32 @@ def placements(link: Link[KVStage], scores: LayerScores, budgets: Sequence[Budge
     """
     own = link.config
     score = pooled(link.stage.scored(scores, own), scores, own)
-    rates = [_cumulative_rates(config, rows) for config, rows in budgets]
+    rates = [_cumulative_rates(link.stage, config, rows) for config, rows in budgets]
     mix, ragged = link.stage.mix(own), link.stage.ragged(own)
     kept = keep_masks(score, scores, [row for part in rates for row in part], own, mix, ragged=ragged)
     masks = iter(round_up(mask, score, scores) for mask in kept)
     placed = []
     for (config, rows), part in zip(budgets, rates, strict=True):
         held = [next(masks) for _ in part]
-        if config.ladder is None:
+        rungs = link.stage.rungs(config)
+        if rungs is None:
             placed.append(whole_or_dropped(held[0]))
         else:
             whole = [number for number, row in enumerate(rows) if row.layer_class in NOT_PRUNED]
-            placed.append(by_ladder(config.ladder, held, scores, whole))
+            placed.append(by_rungs(rungs, held, scores, whole))
     return placed
 
 
-def _cumulative_rates(config: PLPHPConfig, rows: Sequence[RowAllocation]) -> list[list[float]]:
-    """For each rung of a ladder, or for all that is kept whole, the rate of each row down to it."""
-    if config.ladder is None:
+def _cumulative_rates(stage: KVStage, config: PLPHPConfig, rows: Sequence[RowAllocation]) -> list[list[float]]:
+    """For each rung, or for all that is kept whole, the rate of each row down to it."""
+    rungs = stage.rungs(config)
+    if rungs is None:
         return [[row.rate for row in rows]]
-    by_row = [config.ladder.cumulative(row.rate) for row in rows]
-    return [list(rates) for rates in zip(*by_row, strict=True)]
+    return [list(rates) for rates in zip(*(_of_rungs(row, config, len(rungs)) for row in rows), strict=True)]
+
+
+def _of_rungs(row: RowAllocation, config: PLPHPConfig, rungs: int) -> Sequence[float]:
+    if row.shares is not None:
+        return row.shares
+    # A row that is held as it is, where the rungs are the method's own, has all in the best.
+    return [row.rate] * rungs if config.ladder is None else config.ladder.cumulative(row.rate)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from plphp.errors import ConfigError
 
+from .attention_tables import attention_line, attention_table, attention_values
 from .stage_tables import stage_table, stage_values, stages_line
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 TOTALS = (
     *("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held"),
     "computed_share",
+    "attended_share",
 )
 """Properties of a report that stand beside its fields in JSON."""
 MAX_HEADS = 8
@@ -57,15 +59,16 @@ def layer_rows(report: PruneReport, prompt: int = 0, row: int = 0) -> list[tuple
 
 
 def layer_tables(report: PruneReport, row: int = 0) -> list[Table]:
-    """Make a `layer_table` for each pruned prompt, behind that of what left before layers got it, if anything did.
+    """Make a `layer_table` for each pruned prompt, behind those of what left before layers got it and of what attended
+    in them, where it was not all.
 
     Empty where no prompt had vision tokens.
     """
-    pairs = [
-        (stage_table(select_prompt(report, prompt, row), row), layer_table(report, prompt, row))
-        for prompt in range(len(report.prompts))
-    ]
-    return [table for pair in pairs for table in pair if table is not None]
+    tables: list[Table | None] = []
+    for prompt in range(len(report.prompts)):
+        selected = select_prompt(report, prompt, row)
+        tables += stage_table(selected, row), attention_table(selected, row), layer_table(report, prompt, row)
+    return [table for table in tables if table is not None]
 
 
 def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
@@ -154,6 +157,7 @@ def report_values(report: PruneReport) -> dict[str, Any]:
             "start": prompt.start,
             "end": prompt.end,
             **stage_values(prompt),
+            **attention_values(prompt),
             "layers": [
                 {"layer": layer.layer, "rows": [_row_values(row) for row in layer.rows]} for layer in prompt.layers
             ],
@@ -174,7 +178,7 @@ def summary(report: PruneReport) -> str:
     if report.text_evicted:
         kept += f" and {report.text_evicted} text entries evicted"
     where = f"{reserved}{_devices(report)}"
-    early = f"{line}, " if (line := stages_line(report)) else ""
+    early = "".join(f"{line}, " for line in (stages_line(report), attention_line(report)) if line)
     return (
         f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
         f"({_change(report)}){where}, {early}{kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the "

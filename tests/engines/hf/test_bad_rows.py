@@ -323,9 +323,9 @@ def test_beams_name_the_row_of_the_prompt(how: dict[str, Any], caplog: pytest.Lo
 
 
 @pytest.mark.skipif(not TINY["llava"].stock.chunked_prefill, reason="transformers drops the images")
-@pytest.mark.parametrize("method", ["plphp", "zipvl"])
-def test_a_prompt_in_chunks(method: str) -> None:
-    model, settings = tiny_model("llava", torch.float64), PLPHPConfig(method=method, retention_rate=0.4)
+@pytest.mark.parametrize("line", ["plphp", "zipvl:attention=dense"])
+def test_a_prompt_in_chunks(line: str) -> None:
+    model, settings = tiny_model("llava", torch.float64), PLPHPConfig.parse(line)
     expected, _ = pruned(model, inputs_of("llava"), settings, prefill_chunk_size=9)
     found, report = pruned(model, inputs_of("llava", NAN), settings, prefill_chunk_size=9)
     assert torch.equal(found.sequences[GOOD], expected.sequences[GOOD])

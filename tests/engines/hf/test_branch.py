@@ -28,7 +28,7 @@ LINES = (
     "snapkv_vision:window=4,retention_rate=0.2,exempt_layers=0",
     "pyramidkv:window=3,retention_rate=0.4",
     "vl_cache:retention_rate=0.4",
-    "zipvl:target_retention=0.3",
+    "zipvl:attention=dense,target_retention=0.3",
     "recall_rank:retention_rate=0.3,value_norm=1,floor=0.3,random_share=0.2",
     "tgv_kv:retention_rate=0.3",
     "mixkv:window=4,retention_rate=0.3",

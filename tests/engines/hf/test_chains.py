@@ -34,8 +34,8 @@ KV = (
     "recall_rank:retention_rate=0.4",
     "snapkv:window=3,retention_rate=0.4",
     "vl_cache:retention_rate=0.5",
-    "zipvl:retention_rate=0.5",
-    "zipvl:tau=0.7",
+    "zipvl:attention=dense,retention_rate=0.5",
+    "zipvl:attention=dense,tau=0.7",
     "tgv_kv:retention_rate=0.5",
     "mixkv:window=3,retention_rate=0.4",
     "expected_attention:retention_rate=0.4",
@@ -164,5 +164,5 @@ def test_a_wrong_chain_is_refused_before_anything_runs() -> None:
 
 
 def test_a_method_without_a_stage_is_none() -> None:
-    with pytest.raises(ConfigError, match="'empty' acts at no stage: give it one of encoder, prefill, kv"):
+    with pytest.raises(ConfigError, match="'empty' acts at no stage: give it one of encoder, prefill, attention, kv"):
         Method("empty", "an example", "an example")

@@ -150,7 +150,7 @@ def test_deep_models(family: str, name: str, monkeypatch: pytest.MonkeyPatch, co
     BY_CLASSES + "floor=0.2,target_retention=0.4",
     BY_CLASSES + "random_share=0.2,target_retention=0.4",
     "vl_cache:target_retention=0.4",
-    "zipvl:target_retention=0.4",
+    "zipvl:attention=dense,target_retention=0.4",
     "plphp:target_retention=1.0",
 ])  # fmt: skip
 def test_what_is_not_known_to_leave_stays_to_the_end(

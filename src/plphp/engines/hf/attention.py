@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
 from plphp.kernels import decode_attention
+from plphp.pruning.packing import gathered
 
 from .cache_argument import NAME, NAMES
 from .packed_masks import Attention
@@ -93,6 +94,7 @@ def _attention_over(base: str) -> Attention:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         attend = partial(stock_attention(base, module), module, **kwargs)
         layer = pending.cache.layers[pending.layer]
+        packing = pending.cache.before_attention(pending.layer, query, scaling)
         prefix = layer.prefix
         if prefix is None:
             # Under autocast keys may be wider than values; a dynamic cache would have widened the values to them.
@@ -100,12 +102,19 @@ def _attention_over(base: str) -> Attention:
         if pending.cache.tail_bias is not None:
             # In a CUDA graph the tail comes with the room behind it, which only this mask hides.
             attention_mask = pending.cache.tail_bias
-        elif layer.packing is not None:
-            attention_mask = pending.cache.packed_mask(layer, attention_mask, query.shape[2])
+        elif packing is not None or layer.packing is not None:
+            attention_mask = pending.cache.packed_mask(layer, attention_mask, query.shape[2], packing)
+        asking = query
+        if packing is not None:
+            entries = packing.behind(key.shape[2] - query.shape[2])
+            asking = gathered(query, packing.rows, 2, batch=0)
+            key, value = (gathered(states, entries, 2, batch=0) for states in (key, value))
         if prefix is None:
-            output, _ = attend(query, key, value, attention_mask)
+            output, _ = attend(asking, key, value, attention_mask)
         else:
-            output = decode_attention(query, prefix, key, value, attention_mask, scaling, layer.coded)
+            output = decode_attention(asking, prefix, key, value, attention_mask, scaling, layer.coded)
+        if packing is not None:
+            output = packing.spread_tokens(output)
         pending.cache.after_attention(pending.layer, query, scaling)
         return output, None
 

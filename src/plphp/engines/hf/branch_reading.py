@@ -64,8 +64,8 @@ def readings_of(
     readings: list[PromptReading | None] = []
     for chain in chains:
         of_answer = chain.kv.stage.needs_answer
-        if chain.acts_early:
-            early = " and ".join(repr(link.method) for link in (chain.encoder, chain.prefill) if link is not None)
+        if chain.changes_prefill:
+            early = " and ".join(repr(link.method) for link in chain.changes_prefill)
             if len(pruned_layers(reader)) < len(reader.layers):
                 # Rows share those layers, and what has left is in their windows and states.
                 raise UnsupportedFeatureError(
@@ -94,7 +94,8 @@ def readings_of(
             reading.kv.queries = torch.arange(own_spans.end)[None] >= spans.end
         # gqa_reduction changes the question only where the evidence itself combines query heads.
         combined = chain.kv.config.gqa_reduction if reading.kv.evidence.best_position else ""
-        readings.append(by_question.setdefault((of_answer, reading.kv.evidence, combined), reading))
+        drawn = chain.kv.config.seed if reading.kv.evidence.random_rows else 0
+        readings.append(by_question.setdefault((of_answer, reading.kv.evidence, combined, drawn), reading))
     return readings
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plphp.errors import PLPHPError, SpanError, UnsupportedFeatureError
+from plphp.errors import SpanError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of, settled
@@ -78,7 +78,6 @@ class PrunedCache(PackedCache):
         elif own_bank is None:
             self.chain.refuse_uncollected("A PrunedCache")
         self.records: list[LayerRecord] = []
-        self.pruning_seconds = 0.0
         self._listeners: list[Callable[[Attended], None]] = []
         self._by_mask = False  # whether the caller named the vision tokens of the plan with a mask
 
@@ -274,7 +273,7 @@ class PrunedCache(PackedCache):
             kv_bytes=self.nbytes,
             reserved_bytes=self.reserved_nbytes,
             pruning_seconds=self.pruning_seconds,
-            prompts=prompt_reports(self.records, self._pruned, self.left),
+            prompts=prompt_reports(self.records, self._pruned, self.left, self.attended),
             collecting=self.collecting,
             held=[held_bytes(number, layer) for number, layer in enumerate(self.layers)],
             book_bytes=books_nbytes(self._pruned.values()),
@@ -324,26 +323,4 @@ class PrunedCache(PackedCache):
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
-        self.records, self.pruning_seconds = [], 0.0
-
-    def _repeat_rows(self, reading: PromptReading, rows: int) -> None:
-        """Follow ``generate``, which repeats the rows of a prompt for beams and for several returned sequences."""
-        times, rest = divmod(rows, reading.batch)
-        if rest:
-            self._end_by(f"it was planned for {reading.batch} rows and read {rows}")
-        if times > 1:
-            reading.repeat(times)
-
-    @contextmanager
-    def _ended_by_errors(self) -> Iterator[None]:
-        """End the cache with an error in a prompt's flow: by then some layers are placed and the rest are not."""
-        try:
-            yield
-        except PLPHPError as error:
-            if not self._dead:
-                self._end_by(str(error), type(error))
-            raise
-        except BaseException:
-            if not self._dead:
-                self._invalidate("an error stopped the reading of a prompt")
-            raise
+        self.records = []

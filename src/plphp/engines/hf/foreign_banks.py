@@ -47,7 +47,7 @@ def refuse_foreign_banks(chain: Chain, model: PreTrainedModel, own_bank: QueryBa
         logged, once.
     """
     of_books = books_file(chain.kv)
-    links = [link for link in (chain.prefill, chain.kv) if link is not None]
+    links = [link for link in (chain.prefill, chain.attention, chain.kv) if link is not None]
     asked = [link.stage.evidence(link.config).bank for link in links]
     for name in {*(name for name in asked if isinstance(name, str)), *([] if of_books is None else [of_books])}:
         _check_file(name, model, of_books == name)

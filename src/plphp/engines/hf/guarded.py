@@ -223,6 +223,10 @@ class GuardedCache(ConversationCache):
                 "it was made for, or call cache.plan(inputs) first."
             )
 
+    def before_attention(self, layer_idx: int, query: Tensor, scaling: float) -> Packing | None:
+        """Which of the tokens that a layer has got attend in it, None for all."""
+        return None
+
     def _packing_at(self, layer_idx: int, given: int) -> Packing | None:
         """Which tokens of the pass a layer has got, None for all; checked against the ``given`` number."""
         return None

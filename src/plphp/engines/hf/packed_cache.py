@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache that says which tokens of a prompt each decoder layer gets, see `plphp.engines.hf.packed_layers`."""
+"""A cache that says which tokens of a prompt each decoder layer gets, and which of them attend in it.
+
+`plphp.engines.hf.packed_layers` asks for the first, `plphp.engines.hf.attention` for the second.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from plphp.errors import UnsupportedFeatureError, UnsupportedModelError
+from plphp.errors import PLPHPError, UnsupportedFeatureError, UnsupportedModelError
+from plphp.families.spans import VisionSpans
+from plphp.pruning.attending import Attending
 from plphp.pruning.leaving import Leaving
 from plphp.pruning.packing import Packing, gathered
+from plphp.pruning.reading import PromptReading
+from plphp.pruning.scoring import Attended
 
 from .attachment import Attachment
 from .guarded import GuardedCache
@@ -21,7 +31,7 @@ from .tower_watch import TowerWatch
 
 
 class PackedCache(GuardedCache):
-    """A guarded cache for prompts that vision tokens leave before decoder layers get them.
+    """A guarded cache for prompts of which decoder layers do not get, or do not attend among, all tokens.
 
     Attributes
     ----------
@@ -33,6 +43,10 @@ class PackedCache(GuardedCache):
         The tokens that the layer which runs has got; None where it has got them all.
     left : dict of int to Leaving
         By the beginning of each prompt that was read, what has left it.
+    attended : dict of int to Attending
+        By the beginning of each prompt whose layers attended among important tokens alone, which these were.
+    pruning_seconds : float
+        Time that the reading of prompts has taken so far beside the model.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -41,6 +55,43 @@ class PackedCache(GuardedCache):
         self.watch: TowerWatch | None = None
         self.packing: Packing | None = None
         self.left: dict[int, Leaving] = {}
+        self.attended: dict[int, Attending] = {}
+        self.pruning_seconds = 0.0
+
+    def before_attention(self, layer_idx: int, query: Tensor, scaling: float) -> Packing | None:
+        """Say which tokens of a prompt attend in a layer.
+
+        Parameters
+        ----------
+        layer_idx : int
+            Decoder layer, whose keys and values have been updated.
+        query : Tensor
+            [batch, q_heads, query, dim]; post-RoPE queries of the tokens that it has got.
+        scaling : float
+            Factor on the logits.
+
+        Returns
+        -------
+        Packing or None
+            Of the tokens that the layer has got, those that attend; None where they all do.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If the prompt comes in chunks.
+        """
+        reading = self.reading
+        if reading is None or reading.attending is None:
+            return None
+        started, spans, layer = time.perf_counter(), reading.spans, self._pruned[layer_idx]
+        with self._ended_by_errors():
+            if layer.length < spans.end:
+                self._refuse_chunk(spans, [reading.attending.link.method], layer.length - self._before)
+            self._repeat_rows(reading, query.shape[0])
+            self.attended[spans.start] = reading.attending
+            packing = reading.attend(Attended(layer_idx, query, layer, scaling))
+        self.pruning_seconds += time.perf_counter() - started
+        return packing
 
     def enter_layer(self, number: int, states: Tensor) -> tuple[Tensor, Packing | None]:
         """Say what a decoder layer gets.
@@ -72,7 +123,9 @@ class PackedCache(GuardedCache):
         if number == 0:
             self.packing = None
             self.left[leaving.spans.start] = leaving
-            self._refuse_chunks(leaving, states.shape[1])
+            if states.shape[1] != leaving.spans.end - leaving.spans.start:
+                methods = [link.method for name, link in leaving.chain.stages.items() if name != "kv"]
+                self._refuse_chunk(leaving.spans, methods, states.shape[1])
             states = leaving.enter(states, None if self.watch is None else self.watch.scores)
         before, self.packing = self.packing, leaving.packing_at(number)
         leaving.note_computed(number)
@@ -92,11 +145,17 @@ class PackedCache(GuardedCache):
         """From now on layers get all tokens."""
         self.leaving = self.watch = self.packing = None
 
-    def packed_mask(self, layer: PrunedLayer, mask: Tensor | None, queries: int) -> Tensor | None:
-        """Fit a mask to a layer that has not got all tokens of a prompt, see `plphp.engines.hf.packed_masks`."""
+    def packed_mask(
+        self, layer: PrunedLayer, mask: Tensor | None, queries: int, attending: Packing | None = None
+    ) -> Tensor | None:
+        """Fit a mask to a layer that has not got all tokens of a prompt, or in which not all of them attend, see
+        `plphp.engines.hf.packed_masks`."""
         tokens = layer.tail_tokens
         rows = 1 if layer.packing is None else len(layer.packing.rows)
         columns = tokens.of(torch.arange(tokens.end).expand(rows, -1), -1)
+        if attending is not None:
+            columns = gathered(columns, attending.behind(columns.shape[1] - queries), fill=-1)
+            queries = attending.packed
         return packed_mask(mask, columns, queries, tokens.end)
 
     def tower_recorded(self) -> AbstractContextManager[None]:
@@ -110,18 +169,38 @@ class PackedCache(GuardedCache):
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
         self.forget_leaving()
-        self.left = {}
+        self.left, self.attended = {}, {}
+        self.pruning_seconds = 0.0
 
-    def _refuse_chunks(self, leaving: Leaving, given: int) -> None:
-        """Before the first layer, check that the prompt comes in one piece."""
-        tokens = leaving.spans.end - leaving.spans.start
-        if given != tokens:
-            methods = " and ".join(link.method for name, link in leaving.chain.stages.items() if name != "kv")
-            self._end_by(
-                f"{methods} chooses tokens before layers get them and needs the prompt in one piece, and got {given} "
-                f"of its {tokens} tokens: pass all of it in one call",
-                UnsupportedFeatureError,
-            )
+    def _repeat_rows(self, reading: PromptReading, rows: int) -> None:
+        """Follow ``generate``, which repeats the rows of a prompt for beams and for several returned sequences."""
+        times, rest = divmod(rows, reading.batch)
+        if rest:
+            self._end_by(f"it was planned for {reading.batch} rows and read {rows}")
+        if times > 1:
+            reading.repeat(times)
+
+    @contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        """End the cache with an error in a prompt's flow: by then some layers are placed and the rest are not."""
+        try:
+            yield
+        except PLPHPError as error:
+            if not self._dead:
+                self._end_by(str(error), type(error))
+            raise
+        except BaseException:
+            if not self._dead:
+                self._invalidate("an error stopped the reading of a prompt")
+            raise
+
+    def _refuse_chunk(self, spans: VisionSpans, methods: list[str], given: int) -> NoReturn:
+        """Refuse a prompt that does not come in one piece, before the first layer or before its attention."""
+        self._end_by(
+            f"{' and '.join(methods)} chooses tokens while layers read the prompt and needs it in one piece, and got "
+            f"{given} of its {spans.end - spans.start} tokens: pass all of it in one call",
+            UnsupportedFeatureError,
+        )
 
     def _refuse_filled_states(self, leaving: Leaving) -> None:
         """Refuse rows of unequal length behind a state: it would go on by what fills the shorter ones up."""

@@ -15,7 +15,7 @@ from plphp.settings.ladder import WHOLE
 
 from .foreign_banks import refuse_foreign_banks
 
-STAGES = ("encoder", "prefill", "kv")
+STAGES = ("encoder", "prefill", "attention", "kv")
 """Stages that plphp runs in transformers."""
 
 
@@ -43,12 +43,12 @@ def refuse_stages(chain: Chain, model: PreTrainedModel, own_bank: QueryBank | No
     if chain.tower is not None:
         _refuse_unread_tower(chain, model)
     implementation = model.config.get_text_config(decoder=True)._attn_implementation or ""
-    if chain.acts_early and "flash" in implementation:
-        methods = " and ".join(link.method for link in (chain.encoder, chain.prefill) if link is not None)
+    if chain.changes_prefill and "flash" in implementation:
+        methods = " and ".join(link.method for link in chain.changes_prefill)
         # It takes positions with gaps for packed sequences.
         raise UnsupportedFeatureError(
-            f"{methods} takes tokens out before layers get them, which was not tried with flash attention: call "
-            "model.set_attn_implementation('sdpa') first."
+            f"{methods} takes tokens out before layers, or their attention, get them, which was not tried with flash "
+            "attention: call model.set_attn_implementation('sdpa') first."
         )
 
 
@@ -66,10 +66,10 @@ def _refuse_unread_tower(chain: Chain, model: PreTrainedModel) -> None:
 def _refuse_heads(chain: Chain, model: PreTrainedModel) -> None:
     """Raise for tiers on heads that no rung can hold, before anything is read; where the config does not tell the width
     of a head, the first layer does."""
-    ladder = chain.kv.config.ladder
+    rungs = chain.kv.stage.rungs(chain.kv.config)
     text = model.config.get_text_config(decoder=True)
     dim = vars(text).get("head_dim")  # in some configs layers differ, and reading it of all raises
-    if ladder is not None and set(ladder.names) != {WHOLE} and isinstance(dim, int) and dim % BYTE:
+    if rungs is not None and set(rungs) != {WHOLE} and isinstance(dim, int) and dim % BYTE:
         raise UnsupportedFeatureError(
             f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: "
             f"{INSTEAD}."

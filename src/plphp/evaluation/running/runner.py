@@ -156,7 +156,7 @@ def _check_variant(
     refuse_foreign_banks(chain, model)
     if variant.images == "smaller":
         smaller_inputs(model, processor, sample, variant.retention or 1.0)
-    if chain.prefill is not None:
+    if chain.prefill is not None or chain.attention is not None:
         # What keeps a method from acting inside prefill is in the model's layers and its attention.
         PrunedCache.for_inputs(model, prompt_inputs(processor, sample), variant.config)
 
