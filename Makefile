@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help demo bench bench-all test test-oldest test-newest test-vllm lint wheel train clean
+.PHONY: help demo bench bench-all test test-oldest test-newest test-vllm test-lmms lint wheel train clean
 
 help:
 	@echo "make demo         answer questions on images, unpruned and pruned side by side, and write a page to look at"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-oldest  run those that lean on transformers on its oldest supported version"
 	@echo "make test-newest  the same on the newest release of transformers"
 	@echo "make test-vllm    run the tests of serving, in an environment with vLLM's CPU build (3.5 GB)"
+	@echo "make test-lmms    run the tests of lmms-eval, in an environment that looks into .venv for the rest"
 	@echo "make bench        time and memory on this machine, beside transformers' own cache"
 	@echo "make bench-all    the same for all sizes, with results files"
 	@echo "make lint         ruff and mypy"
@@ -72,6 +73,9 @@ SELECTED ?=
 test-vllm: .venv-vllm/.dev
 	.venv-vllm/bin/python -m pytest -n 2 --dist worksteal $(SELECTED) tests/engines/vllm tests/engines/test_vllm_reading.py
 
+test-lmms: .venv-lmms/.dev
+	.venv-lmms/bin/python -m pytest -n 2 --dist worksteal tests/lmms
+
 # The wheel has to work, with its bundled model, where nothing of this folder is.
 wheel: $(VENV)/.dev
 	rm -rf dist .venv-wheel
@@ -88,7 +92,7 @@ train: $(VENV)/.dev
 	$(BIN)/python -m training.train_all --out training/runs/reference --resume
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-wheel dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .venv-wheel dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -103,4 +107,8 @@ $(VENV)/.dev: $(VENV)/.plphp
 
 .venv-vllm/.dev: $(SOURCES) tests/engines/vllm/environment.sh tests/engines/vllm/declare_operators.py
 	PYTHON="$(PYTHON)" tests/engines/vllm/environment.sh .venv-vllm
+	touch $@
+
+.venv-lmms/.dev: $(VENV)/.dev tests/lmms/environment.sh tests/lmms/requirements.txt
+	PYTHON="$(PYTHON)" tests/lmms/environment.sh .venv-lmms $(VENV)
 	touch $@

@@ -39,6 +39,7 @@ BELOW: dict[str, tuple[str, ...]] = {
         "show",
     ),
     "extend": ("errors", "families", "methods", "policy", "settings"),
+    "integrations": ("errors", "engines.hf", "inputs", "methods", "pruning", "settings"),
     "cli": (
         *("_version", "errors", "io", "methods", "families", "pruning", "inputs", "engines.hf", "studies"),
         *("engines.vllm", "evaluation", "serving", "settings", "show"),

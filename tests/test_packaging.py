@@ -16,10 +16,11 @@ DISTRIBUTIONS = {
     "tomli_w": "tomli-w",
     "huggingface_hub": "transformers",
     "safetensors": "transformers",
+    "tqdm": "transformers",
 }
 """Where the name of a module is not that of the package that brings it."""
 OPTIONAL = {
-    *("matplotlib", "sklearn", "datasets", "triton", "vllm", "av", "pandas", "pyarrow", "numpy"),
+    *("matplotlib", "sklearn", "datasets", "triton", "vllm", "lmms_eval", "av", "pandas", "pyarrow", "numpy"),
     *("anyio", "prometheus_client", "starlette", "uvicorn"),
 }
 """Of extras, or brought by transformers and scipy."""

@@ -80,7 +80,44 @@ def build_inputs(
     chat, media = _chat_and_media(processor, prompt, messages, sources, _readers(frames, allow_urls))
     text = _rendered(processor, _with_system(chat, system))
     _check_slots(processor, text, media, text_alone)
-    return _processed(processor, text, media)
+    return _processed(processor, [text], [media])
+
+
+def build_batch(
+    processor: Any, chats: Sequence[Messages], *, frames: int = 8, allow_urls: bool = False
+) -> dict[str, Any]:
+    """Make the inputs of ``generate`` for several chats, each a row that is padded on the left.
+
+    Parameters
+    ----------
+    processor : ProcessorMixin
+        Processor of the model.
+    chats : sequence of sequence of mapping
+        A chat or more, see `plphp.inputs.chat.normalized`; every image and video entry names its source. Either all of
+        them have images and all have videos, or none has: processors know no row without images beside rows with some.
+    frames, allow_urls
+        See `build_inputs`.
+
+    Returns
+    -------
+    dict
+        ``input_ids`` and ``attention_mask`` [batch, seq], and the image features, if there are images.
+
+    Raises
+    ------
+    SpanError
+        If the slots of a chat are not as many as its images.
+    ConfigError, LoadError, UnsupportedFeatureError
+        See `build_inputs`.
+    """
+    readers, nothing = _readers(frames, allow_urls), dict.fromkeys(KINDS, ())
+    texts, media = [], []
+    for messages in chats:
+        chat, own = _chat_and_media(processor, None, messages, nothing, readers)
+        texts.append(_rendered(processor, _with_system(chat, None)))
+        _check_slots(processor, texts[-1], own, text_alone=True)
+        media.append(own)
+    return _processed(processor, texts, media)
 
 
 def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> int:
@@ -221,13 +258,15 @@ def _check_slots(processor: Any, text: str, media: Media, text_alone: bool) -> N
         )
 
 
-def _processed(processor: Any, text: str, media: Media) -> dict[str, Any]:
+def _processed(processor: Any, texts: Sequence[str], media: Sequence[Media]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     bos = getattr(processor.tokenizer, "bos_token", None)
-    if bos and text.startswith(bos):  # the template has written it, and the tokenizer would write it once more
+    if bos and texts[0].startswith(bos):  # the template has written it, and the tokenizer would write it once more
         options["add_special_tokens"] = False
-    if media["image"]:
-        options["images"] = [media["image"]]  # a list per prompt, as Idefics asks for and all processors take
-    if media["video"]:
-        options["videos"] = media["video"]
-    return dict(processor(text=[text], return_tensors="pt", **options))
+    if any(row["image"] for row in media):
+        options["images"] = [row["image"] for row in media]  # a list per prompt, as Idefics asks for and all take
+    if any(row["video"] for row in media):
+        options["videos"] = [video for row in media for video in row["video"]]
+    if len(texts) > 1:
+        options |= {"padding": True, "padding_side": "left"}
+    return dict(processor(text=list(texts), return_tensors="pt", **options))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plphp.errors import ConfigError, PLPHPError, UnsupportedFeatureError
-from plphp.inputs.prompt import build_inputs
+from plphp.inputs.prompt import build_batch, build_inputs
 from plphp.io.quoting import one_line
 
 if TYPE_CHECKING:
@@ -93,15 +93,14 @@ def prompt_inputs(processor: Any, sample: Sample, turns: int = 1) -> dict[str, A
 
 def batch_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     """Inputs of ``generate`` for the first questions of several samples, padded on the left."""
-    if len(samples) == 1:
-        return prompt_inputs(processor, samples[0])
-    texts = [_rendered(processor, [*_system(sample), _messages(sample)[0]], reply=True) for sample in samples]
-    bos = processor.tokenizer.bos_token
-    options = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
-    images = [list(sample.images) for sample in samples]
-    padding = {"padding": True, "padding_side": "left"}
     with _refusals(processor):
-        return dict(processor(text=texts, images=images, return_tensors="pt", **padding, **options))
+        return build_batch(processor, [[*_system(sample), *_first_turn(sample)] for sample in samples])
+
+
+def _first_turn(sample: Sample) -> list[dict[str, Any]]:
+    """The first question behind the images of a sample, each in its entry."""
+    images = [{"type": "image", "image": image} for image in sample.images]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": sample.turns[0].question}]}]
 
 
 @contextmanager
