@@ -32,7 +32,8 @@ def request(model: Any, messages: Any, kwargs: dict[str, Any] = KWARGS, number: 
 
     to_messages = messages if callable(messages) else lambda document: messages
     model.task_dict.setdefault("task", {"test": [None] * 100})
-    arguments = (QUESTION, to_messages, kwargs, number, "task", "test")
+    # Longer contexts are answered first, so that the answers have to be put in order.
+    arguments = (QUESTION * (number + 1), to_messages, kwargs, number, "task", "test")
     metadata = {"task": "task", "doc_id": number, "repeats": 1}
     return Instance("generate_until", arguments, 0, metadata)
 
