@@ -17,7 +17,7 @@ from plphp.engines.hf.answer_lengths import answer_lengths
 from plphp.engines.hf.session import apply, remove
 from plphp.errors import UnsupportedFeatureError
 from plphp.inputs.loading import load_model
-from plphp.inputs.prompt import build_batch
+from plphp.inputs.prompt import build_batch, on_device
 
 from .arguments import check_known, read_count, read_settings, unquoted
 from .document import Document, downsampled, named_after
@@ -176,8 +176,7 @@ class PrunedModel(lmms):  # type: ignore[misc, unused-ignore]
     def _generate(self, documents: Sequence[Document], generation: Generation) -> list[GenerationResult]:
         with named_after(documents):
             chats = [downsampled(document.chat, self.downsample) for document in documents]
-            inputs = build_batch(self.processor, chats, frames=self.frames)
-            inputs = {name: value.to(self.device) for name, value in inputs.items()}
+            inputs = on_device(self.model, build_batch(self.processor, chats, frames=self.frames))
             prompt = inputs["input_ids"].shape[1]
             with torch.inference_mode():
                 output = self.model.generate(
