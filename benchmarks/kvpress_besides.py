@@ -4,7 +4,8 @@
 kvpress 0.5.5 wants transformers below 5.3 and plphp at least 5.17, so it runs in an environment of its own, which has
 this repository's ``src`` on PYTHONPATH for the model, the samples and the metrics (they need no newer transformers)::
 
-    python -m venv KVPRESS && KVPRESS/bin/pip install kvpress==0.5.5 scipy pillow rapidfuzz scikit-learn rich
+    python -m venv KVPRESS && KVPRESS/bin/pip install kvpress==0.5.5 \
+        scipy pillow rapidfuzz scikit-learn rich matplotlib
     PYTHONPATH=src KVPRESS/bin/python benchmarks/kvpress_besides.py
 
 Figures are compared within this run alone, with DynamicCache of the same transformers. A prompt is read inside of the

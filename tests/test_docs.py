@@ -319,6 +319,32 @@ def test_performance_page_has_the_figures_of_the_first_token() -> None:
         assert f"| {variant} | {' | '.join(own)} |" in page
 
 
+def test_the_page_on_other_caches_has_the_figures_of_the_results() -> None:
+    page = (ROOT / "docs" / "other-caches.md").read_text(encoding="utf-8")
+
+    def line(row: dict[str, Any]) -> str:
+        of_stock = row["difference"]
+        difference = f"{100 * of_stock['mean']:+.1f} ({100 * of_stock['low']:+.1f}, {100 * of_stock['high']:+.1f})"
+        name = row["variant"] if "," in row["variant"] else f"`{row['variant']}`"
+        return f"| {name} | {100 * row['score']['mean']:.1f} | {difference} | {100 * row['share']:.1f} % |"
+
+    steps: dict[tuple[str, int], float] = {}
+    for row in figures("quantized_steps_cpu")["speed"]:
+        if "seconds" in row:
+            steps[row["variant"], row["batch"]] = row["seconds"]
+    scores = figures("quantized_scores_cpu")["quality"]
+    for row in scores["results"]:
+        ratios = [f"{steps[row['variant'], batch] / steps['DynamicCache', batch]:.2f}" for batch in (1, 8)]
+        assert f"{line(row)} {100 * row['vision_share']:.1f} % | {ratios[0]} | {ratios[1]} |" in page
+    for name, failure in scores["failed"].items():
+        assert f"`{name}` fails on {failure['prompts']} of {failure['of']} prompts" in page
+    presses = figures("kvpress_cpu")
+    assert all(line(row) in page for row in presses["results"])
+    assert len(presses["results"]) == 7
+    assert {(failure["prompts"], failure["of"]) for failure in presses["failed"].values()} == {(1, 180)}
+    assert "an error on 1 of 180 prompts" in page
+
+
 def test_guarantees_page_has_the_figures_of_the_results() -> None:
     page, results = (ROOT / "docs" / "guarantees.md").read_text(), figures("exactness_cpu")["results"]
     for line, name in (
