@@ -16,9 +16,7 @@ PART is one of, in this order:
                    docs/quality/*.png
 - ``tiers``        few bits in the place of eviction, on the test split: benchmarks/results/tiers.json
 - ``bits``         every entry in one rung, no choice, on the test split: benchmarks/results/bits.json
-- ``stages``       what leaves before and inside the text model, on the development split:
-                   benchmarks/results/stages.json
-- ``early``        the same on the test split: benchmarks/results/early.json
+- ``early``        what leaves before and inside the text model, on the test split: benchmarks/results/early.json
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
 docs/quality.md from the results. Another model needs folders of its own (``--results``, ``--runs``).
@@ -205,7 +203,6 @@ def main() -> None:
         "ladders": ladders,
         "tiers": tiers,
         "bits": bits,
-        "stages": stages,
         "early": early,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -334,11 +331,6 @@ def tiers(arguments: argparse.Namespace) -> None:
 def bits(arguments: argparse.Namespace) -> None:
     """Every entry in one rung on the test split."""
     _table(arguments, "bits", BITS, "test", TIERS_RETENTION, 500)
-
-
-def stages(arguments: argparse.Namespace) -> None:
-    """What leaves before and inside the text model, on the development split."""
-    _table(arguments, "stages", _labelled(STAGES), "dev", TIERS_RETENTION, 40)
 
 
 def early(arguments: argparse.Namespace) -> None:

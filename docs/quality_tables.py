@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stage_tables import stages_section
 from tier_tables import bits_section, ladders_section, section
 
 FOLDER = Path(__file__).parent
@@ -51,6 +52,7 @@ python benchmarks/quality.py test          # the methods of earlier years at all
 python benchmarks/quality.py rivals        # ragged heads, banks and this year's rivals, test split
 python benchmarks/quality.py tiers         # few bits in the place of eviction, test split
 python benchmarks/quality.py bits          # every entry in one rung, test split
+python benchmarks/quality.py early --samples 125   # what leaves before and inside the text model, test split
 python docs/make_quality.py
 ```
 
@@ -396,6 +398,7 @@ OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tiers": section,
     "bits": bits_section,
     "ladders": ladders_section,
+    "early": stages_section,
     "heads": _heads,
     "ablation": _ablation,
     "transfer": _transfer,
