@@ -12,7 +12,7 @@ Figures = Mapping[str, Any]
 ALONE = "query_bank@0.25"
 """A method of the KV cache alone: prefill computes every token."""
 CHAINS = ("DivPrune 50 %, then query_bank@0.5", "DPP 50 %, then query_bank@0.5")
-"""Half of the vision tokens before the text model, and a half of theirs in the KV cache: a quarter, as `ALONE` holds."""
+"""Half of the vision tokens before the text model, of theirs a half in the KV cache: a quarter, as `ALONE` holds."""
 COMPUTED = {"full": 1.0, ALONE: 1.0, **dict.fromkeys(CHAINS, 0.5)}
 """The vision tokens x layers that prefill computes where that is not the share of the KV that is held."""
 WITHIN = 3
