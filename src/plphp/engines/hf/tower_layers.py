@@ -71,9 +71,9 @@ def chosen_layers(
         layers = range(*layers.indices(len(full)))
     missing = [layer for layer in layers if not -len(full) <= layer < len(full)]
     if missing or not layers:
-        asked = f"layers {list(layers)}" if layers else f"layers from {first} on"
+        asked = f"layers {list(layers)}" if layers else "no layers" if first is None else f"layers from {first} on"
         raise ConfigError(
             f"The method reads {asked} of the vision tower, and that of {type(model).__name__} has {len(full)} with "
-            f"full attention, {-len(full)} to {len(full) - 1}: set the option of the method that names them."
+            f"full attention, from {-len(full)} to {len(full) - 1}: set the option of the method that names them."
         )
     return [full[layer] for layer in layers]
