@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help demo bench bench-all test test-oldest test-newest test-vllm test-lmms lint wheel train clean
+.PHONY: help demo bench bench-all test test-oldest test-newest test-vllm test-lmms lint docs wheel train clean
 
 help:
 	@echo "make demo         answer questions on images, unpruned and pruned side by side, and write a page to look at"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench        time and memory on this machine, beside transformers' own cache"
 	@echo "make bench-all    the same for all sizes, with results files"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         build the site of the documents into site/, strict about links"
 	@echo "make wheel        build the wheel and try it in a clean environment"
 	@echo "make train        train the bundled model again (hours on 2 CPU cores)"
 
@@ -76,6 +77,9 @@ test-vllm: .venv-vllm/.dev
 test-lmms: .venv-lmms/.dev
 	.venv-lmms/bin/python -m pytest -n 2 --dist worksteal tests/lmms
 
+docs: .venv-docs/.docs
+	.venv-docs/bin/python docs/make_site.py
+
 # The wheel has to work, with its bundled model, where nothing of this folder is.
 wheel: $(VENV)/.dev
 	rm -rf dist .venv-wheel
@@ -92,7 +96,7 @@ train: $(VENV)/.dev
 	$(BIN)/python -m training.train_all --out training/runs/reference --resume
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .venv-wheel dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .venv-docs .venv-wheel dist build site .cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -103,6 +107,12 @@ $(VENV)/.plphp: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.plphp
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The site is built from the sources as text: neither plphp nor torch is installed for it.
+.venv-docs/.docs: docs/requirements.txt
+	test -d .venv-docs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -r docs/requirements.txt
 	touch $@
 
 .venv-vllm/.dev: $(SOURCES) tests/engines/vllm/environment.sh tests/engines/vllm/declare_operators.py

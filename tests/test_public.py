@@ -9,6 +9,8 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -90,6 +92,7 @@ STANDARD = {
 CALLED_BY_ENGINES = {
     *("attachment", "listening", "run_generate", "answer", "chain", "reading", "stages", "acting", "note"),
     *("enter_layer", "leave_layers", "packed_mask", "forget_leaving", "before_attention"),
+    *("after_attention", "leave_whole", "note_unpruned", "plan_generate", "warn_unpruned"),
 }
 """Methods of public classes that other parts of plphp call, and nobody else."""
 SHOWN_WITH_IT = {
@@ -137,6 +140,14 @@ def test_no_public_object_shows_internals() -> None:
         if set(OWN.findall(re.sub(r"\"[^\"]*\"|'[^']*'", "", annotation))) - known
     }
     assert sorted(shown) == []
+
+
+def test_the_reference_leaves_out_what_engines_call() -> None:
+    settings = tomllib.loads((Path(__file__).parents[1] / "zensical.toml").read_text(encoding="utf-8"))
+    options = settings["project"]["plugins"]["mkdocstrings"]["handlers"]["python"]["options"]
+    private, *hidden = (pattern.removeprefix("!") for pattern in options["filters"])
+    assert private == "^_"
+    assert {name for pattern in hidden for name in re.sub(r"[\^()$]", "", pattern).split("|")} == CALLED_BY_ENGINES
 
 
 def test_every_public_object_says_what_it_is() -> None:

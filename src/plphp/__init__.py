@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evict vision tokens from the KV cache of vision-language models, per layer and per head.
 
+Examples
+--------
 >>> import plphp
 >>> with plphp.prune(model, plphp.PLPHPConfig(retention_rate=0.4)) as run:  # doctest: +SKIP
 ...     output = model.generate(**inputs)

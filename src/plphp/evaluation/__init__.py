@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score pruning methods on tasks at equal measured KV, with intervals; ``plphp eval`` on the command line.
 
+Examples
+--------
 >>> from plphp.evaluation import EvalSettings, evaluate
 >>> metrics = evaluate(EvalSettings(tasks=("one_image",), samples=50), "results")  # doctest: +SKIP
 """

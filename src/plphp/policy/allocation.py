@@ -17,6 +17,7 @@ from plphp.settings.config import PLPHPConfig
 from .evidence import LayerScores
 
 LayerClass = Literal["attentive", "balanced", "indifferent", "uniform", "exempt", "no-vision", "non-finite"]
+"""Why a layer has its rate: by its vision attention score, or because the rate is not the score's to decide."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ class RowAllocation:
 
 
 Layers = Sequence[ScoredLayer]
+"""The layers whose rates are decided together: a single one, or all that have a budget."""
 Allocation = list[list[RowAllocation]]
+"""What each layer keeps of each row, as ``[layer][row]``."""
 Allocator = Callable[[Layers, PLPHPConfig], Allocation]
+"""The layer level: from the scores of layers to what each of them keeps."""
 
 
 def classify(score: float, config: PLPHPConfig) -> LayerClass:

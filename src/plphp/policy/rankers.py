@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 Ranker: TypeAlias = "Callable[[LayerScores, PLPHPConfig], Tensor]"
+"""The head level: of a layer's scores, how much each KV head wants each entry; float32 [batch, kv_heads, seq]."""
 
 
 def combined(values: Tensor, kv_heads: int, config: PLPHPConfig) -> Tensor:

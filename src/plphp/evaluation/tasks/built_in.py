@@ -19,6 +19,7 @@ from .synthetic import questions, scenes
 from .task import Maker, Sample, Turn
 
 GROUPS = ("one_image", "several_images", "several_regions", "dialogue")
+"""Groups of the built-in tasks, by what a question asks for."""
 SCALE = 4
 """Images are drawn at 448 x 448 pixels; the processor brings them to the model's size."""
 

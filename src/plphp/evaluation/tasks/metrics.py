@@ -89,6 +89,7 @@ METRICS: dict[str, Metric] = {
     "contains": Metric(contains),
     "relaxed_accuracy": Metric(relaxed_accuracy),
 }
+"""Metrics by name, as ``plphp eval --metric`` takes them."""
 
 
 def get_metric(name: str) -> Metric:
