@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from plphp.engines.hf.packed_masks import packed_mask
 
+CPU = torch.device("cpu")
+
 
 @given(st.lists(st.booleans(), min_size=1, max_size=7), st.data())
 def test_every_pair_is_that_of_the_whole_mask(there: list[bool], data: st.DataObject) -> None:
@@ -26,7 +28,7 @@ def test_every_pair_is_that_of_the_whole_mask(there: list[bool], data: st.DataOb
     low = torch.finfo(torch.float32).min
     own = whole[..., begin:]
     for mask in (None, own, torch.zeros(own.shape).masked_fill(~own, low)):
-        result = packed_mask(mask, columns, queries, end)
+        result = packed_mask(mask, columns, queries, end, CPU)
         if result is None:
             assert mask is None
             assert (columns >= 0).all()
@@ -48,7 +50,7 @@ def test_every_pair_is_that_of_the_whole_mask(there: list[bool], data: st.DataOb
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_additive_mask_stays_finite_and_keeps_its_dtype(dtype: torch.dtype) -> None:
     mask = torch.zeros(1, 1, 2, 4, dtype=dtype)
-    result = packed_mask(mask, torch.tensor([[-1, 0, 2, 3], [0, 1, 2, 3]]), 2, 4)
+    result = packed_mask(mask, torch.tensor([[-1, 0, 2, 3], [0, 1, 2, 3]]), 2, 4, CPU)
     assert result is not None
     assert result.dtype is dtype
     assert result.isfinite().all()
@@ -57,6 +59,15 @@ def test_an_additive_mask_stays_finite_and_keeps_its_dtype(dtype: torch.dtype) -
 
 
 def test_what_fills_a_row_up_sees_itself_alone() -> None:
-    result = packed_mask(None, torch.tensor([[-1, 2], [1, 2]]), 2, 3)
+    result = packed_mask(None, torch.tensor([[-1, 2], [1, 2]]), 2, 3, CPU)
     assert result is not None
     assert result[:, 0].tolist() == [[[True, False], [False, True]], [[True, False], [True, True]]]
+
+
+@pytest.mark.parametrize("shown", [None, torch.ones(1, 1, 3, 3, dtype=torch.bool, device="meta")], ids=["causal", "mask"])
+def test_it_is_where_the_queries_are(shown: torch.Tensor | None) -> None:
+    """Attention on a GPU takes no mask on the CPU, as rows of equal length get it that keep different numbers."""
+    meta = torch.device("meta")
+    result = packed_mask(shown, torch.tensor([[-1, 2], [1, 2]]), 2, 3, meta)
+    assert result is not None
+    assert result.device == meta

@@ -86,7 +86,7 @@ def _attention_over(base: str) -> Attention:
             _refuse_stray_cache(kwargs)
             gaps = getattr(key, "plphp_gaps", None)
             if gaps is not None:
-                attention_mask = gaps.mask(attention_mask, query.shape[2])
+                attention_mask = gaps.mask(attention_mask, query)
             return stock_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
         pending.cache.check_reader(module)
         _refuse_unsupported_terms(module, kwargs)
@@ -103,7 +103,7 @@ def _attention_over(base: str) -> Attention:
             # In a CUDA graph the tail comes with the room behind it, which only this mask hides.
             attention_mask = pending.cache.tail_bias
         elif packing is not None or layer.packing is not None:
-            attention_mask = pending.cache.packed_mask(layer, attention_mask, query.shape[2], packing)
+            attention_mask = pending.cache.packed_mask(layer, attention_mask, query, packing)
         asking = query
         if packing is not None:
             entries = packing.behind(key.shape[2] - query.shape[2])

@@ -146,17 +146,17 @@ class PackedCache(GuardedCache):
         self.leaving = self.watch = self.packing = None
 
     def packed_mask(
-        self, layer: PrunedLayer, mask: Tensor | None, queries: int, attending: Packing | None = None
+        self, layer: PrunedLayer, mask: Tensor | None, query: Tensor, attending: Packing | None = None
     ) -> Tensor | None:
-        """Fit a mask to a layer that has not got all tokens of a prompt, or in which not all of them attend, see
-        `plphp.engines.hf.packed_masks`."""
+        """Fit a mask for queries [batch, q_heads, query, dim] to a layer that has not got all tokens of a prompt, or in
+        which not all of them attend, see `plphp.engines.hf.packed_masks`."""
         tokens = layer.tail_tokens
         rows = 1 if layer.packing is None else len(layer.packing.rows)
-        columns = tokens.of(torch.arange(tokens.end).expand(rows, -1), -1)
+        queries, columns = query.shape[2], tokens.of(torch.arange(tokens.end).expand(rows, -1), -1)
         if attending is not None:
             columns = gathered(columns, attending.behind(columns.shape[1] - queries), fill=-1)
             queries = attending.packed
-        return packed_mask(mask, columns, queries, tokens.end)
+        return packed_mask(mask, columns, queries, tokens.end, query.device)
 
     def tower_recorded(self) -> AbstractContextManager[None]:
         """While open, the vision tower is recorded for a method that chooses tokens by its attention.

@@ -15,7 +15,9 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers: ``(module, query, key, value, mask, **kwargs) -> (output, weights)``."""
 
 
-def packed_mask(mask: Tensor | None, columns: Tensor, queries: int, end: int) -> Tensor | None:
+def packed_mask(
+    mask: Tensor | None, columns: Tensor, queries: int, end: int, device: torch.device
+) -> Tensor | None:
     """Cut a mask of whole tokens down to the queries and the keys that are there.
 
     Parameters
@@ -29,6 +31,8 @@ def packed_mask(mask: Tensor | None, columns: Tensor, queries: int, end: int) ->
         The queries are those of the last keys.
     end : int
         Logical position behind the last token.
+    device : device
+        Where the queries are.
 
     Returns
     -------
@@ -38,7 +42,7 @@ def packed_mask(mask: Tensor | None, columns: Tensor, queries: int, end: int) ->
     """
     rows = columns[:, columns.shape[1] - queries :]
     if mask is None:
-        return _causal(columns, queries) if bool((columns < 0).any()) else None
+        return _causal(columns, queries).to(device) if bool((columns < 0).any()) else None
     own = gathered(mask, _places(rows, end - mask.shape[2]), 2, _hidden(mask), batch=0)
     own = gathered(own, _places(columns, end - mask.shape[3]), 3, _hidden(mask), batch=0)
     filled = (rows < 0)[:, None, :, None] & _itself(queries, columns.shape[1])

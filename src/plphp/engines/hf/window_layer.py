@@ -31,9 +31,9 @@ class Gaps:
     columns: Tensor
     end: int
 
-    def mask(self, mask: Tensor | None, queries: int) -> Tensor | None:
-        """See `plphp.engines.hf.packed_masks.packed_mask`."""
-        return packed_mask(mask, self.columns, queries, self.end)
+    def mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """The mask for queries [batch, q_heads, query, dim], see `plphp.engines.hf.packed_masks.packed_mask`."""
+        return packed_mask(mask, self.columns, query.shape[2], self.end, query.device)
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
