@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from invariants import generate
+from invariants import generate, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.methods.registry import available_methods, chain_of
@@ -31,6 +31,14 @@ def test_settings_of_layers_heads_and_queries_are_refused(method: str, setting: 
     message = f"{method} lets tokens leave before the text model, .* queries: leave out {name}, got"
     with pytest.raises(ConfigError, match=message):
         chain_of(PLPHPConfig.parse(f"{method}:{setting}"), 8)
+
+
+@pytest.mark.parametrize("method", BEFORE_THE_TEXT_MODEL)
+def test_of_each_image_one_token_stays_at_least(method: str) -> None:
+    model, inputs = tiny_model("llava"), TINY["llava"].inputs(tiny_model("llava"), [2, 1])
+    _, report = pruned(model, inputs, PLPHPConfig.parse(f"{method}:keep=0"))
+    [stage] = report.prompts[0].stages
+    assert stage.tokens_out == [2, 1]
 
 
 @pytest.mark.parametrize("line", ["pool:keep=0.5", "fopru:by=row,keep=0.5"])

@@ -195,6 +195,14 @@ def test_what_is_refused(method: str, settings: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "setting", ["query_rows=3", "gqa_reduction=max", "score_pool=3", "image_quota=per_image", "min_kept=5"]
+)
+def test_vtw_ranks_nothing(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"vtw lets all .* none are ranked: leave out {setting.split('=')[0]}, got"):
+        chain_of(PLPHPConfig.parse(f"vtw:{setting}"), 8)
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         (

@@ -103,3 +103,4 @@ def test_rows_are_drawn_by_the_seed_and_the_tokens_of_the_prompt() -> None:
     assert drawn(0, 100, 1) == list(range(16))
     assert drawn(0, 0, 1) == []
     assert min(drawn(0, 100, 1, start=7)) == 7
+    assert drawn(0, 6, 2**70) == drawn(0, 6, 0)  # a seed is any integer from 0 on, and torch takes 64 bits

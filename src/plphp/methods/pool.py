@@ -23,7 +23,8 @@ def choose(image: ImageTokens, config: PLPHPConfig) -> Chosen:
     if config.base_rate == 1:
         return Chosen(torch.ones(len(image.features), dtype=torch.bool))
     frames, rows, columns = image.need_grid
-    parts = [pool(frame, (rows, columns), config.base_rate) for frame in image.features.chunk(frames)]
+    share = max(config.base_rate, 1 / (rows * columns))
+    parts = [pool(frame, (rows, columns), share) for frame in image.features.chunk(frames)]
     return Chosen(torch.cat([stay for stay, _ in parts]), torch.cat([features for _, features in parts]))
 
 

@@ -20,6 +20,7 @@ from plphp.policy.stages import PrefillStage
 from plphp.settings.config import PLPHPConfig
 
 from ._prefill import refuse_settings
+from ._unused import refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,11 +38,18 @@ def nothing_stays(scores: LayerScores, rates: Sequence[float], config: PLPHPConf
     return torch.zeros_like(scores.vision)
 
 
+def check(config: PLPHPConfig, layers: int) -> None:
+    """Refuse settings of heads and layers, and those by which vision tokens would be ranked: all of them leave."""
+    refuse_settings(config)
+    of_ranking = ("query_rows", "gqa_reduction", "score_pool", "image_quota", "min_kept")
+    refuse_unused(config, of_ranking, "lets all vision tokens leave, so that none are ranked")
+
+
 METHOD = Method(
     name="vtw",
     summary="inside prefill: all vision tokens leave the later layers",
     paper="arXiv:2405.05803",
     prefill=PrefillStage(rates, nothing_stays),
-    check=lambda config, layers: refuse_settings(config),
+    check=check,
     when="to shorten prefill, where late layers do not look at images",
 )

@@ -178,9 +178,12 @@ def check(config: PLPHPConfig, layers: int) -> None:
     """Refuse what contradicts each other, and with important tokens what is of single heads or says how much is kept
     beside them."""
     options = of(config)
-    if config.target_retention is not None and options["tau"] is not None:
+    given = [
+        name for name in ("target_retention", "retention_rate") if getattr(config, name) != getattr(PLPHPConfig, name)
+    ]
+    if given and options["tau"] is not None:
         raise ConfigError(
-            "zipvl takes its option tau or target_retention, not both: with tau the retention is what comes out."
+            f"zipvl takes its option tau or {given[0]}, not both: with tau the retention is what comes out."
         )
     if options["attention"] == "dense":
         unused = [name for name in ("unimportant", "random_rows") if options[name] != OPTIONS[name].default]

@@ -38,6 +38,6 @@ def with_random_rows(queries: Tensor, spans: VisionSpans, number: int, seed: int
     left[:, : spans.start] = False
     for row, tokens in enumerate(left):
         position = tokens.nonzero()[:, 0]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**63)
         drawn[row, position[torch.randperm(len(position), generator=generator)[:number]]] = True
     return drawn

@@ -283,6 +283,7 @@ def test_flash_attention_is_refused() -> None:
     ("options", "message"),
     [
         ("tau=0.9,target_retention=0.5", "tau or target_retention, not both"),
+        ("tau=0.9,retention_rate=0.5", "tau or retention_rate, not both"),
         ("heads=ragged", "the same tokens for all heads of a layer"),
         ("tiers=kivi2", "name the rung of the others, as in zipvl:unimportant=kivi2"),
         ("attention=dense,unimportant=kivi2", "has no important tokens, and unimportant says"),

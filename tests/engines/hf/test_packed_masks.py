@@ -64,7 +64,9 @@ def test_what_fills_a_row_up_sees_itself_alone() -> None:
     assert result[:, 0].tolist() == [[[True, False], [False, True]], [[True, False], [True, True]]]
 
 
-@pytest.mark.parametrize("shown", [None, torch.ones(1, 1, 3, 3, dtype=torch.bool, device="meta")], ids=["causal", "mask"])
+@pytest.mark.parametrize(
+    "shown", [None, torch.ones(1, 1, 3, 3, dtype=torch.bool, device="meta")], ids=["causal", "mask"]
+)
 def test_it_is_where_the_queries_are(shown: torch.Tensor | None) -> None:
     """Attention on a GPU takes no mask on the CPU, as rows of equal length get it that keep different numbers."""
     meta = torch.device("meta")

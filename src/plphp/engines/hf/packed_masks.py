@@ -15,9 +15,7 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers: ``(module, query, key, value, mask, **kwargs) -> (output, weights)``."""
 
 
-def packed_mask(
-    mask: Tensor | None, columns: Tensor, queries: int, end: int, device: torch.device
-) -> Tensor | None:
+def packed_mask(mask: Tensor | None, columns: Tensor, queries: int, end: int, device: torch.device) -> Tensor | None:
     """Cut a mask of whole tokens down to the queries and the keys that are there.
 
     Parameters
