@@ -17,7 +17,7 @@ The paper's run is ``zipvl:tau=0.975``, the larger of the two thresholds in its 
 ``tau`` each layer keeps the same share ``retention_rate`` (or ``target_retention``) of its vision tokens: attention
 needs the budget of a layer before a later layer has been scored, so that no tau can be solved for their mean.
 
-Simplified: text is always important, whatever its s_j, and is among the p where its s_j says so. Layers with a sliding
+X
 window attend as ever. In a later turn the sums are over the tokens behind the pruned prompts of earlier turns. The
 compression of the answer every 100 tokens is left out. Not verified, since the paper was read in summaries: the number
 of probe rows, here 64 at the end (``query_rows``) and 64 drawn (``random_rows``).

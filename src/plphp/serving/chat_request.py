@@ -149,10 +149,10 @@ def _max_new_tokens(fields: Mapping[str, Any], limits: Limits) -> int | None:
 def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Greedy search, unless a temperature or top_p is given, as in ``plphp generate``."""
     temperature, top_p = _number(fields, "temperature", 0), _number(fields, "top_p", 0, 1)
-    top_k, penalty = _integer(fields, "top_k", -1), _number(fields, "repetition_penalty", 0)
-    if top_p == 0 or penalty == 0:
-        name = "top_p" if top_p == 0 else "repetition_penalty"
-        raise RequestError(f"{name} must be above 0, got 0.", param=name)
+    # Logits are divided by the penalty or multiplied with it: beyond these bounds they overflow.
+    top_k, penalty = _integer(fields, "top_k", -1), _number(fields, "repetition_penalty", 0.01, 100)
+    if top_p == 0:
+        raise RequestError("top_p must be above 0, got 0.", param="top_p")
     repeated = {} if penalty is None else {"repetition_penalty": penalty}
     if (temperature is None and top_p is None) or (temperature is not None and temperature < GREEDY_BELOW):
         return {"do_sample": False, **repeated}
