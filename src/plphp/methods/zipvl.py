@@ -17,10 +17,11 @@ The paper's run is ``zipvl:tau=0.975``, the larger of the two thresholds in its 
 ``tau`` each layer keeps the same share ``retention_rate`` (or ``target_retention``) of its vision tokens: attention
 needs the budget of a layer before a later layer has been scored, so that no tau can be solved for their mean.
 
-X
-window attend as ever. In a later turn the sums are over the tokens behind the pruned prompts of earlier turns. The
-compression of the answer every 100 tokens is left out. Not verified, since the paper was read in summaries: the number
-of probe rows, here 64 at the end (``query_rows``) and 64 drawn (``random_rows``).
+Simplified: text is always important, whatever its s_j, and is among the p where its s_j says so; and so are the best
+``min_kept`` vision tokens, whatever tau says. Layers with a sliding window attend as ever. In a later turn the sums
+are over the tokens behind the pruned prompts of earlier turns. The compression of the answer every 100 tokens is left
+out. Not verified, since the paper was read in summaries: the number of probe rows, here 64 at the end
+(``query_rows``) and 64 drawn (``random_rows``).
 
 With ``attention=dense`` the layer budgets alone are taken, which is ours: prefill attends as ever, the probe rows are
 the text after the last image, sums are over the vision tokens, and each KV head keeps its own. Without ``tau`` it is
