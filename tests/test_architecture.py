@@ -19,7 +19,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "errors": (),
     "io": ("errors",),
     "plugins": ("errors", "io"),
-    "settings": ("errors",),
+    "settings": ("errors", "io"),
     "kernels": ("errors", "io"),
     "families": ("errors", "plugins", "settings"),
     "policy": ("errors", "io", "kernels", "settings"),

@@ -25,6 +25,7 @@ from .checks import (
     table_of,
 )
 from .grammar import read_chain
+from .hub_settings import HubSettings
 from .ladder import Ladder
 from .options import Options, Value
 
@@ -36,7 +37,7 @@ QueryRows = int | Literal["text", "text_after_first"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PLPHPConfig:
+class PLPHPConfig(HubSettings):
     """Settings of Per-Layer Per-Head Vision Token Pruning and of the methods beside it.
 
     Rates are retention rates: the fraction of vision tokens *kept*, between 0 and 1. The default values are
