@@ -95,8 +95,8 @@ class PLPHPConfig(HubSettings):
     rest : bool
         Whether the entries that a step does not read stand in by what their codes say of them, all of a head together.
     books : str, optional
-        File of a query bank, or ``"bundled"``, whose codebooks the product codes of ``tiers`` use. Default: those of
-        the bank that the method asks.
+        File, folder or hub id of a query bank, or ``"bundled"``, whose codebooks the product codes of ``tiers`` use.
+        Default: those of the bank that the method asks.
     seed : int
         Seed of what is drawn at random.
     options : mapping
