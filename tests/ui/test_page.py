@@ -123,8 +123,10 @@ def test_the_page_names_no_host_to_load_from(address: str) -> None:
 
 
 def test_a_port_that_is_taken(address: str) -> None:
+    with gradio.Blocks() as page:
+        gradio.Markdown("another")
     with pytest.raises(ConfigError, match="Cannot listen at port"):
-        launch(gradio.Blocks(), "127.0.0.1", int(re.findall(r":(\d+)", address)[0]), wait=False)
+        launch(page, "127.0.0.1", int(re.findall(r":(\d+)", address)[0]), wait=False)
 
 
 def test_analytics_are_off() -> None:

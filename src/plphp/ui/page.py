@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -130,7 +131,7 @@ def _answering(asking: Asking) -> Any:
             message = shown_error(error)
             if message is None:
                 raise
-            raise gr.Error(gr.utils.sanitize_html(message), title=REFUSED, print_exception=False) from error
+            raise gr.Error(escape(message), title=REFUSED, print_exception=False) from error
         rows = [
             "|  | full cache | pruned |",
             "| --- | --- | --- |",
