@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help demo bench bench-all test test-oldest test-newest test-vllm test-lmms lint docs wheel train clean
+.PHONY: help demo bench bench-all test test-oldest test-newest test-ui test-vllm test-lmms lint docs wheel train clean
 
 help:
 	@echo "make demo         answer questions on images, unpruned and pruned side by side, and write a page to look at"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run those that lean on transformers on its oldest supported version"
 	@echo "make test-newest  the same on the newest release of transformers"
+	@echo "make test-ui      run the tests of plphp ui, with gradio, and with Chromium where there is one"
 	@echo "make test-vllm    run the tests of serving, in an environment with vLLM's CPU build (3.5 GB)"
 	@echo "make test-lmms    run the tests of lmms-eval, in an environment that looks into .venv for the rest"
 	@echo "make bench        time and memory on this machine, beside transformers' own cache"
@@ -59,12 +60,17 @@ test-newest: $(VENV)/.dev
 	$(call other_transformers,.venv-newest,transformers<6)
 	.venv-newest/bin/python -m pytest -n auto $(LEANING)
 
+# gradio takes no pillow 13, which all else is tested with. Its server leaves sockets to the garbage collector.
+test-ui: $(VENV)/.dev
+	$(call other_transformers,.venv-ui,gradio==6.31.0)
+	.venv-ui/bin/python -m pytest -W default -p no:unraisableexception tests/ui
+
 # An environment $(1) that looks into $(VENV) for all but what the requirement $(2) names and needs.
 define other_transformers
 	test -d $(1) || $(PYTHON) -m venv $(1)
 	echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c $(PURELIB))')" \
 		> "$$($(1)/bin/python -c $(PURELIB))/base.pth"
-	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(1)/constraints.txt
+	grep -vE '^(transformers|huggingface_hub|tokenizers|pillow)==' constraints.txt > $(1)/constraints.txt
 	$(1)/bin/pip install -q -U -c $(1)/constraints.txt "$(2)"
 endef
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -96,7 +102,7 @@ train: $(VENV)/.dev
 	$(BIN)/python -m training.train_all --out training/runs/reference --resume
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .venv-docs .venv-wheel dist build site .cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-ui .venv-vllm .venv-lmms .venv-docs .venv-wheel dist build site .cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

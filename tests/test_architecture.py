@@ -19,7 +19,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "errors": (),
     "io": ("errors",),
     "plugins": ("errors", "io"),
-    "settings": ("errors",),
+    "settings": ("errors", "io"),
     "kernels": ("errors", "io"),
     "families": ("errors", "plugins", "settings"),
     "policy": ("errors", "io", "kernels", "settings"),
@@ -38,11 +38,12 @@ BELOW: dict[str, tuple[str, ...]] = {
         *("errors", "io", "kernels", "policy", "methods", "pruning", "inputs", "engines.hf", "settings", "studies"),
         "show",
     ),
+    "ui": ("errors", "evaluation", "inputs", "io", "methods", "settings", "show", "studies"),
     "extend": ("errors", "families", "methods", "policy", "settings"),
     "integrations": ("errors", "engines.hf", "inputs", "methods", "pruning", "settings"),
     "cli": (
         *("_version", "errors", "io", "methods", "families", "pruning", "inputs", "engines.hf", "studies"),
-        *("engines.vllm", "evaluation", "serving", "settings", "show"),
+        *("engines.vllm", "evaluation", "serving", "settings", "show", "ui"),
     ),
     "__main__": ("cli",),
     "__init__": (

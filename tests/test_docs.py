@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import dynamic_module_utils
 
 import plphp
 from plphp import PLPHPConfig, cli
@@ -134,6 +135,19 @@ def test_calibration_runs(scope: dict[str, Any]) -> None:
     assert scope["run"].report.retention == pytest.approx(0.25, abs=0.01)
     assert plphp.QueryBank.load("shared.safetensors").record["prompts"] == 3
     assert list(Path("banks").glob("*.safetensors"))
+
+
+def test_hub_runs(scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(Path.cwd() / "modules"))
+    monkeypatch.syspath_prepend(str(Path.cwd() / "modules"))
+    shutil.copytree(ROOT / "hub", "hub")
+    folders, recipe = blocks("docs/hub.md")
+    exec(folders, scope)
+    assert scope["config"].options["bank"] == "bundled"
+    exec(recipe, scope)
+    with plphp.prune(scope["model"], scope["by_folder"]):
+        expected = scope["model"].generate(**scope["inputs"], max_new_tokens=30)
+    assert scope["output"].tolist() == expected.tolist()
 
 
 def test_families_page_lists_what_is_registered() -> None:

@@ -21,7 +21,7 @@ DISTRIBUTIONS = {
 """Where the name of a module is not that of the package that brings it."""
 OPTIONAL = {
     *("matplotlib", "sklearn", "datasets", "triton", "vllm", "lmms_eval", "av", "pandas", "pyarrow", "numpy"),
-    *("anyio", "prometheus_client", "starlette", "uvicorn"),
+    *("anyio", "gradio", "prometheus_client", "starlette", "uvicorn"),
 }
 """Of extras, or brought by transformers and scipy."""
 

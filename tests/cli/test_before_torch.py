@@ -15,7 +15,7 @@ import plphp
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "images" / "grid-1.png"
 COMMANDS = ("calibrate", "collect", "doctor", "estimate", "eval", "families", "generate", "inspect", "methods", "plot",
-            "profile", "report", "serve")  # fmt: skip
+            "profile", "report", "serve", "ui")  # fmt: skip
 SHOWN = [
     ("--help",),
     ("--version",),
@@ -99,6 +99,9 @@ REFUSED = [
     (("report", "--html", "p.html", "--image", "nope.png", "--prompt", "a"), "There is no image file nope.png"),
     (("report", "--html", "p.html", "--device", "nowhere"), "There is no device 'nowhere'"),
     (("serve", "--method", "plhp"), "Did you mean 'plphp'?"),
+    (("ui", "--method", "plhp"), "Did you mean 'plphp'?"),
+    ((*ASK, "--config-file", "nobody/nothing"), "Cannot read settings from plphp.toml of nobody/nothing"),
+    ((*ASK, "--config-file", str(EXAMPLE.parent)), "holds no plphp.toml"),
 ]
 PROGRAM = """
 import json, sys

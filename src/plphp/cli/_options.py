@@ -106,7 +106,7 @@ PromptsOption = Annotated[
 ]
 
 ConfigOption = Annotated[str | None, option(PRUNING, "Settings such as 'plphp:retention_rate=0.5'.")]
-ConfigFileOption = Annotated[Path | None, option(PRUNING, "Settings as a TOML file.")]
+ConfigFileOption = Annotated[Path | None, option(PRUNING, "Settings as a TOML file, or a folder or hub id.")]
 MethodOption = Annotated[
     str | None,
     option(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plphp.errors import ConfigError
+from plphp.io.hub import is_hub_id
 from plphp.methods.registry import chain_of, get_method
 from plphp.settings.checks import check_kept_once
 from plphp.settings.config import PLPHPConfig
@@ -56,7 +57,7 @@ def read_settings(
     if config is not None:
         settings = PLPHPConfig.parse(config)
     elif config_file is not None:
-        settings = PLPHPConfig.from_toml(config_file)
+        settings = _of_file(config_file)
     elif method is not None and get_method(method).tiers is not None:  # its ladder says how much is kept
         check_kept_once(f"The ladder of the method {method!r}", explicit)
         settings = PLPHPConfig.from_dict(explicit)
@@ -64,3 +65,10 @@ def read_settings(
         settings = PLPHPConfig.from_dict(with_defaults(explicit, bundled, evicts))
     chain_of(settings)  # refuses unknown methods and options now, before anything is loaded
     return settings
+
+
+def _of_file(path: Path) -> PLPHPConfig:
+    """The settings of a TOML file, or of a folder or a repository in the hub's layout."""
+    if path.is_dir() or is_hub_id(str(path)):
+        return PLPHPConfig.from_pretrained(path)
+    return PLPHPConfig.from_toml(path)

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from plphp.errors import BackendUnavailableError, ConfigError, LoadError, PLPHPError, did_you_mean
+from plphp.io.hub import hub_reason
 from plphp.io.quoting import one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -82,7 +83,7 @@ def reachable_source(name_or_folder: str | Path | None) -> str:
         if not isinstance(try_to_load_from_cache(source, "config.json"), str):
             get_hf_file_metadata(hf_hub_url(source, "config.json"))
     except Exception as error:
-        reason = _hub_reason(error)
+        reason = hub_reason(error, "model")
         if reason is not None:  # transformers tries again on further errors, such as a busy hub, and may succeed
             raise LoadError(f"Cannot load the model {source}: {reason}") from error
     return source
@@ -117,24 +118,5 @@ def explained(source: str) -> Iterator[None]:
     except ImportError as error:
         raise BackendUnavailableError(f"Loading {source} needs a package that is missing: {one_line(error)}") from error
     except Exception as error:  # broken files raise whatever their readers run into
-        reason = _hub_reason(error) or one_line(error)
+        reason = hub_reason(error, "model") or one_line(error)
         raise LoadError(f"Cannot load the model {source}: {reason}") from error
-
-
-def _hub_reason(error: Exception) -> str | None:
-    """Why the hub, or the way to it, does not hand over a model; None for an error of another kind."""
-    # By name, as the classes stand in packages that take long to import.
-    names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    if "GatedRepoError" in names:
-        return "access to it is restricted: ask for it on the model's page, then log in (hf auth login)."
-    if names & {"RepositoryNotFoundError", "HFValidationError"}:
-        return "there is no such folder here and no such model on the hub."
-    if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "ConnectionError", "TimeoutError"}:
-        return "it is neither a folder here nor in the local cache, and the hub cannot be reached."
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -18,11 +18,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from plphp.errors import ConfigError
+from plphp.io.hub import file_of, is_hub_id
 from plphp.kernels.books import LayerBooks
 
 from .bank_books import book_tensors, books_in, sample_in, sample_tensors
 from .bank_checks import check_kinds, check_queries
 from .entry_sampling import EntrySample
+from .hub_bank import HubBank
 from .rotation import Rotation
 
 FORMAT = "plphp query bank 1"
@@ -87,7 +89,7 @@ class LayerBank:
 
 
 @dataclass(frozen=True)
-class QueryBank:
+class QueryBank(HubBank):
     """Queries of answers, see `plphp.collect_query_bank`.
 
     Parameters
@@ -211,8 +213,18 @@ class QueryBank:
 
 
 def bank_file(name: str) -> Path:
-    """The file that the option ``bank`` names: a path, or the bundled model's by the name ``bundled``."""
-    return BUNDLED if name == "bundled" else Path(name)
+    """The file that the option ``bank`` names: a path, a folder or a repository in the hub's layout, or ``bundled``.
+
+    Raises
+    ------
+    LoadError
+        If there is no bank in the folder or the repository.
+    """
+    if name == "bundled":
+        return BUNDLED
+    if is_hub_id(name):
+        return _downloaded(name)
+    return file_of(name, QueryBank.HUB_FILE, QueryBank.HUB_CONTENT) if Path(name).is_dir() else Path(name)
 
 
 def bank_at(name: str) -> QueryBank:
@@ -222,6 +234,8 @@ def bank_at(name: str) -> QueryBank:
     ------
     ConfigError
         See `QueryBank.load`.
+    LoadError
+        See `bank_file`.
     """
     path = bank_file(name)
     try:
@@ -229,6 +243,12 @@ def bank_at(name: str) -> QueryBank:
     except OSError as error:
         raise ConfigError(f"Cannot read the query bank {path}: {error.strerror or error}. {_ADVICE}") from error
     return _read(os.path.abspath(path), changed)
+
+
+@functools.lru_cache
+def _downloaded(name: str) -> Path:
+    """The file of a repository, for which the hub is asked once: a bank is looked at in every layer."""
+    return file_of(name, QueryBank.HUB_FILE, QueryBank.HUB_CONTENT)
 
 
 def check_depth(name: str, layers: int) -> None:

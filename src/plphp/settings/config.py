@@ -25,6 +25,7 @@ from .checks import (
     table_of,
 )
 from .grammar import read_chain
+from .hub_settings import HubSettings
 from .ladder import Ladder
 from .options import Options, Value
 
@@ -36,7 +37,7 @@ QueryRows = int | Literal["text", "text_after_first"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PLPHPConfig:
+class PLPHPConfig(HubSettings):
     """Settings of Per-Layer Per-Head Vision Token Pruning and of the methods beside it.
 
     Rates are retention rates: the fraction of vision tokens *kept*, between 0 and 1. The default values are
@@ -94,8 +95,8 @@ class PLPHPConfig:
     rest : bool
         Whether the entries that a step does not read stand in by what their codes say of them, all of a head together.
     books : str, optional
-        File of a query bank, or ``"bundled"``, whose codebooks the product codes of ``tiers`` use. Default: those of
-        the bank that the method asks.
+        File, folder or hub id of a query bank, or ``"bundled"``, whose codebooks the product codes of ``tiers`` use.
+        Default: those of the bank that the method asks.
     seed : int
         Seed of what is drawn at random.
     options : mapping

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from .config import DEFAULT, PLPHPConfig
+from .toml_text import toml_text
 
 DEFAULT_TARGET = 0.4
 """Default target retention. A target and not a rate, as no thresholds fit every model and prompt."""
@@ -92,21 +91,9 @@ def preset_text(config: PLPHPConfig, calibration: Mapping[str, Any]) -> str:
     str
         TOML without the values that are None, which TOML cannot write.
     """
-    tables = {"plphp": config.to_dict(), "calibration": calibration}
-    return HEADER + tomli_w.dumps({name: _without_none(table) for name, table in tables.items()})
+    return toml_text(HEADER, {"plphp": config.to_dict(), "calibration": calibration})
 
 
 def write_preset(path: str | Path, config: PLPHPConfig, calibration: Mapping[str, Any]) -> None:
     """Write settings and the record of their calibration to a TOML file, see `preset_text`."""
     Path(path).write_text(preset_text(config, calibration), encoding="utf-8")
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables without what is None, inside nested tables and lists of tables, too."""
-    return {key: _table(value) for key, value in values.items() if value is not None}
-
-
-def _table(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _without_none(value)
-    return [_table(part) for part in value] if isinstance(value, (list, tuple)) else value

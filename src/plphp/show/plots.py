@@ -58,6 +58,7 @@ def plot_kept(
     layer: int | None = None,
     prompt: int = 0,
     row: int = 0,
+    columns: int = COLUMNS,
 ) -> Figure:
     """Draw which vision tokens stayed: on each image in its colours, with what is dropped dark and few bits dimmed.
 
@@ -75,6 +76,8 @@ def plot_kept(
         each token, or with tiers their mean place between "dropped" and the rung of most bits.
     prompt, row : int
         Which prompt (turn) and which row of the batch.
+    columns : int
+        Tiles side by side, at most.
 
     Returns
     -------
@@ -106,7 +109,7 @@ def plot_kept(
         scale = Scale(what, {"0": 0.0, "0.5": 0.5, "1": 1.0})
     numbers = list(rows) if layer is None else [layer] * len(tiles)
     left = [[left_shares(image, selected.stages, row, number) for number in numbers] for image in shown]
-    return _tile_figure(tiles, shown, images, scale, left)
+    return _tile_figure(tiles, shown, images, scale, left, columns)
 
 
 def plot_vision_attention(report: PruneReport, *, prompt: int = 0, row: int = 0) -> Figure:
@@ -219,9 +222,10 @@ def _tile_figure(
     images: Sequence[Image.Image] | None,
     scale: Scale,
     left: list[list[dict[str, Any]]],
+    most: int,
 ) -> Figure:
     """Draw the tiles of each image; ``left`` has for each image and tile the tokens that never came to it, by stage."""
-    columns = min(COLUMNS, len(tiles))
+    columns = min(most, len(tiles))
     lines = math.ceil(len(tiles) / columns)
     figure = new_figure(figsize=(1.5 * max(columns, 4) + 1, (1.9 * lines + 0.6) * len(shown)), layout="constrained")
     parts: Any = figure.subfigures(len(shown), 1, squeeze=False)

@@ -18,7 +18,7 @@ from .stage_tables import stage_table, stage_values, stages_line
 if TYPE_CHECKING:
     from plphp.pruning.prompt_report import PromptReport, RowReport
     from plphp.pruning.report import BankProgress, PruneReport
-    from plphp.studies.compare import Comparison, Run
+    from plphp.studies.compare import Comparison
 
 TOTALS = (
     *("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held"),
@@ -112,24 +112,33 @@ def layer_table(report: PruneReport, prompt: int = 0, row: int = 0) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Table of both answers side by side, with KV bytes and decode time per token."""
-    runs = (comparison.unpruned, comparison.pruned)
-    speedup = comparison.speedup
+    """Table of both answers side by side, with KV bytes, the time to the first token and decode time per token."""
     table = Table(show_lines=True)
     table.add_column("")
     for heading in ("unpruned", "pruned"):
         table.add_column(heading, overflow="fold", ratio=1)
     # Answers are the model's words: as Text, so that their brackets are not taken for markup.
-    table.add_row("answer", *(Text("\n".join(run.texts)) for run in runs))
-    reduction = f" ({_change(comparison.report)})"
-    name = f"KV cache of {comparison.report.tokens} tokens"
-    table.add_row(name, *_marked([human_bytes(run.kv_bytes) for run in runs], reduction))
-    table.add_row(
-        "decode per token",
-        *_marked([_milliseconds(run) for run in runs], f" (x {speedup:.2f})" if speedup else ""),
-    )
+    table.add_row("answer", *(Text("\n".join(run.texts)) for run in (comparison.unpruned, comparison.pruned)))
+    for row in comparison_rows(comparison):
+        table.add_row(*row)
     table.add_row("same tokens", "", "yes" if comparison.same_tokens else "no")
     return table
+
+
+def comparison_rows(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """What both answers took: the name of each figure, its value unpruned, and pruned."""
+    unpruned, pruned = comparison.unpruned, comparison.pruned
+    speedup = f" (x {comparison.speedup:.2f})" if comparison.speedup else ""
+    held = f"{human_bytes(pruned.kv_bytes)} ({_change(comparison.report)})"
+    return [
+        (f"KV cache of {comparison.report.tokens} tokens", human_bytes(unpruned.kv_bytes), held),
+        ("first token", _milliseconds(unpruned.prefill_seconds), _milliseconds(pruned.prefill_seconds)),
+        (
+            "decode per token",
+            _milliseconds(unpruned.seconds_per_token),
+            _milliseconds(pruned.seconds_per_token) + speedup,
+        ),
+    ]
 
 
 def comparison_values(comparison: Comparison) -> dict[str, Any]:
@@ -260,13 +269,8 @@ def _counts(kept: list[int]) -> str:
     return f"{min(kept)} to {max(kept)}, mean {sum(kept) / len(kept):.1f}"
 
 
-def _milliseconds(run: Run) -> str:
-    return "-" if run.seconds_per_token is None else f"{1000 * run.seconds_per_token:.2f} ms"
-
-
-def _marked(values: list[str], mark: str) -> list[str]:
-    """The values of both runs, with a mark on the pruned run's."""
-    return [values[0], values[1] + mark]
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.2f} ms"
 
 
 def _methods(config: Mapping[str, Any]) -> str:
