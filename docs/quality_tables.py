@@ -52,7 +52,7 @@ python benchmarks/quality.py test          # the methods of earlier years at all
 python benchmarks/quality.py rivals        # ragged heads, banks and this year's rivals, test split
 python benchmarks/quality.py tiers         # few bits in the place of eviction, test split
 python benchmarks/quality.py bits          # every entry in one rung, test split
-python benchmarks/quality.py early --samples 125   # what leaves before and inside the text model, test split
+python benchmarks/quality.py early --samples 80   # what leaves before and inside the text model, test split
 python docs/make_quality.py
 ```
 

@@ -27,5 +27,5 @@ METHOD = Method(
     paper="arXiv:2503.02175, Algorithm 1",
     encoder=EncoderStage(choose),
     check=check,
-    when="to halve prefill and lose little, before a method of the KV cache",
+    when="to halve prefill, before a method of the KV cache; answers about several regions suffer",
 )

@@ -113,7 +113,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plphp, exempt": {"method": "plphp", "exempt_layers": (0,)},
     **{name: {"method": name} for name in ("shared", "uniform", "random", "value_norm", "none")},
     **{name: {"method": name} for name in ("snapkv", "snapkv_vision", "pyramidkv", "vl_cache", "zipvl", "vtw")},
-    "zipvl, tau": {"method": "zipvl", "options": {"tau": 0.5}},
+    "zipvl, tau": {"method": "zipvl", "options": {"tau": 0.5}, "retention_rate": PLPHPConfig.retention_rate},
     "fastv": {"method": "fastv", "options": {"layer": 1}},
     "recall_rank": {"method": "recall_rank", "options": {"value_norm": 1, "floor": 0.2, "random_share": 0.2}},
     "recall_rank, target": {
