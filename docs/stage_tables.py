@@ -58,8 +58,8 @@ def _aimed_at(results: Mapping[str, Any]) -> str:
         textwrap.fill(
             f"Aimed at: DivPrune at 50 % and then `query_bank`, at a quarter of the KV, at most {WITHIN} points below "
             f"`query_bank` alone in every group, with half of the tokens computed. Measured: {said[0]}: {verdict}. "
-            f"With DPP in its place: {said[1]}. What leaves before the text model is chosen without the question: where an "
-            "answer is about several regions, half of the tokens are not enough of them.",
+            f"With DPP in its place: {said[1]}. What leaves before the text model is chosen without the question: "
+            "where an answer is about several regions, half of the tokens are not enough of them.",
             118,
         )
         + "\n"
