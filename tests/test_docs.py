@@ -394,6 +394,36 @@ def test_the_page_on_other_caches_has_the_figures_of_the_results() -> None:
     assert "an error on 1 of 180 prompts" in page
 
 
+def test_findings_on_leaving_early_have_the_figures_of_the_results() -> None:
+    page, results = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8"), figures("early")
+    section = " ".join(page.split("## Leaving before and inside the text model")[1].split("\n## ")[0].split())
+
+    def score(name: str, part: dict[str, Any] = results["overall"]) -> float:
+        return 100 * part["variants"][name]["score"]["mean"]
+
+    def said(text: str, *scores: float) -> bool:
+        return text.format(*(f"{own:.1f}" for own in scores)) in section
+
+    regions = results["groups"]["several_regions"]
+    assert said("of {} with the full cache", score("full"))
+    assert said("(`pool`) reach {} and random tokens {}", score("pool@0.5"), score("random@0.5"))
+    assert said("diversity {} (`divprune`) to {} (`dpp`)", score("DivPrune@0.5"), score("DPP@0.5"))
+    assert said("attention {} to {} (`fopru`", score("FoPru, rows@0.5"), score("VTC-CLS@0.5"))
+    assert said("At a quarter diversity has {} and", score("DivPrune@0.25"))
+    assert said("the tower's attention {}:", score("VTC-CLS@0.25"))
+    assert said("lost first ({} against {})", score("VTC-CLS@0.25", regions), score("DivPrune@0.25", regions))
+    assert said("`cdpruner` has {} with the sign", score("CDPruner@0.5"))
+    assert said("stays, and {} with the other", score("CDPruner, positive relevance@0.5"))
+    assert said("of above: {} at a mean of a half", score("FastV, layer 1@0.5"))
+    chains = ["DivPrune 50 %, then query_bank@0.5", "DPP 50 %, then query_bank@0.5"]
+    lost = [
+        [score("query_bank@0.25", part) - score(chain, part) for part in (results["overall"], regions)]
+        for chain in chains
+    ]
+    assert said("cost {} points more than `query_bank` alone at a quarter of the KV, and {} where", *lost[0])
+    assert said("With `dpp` it is {} and {}.", *lost[1])
+
+
 def test_guarantees_page_has_the_figures_of_the_results() -> None:
     page, results = (ROOT / "docs" / "guarantees.md").read_text(), figures("exactness_cpu")["results"]
     for line, name in (
