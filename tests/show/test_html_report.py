@@ -23,11 +23,17 @@ from plphp.pruning.prompt_report import PromptReport
 from plphp.pruning.stage_report import StageReport
 from plphp.settings.presets import compared
 from plphp.show.html_report import PAGE, SCRIPTS, html_report, report_data
-from plphp.show.kept_bits import kept_values, packed, unpacked
+from plphp.show.kept_bits import kept_values, packed
 from plphp.studies.question_runs import FULL, Answer, AnsweredQuestion, Question, Setting
 
 LARGEST = 1_000_000
 """Bytes of a page of three questions and ten runs."""
+
+
+def unpacked(text: str, shape: tuple[int, ...]) -> Any:
+    """The truth values that `packed` made a text of."""
+    bits = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    return np.unpackbits(bits, count=int(np.prod(shape)), bitorder="little").astype(bool).reshape(shape)
 
 
 class Parts(HTMLParser):

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from .prefill_table import prefill_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from plphp.pruning.prompt_report import PromptReport
     from plphp.pruning.report import PruneReport
 
@@ -26,11 +28,7 @@ def attention_table(prompt: PromptReport, row: int = 0) -> Table | None:
         return None
     attended, computed = prompt.attended, prompt.attention_computed
     caption = f"{attended:,} of {computed:,} tokens x layers attended ({prompt.attended_share:.0%})"
-    table = Table(title="what attended in prefill", caption=caption, caption_justify="left")
-    for heading in ("layer", "method"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("tokens", "attended", "share"):
-        table.add_column(heading, justify="right", overflow="fold")
+    table = prefill_table("what attended in prefill", caption, ("layer", "method"), ("tokens", "attended", "share"))
     for layer in prompt.attention:
         tokens, those = layer.computed[row], layer.attended[row]
         table.add_row(str(layer.layer), layer.method, str(tokens), str(those), f"{those / tokens:.0%}")

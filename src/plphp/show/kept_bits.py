@@ -50,12 +50,6 @@ def packed(marks: Any) -> str:
     return base64.b64encode(np.packbits(marks.ravel(), bitorder="little").tobytes()).decode("ascii")
 
 
-def unpacked(text: str, shape: tuple[int, ...]) -> Any:
-    """The truth values that `packed` made a text of."""
-    bits = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
-    return np.unpackbits(bits, count=int(np.prod(shape)), bitorder="little").astype(bool).reshape(shape)
-
-
 def image_values(image: ImageReport) -> dict[str, Any]:
     """The number of an image's tokens, and their grid ``[frames, height, width]``, or None without one."""
     return {"tokens": len(image.positions), "grid": None if image.grid is None else list(image.grid)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from .prefill_table import prefill_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from plphp.pruning.prompt_report import PromptReport
     from plphp.pruning.report import PruneReport
     from plphp.pruning.stage_report import StageReport
@@ -30,11 +32,8 @@ def stage_table(prompt: PromptReport, row: int = 0) -> Table | None:
     """
     if not prompt.stages:
         return None
-    table = Table(title="what layers did not get", caption=_computed(prompt), caption_justify="left")
-    for heading in ("stage", "method", "left"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("vision tokens", "stay", "share"):
-        table.add_column(heading, justify="right", overflow="fold")
+    words, counts = ("stage", "method", "left"), ("vision tokens", "stay", "share")
+    table = prefill_table("what layers did not get", _computed(prompt), words, counts)
     for stage in prompt.stages:
         came, stay = stage.tokens_in[row], stage.tokens_out[row]
         share = f"{stay / came:.0%}" if came else ""
