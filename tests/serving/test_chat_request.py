@@ -43,6 +43,11 @@ def test_a_bare_chat() -> None:
     )
 
 
+def test_a_conversation() -> None:
+    assert read(plphp={"conversation": "new"}).conversation == "new"
+    assert read(plphp={}) == read(plphp={"conversation": None}) == read()
+
+
 def test_fields_without_effect() -> None:
     fields = {"user": "me", "metadata": {"a": 1}, "n": 1, "logprobs": False, "stop": None, "tools": None}
     assert read(**fields, response_format={"type": "text"}, presence_penalty=0.0) == read()
@@ -73,6 +78,10 @@ def test_lengths() -> None:
     ("fields", "param", "part"),
     [
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "contradict each other"),
+        ({"n": True}, "n", "n must be 1 or left out, got True"),
+        ({"logprobs": 0}, "logprobs", "must be false"),
+        ({"presence_penalty": False}, "presence_penalty", "must be 0"),
+        ({"plphp": {"conversation": 5}}, "plphp", "plphp must be"),
         ({"max_tokens": 0}, "max_tokens", "an integer between 1 and 1024, got 0"),
         ({"max_tokens": 1.5}, "max_tokens", "an integer"),
         ({"max_tokens": True}, "max_tokens", "an integer"),

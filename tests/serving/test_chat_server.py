@@ -26,7 +26,9 @@ from plphp.errors import ConfigError, NonFiniteAttentionError, UnsupportedFeatur
 from plphp.inputs.loading import load_model
 from plphp.inputs.prompt import build_inputs
 from plphp.serving.answer_text import AnswerText
+from plphp.serving.line import Line
 from plphp.serving.options import Limits
+from plphp.serving.refusals import RequestError
 from plphp.serving.served_model import ServedModel
 
 CONFIG = PLPHPConfig.parse("query_bank:bank=bundled,tiers=t10")
@@ -159,7 +161,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "n": ({"messages": GRID, "n": 2}, 400, "n must be 1 or left out, got 2"),
     "tools": ({"messages": GRID, "tools": [{"type": "function"}]}, 400, "tools must be"),
     "unknown": ({"messages": GRID, "temprature": 1}, 400, "Did you mean 'temperature'"),
-    "settings": ({"messages": GRID, "plphp": "none"}, 400, "knows no field 'plphp'"),
+    "settings": ({"messages": GRID, "plphp": "none"}, 400, "plphp must be"),
 }
 
 
@@ -202,6 +204,33 @@ def test_bodies_that_are_none(client: Client) -> None:
     assert slow.getresponse().status == 408
     slow.close()
     assert client.text(GRID)
+
+
+def test_slow_bodies_keep_nobody_out(client: Client) -> None:
+    slow = [client.connect() for _ in range(LIMITS.max_queue)]
+    for connection in slow:
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b"{")
+    assert client.text(GRID, max_tokens=2)
+    for connection in slow:
+        assert connection.getresponse().status == 408
+        connection.close()
+
+
+def test_bodies_on_their_way_are_bounded_by_bytes() -> None:
+    line = Line(2, 100)
+    with line.arriving() as take:
+        take(60)
+        with line.arriving() as other, pytest.raises(RequestError, match="60 bytes of other requests"):
+            other(41)
+        with line.arriving() as other:
+            other(40)
+    with line.arriving() as take, line.place(), line.place():
+        take(100)
+        with pytest.raises(RequestError, match="2 requests already"), line.arriving():
+            pass
 
 
 def test_pages(client: Client) -> None:

@@ -77,10 +77,10 @@ def build_inputs(
         If there are videos and the processor takes none.
     """
     sources = {"image": images, "video": videos}
-    chat, media = _chat_and_media(processor, prompt, messages, sources, _readers(frames, allow_urls))
-    text = _rendered(processor, _with_system(chat, system))
-    _check_slots(processor, text, media, text_alone)
-    return _processed(processor, [text], [media])
+    chat, media = _chat_and_media(processor, prompt, messages, sources, readers_of(frames, allow_urls))
+    text = rendered(processor, with_system(chat, system))
+    check_slots(processor, text, media, text_alone)
+    return processed(processor, [text], [media])
 
 
 def build_batch(
@@ -110,14 +110,14 @@ def build_batch(
     ConfigError, LoadError, UnsupportedFeatureError
         See `build_inputs`.
     """
-    readers, nothing = _readers(frames, allow_urls), dict.fromkeys(KINDS, ())
+    readers, nothing = readers_of(frames, allow_urls), dict.fromkeys(KINDS, ())
     texts, media = [], []
     for messages in chats:
         chat, own = _chat_and_media(processor, None, messages, nothing, readers)
-        texts.append(_rendered(processor, _with_system(chat, None)))
-        _check_slots(processor, texts[-1], own, text_alone=True)
+        texts.append(rendered(processor, with_system(chat, None)))
+        check_slots(processor, texts[-1], own, text_alone=True)
         media.append(own)
-    return _processed(processor, texts, media)
+    return processed(processor, texts, media)
 
 
 def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> int:
@@ -151,7 +151,7 @@ def _chat_and_media(
     media = {kind: _read(sources[kind], f"{kind}s", readers[kind]) for kind in KINDS}
     if chat is None:
         return [_user_turn(processor, prompt or "", media)], media
-    return chat, {kind: _filled(chat, kind, media[kind], readers[kind]) for kind in KINDS}
+    return chat, {kind: filled(chat, kind, media[kind], readers[kind]) for kind in KINDS}
 
 
 def _checked_chat(prompt: str | None, messages: Messages | None) -> list[dict[str, Any]] | None:
@@ -168,7 +168,7 @@ def _check_takes_videos(processor: Any, videos: Sequence[Any], chat: list[dict[s
         raise UnsupportedFeatureError(f"{type(processor).__name__} takes no videos: give some of its frames as images.")
 
 
-def _readers(frames: int, allow_urls: bool) -> dict[str, Callable[[Any], Any]]:
+def readers_of(frames: int, allow_urls: bool) -> dict[str, Callable[[Any], Any]]:
     """By kind, the function that reads an image or a video from its source."""
     return {
         "image": partial(load_image, allow_urls=allow_urls),
@@ -183,7 +183,7 @@ def _read(sources: Any, name: str, reader: Callable[[Any], Any]) -> list[Any]:
     return [reader(source) for source in sources]
 
 
-def _filled(chat: list[dict[str, Any]], kind: str, unplaced: list[Any], reader: Callable[[Any], Any]) -> list[Any]:
+def filled(chat: list[dict[str, Any]], kind: str, unplaced: list[Any], reader: Callable[[Any], Any]) -> list[Any]:
     """Images or videos of a chat in prompt order: those that entries name, and unplaced media where they do not.
 
     The entries of the chat lose their sources, as the template is to see the slots alone.
@@ -210,7 +210,7 @@ def _user_turn(processor: Any, prompt: str, media: Media) -> dict[str, Any]:
     return {"role": "user", "content": [*slots, {"type": "text", "text": prompt}]}
 
 
-def _with_system(chat: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+def with_system(chat: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
     """A chat with its system message, after a check that anything is asked in it."""
     if not any(part["text"].strip() for _, part in parts_of(chat, "text")):
         raise ConfigError("The chat has no text: write what is asked about the image.")
@@ -221,7 +221,8 @@ def _with_system(chat: list[dict[str, Any]], system: str | None) -> list[dict[st
     return [{"role": "system", "content": [{"type": "text", "text": system}]}, *chat]
 
 
-def _rendered(processor: Any, chat: list[dict[str, Any]]) -> str:
+def rendered(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """The text of a chat, up to where its next answer begins."""
     if getattr(processor, "chat_template", None) is None:
         if len(chat) > 1:
             raise ConfigError(
@@ -244,7 +245,8 @@ def _count_slots(processor: Any, kind: str, text: str) -> int:
     return max(text.count(str(token)) if token else 0 for token in tokens)
 
 
-def _check_slots(processor: Any, text: str, media: Media, text_alone: bool) -> None:
+def check_slots(processor: Any, text: str, media: Media, text_alone: bool) -> None:
+    """Raise `SpanError` unless a text has a slot for each image and video, and has any where some are needed."""
     for kind in KINDS:
         slots, count = _count_slots(processor, kind, text), len(media[kind])
         if slots == 0 < count:
@@ -258,10 +260,12 @@ def _check_slots(processor: Any, text: str, media: Media, text_alone: bool) -> N
         )
 
 
-def _processed(processor: Any, texts: Sequence[str], media: Sequence[Media]) -> dict[str, Any]:
+def processed(processor: Any, texts: Sequence[str], media: Sequence[Media], *, begins: bool = True) -> dict[str, Any]:
+    """What a processor makes of texts and their media; a text that ``begins`` no prompt gets no tokens around it."""
     options: dict[str, Any] = {}
     bos = getattr(processor.tokenizer, "bos_token", None)
-    if bos and texts[0].startswith(bos):  # the template has written it, and the tokenizer would write it once more
+    # Where the template has written the token of the beginning, the tokenizer would write it once more.
+    if not begins or (bos and texts[0].startswith(bos)):
         options["add_special_tokens"] = False
     if any(row["image"] for row in media):
         options["images"] = [row["image"] for row in media]  # a list per prompt, as Idefics asks for and all take

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of a server: chat completions, models, health and metrics."""
+"""The pages of a server: chat completions, conversations, models, health and metrics."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from plphp.io.quoting import quoted
 
 from .chat_endpoint import ChatEndpoint
+from .conversations import Conversations
 from .line import Line
 from .metrics import Metrics
 from .refusals import RequestError, refusal_of
@@ -46,9 +47,11 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
     Starlette
         An ASGI application.
     """
-    line = Line(served.limits.max_queue)
+    line = Line(served.limits.max_queue, served.limits.max_queue * served.limits.max_body_bytes)
     metrics = Metrics(line)
-    chat = ChatEndpoint(served, model_name, line, metrics)
+    conversations = Conversations(served.limits, served.conversation, metrics.note_end)
+    metrics.show_conversations(conversations)
+    chat = ChatEndpoint(served, model_name, line, metrics, conversations)
     entry = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "plphp"}
     card: dict[str, Any] = {**entry, "max_model_len": served.limits.max_model_len}
 
@@ -62,6 +65,16 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
         text = f"The model {quoted(name)} is not served here: ask for {model_name!r}."
         return _refused(RequestError(text, status=404, code="model_not_found"))
 
+    async def conversation(request: Request) -> Response:
+        name = request.path_params["name"]
+        try:
+            if request.method != "DELETE":
+                return JSONResponse((await conversations.find(name)).card())
+            await conversations.delete(name)
+        except RequestError as error:
+            return _refused(error)
+        return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
+
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -73,12 +86,14 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
         yield
         chat.stop()
         line.close()
+        conversations.clear()
         served.close()
 
     routes = [
         Route(CHAT, chat, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
+        Route("/v1/conversations/{name}", conversation, methods=["GET", "DELETE"]),
         Route("/health", health),
         Route("/metrics", show_metrics),
     ]

@@ -7,6 +7,8 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,8 @@ from plphp.show.tables import summary
 
 from .chat_messages import fetch_images
 from .chat_request import ChatRequest, read_request
+from .conversation import Conversation
+from .conversations import Conversations
 from .line import Line
 from .metrics import CLIENT_LEFT, Metrics
 from .refusals import Refusal, RequestError, refusal_of
@@ -44,10 +48,15 @@ class ChatEndpoint:
         Where requests wait.
     metrics : Metrics
         Hears of every request.
+    conversations : Conversations
+        Those that requests may go on with.
     """
 
-    def __init__(self, served: ServedModel, model_name: str, line: Line, metrics: Metrics) -> None:
+    def __init__(
+        self, served: ServedModel, model_name: str, line: Line, metrics: Metrics, conversations: Conversations
+    ) -> None:
         self._served, self._model_name, self._line, self._metrics = served, model_name, line, metrics
+        self._conversations = conversations
         self._open: set[threading.Event] = set()
 
     def stop(self) -> None:
@@ -70,47 +79,70 @@ class ChatEndpoint:
 
     async def _reply_or_refuse(self, call: _Call) -> None:
         try:
+            body = await self._body(call)
             with self._line.place():
-                await self._reply(call, await self._read(call))
+                request = await self._read(body)
+                del body
+                await self._converse(call, request)
         except ClientDisconnect:
             raise
         except Exception as error:
             await call.refuse(refusal_of(error))
 
-    async def _reply(self, call: _Call, request: ChatRequest) -> None:
+    async def _converse(self, call: _Call, request: ChatRequest) -> None:
+        """Reply to a request, and end its turn of a conversation: it is kept once the whole reply is out."""
+        if request.conversation is None:
+            return await self._reply(call, _Turn(request))
+        conversation = await self._conversations.take(request.conversation)
+        try:
+            await self._reply(call, _Turn(request, conversation))
+        finally:
+            self._conversations.give_back(conversation, answered=call.status == 200)
+
+    async def _reply(self, call: _Call, turn: _Turn) -> None:
         async with anyio.create_task_group() as tasks:
             parts: Parts = asyncio.Queue()
-            tasks.start_soon(self._produce, request, parts, call.left)
+            tasks.start_soon(self._produce, turn, parts, call.left)
             tasks.start_soon(call.watch, tasks.cancel_scope)
             try:
-                await (self._stream if request.stream else self._send_whole)(call, request, parts)
+                await (self._stream if turn.request.stream else self._send_whole)(call, turn, parts)
             except ClientDisconnect:  # a task group would wrap it
                 logger.info("A client has left before the end of its reply.")
             finally:  # also where the server is told to stop: the tasks end with the model's next token
                 call.left.set()
                 tasks.cancel_scope.cancel()
 
-    async def _read(self, call: _Call) -> ChatRequest:
+    async def _body(self, call: _Call) -> bytes:
         limits = self._served.limits
         kind = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # browsers let any page send the other kinds here
             raise RequestError(f"The Content-Type must be application/json, got {kind[:100]!r}.", status=415)
-        body = await call.body(limits.max_body_bytes, limits.body_seconds)
+        with self._line.arriving() as take:
+            return await call.body(limits.max_body_bytes, limits.body_seconds, take)
+
+    async def _read(self, body: bytes) -> ChatRequest:
+        limits = self._served.limits
         request = await anyio.to_thread.run_sync(read_request, body, self._model_name, limits)
-        del body
         await anyio.to_thread.run_sync(fetch_images, request.messages, limits)
         return request
 
-    async def _produce(self, request: ChatRequest, parts: Parts, left: threading.Event) -> None:
+    async def _produce(self, turn: _Turn, parts: Parts, left: threading.Event) -> None:
         """Let the model write an answer, and put its parts."""
         loop = asyncio.get_running_loop()
 
         def tell(text: str) -> None:
             loop.call_soon_threadsafe(parts.put_nowait, text)
 
+        request, further = turn.request, () if turn.conversation is None else (turn.conversation,)
         try:
-            async with self._line.prepared(partial(self._served.prepare, request)) as prompt:
-                answer = await self._line.answered(partial(self._served.answer, prompt, request, tell, left))
+            async with self._line.prepared(partial(self._served.prepare, request, *further)) as prompt:
+                answer = await self._line.answered(partial(self._served.answer, prompt, request, tell, left, *further))
+            if (
+                turn.conversation is not None
+                and answer.conversation
+                and not self._conversations.hold(turn.conversation)
+            ):
+                answer = replace(answer, conversation=None)
             self._metrics.note_answer(prompt, answer)
             logger.info("%d tokens in answer. %s", answer.tokens, summary(answer.report))
             parts.put_nowait((prompt, answer))
@@ -118,7 +150,7 @@ class ChatEndpoint:
             # Not the error itself: its traceback holds the prompt and the cache.
             parts.put_nowait(refusal_of(error))
 
-    async def _send_whole(self, call: _Call, request: ChatRequest, parts: Parts) -> None:
+    async def _send_whole(self, call: _Call, turn: _Turn, parts: Parts) -> None:
         text, part = "", await parts.get()
         self._metrics.note_first(time.perf_counter() - call.started)
         while isinstance(part, str):
@@ -126,10 +158,10 @@ class ChatEndpoint:
             part = await parts.get()
         if isinstance(part, Refusal):
             return await call.refuse(part)
-        return await call.send_json(Reply(self._model_name).whole(text, *part))
+        return await call.send_json(Reply(self._model_name, turn.conversation is not None).whole(text, *part))
 
-    async def _stream(self, call: _Call, request: ChatRequest, parts: Parts) -> None:
-        reply, part = Reply(self._model_name), await parts.get()
+    async def _stream(self, call: _Call, turn: _Turn, parts: Parts) -> None:
+        reply, part = Reply(self._model_name, turn.conversation is not None), await parts.get()
         # The status goes out with the first part: a request that fails before gets one that says so.
         if not isinstance(part, Refusal):
             self._metrics.note_first(time.perf_counter() - call.started)
@@ -141,10 +173,18 @@ class ChatEndpoint:
             part = await parts.get()
         if isinstance(part, Refusal):
             return await call.refuse(part)
-        await call.send_part(reply.chunk({}, part[1].finish_reason))
-        if request.include_usage:
+        await call.send_part(reply.last(part[1]))
+        if turn.request.include_usage:
             await call.send_part(reply.numbers(*part))
         return await call.send_part(DONE, last=True)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A request, and the conversation that it goes on with, if any."""
+
+    request: ChatRequest
+    conversation: Conversation | None = None
 
 
 class _Call:
@@ -159,8 +199,8 @@ class _Call:
         self._scope, self._receive, self._send_on = scope, receive, send
         self._streams = False
 
-    async def body(self, most: int, seconds: float) -> bytes:
-        """Read the body, within limits of size and time."""
+    async def body(self, most: int, seconds: float, take: Callable[[int], None]) -> bytes:
+        """Read the body, within limits of size and time; ``take`` gets the bytes of each part."""
         large = RequestError(f"The request is larger than {most:,} bytes.", status=413, code="request_too_large")
         length = self.request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > most:
@@ -169,6 +209,7 @@ class _Call:
         try:
             with anyio.fail_after(seconds):
                 async for part in self.request.stream():
+                    take(len(part))
                     body += part
                     if len(body) > most:
                         raise large

@@ -82,8 +82,8 @@ def fetch_images(chat: list[dict[str, Any]], limits: Limits) -> None:
             left -= len(content)
 
 
-def decoded_chat(chat: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """Return a chat with its images decoded.
+def decoded_chat(chat: list[dict[str, Any]], limits: Limits, first: int = 0) -> list[dict[str, Any]]:
+    """Return a chat with its images decoded, from the message of the index ``first`` on.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def decoded_chat(chat: list[dict[str, Any]], limits: Limits) -> list[dict[str, A
                 for index, part in enumerate(message["content"], 1)
             ],
         }
-        for number, message in enumerate(chat, 1)
+        for number, message in enumerate(chat[first:], first + 1)
     ]
 
 

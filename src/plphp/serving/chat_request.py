@@ -18,7 +18,7 @@ from .refusals import RequestError
 
 READ = (
     *("model", "messages", "max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos", "temperature", "top_p"),
-    *("top_k", "repetition_penalty", "seed", "stop", "stream", "stream_options"),
+    *("top_k", "repetition_penalty", "seed", "stop", "stream", "stream_options", "plphp"),
 )
 WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Fields that say nothing about the answer."""
@@ -63,6 +63,8 @@ class ChatRequest:
         Whether the answer is sent while it is written.
     include_usage : bool
         Whether a stream ends with the numbers of tokens.
+    conversation : str, optional
+        The conversation that it goes on with, or "new" to begin one; None for a chat whose cache is not held.
     """
 
     messages: list[dict[str, Any]]
@@ -73,6 +75,7 @@ class ChatRequest:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    conversation: str | None = None
 
 
 def read_request(body: bytes, model_name: str, limits: Limits) -> ChatRequest:
@@ -117,6 +120,7 @@ def read_request(body: bytes, model_name: str, limits: Limits) -> ChatRequest:
         stop=_stops(fields),
         stream=stream,
         include_usage=_include_usage(fields, stream),
+        conversation=_conversation(fields),
     )
 
 
@@ -130,13 +134,27 @@ def _fields(body: bytes) -> dict[str, Any]:
         raise RequestError(f"The request must be an object of JSON, got {quoted(values)}.")
     fields = {key: value for key, value in values.items() if value is not None}
     for key, value in fields.items():
-        if key in ONLY and value not in ONLY[key]:
+        if key in ONLY and not any(_same(value, allowed) for allowed in ONLY[key]):
             possible = " or ".join(json.dumps(allowed) for allowed in ONLY[key])
             raise RequestError(f"{key} must be {possible} or left out, got {quoted(value)}.", param=key)
         if key not in READ and key not in ONLY and key not in WITHOUT_EFFECT:
             hint = did_you_mean(key, (*READ, *ONLY, *WITHOUT_EFFECT))
             raise RequestError(f"This server knows no field {quoted(key)}.{hint}", param=key[:100])
     return fields
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Whether a value is the one that is allowed: true is no 1, which Python says it equals."""
+    return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _conversation(fields: Mapping[str, Any]) -> str | None:
+    own = fields.get("plphp", {})
+    name = own.get("conversation") if isinstance(own, dict) else own
+    if not isinstance(own, dict) or set(own) - {"conversation"} or not isinstance(name, str | None):
+        text = f'plphp must be {{"conversation": "new"}}, or name the conversation to go on with, got {quoted(own)}.'
+        raise RequestError(text, param="plphp")
+    return name
 
 
 def _max_new_tokens(fields: Mapping[str, Any], limits: Limits) -> int | None:

@@ -26,10 +26,14 @@ class Line:
     ----------
     length : int
         Requests that may be in it.
+    max_bytes : int
+        Bytes of all bodies that are on their way to it. They have no place in it yet, so that a slow client keeps
+        nobody out.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, max_bytes: int) -> None:
+        self.length, self.max_bytes = length, max_bytes
+        self._arriving = 0
         self.requests = 0
         """Requests in it, the one that is being answered included."""
         self._prepared, self._model = anyio.Semaphore(PREPARED), anyio.Lock()
@@ -42,6 +46,35 @@ class Line:
         """Requests that are being answered: 0 or 1."""
         return int(self._model.locked())
 
+    def check(self) -> None:
+        """Raise `RequestError` if it is full."""
+        if self.requests >= self.length:
+            raise _overloaded(f"{self.requests} requests already, as many as it takes")
+
+    @contextmanager
+    def arriving(self) -> Iterator[Callable[[int], None]]:
+        """Count a body that is on its way; yields a function that takes the bytes of each part.
+
+        Raises
+        ------
+        RequestError
+            If the line is full, or too many bytes are on their way.
+        """
+        self.check()
+        arrived = 0
+
+        def take(count: int) -> None:
+            nonlocal arrived
+            if self._arriving + count > self.max_bytes:
+                raise _overloaded(f"{self._arriving:,} bytes of other requests on their way")
+            arrived += count
+            self._arriving += count
+
+        try:
+            yield take
+        finally:
+            self._arriving -= arrived
+
     @contextmanager
     def place(self) -> Iterator[None]:
         """Stand in the line.
@@ -51,12 +84,7 @@ class Line:
         RequestError
             If it is full.
         """
-        if self.requests >= self.length:
-            raise RequestError(
-                f"The server has {self.requests} requests already, as many as it takes: try again later.",
-                status=503,
-                code="server_overloaded",
-            )
+        self.check()
         self.requests += 1
         try:
             yield
@@ -78,6 +106,10 @@ class Line:
         """End the threads, once they have nothing to do."""
         self._preparing.shutdown()
         self._answering.shutdown()
+
+
+def _overloaded(what: str) -> RequestError:
+    return RequestError(f"The server has {what}: try again later.", status=503, code="server_overloaded")
 
 
 async def _run(thread: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from statistics import fmean
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .conversations import Conversations
 from .line import Line
 from .served_model import Answer, Prompt
 
@@ -32,6 +35,7 @@ class Metrics:
         self._prompts = counter("prompts", "Prompts with vision tokens that were answered.")
         self._whole = counter("whole_prompts", "Those that stayed whole while a query bank was being collected.")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts, vision tokens included.")
+        self._cached = counter("cached_prompt_tokens", "Those of them that the caches of conversations held already.")
         self._tokens = counter("generation_tokens", "Tokens of answers.")
         self._vision = counter("vision_tokens", "Vision tokens of prompts.")
         self._kept = counter("kept_vision_tokens", "Vision tokens that a KV head of a layer holds, the mean.", "layer")
@@ -40,15 +44,26 @@ class Metrics:
         self._retention = histogram("retention", "Fraction of a prompt's vision entries held.", RETENTION_BUCKETS)
         self._first = histogram("first_token_seconds", "From a request to the first of its text.", SECONDS_BUCKETS)
         self._seconds = histogram("request_seconds", "From a request to the end of its reply.", SECONDS_BUCKETS)
-        running = Gauge("plphp_requests_running", "Requests that are being answered.", registry=self._registry)
-        waiting = Gauge("plphp_requests_waiting", "Requests that wait, or are on their way.", registry=self._registry)
-        running.set_function(lambda: line.answering)
-        waiting.set_function(lambda: max(0, line.requests - line.answering))
-        self._bank = Gauge(
-            "plphp_bank_prompts",
-            "Prompts of the query bank that the server collects by itself.",
-            registry=self._registry,
-        )
+        self._turns = counter("conversation_turns", "Answers in conversations, begun or continued.", "turn")
+        self._ended = counter("conversations_ended", "Conversations that are over, and why.", "why")
+        self._gauge("requests_running", "Requests that are being answered.", lambda: line.answering)
+        self._gauge("requests_waiting", "Requests that wait.", lambda: max(0, line.requests - line.answering))
+        self._bank = self._gauge("bank_prompts", "Prompts of the query bank that the server collects by itself.")
+
+    def show_conversations(self, conversations: Conversations) -> None:
+        """Say from now on how many conversations there are."""
+        self._gauge("conversations", "Conversations that can be continued.", lambda: conversations.alive)
+        self._gauge("conversation_bytes", "Bytes that their caches hold.", lambda: conversations.nbytes)
+
+    def _gauge(self, name: str, text: str, value: Callable[[], float] | None = None) -> Gauge:
+        gauge = Gauge(f"plphp_{name}", text, registry=self._registry)
+        if value is not None:
+            gauge.set_function(value)
+        return gauge
+
+    def note_end(self, why: str) -> None:
+        """Count a conversation that is over."""
+        self._ended.labels(why).inc()
 
     def note_request(self, status: int, seconds: float) -> None:
         """Count a request that is over."""
@@ -63,7 +78,10 @@ class Metrics:
         """Count what was kept for an answer."""
         report = answer.report
         self._prompt_tokens.inc(prompt.tokens)
+        self._cached.inc(prompt.held)
         self._tokens.inc(answer.tokens)
+        if answer.conversation:
+            self._turns.labels("continued" if prompt.held else "begun").inc()
         self._held.inc(report.entry_bytes)
         self._full.inc(report.kv_bytes_full)
         if report.collecting is not None:
@@ -73,8 +91,9 @@ class Metrics:
             return
         self._prompts.inc()
         self._vision.inc(prompt.vision_tokens)
-        self._retention.observe(report.retention)
-        for read in report.prompts:
+        new = replace(report, prompts=[read for read in report.prompts if read.start >= prompt.held])
+        self._retention.observe(new.retention)
+        for read in new.prompts:
             for layer in read.layers:
                 self._kept.labels(str(layer.layer)).inc(fmean(layer.rows[0].kept))
 

@@ -10,6 +10,9 @@ from plphp.errors import ConfigError
 from plphp.io.quoting import quoted
 from plphp.settings.checks import check_int
 
+MAY_BE_NONE = ("max_images", "conversations")
+"""Limits that may be 0."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -33,6 +36,10 @@ class Limits:
         Seconds until a request has to have arrived.
     allow_urls : bool
         Whether images are fetched from http and https addresses.
+    conversations : int
+        Conversations whose caches are held for their next turn; 0 for none.
+    conversation_bytes : int
+        Bytes that these caches hold at most, all together, between two answers.
 
     Raises
     ------
@@ -48,12 +55,14 @@ class Limits:
     max_queue: int = 64
     body_seconds: int = 60
     allow_urls: bool = False
+    conversations: int = 0
+    conversation_bytes: int = 2 * 10**9
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "allow_urls" and not (field.name == "max_model_len" and value is None):
-                check_int(field.name, value, minimum=0 if field.name == "max_images" else 1)
+                check_int(field.name, value, minimum=0 if field.name in MAY_BE_NONE else 1)
 
 
 @dataclass(frozen=True)

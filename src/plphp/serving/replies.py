@@ -20,9 +20,12 @@ class Reply:
     ----------
     model_name : str
         The model that is served.
+    in_conversation : bool
+        Whether it is of a conversation, whose name it says then.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, in_conversation: bool = False) -> None:
+        self._in_conversation = in_conversation
         self.name = f"chatcmpl-{uuid.uuid4().hex}"
         self._head = {"id": self.name, "created": int(time.time()), "model": model_name}
 
@@ -30,24 +33,38 @@ class Reply:
         """Return a completion."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
-        numbers = {"usage": usage(prompt, answer), "plphp": kept(prompt, answer)}
-        return {**self._head, "object": "chat.completion", "choices": [choice], **numbers}
+        return {**self._head, "object": "chat.completion", "choices": [choice], **self._numbers(prompt, answer)}
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+    def chunk(self, delta: dict[str, str]) -> bytes:
         """Return an event with a part of the text."""
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        choice = {"index": 0, "delta": delta, "finish_reason": None, "logprobs": None}
         return event({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+
+    def last(self, answer: Answer) -> bytes:
+        """Return the event behind the text, with why it ends and what the conversation is called."""
+        choice = {"index": 0, "delta": {}, "finish_reason": answer.finish_reason, "logprobs": None}
+        name = self._name(answer)
+        own = {"plphp": name} if name else {}
+        return event({**self._head, "object": "chat.completion.chunk", "choices": [choice], **own})
 
     def numbers(self, prompt: Prompt, answer: Answer) -> bytes:
         """Return the event of a stream with the numbers of tokens."""
-        numbers = {"usage": usage(prompt, answer), "plphp": kept(prompt, answer)}
+        numbers = self._numbers(prompt, answer)
         return event({**self._head, "object": "chat.completion.chunk", "choices": [], **numbers})
 
+    def _numbers(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
+        return {"usage": usage(prompt, answer), "plphp": {**kept(prompt, answer), **self._name(answer)}}
 
-def usage(prompt: Prompt, answer: Answer) -> dict[str, int]:
-    """Return the numbers of tokens, those of images among those of the prompt."""
+    def _name(self, answer: Answer) -> dict[str, str | None]:
+        """The conversation that the client may go on with; None where it is over."""
+        return {"conversation": answer.conversation} if self._in_conversation else {}
+
+
+def usage(prompt: Prompt, answer: Answer) -> dict[str, Any]:
+    """Return the numbers of tokens, those of images and those that a conversation holds among those of the prompt."""
     total = prompt.tokens + answer.tokens
-    return {"prompt_tokens": prompt.tokens, "completion_tokens": answer.tokens, "total_tokens": total}
+    numbers = {"prompt_tokens": prompt.tokens, "completion_tokens": answer.tokens, "total_tokens": total}
+    return {**numbers, "prompt_tokens_details": {"cached_tokens": prompt.held}} if prompt.held else numbers
 
 
 def kept(prompt: Prompt, answer: Answer) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that answers chats one after another, each with a pruned KV cache of its own."""
+"""A model that answers chats one after another, each with a pruned KV cache: of its own, or of its conversation."""
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from plphp.engines.hf.session import Session, apply, remove
-from plphp.errors import ConfigError
+from plphp.errors import ConfigError, UnsupportedFeatureError
+from plphp.inputs.later_turn import TurnInputs, first_turn
 from plphp.inputs.prompt import build_inputs, count_vision_tokens, on_device
 from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig
@@ -23,8 +25,11 @@ from plphp.settings.config import PLPHPConfig
 from .answer_text import AnswerText
 from .chat_messages import decoded_chat
 from .chat_request import ChatRequest
+from .conversation import Conversation
 from .options import Limits
 from .refusals import RequestError
+
+logger = logging.getLogger("plphp")
 
 
 @dataclass(frozen=True)
@@ -33,19 +38,26 @@ class Prompt:
 
     Parameters
     ----------
-    inputs : dict
+    turn : TurnInputs
         Inputs of ``generate``, on the CPU.
-    tokens, vision_tokens : int
-        Tokens of the prompt, and those of them that stand for images.
+    vision_tokens : int
+        Tokens that stand for images, among those that are read now.
+    held : int
+        Tokens that a conversation's cache holds of it.
     max_new_tokens, min_new_tokens : int
         Tokens of the answer, at most and at least.
     """
 
-    inputs: dict[str, Any]
-    tokens: int
+    turn: TurnInputs
     vision_tokens: int
+    held: int
     max_new_tokens: int
     min_new_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.turn.tokens
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,14 @@ class Answer:
         Whether the answer came to its end.
     report : PruneReport
         What was kept.
+    conversation : str, optional
+        Name of the conversation that goes on from it.
     """
 
     tokens: int
     finish_reason: str
     report: PruneReport
+    conversation: str | None = None
 
 
 class ServedModel:
@@ -119,19 +134,32 @@ class ServedModel:
         inputs = build_inputs(self._processor, question, images=[Image.new("RGB", (64, 64), "gray")])
         self._generate(inputs, max_new_tokens=1, do_sample=False)
 
-    def prepare(self, request: ChatRequest) -> Prompt:
+    def conversation(self) -> Conversation:
+        """Begin a conversation."""
+        return Conversation(self._model, self._processor)
+
+    def prepare(self, request: ChatRequest, conversation: Conversation | None = None) -> Prompt:
         """Decode the images of a request, and make its prompt.
+
+        Parameters
+        ----------
+        request : ChatRequest
+            The request.
+        conversation : Conversation, optional
+            What it goes on with; what that has read is neither decoded nor read again.
 
         Raises
         ------
         RequestError
             If the prompt and its answer are too long.
         PLPHPError
-            If an image is broken, or the model does not take the chat.
+            If an image is broken, the model does not take the chat, or it does not go on from the conversation.
         """
-        chat = decoded_chat(request.messages, self.limits)
-        inputs = build_inputs(self._processor, messages=chat, text_alone=True)
-        tokens = int(inputs["input_ids"].shape[1])
+        if conversation is None:
+            turn = first_turn(self._processor, decoded_chat(request.messages, self.limits))
+        else:
+            turn = conversation.prepare(request.messages, self.limits)
+        tokens = turn.tokens
         longest = request.max_new_tokens or self.limits.max_new_tokens
         if self.limits.max_model_len is not None:
             room = self.limits.max_model_len - tokens
@@ -144,11 +172,17 @@ class ServedModel:
                     code="context_length_exceeded",
                 )
             longest = min(longest, room)
-        vision = count_vision_tokens(self._model.config, inputs)
-        return Prompt(inputs, tokens, vision, longest, min(request.min_new_tokens, longest))
+        vision = count_vision_tokens(self._model.config, turn.new)
+        held = 0 if conversation is None else conversation.held
+        return Prompt(turn, vision, held, longest, min(request.min_new_tokens, longest))
 
     def answer(
-        self, prompt: Prompt, request: ChatRequest, tell: Callable[[str], None], left: threading.Event
+        self,
+        prompt: Prompt,
+        request: ChatRequest,
+        tell: Callable[[str], None],
+        left: threading.Event,
+        conversation: Conversation | None = None,
     ) -> Answer:
         """Answer a prompt.
 
@@ -162,22 +196,36 @@ class ServedModel:
             Gets the text piece by piece.
         left : Event
             Ends the answer at the next token: nobody waits for it any more.
+        conversation : Conversation, optional
+            As in `prepare`; it keeps the turn, unless the client has left.
         """
+        said: list[str] = []
+
+        def tell_and_note(piece: str) -> None:
+            said.append(piece)
+            tell(piece)
+
         text = AnswerText(self._decoded, request.stop)
-        follower = _Follower(text, prompt.tokens, tell, left)
+        follower = _Follower(text, prompt.tokens, tell_and_note, left)
         if request.options["do_sample"]:
             torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
         shortest = {"min_new_tokens": prompt.min_new_tokens} if prompt.min_new_tokens else {}
-        self._generate(
-            prompt.inputs,
-            max_new_tokens=prompt.max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([follower]),
+        options = {
+            "max_new_tokens": prompt.max_new_tokens,
+            "stopping_criteria": StoppingCriteriaList([follower]),
             **shortest,
             **request.options,
-        )
-        tell(text.finish())
+        }
+        if conversation is None:
+            self._generate(prompt.turn.whole, **options)
+        else:
+            conversation.generate(prompt.turn, num_beams=1, **options)
+        tell_and_note(text.finish())
         ended = text.stopped or (bool(text.tokens) and text.tokens[-1] in self._ends)
-        return Answer(len(text.tokens), "stop" if ended else "length", self._session.report)
+        report = self._session.report
+        goes_on = conversation is not None and not left.is_set() and _kept(conversation, prompt, text, "".join(said))
+        name = conversation.name if conversation is not None and goes_on else None
+        return Answer(len(text.tokens), "stop" if ended else "length", report, name)
 
     def _generate(self, inputs: dict[str, Any], **options: Any) -> None:
         with torch.no_grad():
@@ -185,6 +233,16 @@ class ServedModel:
 
     def _decoded(self, tokens: list[int]) -> str:
         return str(self._processor.decode(tokens, skip_special_tokens=True))
+
+
+def _kept(conversation: Conversation, prompt: Prompt, text: AnswerText, said: str) -> bool:
+    """Let a conversation keep its turn; return whether it could."""
+    try:
+        conversation.keep(prompt.turn, text.tokens, said, cut=text.stopped)
+    except UnsupportedFeatureError as error:
+        logger.warning("A conversation ends with its answer: %s", error)
+        return False
+    return True
 
 
 class _Follower(StoppingCriteria):
