@@ -32,7 +32,7 @@ def asked(port: int) -> tuple[str, dict[str, float]]:
 
     The working folder has to be that of the repository.
     """
-    ask, look = blocks("python")
+    ask, look, _ = blocks("python")
     names: dict[str, Any] = {"print": lambda *_: None}
     exec(ask.replace(":8000", f":{port}"), names)
     names["print"] = lambda text: names.update(shown=text)
@@ -40,3 +40,14 @@ def asked(port: int) -> tuple[str, dict[str, float]]:
     return names["answer"].strip(), {
         name: float(value) for name, value in (line.rsplit(" ", 1) for line in names["shown"].splitlines())
     }
+
+
+def talked(port: int) -> list[str]:
+    """What the page's conversation prints: an answer, the numbers of its tokens, and that it is deleted."""
+    ask, _, talk = blocks("python")
+    printed: list[str] = []
+    names: dict[str, Any] = {"print": lambda text: printed.append(str(text))}
+    exec(ask.replace(":8000", f":{port}"), names)
+    printed.clear()
+    exec(talk, names)
+    return printed

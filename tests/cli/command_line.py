@@ -8,14 +8,14 @@ from typer.testing import CliRunner, Result
 from plphp.cli import app
 
 
-def run(*arguments: object) -> Result:
-    """Run a command line."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments: object, lines: str | None = None) -> Result:
+    """Run a command line, with lines on standard input."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=lines)
 
 
-def ok(*arguments: object) -> str:
+def ok(*arguments: object, lines: str | None = None) -> str:
     """What a command that succeeds prints on standard output."""
-    result = run(*arguments)
+    result = run(*arguments, lines=lines)
     assert result.exit_code == 0, result.output
     return result.stdout
 

@@ -14,8 +14,8 @@ import pytest
 import plphp
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "images" / "grid-1.png"
-COMMANDS = ("calibrate", "collect", "doctor", "estimate", "eval", "families", "generate", "inspect", "methods", "plot",
-            "profile", "report", "serve", "ui")  # fmt: skip
+COMMANDS = ("calibrate", "chat", "collect", "doctor", "estimate", "eval", "families", "generate", "inspect", "methods",
+            "plot", "profile", "report", "serve", "ui")  # fmt: skip
 SHOWN = [
     ("--help",),
     ("--version",),
@@ -57,6 +57,10 @@ REFUSED = [
     ((*ASK, "--model", str(EXAMPLE)), "is a file"),
     ((*ASK, "--model", str(EXAMPLE.parent)), "holds no config.json"),
     ((*ASK, "--model", "nope/nope"), "the hub cannot be reached"),
+    (("chat", "--image", "nope.png"), "There is no image file nope.png"),
+    (("chat", "--system", " "), "--system is empty"),
+    (("chat", "--seed", "1"), "--seed is for sampling"),
+    (("chat", "--method", "plhp"), "Did you mean 'plphp'?"),
     (("profile", "--out", "p", "--prompts", "nope.jsonl"), "Cannot read the prompts nope.jsonl"),
     (("profile", "--out", "p", "--question", "a", "--image", "nope.png"), "There is no image file nope.png"),
     (("profile", "--out", "p", "--question", " ", "--image", str(EXAMPLE)), "--question is empty"),

@@ -20,7 +20,7 @@ from command_line import ok
 from plphp.families.registry import FAMILIES_BY_NAME
 from plphp.inputs.sources import bundled_model_path
 from plphp.methods.registry import METHODS_BY_NAME
-from server_page import RIGHT, asked, blocks, started
+from server_page import RIGHT, asked, blocks, started, talked
 
 ROOT = Path(__file__).parents[2]
 HOW_TO = ROOT / "docs" / "how-to"
@@ -63,7 +63,11 @@ class Reader:
         """Run a line of a shell: plphp in this process, and pip into a folder of the test."""
         command, *arguments = words
         if command == "plphp":
-            self.printed[" ".join(words)] = ok(*arguments)
+            lines = None
+            if "<" in arguments:
+                *arguments, _, path = arguments
+                lines = Path(path).read_text(encoding="utf-8")
+            self.printed[" ".join(words)] = ok(*arguments, lines=lines)
             return
         assert words[:2] == ["pip", "install"], f"no test can run {words}: say it in words"
         folder = Path("installed").absolute()
@@ -126,6 +130,10 @@ def test_page_chat(read: Callable[[str], Reader]) -> None:
     reader = read("how-to/chat.md")
     starts = [(prompt.start > 0, len(prompt.images[0])) for prompt in reader.names["run"].report.prompts]
     assert starts == [(False, 1), (True, 1)]
+    (talked,) = (printed for command, printed in reader.printed.items() if command.startswith("plphp chat"))
+    assert talked.count("Row 1 shows") == 2
+    assert "Row 2 shows" in talked
+    assert "what is held of each image" in talked
 
 
 def test_page_benchmark(read: Callable[[str], Reader]) -> None:
@@ -155,6 +163,10 @@ def test_page_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with serving_load.running(["plphp", *arguments], os.environ, tmp_path / "server.log") as port:
         answer, metrics = asked(port)
+        row, usage, deleted = talked(port)
     assert answer == RIGHT
+    assert row.startswith("Row 1 shows")
+    assert "'cached_tokens': 3" in usage
+    assert '"deleted":true' in deleted
     assert metrics["plphp_prompts_total"] == 1
     assert metrics["plphp_vision_tokens_total"] == 196

@@ -77,12 +77,14 @@ def test_transformers_serves_where_vllm_is_not_installed(started: list[Any]) -> 
 def test_options_of_transformers(started: list[Any]) -> None:
     options = ["--port", 80, "--host", "0.0.0.0", "--served-model-name", "name", "--dtype", "float32", "--max-queue", 3]
     options += ["--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--allow-urls", "--max-model-len", 500]
+    options += ["--conversations", 4, "--conversation-bytes", "1.5MB"]
     done = run("serve", "--engine", "transformers", "org/model", *options, "--method", "plphp")
     assert done.exit_code == 0, done.output
     ((model, limits, listening),) = started
     assert (model.name, model.served_name, model.dtype) == ("org/model", "name", "float32")
     assert model.settings == PLPHPConfig(target_retention=0.4)
-    assert limits == Limits(max_images=2, allow_urls=True, max_model_len=500, max_queue=3)
+    numbers = {"conversations": 4, "conversation_bytes": 1_500_000}
+    assert limits == Limits(max_images=2, allow_urls=True, max_model_len=500, max_queue=3, **numbers)
     assert listening == Listening("0.0.0.0", 80)
 
 
@@ -94,6 +96,7 @@ def test_options_of_transformers(started: list[Any]) -> None:
         (["--limit-mm-per-prompt", "3"], """must be like '{"image": 3}', got '3'"""),
         (["--limit-mm-per-prompt", '{"image": 1, "video": 1}'], "serves images alone, not video"),
         (["--limit-mm-per-prompt", '{"image": -1}'], "must be an integer of at least 0"),
+        (["--conversation-bytes", "much"], "--conversation-bytes must be a number of bytes such as '200MB'"),
         (["--decode", "graf"], "decode must be"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

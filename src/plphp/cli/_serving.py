@@ -36,7 +36,15 @@ MaxBodyBytesOption = Annotated[
     int, option(REQUESTS, "Bytes of a request, and of all that is fetched for it.", min=1, show_default=True)
 ]
 MaxQueueOption = Annotated[int, option(REQUESTS, "Requests at once; further ones get a 503.", min=1, show_default=True)]
+ConversationsOption = Annotated[
+    int, option(REQUESTS, "Conversations whose caches wait for their next turn.", min=0, show_default=True)
+]
+ConversationBytesOption = Annotated[
+    str, option(REQUESTS, "Bytes that these caches hold, all together, such as 500MB.", show_default=True)
+]
 ServedUrlsOption = Annotated[bool, allow_urls_option(REQUESTS)]
+CONVERSATION_BYTES = "2GB"
+"""Default of ``--conversation-bytes``, that of `Limits`."""
 IMAGES = f'{{"image": {Limits.max_images}}}'
 """Default of ``--limit-mm-per-prompt``."""
 

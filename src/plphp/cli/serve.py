@@ -10,6 +10,7 @@ import typer
 
 from plphp.inputs.sources import BUNDLED_NAME, is_bundled
 from plphp.serving.options import Limits, Listening, images_per_prompt
+from plphp.settings.byte_counts import byte_count
 from plphp.settings.config import PLPHPConfig, checked_mode
 
 from . import _serving
@@ -53,6 +54,8 @@ def serve(
     max_image_pixels: _serving.MaxImagePixelsOption = Limits.max_image_pixels,
     max_body_bytes: _serving.MaxBodyBytesOption = Limits.max_body_bytes,
     max_queue: _serving.MaxQueueOption = Limits.max_queue,
+    conversations: _serving.ConversationsOption = Limits.conversations,
+    conversation_bytes: _serving.ConversationBytesOption = _serving.CONVERSATION_BYTES,
     allow_urls: _serving.ServedUrlsOption = False,
 ) -> None:
     """Serve a model with an API like OpenAI's, its vision tokens pruned in every request.
@@ -76,7 +79,11 @@ def serve(
     numbers = (max_model_len, max_new_tokens, images, max_image_pixels, max_body_bytes, max_queue)
     name = served_model_name or (BUNDLED_NAME if is_bundled(model) else str(model))
     served = _serving.ModelToServe(model, name, dtype, device, checked_mode(decode), settings)
-    limits = Limits(*numbers, allow_urls=allow_urls)
+    held = {
+        "conversations": conversations,
+        "conversation_bytes": byte_count(conversation_bytes, "--conversation-bytes"),
+    }
+    limits = Limits(*numbers, allow_urls=allow_urls, **held)
     _serving.serve_with_transformers(served, limits, Listening(host, port, api_key))
 
 

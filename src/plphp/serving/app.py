@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -65,16 +65,6 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
         text = f"The model {quoted(name)} is not served here: ask for {model_name!r}."
         return _refused(RequestError(text, status=404, code="model_not_found"))
 
-    async def conversation(request: Request) -> Response:
-        name = request.path_params["name"]
-        try:
-            if request.method != "DELETE":
-                return JSONResponse((await conversations.find(name)).card())
-            await conversations.delete(name)
-        except RequestError as error:
-            return _refused(error)
-        return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
-
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -93,7 +83,7 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
         Route(CHAT, chat, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
-        Route("/v1/conversations/{name}", conversation, methods=["GET", "DELETE"]),
+        Route("/v1/conversations/{name}", _page_of(conversations), methods=["GET", "DELETE"]),
         Route("/health", health),
         Route("/metrics", show_metrics),
     ]
@@ -101,6 +91,22 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
     return Starlette(
         routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: _on_http_error}
     )
+
+
+def _page_of(conversations: Conversations) -> Callable[[Request], Awaitable[Response]]:
+    """The page of a conversation, to look at it and to delete it."""
+
+    async def page(request: Request) -> Response:
+        name = request.path_params["name"]
+        try:
+            if request.method != "DELETE":
+                return JSONResponse((await conversations.find(name)).card())
+            await conversations.delete(name)
+        except RequestError as error:
+            return _refused(error)
+        return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
+
+    return page
 
 
 class _WithKey:
