@@ -7,6 +7,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
@@ -199,6 +200,17 @@ def test_an_answer_that_was_stopped_goes_on_from_its_text(client: Client) -> Non
     assert talk.ask(SECOND)["choices"][0]["message"]["content"].startswith("Row 2")
 
 
+def test_an_answer_that_would_be_tokenized_otherwise(loaded: Any, client: Client) -> None:
+    _, processor = loaded
+    talk = Talk(client)
+    reply = talk.ask(FIRST, temperature=30, seed=5, max_tokens=40, ignore_eos=True)
+    text, tokens = reply["choices"][0]["message"]["content"], reply["usage"]["completion_tokens"]
+    again = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(again) not in (tokens, tokens - 1)
+    after = talk.ask(SECOND, max_tokens=3)
+    assert after["usage"]["prompt_tokens_details"]["cached_tokens"] == reply["usage"]["total_tokens"] - 1
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_leaves(stream: bool, client: Client) -> None:
     """A turn of text is taken back; a turn with an image cannot be, and the conversation is over."""
@@ -243,6 +255,31 @@ def test_memory_is_flat_and_the_oldest_leave(client: Client) -> None:
     assert (client.metrics()["plphp_conversations"], caches) == (3, 3)
     statuses = [client.get(f"/v1/conversations/{talk.name}")[0] for talk in talks]
     assert statuses == [404] * 5 + [200] * 3
+
+
+def test_many_clients_talk_at_once(loaded: Any) -> None:
+    """Every other of six clients leaves in its second turn, and asks it again."""
+    with serving(*loaded, CONFIG, Limits(conversations=6)) as (client, _):
+        expected = by_hand(loaded, [FIRST, SECOND])
+
+        def converse(number: int) -> list[str]:
+            talk = Talk(client)
+            talk.ask(FIRST)
+            if number % 2:
+                body = {"messages": [*talk.chat, SECOND], "plphp": {"conversation": talk.name}, "stream": True}
+                with closing(client.send({**body, "max_tokens": 900, "ignore_eos": True})) as gone:
+                    gone.getresponse().read(200)
+                while talk.refused()[0] == 409:
+                    time.sleep(0.05)
+            talk.ask(SECOND)
+            return [message["content"] for message in talk.chat[1::2]]
+
+        with ThreadPoolExecutor(6) as clients:
+            assert list(clients.map(converse, range(6))) == [expected] * 6
+        client.wait_for("plphp_requests_waiting", 0)
+        metrics = client.metrics()
+        assert metrics["plphp_conversations"] == 6
+        assert "plphp_conversations_ended_total" not in metrics
 
 
 def test_a_conversation_too_large_to_hold(loaded: Any) -> None:

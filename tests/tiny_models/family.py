@@ -194,7 +194,7 @@ class TinyFamily:
             conversation, the image tensors those of the new images. With m-RoPE new images need
             ``position_ids`` too: ``generate`` makes wrong ones (5.17) or stops (5.23).
         """
-        turn = collate(self._new_parts(model, len(first_output_ids), with_image, seed))
+        turn = collate(self.new_parts(model, len(first_output_ids), with_image, seed))
         inputs = {name: value for name, value in turn.items() if name not in PER_TOKEN}
         inputs["input_ids"] = torch.cat([first_output_ids, turn["input_ids"]], dim=1)
         answer = first_output_ids.shape[1] - first_inputs["input_ids"].shape[1]
@@ -221,7 +221,7 @@ class TinyFamily:
         first_rows : sequence of dict
             What ``rows`` returned for the first turn.
         """
-        new_parts = self._new_parts(model, len(first_rows), with_image, seed)
+        new_parts = self.new_parts(model, len(first_rows), with_image, seed)
         answer = first_output_ids.shape[1] - max(row["input_ids"].shape[1] for row in first_rows)
         rows = []
         for row, new, output in zip(first_rows, new_parts, first_output_ids, strict=True):
@@ -234,7 +234,7 @@ class TinyFamily:
             rows.append(drop_empty(joined))
         return rows
 
-    def _new_parts(self, model: Any, rows: int, with_image: bool, seed: int) -> list[dict[str, Any]]:
+    def new_parts(self, model: Any, rows: int, with_image: bool, seed: int) -> list[dict[str, Any]]:
         """Return what a second turn adds to each row."""
         generator = seeded(seed)
         parts = []

@@ -160,7 +160,7 @@ class ChatLines:
         def stops(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             return torch.full((ids.shape[0],), bool(stopping), dtype=torch.bool, device=ids.device)
 
-        criteria: Any = StoppingCriteriaList([stops])  # type: ignore[list-item]
+        criteria: Any = StoppingCriteriaList([stops])
         if self._shown.as_json:
             return {"stopping_criteria": criteria}
         streamer = TextStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
