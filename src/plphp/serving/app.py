@@ -52,8 +52,7 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
     conversations = Conversations(served.limits, served.conversation, metrics.note_end)
     metrics.show_conversations(conversations)
     chat = ChatEndpoint(served, model_name, line, metrics, conversations)
-    entry = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "plphp"}
-    card: dict[str, Any] = {**entry, "max_model_len": served.limits.max_model_len}
+    card = _card(model_name, served)
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
@@ -91,6 +90,12 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
     return Starlette(
         routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: _on_http_error}
     )
+
+
+def _card(model_name: str, served: ServedModel) -> dict[str, Any]:
+    """What is told of the model."""
+    entry = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "plphp"}
+    return {**entry, "max_model_len": served.limits.max_model_len}
 
 
 def _page_of(conversations: Conversations) -> Callable[[Request], Awaitable[Response]]:
