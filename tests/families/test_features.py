@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from image_processors import PROCESSORS, image_processor, pictures
 
+from image_processors import PROCESSORS, image_processor, pictures
 from plphp.engines.hf.conversation.fingerprints import fingerprint, same_image
 from plphp.errors import UnsupportedFeatureError
 from plphp.families.base import Features

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from image_processors import SIZES, image_processor, load, pictures
 
+from image_processors import SIZES, image_processor, load, pictures
 from plphp.families.base import VisionSegment
 from plphp.families.registry import family_of
 from tiny_models import NEWEST, TINY
