@@ -56,6 +56,15 @@ def test_right_answers(folder: Path, values: dict[str, Any], answers: tuple[str,
     assert [prompt.answers for prompt in read_prompts(path)] == [answers]
 
 
+@pytest.mark.parametrize("name", ["video", "videos"])
+@pytest.mark.parametrize("images", [{}, {"images": ["b.png"]}], ids=["alone", "beside images"])
+def test_a_video_is_not_left_out_silently(folder: Path, name: str, images: dict[str, Any]) -> None:
+    path = write(folder, {name: ["clip.gif"], "question": "a?", **images})
+    with pytest.raises(LoadError, match=f"line 1: '{name}' is not read .* frames as \"images\""):
+        read_prompts(path)
+    assert len(read_prompts(write(folder, {name: None, "question": "a?", "images": ["b.png"]}))) == 1
+
+
 def test_lines_are_read(folder: Path) -> None:
     question = {"images": ["images/a.png", "b.png"], "question": "a\u2028b?", "answer": "c"}
     path = write(folder, json.dumps(question, ensure_ascii=False), "", {"images": ["b.png"], "turns": TURNS})

@@ -114,8 +114,10 @@ def located_images(
     Raises
     ------
     PLPHPError
-        If there are two of these keys, or see `find_image`.
+        If there are two of these keys, if the line names videos too, which would be left out, or see `find_image`.
     """
+    if video := next((key for key in ("videos", "video") if values.get(key)), None):
+        raise ConfigError(f'{video!r} is not read from such a file: name some of the frames as "images".')
     keys = [key for key in ("images", "image", "file_name") if values.get(key) is not None]
     if len(keys) > 1:
         raise ConfigError(f"The images are named twice, by {' and '.join(map(repr, keys))}: leave one of them out.")
