@@ -116,8 +116,8 @@ class Tier(Ragged):
         return sides[0], sides[1]
 
     def of_rows(self, live: Sequence[int], rows: tuple[int, ...]) -> Tier:
-        """Those of some stored rows, in their order."""
-        if len(live) == len(self.counts):
+        """Those of some stored rows, in this order and as often as they are named."""
+        if list(live) == list(range(len(self.counts))):
             return replace(self, rows=rows)
         keys = Codes.joined([self._part(self.rung.keys, self.keys, row) for row in live])
         values = Codes.joined([self._part(self.rung.values, self.values, row) for row in live])
@@ -284,10 +284,17 @@ class CodedKV:
 
     def select(self, rows: Sequence[int]) -> CodedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""
-        live, read = self.tiers[0].selected(rows)
+        return self._stored(*self.tiers[0].selected(rows))
+
+    def unshared(self) -> CodedKV:
+        """The same rows, each with a stored row of its own, in the order of the batch."""
+        return self._stored(self.rows, tuple(range(self.batch)))
+
+    def _stored(self, live: Sequence[int], rows: tuple[int, ...]) -> CodedKV:
+        """Those of some stored rows, of which each row of the batch reads one."""
         with as_written(self.tiers[0].device):  # autocast on a CPU joins no float16
-            tiers = tuple(tier.of_rows(live, read) for tier in self.tiers)
-            if len(live) == len(self.reading):
+            tiers = tuple(tier.of_rows(live, rows) for tier in self.tiers)
+            if list(live) == list(range(len(self.reading))):
                 return replace(self, tiers=tiers)
             keys, values, rest = (self._of_rows(mean, live) for mean in (*self.means, self.rest_values))
         return CodedKV(tiers, keys, values, self.books, tuple(self.reading[row] for row in live), rest)

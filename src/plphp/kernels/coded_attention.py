@@ -79,20 +79,20 @@ def attend_codes(
         if choice.usable("attend_codes", "Triton", reason, triton_trial, query, values):
             from . import _coded_triton
 
-            return _merged(more, _coded_triton.attend(query, coded, scaling))
+            return merged(more, _coded_triton.attend(query, coded, scaling))
         # What the C++ kernel is not made for torch does well: that is no loss, and not logged.
         suits_cpp = _coded_cpp.unsupported(query, coded) is None
         if suits_cpp and choice.usable("attend_codes", "C++", None, cpp_trial, query, values):
             if more is None or more[0].dtype == query.dtype:
                 return _coded_cpp.attend(query, coded, scaling, more)
-            return _merged(more, _coded_cpp.attend(query, coded, scaling))
+            return merged(more, _coded_cpp.attend(query, coded, scaling))
     with as_written(query.device):
-        return _merged(more, reference(query, coded, scaling))
+        return merged(more, reference(query, coded, scaling))
 
 
-def _merged(whole: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As `merge_states` does, but without its guards for parts that may be empty, which take longer than the merge
-    itself, for every layer of every step: the whole never is, and a part is 0 where it is."""
+def merged(whole: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As `plphp.kernels.merge.merge_states` does, but without its guards for parts that may be empty, which take longer
+    than the merge itself, for every layer of every step: the whole never is, and a part is 0 where it is."""
     if whole is None:
         return part
     dtype = torch.promote_types(whole[1].dtype, part[1].dtype)

@@ -14,9 +14,10 @@ from . import _decode_cpp, choice
 from ._decode_torch import attend as _by_torch
 from ._decode_torch import attend_parts
 from .coded import CodedKV
-from .coded_attention import attend_codes
 from .packed import PackedKV
 from .precision import as_written
+from .prompt_attention import attend_prompts
+from .prompt_codes import PromptCodes
 
 CPP_ROWS = 16
 """As many rows of a KV head are faster in the C++ kernel than in torch's, which is made for long queries and for heads
@@ -71,7 +72,7 @@ def decode_attention(
     tail_values: Tensor,
     mask: Tensor | None,
     scaling: float,
-    coded: Sequence[CodedKV] = (),
+    coded: Sequence[CodedKV | PromptCodes] = (),
 ) -> Tensor:
     """Softmax attention of new queries over a packed prefix and coded entries, all of them visible, and a dense tail.
 
@@ -92,7 +93,7 @@ def decode_attention(
         Over the tail, see `tail_bias`; None is causal.
     scaling : float
         Factor on the logits.
-    coded : sequence of CodedKV
+    coded : sequence of CodedKV or PromptCodes
         Entries of ``batch`` rows in few bits, of which a query reads what their `Reading` says: see
         `plphp.kernels.coded_attention.attend_codes`. They are merged by their log-sum-exps.
 
@@ -104,7 +105,7 @@ def decode_attention(
     if coded:
         result = _with_lse(query, prefix, tail_keys, tail_values, mask, scaling)
         for block in coded:
-            result = attend_codes(query, block, scaling, result)
+            result = attend_prompts(query, block, scaling, result)
         return result[0].to(query.dtype).transpose(1, 2).contiguous()
     length, tail, dtype = query.shape[2], tail_keys.shape[2], query.dtype
     query, prefix, tail_keys, tail_values = _evened(query, prefix, tail_keys, tail_values)

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .ragged import Ragged
+from .ragged import Ragged, counts_of
 
 PLACES = ("pair_counts", "pair_starts", "index", "descending")
 """What a block works out once of where its entries lie, whatever their dtype."""
@@ -67,16 +67,38 @@ class PackedKV(Ragged):
 
     def select(self, rows: Sequence[int]) -> PackedKV:
         """Take rows of the batch in a new order; stored rows that nobody reads any more are freed."""
-        live, read = self.selected(rows)
-        if len(live) == len(self.counts):
-            return PackedKV(self.keys, self.values, self.counts, read)
+        return self._stored(*self.selected(rows))
+
+    def unshared(self) -> PackedKV:
+        """The same rows, each with a stored row of its own, in the order of the batch."""
+        return self._stored(self.rows, tuple(range(self.batch)))
+
+    def _stored(self, live: Sequence[int], rows: tuple[int, ...]) -> PackedKV:
+        """Those of some stored rows, of which each row of the batch reads one."""
+        if list(live) == list(range(len(self.counts))):
+            return PackedKV(self.keys, self.values, self.counts, rows)
         pieces = [self.entries_of(row) for row in live]
         return PackedKV(
             torch.cat([self.keys[piece] for piece in pieces]),
             torch.cat([self.values[piece] for piece in pieces]),
             tuple(self.counts[row] for row in live),
-            read,
+            rows,
         )
+
+    def of_entries(self, entries: Tensor, pair: Tensor, rows: int) -> PackedKV:
+        """Copy some entries to other rows.
+
+        Parameters
+        ----------
+        entries : Tensor
+            int64 [taken]; in the order of their rows and heads.
+        pair : Tensor
+            int64 [taken]; ``row * kv_heads + KV head`` of each, rising.
+        rows : int
+            Rows of the result.
+        """
+        keys, values = (states.index_select(0, entries.to(states.device)) for states in (self.keys, self.values))
+        return PackedKV(keys, values, counts_of(pair, rows, self.kv_heads), tuple(range(rows)))
 
     @classmethod
     def stacked(cls, blocks: Sequence[PackedKV]) -> PackedKV:

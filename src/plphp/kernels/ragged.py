@@ -42,6 +42,10 @@ class Ragged:
         """KV heads."""
         return len(self.counts[0])
 
+    def pairs(self) -> Tensor:
+        """The pair of each entry, ``stored row * kv_heads + KV head``, int64 [entries] on the CPU."""
+        return torch.repeat_interleave(torch.tensor([count for row in self.counts for count in row]))
+
     def check_entries(self, entries: int) -> None:
         """Raise ValueError unless the counts are those of so many entries."""
         total = sum(map(sum, self.counts))
@@ -91,3 +95,9 @@ class Ragged:
         stored = [self.rows[row] for row in rows]
         live = sorted(set(stored))
         return live, tuple(live.index(row) for row in stored)
+
+
+def counts_of(pair: Tensor, rows: int, kv_heads: int) -> tuple[tuple[int, ...], ...]:
+    """``[row][kv head]``: how many entries are of each pair ``row * kv_heads + KV head``, int64 [entries]."""
+    counts = torch.bincount(pair, minlength=rows * kv_heads).tolist()
+    return tuple(tuple(counts[row * kv_heads : (row + 1) * kv_heads]) for row in range(rows))
