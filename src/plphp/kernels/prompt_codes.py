@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -122,6 +122,11 @@ class PromptCodes:
         pair = owners[pair // self.kv_heads] * self.kv_heads + pair % self.kv_heads
         order = pair.argsort(stable=True)
         return tier.of_entries(order, pair[order], self.batch)
+
+
+def plain(blocks: Iterable[CodedKV | PromptCodes]) -> list[CodedKV]:
+    """The blocks of codes, whose rows are those of the batch, or parts of them."""
+    return [block.block if isinstance(block, PromptCodes) else block for block in blocks]
 
 
 def stacked(blocks: Sequence[CodedKV]) -> CodedKV:

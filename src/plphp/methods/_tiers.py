@@ -29,7 +29,7 @@ def refuse_tiers(method: Method, config: PLPHPConfig) -> None:
     if reason:
         raise ConfigError(f"The method {method.name!r} cannot fill tiers={config.tiers}: {reason}.")
     needed = _product_rungs(ladder)
-    if config.books is not None and not needed:
+    if config.books is not None and not needed and config.vision_budget is None:
         raise ConfigError(
             f"books={config.books} brings codebooks, and no rung of tiers={config.tiers} needs any: leave books out, "
             f"or take a ladder with one of {', '.join(PRODUCT_RUNGS)}."

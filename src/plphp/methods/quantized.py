@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError
+from plphp.policy import fading_scores
 from plphp.policy.allocation import uniform
 from plphp.policy.evidence import LayerScores
 from plphp.policy.method import Method
@@ -46,7 +47,13 @@ METHOD = Method(
     name="quantized",
     summary="every vision token in the same few bits, none dropped and none chosen",
     paper="control: bits as in KIVI, arXiv:2402.02750",
-    kv=KVStage(allocate=uniform, score=score, heads_compare=False),
+    kv=KVStage(
+        allocate=uniform,
+        score=score,
+        evidence=fading_scores.evidence,
+        heads_compare=False,
+        fading_score=fading_scores.score,
+    ),
     check=check,
     tiers="c3",
     when="without a bank, and as the control that a method which drops tokens has to beat with as many bytes",

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.settings.config import PLPHPConfig
 
+from . import fading_scores
 from .allocation import keep_all
 from .evidence import OwnBank
 from .image_tokens import TowerEvidence
@@ -26,7 +27,9 @@ WHERE = {
     "kv": "of the KV cache",
 }
 """Where the tokens of each stage leave, in words that complete a sentence."""
-KEEP_WHAT_STAYED = KVStage(allocate=keep_all, score=per_head)
+KEEP_WHAT_STAYED = KVStage(
+    allocate=keep_all, score=per_head, evidence=fading_scores.evidence, fading_score=fading_scores.score
+)
 """What happens to the KV cache where no method acts on it."""
 
 

@@ -146,6 +146,9 @@ class KVStage:
         ``config -> tuple of str or None``: the rungs that a layer holds its vision entries in, the best in the first;
         None where entries are held whole or dropped. Where they are not those of the config's ladder, the allocator
         says by `RowAllocation.shares` how much each of them holds.
+    fading_score : Ranker, optional
+        By which entries fade under a ``vision_budget``, to be compared between heads; for methods whose ``score`` says
+        nothing of entries. Default: ``score``.
     """
 
     allocate: Allocator
@@ -159,10 +162,15 @@ class KVStage:
     heads: Literal["equal", "ragged"] = "equal"
     heads_compare: bool = True
     rungs: Callable[[PLPHPConfig], tuple[str, ...] | None] = rungs_of_ladder
+    fading_score: Ranker | None = None
 
     def ragged(self, config: PLPHPConfig) -> bool:
         """Whether the KV heads of a layer compete for its places."""
         return (config.heads or self.heads) == "ragged"
+
+    def fades_ragged(self, config: PLPHPConfig) -> bool:
+        """Whether the KV heads of a layer compete for what is held of old images."""
+        return self.ragged(config) or (self.fading_score is not None and config.heads is None)
 
     def scored(self, scores: LayerScores, config: PLPHPConfig) -> Tensor:
         """The score of every entry of every KV head, float [batch, kv_heads, seq].

@@ -75,6 +75,14 @@ def _books_from(link: Link[KVStage]) -> str | OwnBank | None:
     return config.books or link.stage.evidence(config).bank
 
 
+def fading_books(link: Link[KVStage], own_bank: QueryBank | None = None) -> Mapping[int, LayerBooks] | None:
+    """The codebooks by which images can fade, by decoder layer: those that the config names, else those of the method's
+    bank; None where there are none."""
+    named = link.config.books or link.stage.evidence(link.config).bank
+    bank = bank_at(named) if isinstance(named, str) else own_bank
+    return None if bank is None else bank.books
+
+
 def _books_of(link: Link[KVStage], own_bank: QueryBank | None) -> Mapping[int, LayerBooks]:
     """The codebooks that the config names, else those of the method's bank."""
     config = link.config

@@ -7,8 +7,6 @@ keys and values of a prompt in it until the prompt has been read.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,9 @@ from plphp.errors import CacheStateError, UnsupportedFeatureError
 from plphp.kernels.coded import CodedKV
 from plphp.kernels.coder import Coder
 from plphp.kernels.packed import PackedKV
+from plphp.kernels.prompt_codes import PromptCodes
 
+from .ledger import LayerLedger, codes_of
 from .packing import Packing
 from .placement import held_whole, without_codes
 from .provisional import ProvisionalBlock
@@ -41,8 +41,10 @@ class LayerEntries:
         [batch, kv_heads, room, dim]; the tail, with room behind it.
     prefix : PackedKV or None
         What `compact` kept whole so far.
-    coded : tuple of CodedKV
-        What `compact` kept in few bits so far, a block for each prompt that has any.
+    coded : tuple of CodedKV or PromptCodes
+        What `compact` kept in few bits so far, a block for each prompt that has any; with a ledger one for all of them.
+    ledger : LayerLedger or None
+        Of which tokens these entries are, where images are to fade.
     prefix_length : int
         Tokens seen up to the last final `compact`.
     tail_length : int
@@ -62,7 +64,8 @@ class LayerEntries:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.prefix: PackedKV | None = None
-        self.coded: tuple[CodedKV, ...] = ()
+        self.coded: tuple[CodedKV | PromptCodes, ...] = ()
+        self.ledger: LayerLedger | None = None
         self.prefix_length = 0
         self.tail_length = 0
         self.packing: Packing | None = None
@@ -284,7 +287,7 @@ class LayerEntries:
     def forget(self) -> None:
         """Forget everything."""
         self.prefix, self._provisional, self.keys, self.values = None, None, None, None
-        self.coded = ()
+        self.coded, self.ledger = (), None
         self.prefix_length = self.tail_length = 0
         self.packing = self._dims = None
 
@@ -326,22 +329,13 @@ class LayerEntries:
             rows = rows.nonzero()[:, 0]
         if self.prefix is not None:
             self.prefix = self.prefix.select(rows.tolist())
+        if self.ledger is not None:
+            self.ledger = self.ledger.select(rows.tolist(), codes_of(self.coded))
         blocks = (block.select(rows.tolist()) for block in self.coded)
         self.coded = tuple(block for block in blocks if any(map(any, block.held)))
         if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))
-
-    def placed_keys(self, dtype: torch.dtype) -> PackedKV | None:
-        """What queries see before the tail, codes as what they stand for: its keys, in a dtype; values mean nothing."""
-        if self.prefix is None or not self.coded:
-            return self.prefix
-        placed = self.prefix.to(dtype, dtype)
-        placed = replace(placed, values=placed.keys)
-        for block in self.coded:
-            for tier in block.decoded(dtype, values=False):
-                placed = placed.appended(tier)
-        return placed
 
     def _check_final(self) -> None:
         """Raise `CacheStateError` while the last placement is not the final one."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from plphp.kernels.coded import CodedKV, Tier
 from plphp.kernels.coded_bytes import read_nbytes
+from plphp.kernels.prompt_codes import plain
 
 from .entries import LayerEntries
 from .tier_report import LayerBytes, RungBytes
@@ -21,7 +22,8 @@ def layer_bytes(number: int, layer: LayerEntries) -> LayerBytes:
     read: float = tail
     if prefix is not None:
         read += sum(prefix.pair_counts) * layer.pair_nbytes
-    read += sum(read_nbytes(block, row) for block in layer.coded for row in range(block.batch))
+    blocks = plain(layer.coded)
+    read += sum(read_nbytes(block, row) for block in blocks for row in range(block.batch))
     device = "" if layer.nbytes == 0 else str(_device(layer))
     return LayerBytes(
         number,
@@ -29,15 +31,16 @@ def layer_bytes(number: int, layer: LayerEntries) -> LayerBytes:
         whole=packed,
         tail=tail,
         reserved=layer.reserved_nbytes,
-        means=sum(block.means_nbytes for block in layer.coded),
-        rungs=_rungs(layer.coded),
+        means=sum(block.means_nbytes for block in blocks),
+        rungs=_rungs(blocks),
         read=round(read),
     )
 
 
 def books_nbytes(layers: Iterable[LayerEntries]) -> int:
     """Bytes of the codebooks that some layers read; a set that several read counts once."""
-    books = {id(block.books): block.books for layer in layers for block in layer.coded if block.books is not None}
+    blocks = (block for layer in layers for block in plain(layer.coded))
+    books = {id(block.books): block.books for block in blocks if block.books is not None}
     return sum(own.nbytes for own in books.values())
 
 

@@ -47,6 +47,8 @@ class LayerPlacement:
         the most that they can be, and another placement of the same tail narrows it.
     coder : Coder, optional
         Holds entries in few bits; needed where the placement asks for it.
+    score : Tensor, optional
+        float [batch, kv_heads, seq]; by which the entries fade later, under a budget.
     """
 
     scores: LayerScores
@@ -54,6 +56,7 @@ class LayerPlacement:
     placement: Tensor
     final: bool = True
     coder: Coder | None = None
+    score: Tensor | None = None
 
 
 def whole_or_dropped(keep: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from .leaving import Leaving
 from .packing import Packing
 from .placement import LayerPlacement
 from .scoring import Attended, Scoring
-from .selecting import Budget, placements
+from .selecting import Budget, fading_score, placements
 
 WORTH_A_COPY = 1 / 8
 """What a placement that is not final has to free of what a layer holds: in a batch, rows lose their rank one by one."""
@@ -142,9 +142,10 @@ class PromptReading:
         link = self.chain.kv
         for scores, [allocation] in self.allocate(link, [link.config]):
             [placement] = self.select(link, scores, [(link.config, allocation)])
+            score = fading_score(link, scores) if link.config.vision_budget is not None else None
             if scores.states is not None:
                 scores.states.let_go()
-            yield self.place(scores, allocation, placement)
+            yield replace(self.place(scores, allocation, placement), score=score)
         self.kv.scores.clear()
 
     def narrow(self) -> Iterator[LayerPlacement]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans, query_mask
 from plphp.kernels import window_scores
+from plphp.kernels.packed import PackedKV
 from plphp.policy.bank import QueryBank, bank_at
 from plphp.policy.evidence import Evidence, LayerScores, OwnBank
 from plphp.policy.rotation import Rotation
@@ -184,7 +185,7 @@ class Scoring:
         if not asking.all():
             own, own_index = gathered[:, :, asking.to(gathered.device)], index[asking]
         rows = self._rows(attended, own, asked[:, own_index], own_index, valid)
-        placed = attended.entries.placed_keys(keys.dtype)
+        placed = placed_keys(attended.entries, keys.dtype)
         mass = window_scores(
             *rows,
             keys,
@@ -292,3 +293,16 @@ class Scoring:
 def _norms(values: Tensor) -> Tensor:
     """L2 norms of values [batch, kv_heads, seq, dim], float32 [batch, kv_heads, seq]."""
     return torch.linalg.vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32)).float()
+
+
+def placed_keys(entries: LayerEntries, dtype: torch.dtype) -> PackedKV | None:
+    """What queries see of a layer before its tail, codes as what they stand for: its keys, in a dtype; values mean
+    nothing."""
+    if entries.prefix is None or not entries.coded:
+        return entries.prefix
+    placed = entries.prefix.to(dtype, dtype)
+    placed = replace(placed, values=placed.keys)
+    for block in entries.coded:
+        for tier in block.decoded(dtype, values=False):
+            placed = placed.appended(tier)
+    return placed

@@ -26,6 +26,13 @@ RoundUp: TypeAlias = Callable[[Tensor, Tensor, LayerScores], Tensor]
 """Keeps more than was selected, see `plphp.pruning.reading.PromptReading`."""
 
 
+def fading_score(link: Link[KVStage], scores: LayerScores) -> Tensor:
+    """The score by which entries of a layer fade later, float [batch, kv_heads, seq]."""
+    ranker = link.stage.fading_score
+    score = link.stage.scored(scores, link.config) if ranker is None else ranker(scores, link.config)
+    return pooled(score, scores, link.config)
+
+
 def placements(link: Link[KVStage], scores: LayerScores, budgets: Sequence[Budget], round_up: RoundUp) -> list[Tensor]:
     """What becomes of the entries of a layer, by several configs that share its scores.
 

@@ -76,13 +76,13 @@ def check_room(which: str, base: float, delta: float) -> None:
         )
 
 
-def check_tiers(tiers: object, read: object, rest: object, books: object) -> None:
+def check_tiers(tiers: object, read: object, rest: object, books: object, budget: object = None) -> None:
     """Raise unless the settings of tiers are valid, each by itself and together.
 
     Parameters
     ----------
-    tiers, read, rest, books
-        See `plphp.PLPHPConfig`.
+    tiers, read, rest, books, budget
+        See `plphp.PLPHPConfig`; under a budget entries come to few bits without tiers.
     """
     if tiers is not None and not isinstance(tiers, str):
         raise ConfigError(f"tiers must be a ladder as text, such as 't10' or 'pr2=.20,rvq=.24,pq=.32', got {tiers!r}.")
@@ -93,6 +93,8 @@ def check_tiers(tiers: object, read: object, rest: object, books: object) -> Non
     if books is not None and (not isinstance(books, str) or not books):
         raise ConfigError(f"books must name the file of a query bank, or be 'bundled', got {books!r}.")
     without = {"read": (read, read == 1), "rest": (rest, rest), "books": (books, books is None)}
+    if budget is not None:
+        del without["books"]
     changed = {name: value for name, (value, default) in without.items() if not default}
     for name, value in changed.items():
         if tiers is None:

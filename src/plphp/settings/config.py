@@ -28,6 +28,7 @@ from .grammar import read_chain
 from .hub_settings import HubSettings
 from .ladder import Ladder
 from .options import Options, Value
+from .vision_budget import check_budget
 
 DECODE_MODES = ("eager", "auto", "graph")
 DEFAULT_RATE, DEFAULT_DELTA = 0.4, 0.3
@@ -97,6 +98,11 @@ class PLPHPConfig(HubSettings):
     books : str, optional
         File, folder or hub id of a query bank, or ``"bundled"``, whose codebooks the product codes of ``tiers`` use.
         Default: those of the bank that the method asks.
+    vision_budget : int or str, optional
+        Most bytes that the vision entries of a cache take, all rows and turns together: a number, ``"200MB"``,
+        ``"1.5GiB"`` or ``"2048 tokens"`` (`plphp.settings.vision_budget`). Beyond it images fade to fewer bits.
+    fading : {"ranked", "oldest", "newest", "equal"}
+        The rule by which they fade, see `plphp.policy.fading_rules`.
     seed : int
         Seed of what is drawn at random.
     options : mapping
@@ -138,6 +144,8 @@ class PLPHPConfig(HubSettings):
     read: float = 1.0
     rest: bool = True
     books: str | None = None
+    vision_budget: int | str | None = None
+    fading: Literal["ranked", "oldest", "newest", "equal"] = "ranked"
     seed: int = 0
     options: Mapping[str, Value] = field(default_factory=lambda: Options({}))
     calibrated_layers: int | None = None
@@ -161,6 +169,7 @@ class PLPHPConfig(HubSettings):
             check_choice("heads", self.heads, ("equal", "ragged"))
         check_fraction("head_safeguard", self.head_safeguard)
         check_int("seed", self.seed, minimum=0)
+        check_budget(self.vision_budget, self.fading)
         object.__setattr__(self, "options", Options(self.options))
         if self.calibrated_layers is not None:
             check_int("calibrated_layers", self.calibrated_layers, minimum=1, or_else="None")
@@ -176,7 +185,7 @@ class PLPHPConfig(HubSettings):
                 "target_retention must be above 0, got 0: to evict every vision token, use retention_rate=0 with "
                 "min_kept=0."
             )
-        check_tiers(self.tiers, self.read, self.rest, self.books)
+        check_tiers(self.tiers, self.read, self.rest, self.books, self.vision_budget)
         which = "retention_rate" if self.target_retention is None else "target_retention"
         if self.tiers is not None:
             check_kept_once(f"tiers={self.tiers}", self.given_rates)
@@ -335,4 +344,6 @@ def _chained(values: object) -> tuple[PLPHPConfig, ...]:
             raise ConfigError(
                 f"A method of a chain names no chain of its own: list all of them in one; {config.method!r} has one."
             )
+        if config.vision_budget is not None:
+            raise ConfigError("vision_budget is of the whole cache: give it to the last method of a chain.")
     return tuple(values)

@@ -17,6 +17,7 @@ from plphp.kernels.coded_bytes import row_nbytes
 from plphp.kernels.coder import Coder, coded_rows
 from plphp.kernels.packed import PackedKV
 from plphp.kernels.precision import as_written
+from plphp.kernels.prompt_codes import plain
 from plphp.policy.chain import Chain
 from plphp.pruning.coders import coders_of
 from plphp.pruning.placement import Placement
@@ -185,7 +186,7 @@ def kept_shares(cache: PrunedCache, vision: int, tokens: int) -> tuple[list[dict
         assert kv is not None  # every layer with a record has been compacted
         by_layer[record.layer] = [n / (vision * kv.kv_heads) for n in record.kept_vision.sum((1, 2)).tolist()]
         entry = kv.keys.shape[1] * kv.keys.itemsize + kv.values.shape[1] * kv.values.itemsize
-        coded = [sum(row_nbytes(block, row) for block in layer.coded) for row in range(kv.batch)]
+        coded = [sum(row_nbytes(block, row) for block in plain(layer.coded)) for row in range(kv.batch)]
         whole = [sum(kv.counts[stored]) * entry for stored in kv.rows]
         held.append([(a + b) / (tokens * kv.kv_heads * entry) for a, b in zip(whole, coded, strict=True)])
     rows = [dict(zip(by_layer, row, strict=True)) for row in zip(*by_layer.values(), strict=True)]

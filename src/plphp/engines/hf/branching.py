@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plphp.errors import ConfigError
+from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.methods.registry import chain_of
+from plphp.policy.chain import Chain
 from plphp.settings.config import PLPHPConfig, checked
 
 from .attachment import Lease
@@ -112,6 +113,15 @@ def branch(
         raise
 
 
+def _refuse_budget(chain: Chain) -> None:
+    """Raise for a config whose images are to fade over the turns of a conversation."""
+    if chain.kv.config.vision_budget is not None:
+        raise UnsupportedFeatureError(
+            f"plphp.branch reads one prompt, and vision_budget={chain.kv.config.vision_budget} is for conversations, "
+            "whose images fade: leave it out, or use a PrunedCache."
+        )
+
+
 def _branch(
     model: PreTrainedModel,
     lease: Lease,
@@ -124,6 +134,7 @@ def _branch(
     chains = [chain_of(config, len(reader.layers)) for config in configs]
     for chain in chains:
         chain.refuse_uncollected("plphp.branch")
+        _refuse_budget(chain)
         refuse_stages(chain, model)
     readings = readings_of(reader, spans, chains, answer_ids)
     logits = read_and_score(reader, spans, readings, inputs, answer_ids)

@@ -19,6 +19,7 @@ from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of, settled
 from plphp.policy.bank import QueryBank
 from plphp.pruning import too_large
+from plphp.pruning.fading import Fading
 from plphp.pruning.finite import features_of
 from plphp.pruning.leaving import Leaving
 from plphp.pruning.live_bytes import books_nbytes
@@ -34,7 +35,7 @@ from .contexts import Session
 from .generate_call import GenerateCall
 from .generation import generate
 from .layer import held_bytes
-from .packed_cache import PackedCache
+from .memory_cache import MemoryCache
 from .refusals import refuse_stages
 from .rotation_probe import rotations_of
 from .tower_watch import TowerWatch
@@ -42,7 +43,7 @@ from .tower_watch import TowerWatch
 NOTHING_EVICTED = PLPHPConfig(method="none")
 
 
-class PrunedCache(PackedCache):
+class PrunedCache(MemoryCache):
     """KV cache from which vision tokens are evicted as soon as a layer has read the prompt.
 
     Make it with `for_inputs` or let `plphp.prune` make it. Full-attention layers are pruned; sliding-window and
@@ -77,6 +78,7 @@ class PrunedCache(PackedCache):
             self.chain = chain_of(NOTHING_EVICTED)  # only now: what the model cannot do is refused by the first prompt
         elif own_bank is None:
             self.chain.refuse_uncollected("A PrunedCache")
+        self.fading = Fading.of(self.chain.kv, own_bank)
         self.records: list[LayerRecord] = []
         self._listeners: list[Callable[[Attended], None]] = []
         self._by_mask = False  # whether the caller named the vision tokens of the plan with a mask
@@ -220,9 +222,11 @@ class PrunedCache(PackedCache):
                     part = replace(part, placement=placement)
                 if part.final:
                     self.records.append(LayerRecord.of(reading.spans, tokens, part))
+                    self.note_placed(tokens, part, reading.spans)
             # After a whole prompt `reading` is None, which says "read": decoding scores and evicts nothing.
             if layer_idx == self._last and attended.entries.length >= reading.spans.end:
                 self.reading = None
+                self.end_prompt(reading.spans)
         self.pruning_seconds += time.perf_counter() - started
 
     @contextmanager

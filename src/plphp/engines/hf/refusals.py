@@ -69,7 +69,8 @@ def _refuse_heads(chain: Chain, model: PreTrainedModel) -> None:
     rungs = chain.kv.stage.rungs(chain.kv.config)
     text = model.config.get_text_config(decoder=True)
     dim = vars(text).get("head_dim")  # in some configs layers differ, and reading it of all raises
-    if rungs is not None and set(rungs) != {WHOLE} and isinstance(dim, int) and dim % BYTE:
+    coded = (rungs is not None and set(rungs) != {WHOLE}) or chain.kv.config.vision_budget is not None
+    if coded and isinstance(dim, int) and dim % BYTE:
         raise UnsupportedFeatureError(
             f"Tiers hold keys and values whose head dimension is a multiple of {BYTE}, and this model has {dim}: "
             f"{INSTEAD}."

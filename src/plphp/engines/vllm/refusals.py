@@ -81,6 +81,7 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
     named = chain_of(config)  # what is refused for its stage is refused before its settings are held against the model
     named.refuse_unanswered()
     named.refuse_all_but(STAGES, "vLLM")
+    _refuse_budget(named.kv)
     _refuse_tiers(named.kv)
     _refuse_ragged(named.kv)
     chain = chain_of(config, text.num_hidden_layers)
@@ -98,6 +99,16 @@ def refuse_unsupported(vllm_config: Any) -> Chain:
         if chain.own_bank.folder:
             check_folder(Path(chain.own_bank.folder).expanduser())
     return chain
+
+
+def _refuse_budget(link: Link[KVStage]) -> None:
+    """Raise where images are to fade over the turns of a conversation."""
+    if link.config.vision_budget is not None:
+        raise UnsupportedFeatureError(
+            f"plphp does not let images fade in vLLM, as vision_budget={link.config.vision_budget} asks for: a block "
+            "table holds one prompt as vLLM computed it, and the next turn of a conversation is another request. Leave "
+            "vision_budget out, or serve the model with transformers (plphp serve)."
+        )
 
 
 def _refuse_tiers(link: Link[KVStage]) -> None:

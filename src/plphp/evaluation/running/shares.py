@@ -12,6 +12,7 @@ from plphp.engines.hf.layer import PrunedLayer
 from plphp.kernels.coded import CodedKV
 from plphp.kernels.coded_attention import counting_reads
 from plphp.kernels.coded_bytes import read_nbytes, row_nbytes
+from plphp.kernels.prompt_codes import plain
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class UnreadShares:
 
     def __init__(self, branches: Branches, vision: int) -> None:
         layers = [layer for layer in branches.cache.layers if isinstance(layer, PrunedLayer)]
-        self._blocks = [block for layer in layers for block in layer.coded]
+        self._blocks = [block for layer in layers for block in plain(layer.coded)]
         self._full = max(1, sum(layer.entry_nbytes for layer in layers) * vision)
         rows = range(len(branches.configs))
         self._recalling = {row for row in rows if any(_recalls(block, row) for block in self._blocks)}

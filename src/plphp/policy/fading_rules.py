@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules by which the vision entries of a layer fade when they take more than their budget. Pure functions.
+
+A rule puts the entries of one row in an order: for each the least number of *places per KV head* at which it is held.
+With k places a head, the entries below k are held, in the rungs that a family of ladders has for that k
+(`plphp.policy.fading_ladders`). So what is held of a smaller budget is held of a larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOOR = 0.5
+"""Share of all places that the rule ``ranked`` deals out to the images in equal parts."""
+
+
+@dataclass(frozen=True)
+class HeldEntries:
+    """The vision entries that a layer holds of a row.
+
+    Parameters
+    ----------
+    score : Tensor
+        float [entries]; higher is better.
+    head, image : Tensor
+        int64 [entries]; KV head, and image from the oldest, of those of which anything is held.
+    heads, images : int
+        How many there are.
+    safeguard : float
+        Share of its equal part that each head keeps in any case, in [0, 1]; 1 where all heads keep as many.
+    """
+
+    score: Tensor
+    head: Tensor
+    image: Tensor
+    heads: int
+    images: int
+    safeguard: float
+
+
+Order: TypeAlias = "Callable[[HeldEntries], Tensor]"
+"""The places per head at which each entry is held, float64 [entries]; inf for never."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule.
+
+    Parameters
+    ----------
+    order : callable
+        Which entries go first.
+    graded : bool
+        Whether entries fade from rung to rung; otherwise they are held as they are, or dropped.
+    """
+
+    order: Order
+    graded: bool = True
+
+
+def ranked(held: HeldEntries) -> Tensor:
+    """Half of the places go to the images in equal parts, to the best entries of each; the rest to the best of all.
+
+    Within both halves every head has its safeguard, as in `plphp.policy.selection.keep_masks`.
+    """
+    import torch
+
+    of_images = held.images / FLOOR * _within(held, held.image, held.images)
+    of_all = _within(held, torch.zeros_like(held.image), 1) / (1 - FLOOR)
+    return _places(held, torch.minimum(of_images, of_all))
+
+
+def equal(held: HeldEntries) -> Tensor:
+    """Every image has an equal part of all places, ranked within the image; what it does not fill goes to the rest."""
+    return _places(held, held.images * _within(held, held.image, held.images))
+
+
+def newest(held: HeldEntries) -> Tensor:
+    """Only the newest image is held."""
+    import torch
+
+    old = held.image < held.images - 1
+    return _places(held, _within(held, held.image, held.images).masked_fill(old, torch.inf))
+
+
+def oldest(held: HeldEntries) -> Tensor:
+    """Images leave as a whole, the oldest first; of the newest alone a part may be held."""
+    import torch
+
+    age = held.images - 1 - held.image
+    places = _places(held, _within(held, held.image, held.images) + age * (len(held.score) + 1.0))
+    last = torch.zeros(held.images, dtype=places.dtype).scatter_reduce_(0, held.image, places, "amax")
+    return torch.where(age == 0, places, last[held.image])
+
+
+RULES: dict[str, Rule] = {
+    "ranked": Rule(ranked),
+    "oldest": Rule(oldest, graded=False),
+    "newest": Rule(newest),
+    "equal": Rule(equal),
+}
+"""By the setting ``fading``."""
+
+
+def _within(held: HeldEntries, group: Tensor, groups: int) -> Tensor:
+    """The places per head of a group at which each of its entries is held, if the group had them for itself."""
+    import torch
+
+    own = held.safeguard
+    places = torch.full(held.score.shape, torch.inf, dtype=torch.float64)
+    if own > 0:
+        places = (_position(held.score, group * held.heads + held.head, groups * held.heads) + 1) / own
+    if own < 1:
+        shared = (_position(held.score, group, groups) + 1) / ((1 - own) * held.heads)
+        places = torch.minimum(places, shared)
+    return places
+
+
+def _places(held: HeldEntries, key: Tensor) -> Tensor:
+    """From a key to the places per head, which are filled by the entries with the smallest keys, the best of equals
+    first."""
+    import torch
+
+    if held.safeguard == 1:
+        order = _position(-key, held.head, held.heads, held.score)
+    else:
+        order = _position(-key, torch.zeros_like(held.head), 1, held.score) / held.heads
+    return torch.where(key.isfinite(), order, torch.inf)
+
+
+def _position(score: Tensor, group: Tensor, groups: int, then: Tensor | None = None) -> Tensor:
+    """The position of each entry in its group, from 0 for the highest score, float64 [entries].
+
+    Of equal scores that with the higher of ``then`` comes first, and of those the earlier.
+    """
+    import torch
+
+    order = torch.arange(len(score))
+    for key in (then, score):
+        if key is not None:
+            order = order[key[order].argsort(descending=True, stable=True)]
+    order = order[group[order].argsort(stable=True)]
+    counts = torch.bincount(group, minlength=groups)
+    starts = counts.cumsum(0) - counts
+    position = torch.empty(len(score), dtype=torch.float64)
+    position[order] = torch.arange(len(score), dtype=torch.float64) - starts[group[order]]
+    return position

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of a conversation: which tokens of which row are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from plphp.families.spans import Grid, VisionSpans
+
+
+@dataclass(frozen=True)
+class TableImage:
+    """An image, a tile or a video that was read.
+
+    Parameters
+    ----------
+    turn : int
+        Turn of the conversation that brought it, from 1.
+    prompt : int
+        Logical position at which the prompt of that turn begins.
+    positions : Tensor
+        int64 [tokens]; logical positions of its vision tokens, rising.
+    grid : tuple of int, optional
+        ``(frames, height, width)`` in tokens, where they form a grid.
+    forgotten : bool
+        Whether it was forgotten, and not restored since.
+    """
+
+    turn: int
+    prompt: int
+    positions: Tensor
+    grid: Grid
+    forgotten: bool = False
+
+
+class ImageTable:
+    """The images of each row, oldest first.
+
+    Attributes
+    ----------
+    rows : list of list of TableImage
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[list[TableImage]] = []
+        self._of_token = torch.zeros(0, 0, dtype=torch.int64)
+
+    def note(self, spans: VisionSpans, turn: int) -> None:
+        """Add the images of a prompt."""
+        batch = len(spans.segment)
+        if not self.rows:
+            self.rows = [[] for _ in range(batch)]
+            self._of_token = torch.full((batch, 0), -1)
+        self._of_token = pad(self._of_token, (0, spans.end - self._of_token.shape[1]), value=-1)
+        for row, segment in enumerate(spans.segment):
+            for number in segment[segment >= 0].unique().tolist():
+                positions = (segment == number).nonzero()[:, 0]
+                grids = spans.grids[row]
+                grid = grids[number] if number < len(grids) else None
+                self._of_token[row, positions] = len(self.rows[row])
+                self.rows[row].append(TableImage(turn, spans.start, positions, grid))
+
+    def numbered(self) -> list[tuple[int, int]]:
+        """All images by number: row, and place in the row. Turn after turn, and of a turn row after row."""
+        images = [(image.turn, row, place) for row, own in enumerate(self.rows) for place, image in enumerate(own)]
+        return [(row, place) for _, row, place in sorted(images)]
+
+    def of_tokens(self, row: Tensor, position: Tensor) -> Tensor:
+        """The image of each token, its place in its row, int64 [tokens]; -1 for text. Row and position as int64."""
+        length = self._of_token.shape[1]
+        if length == 0:
+            return torch.full_like(position, -1)
+        found = self._of_token[row, position.clamp(max=length - 1)]
+        return found.masked_fill(position >= length, -1)
+
+    def prompts_of(self, row: Tensor, image: Tensor) -> Tensor:
+        """The logical position at which the prompt of each image begins, int64; -1 where there is no image."""
+        most = max(1, *(len(own) for own in self.rows))
+        starts = [[*(image.prompt for image in own), *[-1] * (most - len(own))] for own in self.rows]
+        return torch.tensor(starts)[row, image.clamp(min=0)].masked_fill(image < 0, -1)
+
+    def mark(self, row: int, place: int, forgotten: bool) -> None:
+        """Note that an image was forgotten, or restored."""
+        self.rows[row][place] = replace(self.rows[row][place], forgotten=forgotten)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Take rows in a new order."""
+        if self.rows:
+            self.rows = [list(self.rows[row]) for row in rows]
+            self._of_token = self._of_token[list(rows)]

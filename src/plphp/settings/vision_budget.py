@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory the vision entries of a cache may take, and by which rule they fade when there are more.
+
+::
+
+    budget = integer                     bytes
+           | number [" "] unit           "200MB", "1.5GiB"; B, kB, MB, GB, TB by 1000, KiB, MiB, GiB, TiB by 1024
+           | number " tokens"            the bytes that so many vision tokens take whole, in all layers and KV heads
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from plphp.errors import ConfigError
+
+from .checks import check_choice
+
+RULES = ("ranked", "oldest", "newest", "equal")
+"""Names of the rules of `plphp.policy.fading_rules`; here they are known without torch."""
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_TEXT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)")
+_UNIT = re.compile(r"([kmgt]?)(i?)b")
+
+
+@dataclass(frozen=True)
+class VisionBudget:
+    """A budget of bytes, or of vision tokens.
+
+    Parameters
+    ----------
+    nbytes, tokens : int or None
+        One of them.
+    """
+
+    nbytes: int | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> VisionBudget:
+        """Read a budget.
+
+        Raises
+        ------
+        ConfigError
+            If it is none, or 0.
+
+        Examples
+        --------
+        >>> VisionBudget.parse("200MB").nbytes, VisionBudget.parse("1.5 KiB").nbytes
+        (200000000, 1536)
+        >>> VisionBudget.parse("2048 tokens").tokens
+        2048
+        """
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return cls(nbytes=value)
+        text = _TEXT.fullmatch(value.strip()) if isinstance(value, str) else None
+        number, unit = text.groups() if text else ("0", "")
+        if unit.lower() in ("token", "tokens") and float(number) >= 1:
+            return cls(tokens=int(float(number)))
+        of_bytes = _UNIT.fullmatch(unit.lower())
+        if of_bytes:
+            power, binary = of_bytes.groups()
+            nbytes = int(float(number) * (1024 if binary else 1000) ** _POWERS[power])
+            if nbytes > 0:
+                return cls(nbytes=nbytes)
+        raise ConfigError(
+            f"vision_budget must be a number of bytes above 0, as in 200000000, 200MB or 1.5GiB, or of vision tokens, "
+            f"as in '2048 tokens', got {value!r}."
+        )
+
+    def bytes_of(self, token_nbytes: int) -> int:
+        """The budget in bytes, where a vision token takes so many, held whole in all layers and KV heads."""
+        return self.nbytes if self.nbytes is not None else (self.tokens or 0) * token_nbytes
+
+
+def check_budget(budget: object, fading: object) -> None:
+    """Raise `ConfigError` unless the settings of a budget are valid, each by itself and together."""
+    check_choice("fading", fading, RULES)
+    if budget is not None:
+        VisionBudget.parse(budget)
+    elif fading != RULES[0]:
+        raise ConfigError(
+            f"fading={fading} says how images fade under a vision_budget: give one, as in vision_budget=200MB, or "
+            "leave it out."
+        )
