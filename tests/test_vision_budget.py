@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import plphp
 from invariants import assert_same_generation
-from memory_chat import converse, vision_bytes
+from memory_chat import answer, converse, dense_copy, held_entries, next_turn, vision_bytes
+from plphp.engines.hf.cache_argument import passed
+from plphp.pruning import fading
+from plphp.pruning.report import PruneReport
 from plphp.settings.vision_budget import RULES
-from tier_reference import books_file
+from precision import assert_exact
+from tier_reference import books_file, noting_what_is_held
 from tiny_models import TIERS, tiers_model
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -32,7 +40,7 @@ def line(method: str, budget: Any, folder: Path, family: str = "llava", rule: st
 
 def spent(method: str, folder: Path, family: str = "llava", turns: int = 4) -> int:
     """Bytes of the vision entries of a conversation that nothing bounds."""
-    cache, _ = converse(tiers_model(family), TIERS[family], line(method, "1GB", folder, family), turns)
+    cache, *_ = converse(tiers_model(family), TIERS[family], line(method, "1GB", folder, family), turns)
     return vision_bytes(cache)
 
 
@@ -43,7 +51,7 @@ def test_bytes_stay_below_the_budget_after_every_turn(method: str, rule: str, fo
     for share in (0.6, 0.2):
         budget = int(share * full)
         for turns in (2, 4):
-            cache, _ = converse(tiers_model("llava"), TIERS["llava"], line(method, budget, folder, rule=rule), turns)
+            cache, *_ = converse(tiers_model("llava"), TIERS["llava"], line(method, budget, folder, rule=rule), turns)
             assert 0 < vision_bytes(cache) <= budget
 
 
@@ -52,9 +60,235 @@ def test_bytes_stay_below_the_budget_after_every_turn(method: str, rule: str, fo
 def test_a_budget_that_does_not_bind_changes_nothing(method: str, family: str, folder: Path) -> None:
     model, tiny = tiers_model(family), TIERS[family]
     bounded = line(method, "1GB", folder, family)
-    cache, outputs = converse(model, tiny, bounded, 3)
+    cache, outputs, _ = converse(model, tiny, bounded, 3)
     free = bounded.replace("vision_budget=1GB,fading=ranked", "seed=0").replace(",books=", ",books=")
-    other, expected = converse(model, tiny, free, 3)
+    other, expected, _ = converse(model, tiny, free, 3)
     for output, own in zip(outputs, expected, strict=True):
         assert_same_generation(output, own)
     assert cache.nbytes == other.nbytes
+
+
+def faded(method: str, folder: Path, family: str = "llava", share: float = 0.3, turns: int = 4, **kwargs: Any) -> Any:
+    """A conversation within a share of what it would take."""
+    budget = int(share * spent(method, folder, family, turns) * len(kwargs.get("rows", (1,))))
+    return converse(tiers_model(family), TIERS[family], line(method, budget, folder, family), turns, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "rows"),
+    [(family, method, (1,)) for family in ("llava", "qwen2-vl") for method in METHODS]
+    + [("llava", method, (2, 1)) for method in METHODS]
+    + [("llava", "none", (2, 0, 1))],
+)
+def test_a_faded_cache_is_the_dense_cache_of_what_it_holds(
+    family: str, method: str, rows: tuple[int, ...], folder: Path
+) -> None:
+    chat = faded(method, folder, family, rows=rows, share=0.25)
+    assert any(layer.coded for layer in chat.cache.layers)
+    assert_is_dense(family, *chat)
+
+
+def assert_is_dense(family: str, cache: Any, outputs: Any, inputs: Any) -> None:
+    """A turn of text is answered like from the dense cache of what is held."""
+    model, tiny, cache = tiers_model(family), TIERS[family], copy.deepcopy(cache)
+    inputs = next_turn(model, tiny, inputs, outputs[-1].sequences, seed=9, with_image=False)
+    arguments = cache.model_inputs(cache.plan(inputs))
+    with torch.no_grad(), dense_copy(model, cache) as dense:
+        expected = model(**{**arguments, **passed(dense)}).logits
+    with torch.no_grad():
+        assert_exact(model(**{**arguments, **passed(cache)}).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
+@pytest.mark.parametrize("rows", [(1,), (2, 1)], ids=str)
+def test_the_ledger_names_the_tokens_of_entries(family: str, rows: tuple[int, ...], folder: Path) -> None:
+    """Whole entries are the keys and values of the tokens that it names; codes are near them, and near no others."""
+    if family == "qwen2-vl" and len(rows) > 1:
+        pytest.skip("its images lie row by row in one tensor")
+    with noting_what_is_held() as notes:
+        cache, *_ = faded("none", folder, family, rows=rows, turns=3)
+    near, far = 0.0, 0.0
+    for layer in cache.layers:
+        keys = torch.cat([note.keys for note in notes if note.layer is layer], 2)
+        values = torch.cat([note.values for note in notes if note.layer is layer], 2)
+        whole = len(layer.prefix.pair_counts)
+        for number, (row, head, position, own_keys, own_values) in enumerate(held_entries(layer)):
+            if number < whole:
+                assert torch.equal(own_keys, keys[row, head, position])
+                assert torch.equal(own_values, values[row, head, position])
+            else:
+                near += (own_keys - keys[row, head, position]).square().sum().item()
+                far += (own_keys - keys[row, head, position].roll(1, 0)).square().sum().item()
+    assert near < 0.2 * far
+
+
+def test_rows_that_share_entries_fade_apart(folder: Path) -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    chat = faded("none", folder)
+    copied = copy.deepcopy(chat.cache)
+    copied.batch_repeat_interleave(2)
+    copied.reorder_cache(torch.tensor([1, 0]))
+    assert vision_bytes(copied) == vision_bytes(chat.cache)
+    assert [image.row for image in copied.images] == [0, 1] * 4
+    assert {image.entries["whole"] for image in copied.images[:2]} == {chat.cache.images[0].entries["whole"]}
+    sequences = chat.outputs[-1].sequences.repeat(2, 1)
+    inputs = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in chat.inputs.items()}
+    inputs = next_turn(model, tiny, inputs, sequences, seed=5)
+    budget = copied.fading.budget_of(copied._pruned)
+    output = answer(model, copied, inputs)
+    assert vision_bytes(copied) <= budget
+    assert_is_dense("llava", copied, [output], inputs)
+    copied.batch_select_indices(torch.tensor([1]))
+    assert {image.row for image in copied.images} == {0}
+    one = {name: value[1:] for name, value in inputs.items()}
+    output.sequences = output.sequences[1:]
+    assert_is_dense("llava", copied, [output], one)
+
+
+def test_beams_and_samples_read_what_has_faded(folder: Path) -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    method = 'random:tiers="r4=.5,r2=.4"'
+    budget = 3 * spent(method, folder, turns=1)
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    bound = converse(model, tiny, line(method, budget, folder), 1, rows=(3, 1), **beams)
+    assert {image.row for image in bound.cache.images} == set(range(6))
+    assert 0 < vision_bytes(bound.cache) <= budget
+    free = converse(model, tiny, line(method, "1GB", folder), 1, rows=(3, 1), **beams)
+    expected = converse(model, tiny, method, 1, rows=(3, 1), **beams)
+    assert torch.equal(free.outputs[0].sequences, expected.outputs[0].sequences)
+    sampled = converse(
+        model, tiny, line(method, budget, folder), 1, rows=(3, 1), do_sample=True, num_return_sequences=2
+    )
+    assert 0 < vision_bytes(sampled.cache) <= budget
+    assert_is_dense("llava", sampled.cache, sampled.outputs, repeated(sampled.inputs, 2))
+
+
+def repeated(inputs: dict[str, Any], times: int) -> dict[str, Any]:
+    return {name: value.repeat_interleave(times, dim=0) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_forgetting_leaves_nothing_of_an_image(method: str, folder: Path) -> None:
+    chat = faded(method, folder, share=0.4)
+    cache = chat.cache
+    before, images = vision_bytes(cache), cache.images
+    assert sum(image.nbytes for image in images) == pytest.approx(before, abs=len(images))
+    victim = max(images, key=lambda image: image.nbytes)
+    cache.forget(victim.number)
+    assert vision_bytes(cache) == pytest.approx(before - victim.nbytes, abs=1)
+    now = cache.images
+    assert now[victim.number].forgotten
+    assert now[victim.number].nbytes == 0
+    assert [image.entries for image in now if image != now[victim.number]] == [
+        image.entries for image in images if image != victim
+    ]
+    for layer in cache.layers:
+        for *_, position, _, _ in held_entries(layer):
+            assert not bool(((position >= victim.first) & (position <= victim.last)).any())
+    assert_is_dense("llava", *chat)
+
+
+def test_one_of_several_images_of_a_prompt_is_forgotten(folder: Path) -> None:
+    """Codes over groups of entries are made again of what they stand for."""
+    chat = converse(tiers_model("llava"), TIERS["llava"], line("quantized:tiers=c3", "1GB", folder), 2, rows=(3,))
+    first = chat.cache.images
+    assert [image.turn for image in first] == [1, 1, 1, 2]
+    chat.cache.forget(1)
+    now = chat.cache.images
+    assert now[1].nbytes == 0
+    assert now[3].entries == first[3].entries
+    assert now[0].vision_kept == now[2].vision_kept == 1
+    assert_is_dense("llava", *chat)
+    chat.cache.forget(0)
+    chat.cache.forget(2)
+    chat.cache.forget(3)
+    assert vision_bytes(chat.cache) == 0
+    assert not any(layer.coded for layer in chat.cache.layers)
+
+
+def test_what_cannot_be_forgotten_is_refused(folder: Path) -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    chat = converse(model, tiny, line("none", "1GB", folder), 1)
+    for number in (1, -1, True, "0"):
+        with pytest.raises(plphp.ConfigError, match=r"the images 0 to 0, got image"):
+            chat.cache.forget(number)
+    free = converse(model, tiny, "none", 1).cache
+    with pytest.raises(plphp.UnsupportedFeatureError, match="vision_budget=1GB"):
+        free.forget(0)
+    with pytest.raises(plphp.UnsupportedFeatureError, match="vision_budget=1GB"):
+        _ = free.images
+    chat.cache.plan(next_turn(model, tiny, chat.inputs, chat.outputs[-1].sequences))
+    with pytest.raises(plphp.CacheStateError, match="planned"):
+        chat.cache.forget(0)
+
+
+def test_a_report_says_what_is_held_now(folder: Path) -> None:
+    cache, *_ = faded('random:tiers="r4=.5,r2=.4"', folder)
+    report = cache.report()
+    assert report.images == cache.images
+    assert report.vision_bytes == pytest.approx(vision_bytes(cache), abs=4)
+    assert report.budget_bytes >= report.vision_bytes
+    assert report.ledger_bytes == sum(layer.ledger.nbytes for layer in cache.layers)
+    entries = sum(sum(image.entries.values()) for image in report.images)
+    kept = sum(sum(row.kept) for prompt in report.prompts for layer in prompt.layers for row in layer.rows)
+    assert kept == entries
+    held = sum(row.vision_bytes for prompt in report.prompts for layer in prompt.layers for row in layer.rows)
+    assert held == pytest.approx(report.vision_bytes, abs=4)
+    assert PruneReport.from_json(report.to_json()) == report
+    assert json.loads(report.to_json())["images"][0]["turn"] == 1
+
+
+def test_an_error_in_the_middle_ends_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tiny, moved = tiers_model("llava"), TIERS["llava"], []
+    budget = int(0.3 * spent("none", folder))
+
+    def failing(layer: Any, *args: Any) -> None:
+        moved.append(layer)
+        if len(moved) == 2:
+            raise RuntimeError("no memory left")
+        return move(layer, *args)
+
+    move = fading.move
+    monkeypatch.setattr(fading, "move", failing)
+    inputs = tiny.inputs(model, (3,))
+    cache = plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig.parse(line("none", budget // 2, folder)))
+    with pytest.raises(RuntimeError, match="no memory left"):
+        answer(model, cache, inputs)
+    assert cache.nbytes == 0
+    with pytest.raises(plphp.CacheStateError, match="cannot be used any more: an error stopped the reading"):
+        answer(model, cache, inputs)
+
+
+def test_a_budget_that_holds_nothing_is_refused(folder: Path) -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    with pytest.raises(plphp.ConfigError, match=r"vision_budget of 100 bytes.*at least (\d+)") as error:
+        converse(model, tiny, line("none", 100, folder), 1)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    cache, *_ = converse(model, tiny, line("none", least, folder), 1)
+    assert 0 < vision_bytes(cache) <= least
+
+
+def test_a_budget_of_tokens_is_that_many_whole(folder: Path) -> None:
+    cache, *_ = converse(tiers_model("llava"), TIERS["llava"], line("none", "20 tokens", folder), 3)
+    nbytes = 20 * sum(layer.entry_nbytes for layer in cache.layers)
+    assert cache.report().budget_bytes == nbytes
+    assert 0.8 * nbytes < vision_bytes(cache) <= nbytes
+
+
+def test_where_images_cannot_fade_a_budget_is_refused() -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    config = plphp.PLPHPConfig(method="none", vision_budget="1MB")
+    with pytest.raises(plphp.UnsupportedFeatureError, match="one prompt, and vision_budget=1MB"):
+        plphp.branch(model, tiny.inputs(model, (1,)), [config])
+
+
+def test_crop_copies_and_reset_know_the_ledger(folder: Path) -> None:
+    chat = faded("none", folder)
+    copied = copy.deepcopy(chat.cache)
+    copied.crop(-1)
+    assert copied.images == chat.cache.images
+    copied.forget(0)
+    assert not chat.cache.images[0].forgotten
+    copied.reset()
+    assert copied.images == []
+    assert_is_dense("llava", *chat)

@@ -115,10 +115,11 @@ def _within(held: HeldEntries, group: Tensor, groups: int) -> Tensor:
     places = torch.full(held.score.shape, torch.inf, dtype=torch.float64)
     if own > 0:
         places = (_position(held.score, group * held.heads + held.head, groups * held.heads) + 1) / own
-    if own < 1:
-        shared = (_position(held.score, group, groups) + 1) / ((1 - own) * held.heads)
-        places = torch.minimum(places, shared)
-    return places
+    if own == 1:
+        return places
+    shared = (_position(held.score, group, groups) + 1) / ((1 - own) * held.heads)
+    # Some entries have a place by both: the next move up.
+    return (_position(-torch.minimum(places, shared), group, groups, held.score) + 1) / held.heads
 
 
 def _places(held: HeldEntries, key: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ from plphp.settings.vision_budget import VisionBudget
 
 from .coders import fading_books
 from .entries import LayerEntries
-from .fading_plan import STAYS, LayerShape, RowEntries, fitted
+from .fading_plan import DROPPED, STAYS, LayerShape, RowEntries, fitted
 from .image_table import ImageTable
 from .ledger import codes_of
 from .moving import move
-from .sources import Source, sources_of, unshare
+from .sources import Source, part_key, sources_of, unshare
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,50 @@ def fade(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading)
     return True
 
 
+def forget(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading, row: int, place: int) -> None:
+    """Free all entries of an image; codes that depended on them are made again, of what they stand for.
+
+    Parameters
+    ----------
+    layers, images, fading
+        See `fade`.
+    row, place : int
+        Row of the image, and its place in the row.
+    """
+    for number, layer in layers.items():
+        if layer.ledger is None:
+            continue
+        unshare(layer)
+        shape, sources = fading.shape_of(number, layer), sources_of(layer, images)
+        gone = [(source.row == row) & (source.image == place) for source in sources]
+        if not any(bool(mask.any()) for mask in gone):
+            continue
+        sources = [
+            source.with_targets(source.targets.masked_fill(mask, DROPPED))
+            for source, mask in zip(sources, gone, strict=True)
+        ]
+        books = None if fading.books is None else fading.books.get(number)
+        left = _settled(sources, shape)
+        move(layer, codes_of(layer.coded), left, shape.rungs, books, fading.reading)
+        weights = list(layer.ledger.weights)
+        weights[row] *= 1 - len(images.rows[row][place].positions) / images.live_tokens(row)
+        layer.ledger = replace(layer.ledger, weights=tuple(weights))
+    images.mark(row, place, True)
+
+
+def _settled(sources: Sequence[Source], shape: LayerShape) -> list[Source]:
+    """The targets of a layer, where entries whose codes depend on each other stay together or leave together."""
+    result = []
+    for source in sources:
+        rung = shape.tiers[source.tier - 1] if source.tier else None
+        if rung is not None and rung.group:
+            key = part_key(source.row, source.prompt)
+            torn = torch.isin(key, key[source.targets != STAYS]) & (source.targets == STAYS)
+            source = source.with_targets(source.targets.masked_fill(torn, shape.nearest(rung)))
+        result.append(source)
+    return result
+
+
 def _planned(
     sources: Sequence[Source], images: ImageTable, shape: LayerShape, budgets: Sequence[float], fading: Fading
 ) -> list[Source]:
@@ -199,6 +243,6 @@ def _refuse_too_small(
         least = max([least, *(needed * total / weight for weight in weights[number] if weight)])
     if budget < least:
         raise ConfigError(
-            f"vision_budget is {budget} bytes, in which not one vision entry of every layer and KV head can be held: "
-            f"with these rows it takes at least {math.ceil(least)}."
+            f"a vision_budget of {budget} bytes has no room for one vision entry of every layer and KV head: give at "
+            f"least {math.ceil(least)} bytes for these rows"
         )

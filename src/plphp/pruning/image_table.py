@@ -84,6 +84,10 @@ class ImageTable:
         starts = [[*(image.prompt for image in own), *[-1] * (most - len(own))] for own in self.rows]
         return torch.tensor(starts)[row, image.clamp(min=0)].masked_fill(image < 0, -1)
 
+    def live_tokens(self, row: int) -> int:
+        """Vision tokens of the images of a row that are not forgotten."""
+        return sum(len(image.positions) for image in self.rows[row] if not image.forgotten)
+
     def mark(self, row: int, place: int, forgotten: bool) -> None:
         """Note that an image was forgotten, or restored."""
         self.rows[row][place] = replace(self.rows[row][place], forgotten=forgotten)

@@ -20,10 +20,7 @@ from plphp.kernels.rungs import Rung
 from .entries import LayerEntries
 from .fading_plan import STAYS
 from .ledger import Labels, LayerLedger
-from .sources import Source
-
-ROWS = 2**40
-"""More than any logical position: rows and the beginnings of prompts make one number."""
+from .sources import ROWS, Source, part_key
 
 
 def move(
@@ -211,7 +208,7 @@ class _Move:
     def _old_keys(self) -> Tensor:
         if self.codes is None:
             return torch.zeros(0, dtype=torch.int64)
-        return torch.tensor(self.codes.owners) * ROWS + torch.tensor(self.codes.prompts)
+        return part_key(torch.tensor(self.codes.owners), torch.tensor(self.codes.prompts))
 
     def _tier(self, source: Source) -> Tier:
         assert self.codes is not None
@@ -219,5 +216,4 @@ class _Move:
 
 
 def _key(source: Source) -> Tensor:
-    """Row and prompt of each entry, in one number."""
-    return source.row * ROWS + source.prompt
+    return part_key(source.row, source.prompt)

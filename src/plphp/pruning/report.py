@@ -10,12 +10,23 @@ from typing import Any
 
 from plphp.io.json_files import Kind, from_json, to_json
 
+from .image_memory import ImageMemory
 from .prompt_report import PromptReport, RowReport, read_prompt
 from .report_checks import check_numbers, integers
 from .tier_report import LayerBytes, RungBytes
 
 KIND = Kind("report", "`plphp generate --report`", 1)
-NUMBERS = ("batch", "tokens", "kv_bytes_full", "kv_bytes", "reserved_bytes", "pruning_seconds", "book_bytes")
+NUMBERS = (
+    "batch",
+    "tokens",
+    "kv_bytes_full",
+    "kv_bytes",
+    "reserved_bytes",
+    "pruning_seconds",
+    "book_bytes",
+    "budget_bytes",
+    "ledger_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,12 @@ class PruneReport:
     book_bytes : int
         Bytes of the codebooks that the layers read. They belong to the model, whatever the number of caches, and are no
         part of ``kv_bytes``.
+    images : list of ImageMemory
+        Under a ``vision_budget``, what is held of each image. Then ``prompts`` say what is held now, too.
+    budget_bytes : int
+        The budget in bytes; 0 without one, and before anything was read.
+    ledger_bytes : int
+        Bytes in host memory by which the cache knows of which token an entry is; no part of ``kv_bytes``.
     """
 
     model_type: str
@@ -87,6 +104,9 @@ class PruneReport:
     collecting: BankProgress | None = None
     held: list[LayerBytes] = field(default_factory=list)
     book_bytes: int = 0
+    images: list[ImageMemory] = field(default_factory=list)
+    budget_bytes: int = 0
+    ledger_bytes: int = 0
 
     @property
     def entry_bytes(self) -> int:
@@ -119,6 +139,11 @@ class PruneReport:
         for rung in (rung for layer in self.held for rung in layer.rungs):
             total[rung.rung] = total.get(rung.rung, 0) + rung.nbytes
         return total
+
+    @property
+    def vision_bytes(self) -> int:
+        """Under a budget, the bytes that all images take; 0 without."""
+        return sum(image.nbytes for image in self.images)
 
     @property
     def text_evicted(self) -> int:
@@ -179,7 +204,8 @@ def _read_report(values: dict[str, Any]) -> PruneReport:
     collecting = values.pop("collecting", None)
     progress = None if collecting is None else BankProgress(**collecting)
     held = [_read_layer_bytes(layer) for layer in values.pop("held", [])]
-    report = PruneReport(prompts=prompts, collecting=progress, held=held, **values)
+    images = [ImageMemory.from_values(image) for image in values.pop("images", [])]
+    report = PruneReport(prompts=prompts, collecting=progress, held=held, images=images, **values)
     check_numbers(report, NUMBERS)
     if progress is not None:
         check_numbers(progress, ("collected", "wanted"))

@@ -14,6 +14,14 @@ from .fading_plan import STAYS
 from .image_table import ImageTable
 from .ledger import Labels, codes_of
 
+ROWS = 2**40
+"""More than any logical position."""
+
+
+def part_key(row: Tensor, prompt: Tensor) -> Tensor:
+    """The row of entries, and the beginning of their prompt, in one number: the part that their codes are in."""
+    return row * ROWS + prompt
+
 
 @dataclass(frozen=True)
 class Source:
@@ -67,14 +75,18 @@ class Source:
         return replace(self, targets=targets)
 
 
-def sources_of(layer: LayerEntries, images: ImageTable) -> list[Source]:
-    """What a layer with a ledger holds: its prefix, and tier by tier; entries that rows share are of one of them."""
+def sources_of(layer: LayerEntries, images: ImageTable, *, shared: bool = True) -> list[Source]:
+    """What a layer with a ledger holds: its prefix, and tier by tier.
+
+    Entries that rows share are of one of these rows, or without ``shared`` of each of them.
+    """
     assert layer.ledger is not None
-    whole = layer.ledger.whole
+    whole = layer.ledger.whole if shared else layer.ledger.whole.unshared()
     sources = [Source.of(0, whole, _readers(whole, range(whole.block.batch)), images)]
     codes = codes_of(layer.coded)
     if codes is not None:
         for number, labels in enumerate(layer.ledger.coded, 1):
+            labels = labels if shared else labels.unshared()
             sources.append(Source.of(number, labels, _readers(labels, codes.owners), images))
     return sources
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .tables import human_bytes
+from .quantities import human_bytes
 
 if TYPE_CHECKING:
     from plphp.studies.estimate import Estimate

@@ -13,6 +13,8 @@ from rich.text import Text
 from plphp.errors import ConfigError
 
 from .attention_tables import attention_line, attention_table, attention_values
+from .memory_table import memory_line, memory_table
+from .quantities import human_bytes
 from .stage_tables import stage_table, stage_values, stages_line
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 TOTALS = (
     *("entry_bytes", "read_bytes", "device_bytes", "rung_bytes", "kv_reduction", "retention", "vision_held"),
+    "vision_bytes",
     "computed_share",
     "attended_share",
 )
@@ -60,7 +63,7 @@ def layer_rows(report: PruneReport, prompt: int = 0, row: int = 0) -> list[tuple
 
 def layer_tables(report: PruneReport, row: int = 0) -> list[Table]:
     """Make a `layer_table` for each pruned prompt, behind those of what left before layers got it and of what attended
-    in them, where it was not all.
+    in them, where it was not all; and behind all of them a `memory_table` where there is a budget.
 
     Empty where no prompt had vision tokens.
     """
@@ -68,6 +71,7 @@ def layer_tables(report: PruneReport, row: int = 0) -> list[Table]:
     for prompt in range(len(report.prompts)):
         selected = select_prompt(report, prompt, row)
         tables += stage_table(selected, row), attention_table(selected, row), layer_table(report, prompt, row)
+    tables.append(memory_table(report))
     return [table for table in tables if table is not None]
 
 
@@ -157,9 +161,10 @@ def report_values(report: PruneReport) -> dict[str, Any]:
     values = {
         field.name: getattr(report, field.name)
         for field in dataclasses.fields(report)
-        if field.name not in ("prompts", "collecting", "held")
+        if field.name not in ("prompts", "collecting", "held", "images")
     }
     values["held"] = [dataclasses.asdict(layer) for layer in report.held]
+    values["images"] = [{**dataclasses.asdict(image), "held": image.held} for image in report.images]
     values["collecting"] = None if report.collecting is None else dataclasses.asdict(report.collecting)
     prompts = [
         {
@@ -184,6 +189,8 @@ def summary(report: PruneReport) -> str:
         kept += f" in {report.vision_held:.1%} of their bytes ({', '.join(report.rung_bytes)})"
     if report.config.get("read", 1.0) < 1:
         kept += f", a step reads at most {human_bytes(report.read_bytes)}"
+    if report.budget_bytes:
+        kept += f", {memory_line(report)}"
     if report.text_evicted:
         kept += f" and {report.text_evicted} text entries evicted"
     where = f"{reserved}{_devices(report)}"
@@ -210,21 +217,6 @@ def collecting_line(progress: BankProgress, folder: str) -> str:
         where = f"which {folder} keeps"
         return f"{bank}, {where}; {f'{progress.missing} more to go' if progress.missing else 'the next is pruned'}."
     return f"{bank}, and nothing is kept: name a folder for it (folder=DIR), or a bank (bank=FILE, see plphp collect)."
-
-
-def human_bytes(count: float) -> str:
-    """Return a number of bytes with a binary unit.
-
-    Examples
-    --------
-    >>> human_bytes(512), human_bytes(1536), human_bytes(3 * 2**30)
-    ('512 B', '1.5 KiB', '3.0 GiB')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def _change(report: PruneReport) -> str:

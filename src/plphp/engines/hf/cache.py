@@ -277,10 +277,11 @@ class PrunedCache(MemoryCache):
             kv_bytes=self.nbytes,
             reserved_bytes=self.reserved_nbytes,
             pruning_seconds=self.pruning_seconds,
-            prompts=prompt_reports(self.records, self._pruned, self.left, self.attended),
+            prompts=prompt_reports(self.records_now(self.records), self._pruned, self.left, self.attended),
             collecting=self.collecting,
             held=[held_bytes(number, layer) for number, layer in enumerate(self.layers)],
             book_bytes=books_nbytes(self._pruned.values()),
+            **self.memory_values(),
         )
 
     def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

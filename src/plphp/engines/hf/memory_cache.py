@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from plphp.errors import CacheStateError, ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
-from plphp.pruning.fading import Fading, fade
+from plphp.pruning.fading import Fading, fade, forget
+from plphp.pruning.held_now import records_now
+from plphp.pruning.image_memory import ImageMemory, image_memories
 from plphp.pruning.image_table import ImageTable
 from plphp.pruning.noting import note_placed
 from plphp.pruning.placement import LayerPlacement
+from plphp.pruning.record import LayerRecord
 from plphp.pruning.tail_tokens import TailTokens
 
 from .attachment import Attachment
@@ -43,6 +49,80 @@ class MemoryCache(PackedCache):
         if self.fading is not None:
             self._images.note(spans, len(self.history.prompts))
             fade(self._pruned, self._images, self.fading)
+
+    @property
+    def images(self) -> list[ImageMemory]:
+        """What is held of each image of the conversation.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If the cache has no ``vision_budget``: then it does not know of which image an entry is.
+        """
+        self._need_budget("say what it holds of its images")
+        return image_memories(self._pruned, self._images)
+
+    def forget(self, image: int) -> None:
+        """Free all entries of an image, in all layers. Its tokens still count as seen; the text around it stays.
+
+        Parameters
+        ----------
+        image : int
+            Its number in `images`.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such image.
+        UnsupportedFeatureError
+            If the cache has no ``vision_budget``: one that never binds will do.
+        CacheStateError
+            If a prompt has been planned and not been read.
+        """
+        self._need_budget("forget an image")
+        row, place = self._image_at(image)
+        started = time.perf_counter()
+        with torch.no_grad(), self._ended_by_errors():
+            forget(self._pruned, self._images, self._need_fading(), row, place)
+        self.pruning_seconds += time.perf_counter() - started
+
+    def records_now(self, records: Sequence[LayerRecord]) -> list[LayerRecord]:
+        """Records of placed prompts, by what is held now."""
+        return list(records) if self.fading is None else records_now(records, self._pruned, self._images)
+
+    def memory_values(self) -> dict[str, Any]:
+        """What a report says of images."""
+        ledgers = [layer.ledger for layer in self._pruned.values() if layer.ledger is not None]
+        if self.fading is None or not ledgers:
+            return {}
+        return {
+            "images": self.images,
+            "budget_bytes": self.fading.budget_of(self._pruned),
+            "ledger_bytes": sum(ledger.nbytes for ledger in ledgers),
+        }
+
+    def _image_at(self, image: int) -> tuple[int, int]:
+        """The row of an image, and its place in it."""
+        self.check_alive()
+        if self.reading is not None:
+            raise CacheStateError("A prompt has been planned and not been read to its end: read it first.")
+        numbered = self._images.numbered()
+        if isinstance(image, bool) or not isinstance(image, int) or not 0 <= image < len(numbered):
+            last = f"the images 0 to {len(numbered) - 1}" if numbered else "no images"
+            raise ConfigError(f"The cache has read {last}, got image {image!r}: see cache.images.")
+        return numbered[image]
+
+    def _need_fading(self) -> Fading:
+        assert self.fading is not None
+        return self.fading
+
+    def _need_budget(self, what: str) -> None:
+        """Raise without a budget."""
+        if self.fading is None:
+            raise UnsupportedFeatureError(
+                f"A PrunedCache can {what} where it has a vision_budget, and this one has none: it does not know of "
+                "which image an entry is. Give one in its config, such as vision_budget=1GB."
+            )
 
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of placed prompts, brought up to what is held of them now that images have faded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from plphp.kernels.coded import ALL
+from plphp.kernels.coder import Coder
+
+from .entries import LayerEntries
+from .image_table import ImageTable
+from .ledger import codes_of
+from .placement import Placement
+from .record import LayerRecord
+from .sources import Source, sources_of
+
+
+def records_now(
+    records: Sequence[LayerRecord], layers: Mapping[int, LayerEntries], images: ImageTable
+) -> list[LayerRecord]:
+    """Records of layers with a ledger; those of other rows than the layers have now are as they were."""
+    sources = {
+        number: sources_of(layer, images, shared=False) for number, layer in layers.items() if layer.ledger is not None
+    }
+    return [
+        _now(record, layers[record.layer], sources[record.layer])
+        if record.layer in sources and len(record.allocation) == layers[record.layer].batch_size
+        else record
+        for record in records
+    ]
+
+
+def _now(record: LayerRecord, layer: LayerEntries, sources: Sequence[Source]) -> LayerRecord:
+    codes = codes_of(layer.coded)
+    placement = torch.full_like(record.kept_vision, int(Placement.DROPPED), dtype=torch.uint8)
+    for source in sources:
+        place = source.labels.position - record.start
+        own = source.vision & (place >= 0) & (place < placement.shape[2])
+        value = source.tier or int(Placement.WHOLE)
+        placement[source.row[own], source.head[own], place[own]] = value
+    kept = placement != Placement.DROPPED
+    if codes is None:
+        return replace(record, kept_vision=kept, placement=None)
+    readings = dict(zip(codes.owners, codes.block.reading, strict=True))
+    rungs = tuple(tier.rung for tier in codes.block.tiers)
+    coders: list[Coder | None] = [
+        Coder(rungs, codes.block.books, readings.get(row, ALL)) for row in range(len(record.allocation))
+    ]
+    return replace(record, kept_vision=kept, placement=placement, coders=coders)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache with a budget holds of each image, as a table and in a few words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from .quantities import human_bytes
+
+if TYPE_CHECKING:
+    from plphp.pruning.report import PruneReport
+
+
+def memory_table(report: PruneReport) -> Table | None:
+    """Table of the images: what is held of each, in which rungs; None without a budget.
+
+    Parameters
+    ----------
+    report : PruneReport
+        Report of a run.
+    """
+    if not report.images:
+        return None
+    rungs = list(dict.fromkeys(name for image in report.images for name in image.entries))
+    several = report.batch > 1
+    table = Table(title=memory_line(report))
+    for heading in ("image", *(("row",) if several else ()), "turn", "tokens", "bytes", "held", "kept", *rungs):
+        table.add_column(heading, justify="right", overflow="fold")
+    for image in report.images:
+        cells = [str(image.number), *([str(image.row)] if several else []), str(image.turn), str(image.tokens)]
+        if image.forgotten:
+            cells += ["forgotten"]
+        else:
+            cells += [human_bytes(image.nbytes), f"{image.held:.1%}", f"{image.vision_kept:.0%}"]
+            cells += [str(image.entries[name]) if name in image.entries else "" for name in rungs]
+        table.add_row(*cells)
+    return table
+
+
+def memory_line(report: PruneReport) -> str:
+    """How much the images take of their budget, in a few words; empty without a budget."""
+    if not report.budget_bytes:
+        return ""
+    held = human_bytes(report.vision_bytes)
+    return f"{len(report.images)} images in {held} of a budget of {human_bytes(report.budget_bytes)}"
