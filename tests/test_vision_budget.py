@@ -292,3 +292,95 @@ def test_crop_copies_and_reset_know_the_ledger(folder: Path) -> None:
     copied.reset()
     assert copied.images == []
     assert_is_dense("llava", *chat)
+
+
+def pixels(tiny: Any, inputs: dict[str, Any], number: int = 0) -> dict[str, Any]:
+    """The features of one image of some inputs."""
+    from plphp.families.registry import family_of
+
+    [kind] = [own for own in family_of(tiny.config()).features if inputs.get(own.pixels[0]) is not None]
+    return kind.items(inputs)[number]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl", "llava-next"])
+def test_a_restored_image_is_as_if_it_had_never_faded(family: str) -> None:
+    model, tiny = tiers_model(family), TIERS[family]
+    first = tiny.inputs(model, (2,))
+    cache = plphp.PrunedCache.for_inputs(model, first, plphp.PLPHPConfig.parse("none:vision_budget=1GB"))
+    outputs = [answer(model, cache, first)]
+    second = next_turn(model, tiny, first, outputs[-1].sequences, seed=1)
+    outputs.append(answer(model, cache, second))
+    whole = copy.deepcopy(cache)
+    cache.forget(1)
+    assert cache.nbytes < whole.nbytes
+    cache.restore(1, **pixels(tiny, first, 1))
+    assert cache.nbytes == whole.nbytes
+    assert [image.entries for image in cache.images] == [image.entries for image in whole.images]
+    for layer, expected in zip(cache.layers, whole.layers, strict=True):
+        assert layer.ledger.whole.block.counts == expected.ledger.whole.block.counts
+        assert torch.equal(layer.ledger.whole.position, expected.ledger.whole.position)
+        assert_exact(layer.prefix.keys, expected.prefix.keys)
+        assert_exact(layer.prefix.values, expected.prefix.values)
+    third = next_turn(model, tiny, second, outputs[-1].sequences, seed=2)
+    assert_same_generation(answer(model, cache, third), answer(model, whole, third))
+
+
+def test_a_restored_image_takes_the_places_of_others(folder: Path) -> None:
+    """A padded batch of rows with several images, below a budget that binds."""
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    inputs = tiny.inputs(model, (2, 1))
+    full = converse(model, tiny, line("none", "1GB", folder), 1, rows=(2, 1))
+    budget = vision_bytes(full.cache) // 3
+    chat = converse(model, tiny, line("none", budget, folder), 1, rows=(2, 1))
+    before = chat.cache.images
+    chat.cache.restore(0, **pixels(tiny, inputs, 0))
+    after = chat.cache.images
+    assert [image.row for image in after] == [0, 0, 1]
+    assert vision_bytes(chat.cache) <= budget
+    assert after[0].entries["whole"] > before[0].entries.get("whole", 0)
+    assert after[1].nbytes < before[1].nbytes
+    assert_is_dense("llava", *chat)
+    for layer, expected in zip(chat.cache.layers[:1], full.cache.layers[:1], strict=True):
+        for row, head, position, keys, _ in held_entries(layer)[: len(layer.prefix.pair_counts)]:
+            of_row = {
+                int(place): key
+                for own, of_head, places, own_keys, _ in held_entries(expected)
+                if (own, of_head) == (row, head)
+                for place, key in zip(places, own_keys, strict=True)
+            }
+            for place, key in zip(position.tolist(), keys, strict=True):
+                assert torch.allclose(key, of_row[place], atol=1e-10)
+
+
+def test_what_cannot_be_restored_is_refused(folder: Path) -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    inputs = tiny.inputs(model, (2,))
+    cache = plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig.parse("none:vision_budget=1GB"))
+    answer(model, cache, inputs)
+    before = copy.deepcopy(cache)
+    with pytest.raises(plphp.HistoryError, match="features of another image"):
+        cache.restore(0, **pixels(tiny, inputs, 1))
+    own = pixels(tiny, inputs, 0)
+    with pytest.raises(plphp.HistoryError, match="in another dtype"):
+        cache.restore(0, pixel_values=own["pixel_values"].to(torch.bfloat16))
+    with pytest.raises(plphp.ConfigError, match=r"one image.*those of 2"):
+        cache.restore(0, pixel_values=inputs["pixel_values"])
+    with pytest.raises(plphp.ConfigError, match="those of 0"):
+        cache.restore(0)
+    with pytest.raises(plphp.ConfigError, match="the images 0 to 1"):
+        cache.restore(2, **own)
+    cache.history.images.clear()
+    with pytest.raises(plphp.HistoryError, match="never passed"):
+        cache.restore(0, **own)
+    assert cache.nbytes == before.nbytes
+    early = converse(model, tiny, "fastv:retention_rate=0.8+none:vision_budget=1GB", 1).cache
+    with pytest.raises(plphp.UnsupportedFeatureError, match="fastv chose tokens"):
+        early.restore(0, **own)
+
+
+@pytest.mark.parametrize(("family", "reason"), [("gemma3", "sliding window"), ("paligemma", "attend to tokens behind")])
+def test_models_whose_images_cannot_be_computed_again_are_refused(family: str, reason: str) -> None:
+    model, tiny = tiers_model(family), TIERS[family]
+    cache = converse(model, tiny, "quantized:tiers=c3,vision_budget=1GB", 1).cache
+    with pytest.raises(plphp.UnsupportedFeatureError, match=reason):
+        cache.restore(0, **pixels(tiny, tiny.inputs(model, (1,))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ from plphp.settings.vision_budget import VisionBudget
 
 from .coders import fading_books
 from .entries import LayerEntries
-from .fading_plan import DROPPED, STAYS, LayerShape, RowEntries, fitted
+from .fading_plan import STAYS, LayerShape, RowEntries, fitted
 from .image_table import ImageTable
 from .ledger import codes_of
 from .moving import move
-from .sources import Source, part_key, sources_of, unshare
+from .sources import Source, sources_of, unshare
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class Fading:
         """The budget in bytes, for layers that have read something."""
         return self.budget.bytes_of(sum(layer.entry_nbytes for layer in layers.values()))
 
+    def books_of(self, number: int) -> LayerBooks | None:
+        """Codebooks of a layer."""
+        return None if self.books is None else self.books.get(number)
+
     def shape_of(self, number: int, layer: LayerEntries) -> LayerShape:
         """What the entries of a layer are like.
 
@@ -82,7 +86,7 @@ class Fading:
         UnsupportedFeatureError, ConfigError
             If the rungs cannot hold them, or codebooks are of another model.
         """
-        books = None if self.books is None else self.books.get(number)
+        books = self.books_of(number)
         codes = codes_of(layer.coded)
         tiers = () if codes is None else tuple(tier.rung for tier in codes.block.tiers)
         family = PLAIN if books is None else PRODUCT
@@ -131,7 +135,11 @@ def fade(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading)
     if sum(vision_nbytes(layer, images) for layer in layers.values()) <= budget:
         return False
     shapes = {number: fading.shape_of(number, layer) for number, layer in layers.items()}
-    weights = {number: layer.ledger.weights for number, layer in layers.items() if layer.ledger is not None}
+    weights = {
+        number: [own * images.live_share(row) for row, own in enumerate(layer.ledger.weights)]
+        for number, layer in layers.items()
+        if layer.ledger is not None
+    }
     total = sum(map(sum, weights.values()))
     _refuse_too_small(budget, total, layers, shapes, weights)
     for number, layer in layers.items():
@@ -139,56 +147,12 @@ def fade(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading)
         unshare(layer)
         sources = _planned(sources_of(layer, images), images, shapes[number], budgets, fading)
         if any(bool((source.targets != STAYS).any()) for source in sources):
-            books = None if fading.books is None else fading.books.get(number)
+            books = fading.books_of(number)
             move(layer, codes_of(layer.coded), sources, shapes[number].rungs, books, fading.reading)
     held = sum(vision_nbytes(layer, images) for layer in layers.values())
     if held > budget:
         raise CacheStateError(f"The vision entries take {held} bytes after they have faded, above {budget}.")
     return True
-
-
-def forget(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading, row: int, place: int) -> None:
-    """Free all entries of an image; codes that depended on them are made again, of what they stand for.
-
-    Parameters
-    ----------
-    layers, images, fading
-        See `fade`.
-    row, place : int
-        Row of the image, and its place in the row.
-    """
-    for number, layer in layers.items():
-        if layer.ledger is None:
-            continue
-        unshare(layer)
-        shape, sources = fading.shape_of(number, layer), sources_of(layer, images)
-        gone = [(source.row == row) & (source.image == place) for source in sources]
-        if not any(bool(mask.any()) for mask in gone):
-            continue
-        sources = [
-            source.with_targets(source.targets.masked_fill(mask, DROPPED))
-            for source, mask in zip(sources, gone, strict=True)
-        ]
-        books = None if fading.books is None else fading.books.get(number)
-        left = _settled(sources, shape)
-        move(layer, codes_of(layer.coded), left, shape.rungs, books, fading.reading)
-        weights = list(layer.ledger.weights)
-        weights[row] *= 1 - len(images.rows[row][place].positions) / images.live_tokens(row)
-        layer.ledger = replace(layer.ledger, weights=tuple(weights))
-    images.mark(row, place, True)
-
-
-def _settled(sources: Sequence[Source], shape: LayerShape) -> list[Source]:
-    """The targets of a layer, where entries whose codes depend on each other stay together or leave together."""
-    result = []
-    for source in sources:
-        rung = shape.tiers[source.tier - 1] if source.tier else None
-        if rung is not None and rung.group:
-            key = part_key(source.row, source.prompt)
-            torn = torch.isin(key, key[source.targets != STAYS]) & (source.targets == STAYS)
-            source = source.with_targets(source.targets.masked_fill(torn, shape.nearest(rung)))
-        result.append(source)
-    return result
 
 
 def _planned(
@@ -219,7 +183,9 @@ def _row_entries(
     def column(name: str) -> Tensor:
         return torch.cat([getattr(source, name)[some] for source, some in zip(sources, own, strict=True)])[order]
 
-    places, image = column("image").unique(return_inverse=True)
+    ages = torch.tensor(images.ages(row))[column("image")]
+    places = column("image").unique()
+    image = ages.unique(return_inverse=True)[1]
     score = torch.cat([source.labels.score[some] for source, some in zip(sources, own, strict=True)])[order]
     heads = sources[0].labels.block.kv_heads
     held = HeldEntries(score, column("head"), image, heads, len(places), fading.safeguard)

@@ -27,6 +27,10 @@ class TableImage:
         int64 [tokens]; logical positions of its vision tokens, rising.
     grid : tuple of int, optional
         ``(frames, height, width)`` in tokens, where they form a grid.
+    age : int
+        By which images are put in the order of time: a restored image is the newest.
+    rotary : Tensor, optional
+        int32 [3, span]; for a model with m-RoPE the positions of all tokens from its first to its last.
     forgotten : bool
         Whether it was forgotten, and not restored since.
     """
@@ -35,7 +39,19 @@ class TableImage:
     prompt: int
     positions: Tensor
     grid: Grid
+    age: int
+    rotary: Tensor | None = None
     forgotten: bool = False
+
+    @property
+    def first(self) -> int:
+        """Logical position of its first vision token."""
+        return int(self.positions[0])
+
+    @property
+    def last(self) -> int:
+        """Logical position of its last vision token."""
+        return int(self.positions[-1])
 
 
 class ImageTable:
@@ -49,9 +65,21 @@ class ImageTable:
     def __init__(self) -> None:
         self.rows: list[list[TableImage]] = []
         self._of_token = torch.zeros(0, 0, dtype=torch.int64)
+        self._time = 0
 
-    def note(self, spans: VisionSpans, turn: int) -> None:
-        """Add the images of a prompt."""
+    def note(self, spans: VisionSpans, turn: int, rotary: Tensor | None = None) -> None:
+        """Add the images of a prompt.
+
+        Parameters
+        ----------
+        spans : VisionSpans
+            Where they are.
+        turn : int
+            Turn of the conversation, from 1.
+        rotary : Tensor, optional
+            int64 [3, rows, tokens]; positions of the tokens of the prompt, for a model with m-RoPE. Rows of the prompt
+            may have been repeated since.
+        """
         batch = len(spans.segment)
         if not self.rows:
             self.rows = [[] for _ in range(batch)]
@@ -62,8 +90,12 @@ class ImageTable:
                 positions = (segment == number).nonzero()[:, 0]
                 grids = spans.grids[row]
                 grid = grids[number] if number < len(grids) else None
+                of_image = None
+                if rotary is not None:
+                    own = rotary[:, row // (batch // rotary.shape[1])].cpu()
+                    of_image = own[:, positions[0] - spans.start : positions[-1] + 1 - spans.start].to(torch.int32)
                 self._of_token[row, positions] = len(self.rows[row])
-                self.rows[row].append(TableImage(turn, spans.start, positions, grid))
+                self.rows[row].append(TableImage(turn, spans.start, positions, grid, self._tick(), of_image))
 
     def numbered(self) -> list[tuple[int, int]]:
         """All images by number: row, and place in the row. Turn after turn, and of a turn row after row."""
@@ -88,9 +120,26 @@ class ImageTable:
         """Vision tokens of the images of a row that are not forgotten."""
         return sum(len(image.positions) for image in self.rows[row] if not image.forgotten)
 
-    def mark(self, row: int, place: int, forgotten: bool) -> None:
-        """Note that an image was forgotten, or restored."""
-        self.rows[row][place] = replace(self.rows[row][place], forgotten=forgotten)
+    def ages(self, row: int) -> list[int]:
+        """The age of each image of a row."""
+        return [image.age for image in self.rows[row]]
+
+    def live_share(self, row: int) -> float:
+        """Share of the vision tokens of a row whose images are not forgotten."""
+        tokens = sum(len(image.positions) for image in self.rows[row])
+        return self.live_tokens(row) / tokens if tokens else 0.0
+
+    def mark_forgotten(self, row: int, place: int) -> None:
+        """Note that an image was forgotten."""
+        self.rows[row][place] = replace(self.rows[row][place], forgotten=True)
+
+    def mark_restored(self, row: int, place: int) -> None:
+        """Note that an image was restored."""
+        self.rows[row][place] = replace(self.rows[row][place], forgotten=False, age=self._tick())
+
+    def _tick(self) -> int:
+        self._time += 1
+        return self._time
 
     def select(self, rows: Sequence[int]) -> None:
         """Take rows in a new order."""

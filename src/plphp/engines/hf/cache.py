@@ -284,6 +284,10 @@ class PrunedCache(MemoryCache):
             **self.memory_values(),
         )
 
+    def blank(self) -> PrunedCache:
+        """A cache of the same model that has read nothing and prunes nothing."""
+        return PrunedCache(self.attachment, NOTHING_EVICTED)
+
     def plan_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Plan the inputs of ``generate``, or compare them with what was planned from a ``vision_mask``; see `plan`.
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from plphp.errors import CacheStateError, ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
-from plphp.pruning.fading import Fading, fade, forget
+from plphp.policy.chain import Chain
+from plphp.pruning.dropping import forget, insert
+from plphp.pruning.fading import Fading, fade
 from plphp.pruning.held_now import records_now
 from plphp.pruning.image_memory import ImageMemory, image_memories
 from plphp.pruning.image_table import ImageTable
@@ -22,7 +25,9 @@ from plphp.pruning.record import LayerRecord
 from plphp.pruning.tail_tokens import TailTokens
 
 from .attachment import Attachment
+from .layer import PrunedLayer
 from .packed_cache import PackedCache
+from .restoring import compute, earlier_layer, recognised, refuse_restoring
 
 
 class MemoryCache(PackedCache):
@@ -33,6 +38,8 @@ class MemoryCache(PackedCache):
     fading : Fading or None
         The budget, and how images fade; None without one. Then nothing is noted of images.
     """
+
+    chain: Chain
 
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(attachment)
@@ -47,7 +54,8 @@ class MemoryCache(PackedCache):
     def end_prompt(self, spans: VisionSpans) -> None:
         """Note the images of a prompt that all layers have read, and let images fade."""
         if self.fading is not None:
-            self._images.note(spans, len(self.history.prompts))
+            rotary = None if self._turn is None else self._turn.placed
+            self._images.note(spans, len(self.history.prompts), rotary)
             fade(self._pruned, self._images, self.fading)
 
     @property
@@ -85,6 +93,64 @@ class MemoryCache(PackedCache):
         with torch.no_grad(), self._ended_by_errors():
             forget(self._pruned, self._images, self._need_fading(), row, place)
         self.pruning_seconds += time.perf_counter() - started
+
+    def restore(self, image: int, **features: Any) -> None:
+        """Compute an image again, so that all of it is held whole; then the budget is applied, with it as the newest.
+
+        Its tokens pass the model once more at their positions, behind what is held now of the tokens before them. With
+        nothing faded but this image the cache is as it was when the image had been read. While it runs, what is held
+        of those tokens is there twice.
+
+        Parameters
+        ----------
+        image : int
+            Its number in `images`; of an image in tiles that of any tile, and all of them come back.
+        **features
+            What the processor returned for this image alone, such as ``pixel_values``. It is compared with what was
+            read, by a fingerprint.
+
+        Raises
+        ------
+        HistoryError
+            If the features are of another image.
+        ConfigError
+            If there is no such image, or the features are not those of one image.
+        UnsupportedFeatureError
+            If the cache has no ``vision_budget``, or the image cannot be computed again as it was: behind methods that
+            act before the KV cache, and in models whose layers have windows or a state, or whose images attend to what
+            follows them.
+        CacheStateError
+            If a prompt has been planned and not been read.
+        """
+        self._need_budget("restore an image")
+        row, place = self._image_at(image)
+        started, model, fading = time.perf_counter(), self.attachment.model, self._need_fading()
+        refuse_restoring(model, self, [link.method for link in self.chain.changes_prefill])
+        found = recognised(model, self.history, self._images, row, place, features)
+        alone, again = copy.copy(self._images), self.blank()
+        alone.select([row])
+        with torch.no_grad():
+            for number, layer in self._pruned.items():
+                again.put_layer(number, earlier_layer(number, layer, alone, fading, row, found.sent.first))
+            compute(model, again, self.history, self._images.rows[row][place], found)
+        with torch.no_grad(), self._ended_by_errors():
+            for of_image in found.places:
+                forget(self._pruned, self._images, fading, row, of_image)
+                position = self._images.rows[row][of_image].positions
+                for number, layer in self._pruned.items():
+                    keys, values = (states[0][:, position - found.sent.first] for states in again.layers[number].tail())
+                    insert(layer, row, position, keys, values)
+                self._images.mark_restored(row, of_image)
+            fade(self._pruned, self._images, fading)
+        self.pruning_seconds += time.perf_counter() - started
+
+    def blank(self) -> MemoryCache:
+        """A cache of the same model that has read nothing and prunes nothing."""
+        raise NotImplementedError
+
+    def put_layer(self, number: int, layer: PrunedLayer) -> None:
+        """Put a layer in the place of another."""
+        self.layers[number] = self._pruned[number] = layer
 
     def records_now(self, records: Sequence[LayerRecord]) -> list[LayerRecord]:
         """Records of placed prompts, by what is held now."""

@@ -37,12 +37,15 @@ class TurnPositions:
     positions : Tensor, optional
         int64 [4, batch, seq]; text, frame, row and column of the whole conversation. Frames, rows and columns of
         earlier turns are not read any more, and 0. None in the first turn, which transformers places by itself.
+    placed : Tensor, optional
+        int64 [3, batch, new]; frame, row and column of the new tokens.
     """
 
     start: int
     before: Tensor | None
     after: Tensor
     positions: Tensor | None
+    placed: Tensor | None = None
 
 
 def turn_positions(
@@ -94,10 +97,10 @@ def turn_positions(
         new = ((mask[:, start:].cumsum(1) - 1).clamp(min=0) + offset).expand(3, -1, -1)
     after = new.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
     if start == 0:
-        return TurnPositions(start, before, after, None)
+        return TurnPositions(start, before, after, None, new)
     text = (mask.cumsum(1) - 1).clamp(min=0)
     positions = torch.cat([text[None], torch.cat([new.new_zeros(3, len(mask), start), new], dim=2)])
-    return TurnPositions(start, before, after, positions)
+    return TurnPositions(start, before, after, positions, new)
 
 
 def position_holder(model: PreTrainedModel) -> Any:

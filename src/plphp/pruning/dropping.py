@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entries of some tokens leave a layer with a ledger, or come back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from plphp.kernels.packed import PackedKV
+
+from .entries import LayerEntries
+from .fading import Fading
+from .fading_plan import DROPPED, STAYS, LayerShape
+from .image_table import ImageTable
+from .ledger import Labels, codes_of
+from .moving import move
+from .sources import Source, part_key, sources_of, unshare
+
+
+def drop(
+    number: int, layer: LayerEntries, images: ImageTable, fading: Fading, gone: Callable[[Source], Tensor]
+) -> None:
+    """Free some entries of a layer; codes that depended on them are made again, of what they stand for.
+
+    Parameters
+    ----------
+    number : int
+        Decoder layer.
+    layer : LayerEntries
+        With a ledger.
+    images, fading
+        See `plphp.pruning.fading.fade`.
+    gone : callable
+        Of the entries of one place, which leave, bool [entries].
+    """
+    unshare(layer)
+    shape, sources = fading.shape_of(number, layer), sources_of(layer, images)
+    masks = [gone(source) for source in sources]
+    if not any(bool(mask.any()) for mask in masks):
+        return
+    left = [
+        source.with_targets(source.targets.masked_fill(mask, DROPPED))
+        for source, mask in zip(sources, masks, strict=True)
+    ]
+    books = fading.books_of(number)
+    move(layer, codes_of(layer.coded), _together(left, shape), shape.rungs, books, fading.reading)
+
+
+def forget(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading, row: int, place: int) -> None:
+    """Free all entries of an image.
+
+    Parameters
+    ----------
+    layers, images, fading
+        See `plphp.pruning.fading.fade`.
+    row, place : int
+        Row of the image, and its place in the row.
+    """
+    for number, layer in layers.items():
+        if layer.ledger is not None:
+            drop(number, layer, images, fading, lambda source: (source.row == row) & (source.image == place))
+    images.mark_forgotten(row, place)
+
+
+def insert(layer: LayerEntries, row: int, position: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Put whole entries of a row among those of a layer with a ledger, above all others by their scores.
+
+    Parameters
+    ----------
+    layer : LayerEntries
+        Every row has entries of its own, and none of these tokens.
+    row : int
+        Row of the batch.
+    position : Tensor
+        int64 [tokens]; their logical positions.
+    keys, values : Tensor
+        [kv_heads, tokens, dim].
+    """
+    assert layer.prefix is not None
+    assert layer.ledger is not None
+    prefix, ledger = layer.prefix, layer.ledger
+    heads, tokens = keys.shape[:2]
+    counts = tuple((tokens if own == row else 0,) * heads for own in range(prefix.batch))
+    rows = tuple(range(prefix.batch))
+    came = PackedKV(
+        keys.flatten(0, 1).to(prefix.keys.dtype), values.flatten(0, 1).to(prefix.values.dtype), counts, rows
+    )
+    labels = Labels.of(position.repeat(heads), _above(ledger.whole, ledger.coded, values), counts)
+    joined, whole = prefix.appended(came), ledger.whole.appended(labels)
+    pair = joined.pairs()
+    order = whole.position.argsort(stable=True)
+    order = order[pair[order].argsort(stable=True)]
+    layer.prefix = joined.of_entries(order, pair[order], prefix.batch)
+    layer.ledger = replace(ledger, whole=whole.of_entries(order, pair[order], prefix.batch))
+
+
+def _above(whole: Labels, coded: Sequence[Labels], values: Tensor) -> Tensor:
+    """Scores above all of a ledger, by the norms of values [kv_heads, tokens, dim]; float32 [kv_heads * tokens]."""
+    top = max((float(labels.score.max()) for labels in (whole, *coded) if len(labels.score)), default=0.0)
+    norms = values.float().norm(dim=-1).flatten().cpu()
+    return top + max(abs(top), 1.0) * (1 + norms / norms.max().clamp(min=1e-20))
+
+
+def _together(sources: Sequence[Source], shape: LayerShape) -> list[Source]:
+    """The targets of a layer, where entries whose codes depend on each other stay together or leave together."""
+    result = []
+    for source in sources:
+        rung = shape.tiers[source.tier - 1] if source.tier else None
+        if rung is not None and rung.group:
+            key = part_key(source.row, source.prompt)
+            torn = torch.isin(key, key[source.targets != STAYS]) & (source.targets == STAYS)
+            source = source.with_targets(source.targets.masked_fill(torn, shape.nearest(rung)))
+        result.append(source)
+    return result
