@@ -98,7 +98,7 @@ CALLED_BY_ENGINES = {
 SHOWN_WITH_IT = {
     *("BankProgress", "EntrySample", "Kind", "LayerBank", "LayerBooks", "PackedKV", "ProfiledPrompt", "PromptReport"),
     *("CodedKV", "Ladder", "LayerBytes", "QueryRows", "ReAttention", "Rotation", "RungBytes", "StandIn", "TierReport"),
-    *("PromptCodes", "Value"),
+    *("ImageMemory", "PromptCodes", "Value"),
 }
 """What public objects are made of: documented where they are reached from."""
 

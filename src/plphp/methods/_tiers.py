@@ -58,7 +58,9 @@ def check_books(method: Method, config: PLPHPConfig, layers: int) -> None:
     layers : int
         Decoder layers of the model.
     """
-    if config.ladder is None or method.kv is None or not _product_rungs(config.ladder):
+    rungs = () if config.ladder is None else _product_rungs(config.ladder)
+    fades = config.vision_budget is not None and config.books is not None
+    if method.kv is None or not (rungs or fades):
         return
     file = config.books or method.kv.evidence(config).bank
     if not isinstance(file, str):
@@ -67,9 +69,9 @@ def check_books(method: Method, config: PLPHPConfig, layers: int) -> None:
 
     check_depth(file, layers)
     if bank_at(file).books is None:
+        needs = f"tiers={config.tiers} needs ({', '.join(rungs)})" if rungs else "books names it for"
         raise ConfigError(
-            f"The query bank {file} has no codebooks, which tiers={config.tiers} needs "
-            f"({', '.join(_product_rungs(config.ladder))}): collect it again with this version (plphp collect)."
+            f"The query bank {file} has no codebooks, which {needs}: collect it again with this version (plphp collect)."
         )
 
 

@@ -68,9 +68,13 @@ def collects_books(link: Link[KVStage]) -> bool:
 
 
 def _books_from(link: Link[KVStage]) -> str | OwnBank | None:
-    """What the codebooks of a config are of: a file, or a bank that the engine collects; None where it needs none."""
+    """What the codebooks of a config are of: a file, or a bank that the engine collects; None where it needs none.
+
+    Under a budget images fade by codebooks where there are any.
+    """
     config = link.config
-    if not any(RUNGS[name].needs_books for name in link.stage.rungs(config) or () if name != WHOLE):
+    needed = any(RUNGS[name].needs_books for name in link.stage.rungs(config) or () if name != WHOLE)
+    if not needed and config.vision_budget is None:
         return None
     return config.books or link.stage.evidence(config).bank
 

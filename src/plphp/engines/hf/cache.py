@@ -284,7 +284,7 @@ class PrunedCache(MemoryCache):
             **self.memory_values(),
         )
 
-    def blank(self) -> PrunedCache:
+    def _blank(self) -> PrunedCache:
         """A cache of the same model that has read nothing and prunes nothing."""
         return PrunedCache(self.attachment, NOTHING_EVICTED)
 

@@ -57,8 +57,9 @@ def refuse_foreign_banks(chain: Chain, model: PreTrainedModel, own_bank: QueryBa
 
 
 def _check_file(name: str, model: PreTrainedModel, brings_books: bool) -> None:
-    what = "Codebooks" if brings_books else "Queries"
     bank = bank_at(name)
+    brings_books = brings_books and bank.books is not None
+    what = "Codebooks" if brings_books else "Queries"
     if not bank.values_hash:
         _warn_once(
             f"The query bank {name} does not say of which weights it is, as an earlier version or a server has made "

@@ -127,7 +127,7 @@ class MemoryCache(PackedCache):
         started, model, fading = time.perf_counter(), self.attachment.model, self._need_fading()
         refuse_restoring(model, self, [link.method for link in self.chain.changes_prefill])
         found = recognised(model, self.history, self._images, row, place, features)
-        alone, again = copy.copy(self._images), self.blank()
+        alone, again = copy.copy(self._images), self._blank()
         alone.select([row])
         with torch.no_grad():
             for number, layer in self._pruned.items():
@@ -144,7 +144,7 @@ class MemoryCache(PackedCache):
             fade(self._pruned, self._images, fading)
         self.pruning_seconds += time.perf_counter() - started
 
-    def blank(self) -> MemoryCache:
+    def _blank(self) -> MemoryCache:
         """A cache of the same model that has read nothing and prunes nothing."""
         raise NotImplementedError
 
