@@ -69,9 +69,9 @@ def check_books(method: Method, config: PLPHPConfig, layers: int) -> None:
 
     check_depth(file, layers)
     if bank_at(file).books is None:
-        needs = f"tiers={config.tiers} needs ({', '.join(rungs)})" if rungs else "books names it for"
+        needed = f"which tiers={config.tiers} needs ({', '.join(rungs)})" if rungs else "for which books names it"
         raise ConfigError(
-            f"The query bank {file} has no codebooks, which {needs}: collect it again with this version (plphp collect)."
+            f"The query bank {file} has no codebooks, {needed}: collect it again with this version (plphp collect)."
         )
 
 
