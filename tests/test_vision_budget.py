@@ -384,3 +384,79 @@ def test_models_whose_images_cannot_be_computed_again_are_refused(family: str, r
     cache = converse(model, tiny, "quantized:tiers=c3,vision_budget=1GB", 1).cache
     with pytest.raises(plphp.UnsupportedFeatureError, match=reason):
         cache.restore(0, **pixels(tiny, tiny.inputs(model, (1,))))
+
+
+@pytest.mark.parametrize(
+    "method", ["none", "plphp", "quantized", "fastv:retention_rate=0.8+uniform:retention_rate=0.5"]
+)
+def test_an_image_in_host_memory_comes_back_as_it_was_read(method: str, folder: Path) -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    chat = converse(model, tiny, f"{line(method, '1GB', folder)},tier_device=cpu", 3, rows=(2, 1))
+    read = converse(model, tiny, "none", 1, rows=(2, 1)).cache  # the images of the first turn, whole
+    cache = chat.cache
+    report = cache.report()
+    assert report.host_bytes == sum(tensor.nbytes for tensor in host_tensors(cache))
+    assert report.kv_bytes == cache.nbytes
+    cache.forget(1)
+    assert cache.images[1].nbytes == 0
+    cache.restore(1)
+    image = cache.images[1]
+    assert (image.forgotten, image.row) == (False, 0)
+    if "fastv" not in method:
+        assert image.entries == {"whole": 16 * 2 * 3}
+        for layer, expected in zip(cache.layers, read.layers, strict=True):
+            whole = held_entries(layer)[: len(layer.prefix.pair_counts)]
+            for row, head, position, keys, values in whole:
+                own = (position >= image.first) & (position <= image.last)
+                start, _ = expected.prefix.index[:, row, head].tolist()
+                padding = expected.length - expected.tail_length - expected.prefix.counts[row][head]
+                if row == 0:
+                    some = start + position[own] - padding
+                    assert torch.equal(keys[own], expected.prefix.keys[some])
+                    assert torch.equal(values[own], expected.prefix.values[some])
+    assert_is_dense("llava", *chat)
+
+
+def host_tensors(cache: Any) -> list[torch.Tensor]:
+    return [states for row in cache._on_host.rows for own in row.values() for states in (own.keys, own.values)]
+
+
+def test_host_memory_follows_rows_and_copies(folder: Path) -> None:
+    chat = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=1GB,tier_device=cpu", 2)
+    copied = copy.deepcopy(chat.cache)
+    nbytes = copied.report().host_bytes
+    copied.batch_repeat_interleave(2)
+    assert copied.report().host_bytes == nbytes
+    copied.forget(1)
+    copied.restore(1)
+    assert {image.vision_kept for image in copied.images} == {1.0}
+    copied.reset()
+    assert copied._on_host.nbytes == 0
+    assert chat.cache.report().host_bytes == nbytes
+
+
+@pytest.mark.own_dtype
+@pytest.mark.parametrize("rule", RULES)
+def test_the_bundled_model_fades_by_the_codebooks_of_its_bank(rule: str) -> None:
+    from PIL import Image
+
+    from plphp.inputs.loading import load_model
+    from plphp.inputs.prompt import build_inputs
+
+    model, processor = load_model(None, "float32", None)
+    chat: list[dict[str, Any]] = []
+    cache, budget = None, 90_000
+    for turn in range(3):
+        image = Image.effect_noise((84, 84), 40 + turn).convert("RGB")
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "What is in row 1?"}]
+        chat.append({"role": "user", "content": content})
+        inputs = build_inputs(processor, messages=chat)
+        if cache is None:
+            text = f"query_bank:bank=bundled,tiers=t10,vision_budget={budget},fading={rule}"
+            cache = plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig.parse(text))
+        output = model.generate(**inputs, **passed(cache), max_new_tokens=4, do_sample=False)
+        said = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        chat.append({"role": "assistant", "content": said})
+        assert 0 < vision_bytes(cache) <= budget
+    assert {name for image in cache.images for name in image.entries} <= {"pr2", "rvq", "pq"}
+    assert vision_bytes(cache) > 0.6 * budget

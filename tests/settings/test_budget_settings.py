@@ -55,6 +55,14 @@ def test_a_rule_is_of_a_budget() -> None:
         PLPHPConfig(fading="oldest")
 
 
+def test_images_wait_for_a_budget_in_host_memory_alone() -> None:
+    assert PLPHPConfig.parse("plphp:vision_budget=1MB,tier_device=cpu").tier_device == "cpu"
+    with pytest.raises(ConfigError, match="tier_device must be 'cpu' or None, got 'disk'"):
+        PLPHPConfig(vision_budget=1, tier_device="disk")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="tier_device=cpu is where images wait that a vision_budget"):
+        PLPHPConfig(tier_device="cpu")
+
+
 def test_a_chain_has_one_budget_with_its_last_method() -> None:
     config = PLPHPConfig.parse("fastv:retention_rate=0.5+plphp:vision_budget=1MB")
     assert chain_of(config).kv.config.vision_budget == "1MB"

@@ -24,6 +24,16 @@ from tiny_models import TINY, tiny_model
 fractions = st.floats(0, 1)
 
 
+budgets = st.just({}) | st.fixed_dictionaries(
+    {
+        "vision_budget": st.integers(1, 2**50) | st.sampled_from(["200MB", "1.5 GiB", "2048 tokens"]),
+        "fading": st.sampled_from(["ranked", "oldest", "newest", "equal"]),
+        "tier_device": st.none() | st.just("cpu"),
+    }
+)
+"""Settings of a budget, or none: only the last method of a chain has one."""
+
+
 @st.composite
 def configs(draw: st.DrawFn, longest: int = 2) -> PLPHPConfig:
     """Any valid config, with up to ``longest`` methods before its own."""
@@ -53,6 +63,7 @@ def configs(draw: st.DrawFn, longest: int = 2) -> PLPHPConfig:
         books=draw(st.none() | st.sampled_from(["bundled", "a+b.safetensors", "a,b@c", "12", "none"]))
         if tiers
         else None,
+        **(draw(budgets) if longest else {}),
         seed=draw(st.integers(0, 2**40)),
         earlier=tuple(draw(st.lists(configs(0), max_size=longest))) if longest else (),
     )

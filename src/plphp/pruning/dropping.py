@@ -14,6 +14,7 @@ from plphp.kernels.packed import PackedKV
 from .entries import LayerEntries
 from .fading import Fading
 from .fading_plan import DROPPED, STAYS, LayerShape
+from .host_images import WholeLayer
 from .image_table import ImageTable
 from .ledger import Labels, codes_of
 from .moving import move
@@ -65,7 +66,7 @@ def forget(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fadin
     images.mark_forgotten(row, place)
 
 
-def insert(layer: LayerEntries, row: int, position: Tensor, keys: Tensor, values: Tensor) -> None:
+def insert(layer: LayerEntries, row: int, whole: WholeLayer) -> None:
     """Put whole entries of a row among those of a layer with a ledger, above all others by their scores.
 
     Parameters
@@ -74,27 +75,26 @@ def insert(layer: LayerEntries, row: int, position: Tensor, keys: Tensor, values
         Every row has entries of its own, and none of these tokens.
     row : int
         Row of the batch.
-    position : Tensor
-        int64 [tokens]; their logical positions.
-    keys, values : Tensor
-        [kv_heads, tokens, dim].
+    whole : WholeLayer
+        The entries.
     """
     assert layer.prefix is not None
     assert layer.ledger is not None
     prefix, ledger = layer.prefix, layer.ledger
+    keys, values = (states.to(prefix.device) for states in (whole.keys, whole.values))
     heads, tokens = keys.shape[:2]
     counts = tuple((tokens if own == row else 0,) * heads for own in range(prefix.batch))
     rows = tuple(range(prefix.batch))
     came = PackedKV(
         keys.flatten(0, 1).to(prefix.keys.dtype), values.flatten(0, 1).to(prefix.values.dtype), counts, rows
     )
-    labels = Labels.of(position.repeat(heads), _above(ledger.whole, ledger.coded, values), counts)
-    joined, whole = prefix.appended(came), ledger.whole.appended(labels)
+    labels = Labels.of(whole.position.repeat(heads), _above(ledger.whole, ledger.coded, values), counts)
+    joined, named = prefix.appended(came), ledger.whole.appended(labels)
     pair = joined.pairs()
-    order = whole.position.argsort(stable=True)
+    order = named.position.argsort(stable=True)
     order = order[pair[order].argsort(stable=True)]
     layer.prefix = joined.of_entries(order, pair[order], prefix.batch)
-    layer.ledger = replace(ledger, whole=whole.of_entries(order, pair[order], prefix.batch))
+    layer.ledger = replace(ledger, whole=named.of_entries(order, pair[order], prefix.batch))
 
 
 def _above(whole: Labels, coded: Sequence[Labels], values: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ class Fading:
         What a step reads of entries in few bits.
     safeguard : float
         Share of its equal part that each KV head keeps, see `HeldEntries`.
+    on_host : bool
+        Whether whole images wait in host memory.
     """
 
     budget: VisionBudget
@@ -52,6 +54,7 @@ class Fading:
     books: Mapping[int, LayerBooks] | None
     reading: Reading
     safeguard: float
+    on_host: bool = False
 
     @classmethod
     def of(cls, link: Link[KVStage], own_bank: QueryBank | None = None) -> Fading | None:
@@ -65,6 +68,7 @@ class Fading:
             fading_books(link, own_bank),
             Reading(config.read, config.rest),
             config.head_safeguard if link.stage.fades_ragged(config) else 1.0,
+            config.tier_device is not None,
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> Fading:

@@ -106,7 +106,7 @@ class PromptReading:
         self.attending = None if chain.attention is None else Attending(spans, chain.attention)
         self._coders = coders_of(chain.kv, own_bank)
         # What is to be coded has to be whole until it is placed.
-        narrows = narrows and self._coders is None
+        narrows = narrows and self._coders is None and chain.kv.config.tier_device is None
         self._bounded = chain.kv.stage.bounded(chain.kv.config) if narrows else None
         self._gammas: dict[int, list[float]] = {}
         self._held: dict[int, float] = {}  # by layer that was narrowed, the mean rate over its rows

@@ -26,6 +26,7 @@ NUMBERS = (
     "book_bytes",
     "budget_bytes",
     "ledger_bytes",
+    "host_bytes",
 )
 
 
@@ -89,6 +90,8 @@ class PruneReport:
         The budget in bytes; 0 without one, and before anything was read.
     ledger_bytes : int
         Bytes in host memory by which the cache knows of which token an entry is; no part of ``kv_bytes``.
+    host_bytes : int
+        Bytes of whole images that wait in host memory; no part of ``kv_bytes``.
     """
 
     model_type: str
@@ -107,6 +110,7 @@ class PruneReport:
     images: list[ImageMemory] = field(default_factory=list)
     budget_bytes: int = 0
     ledger_bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def entry_bytes(self) -> int:

@@ -99,10 +99,10 @@ class PLPHPConfig(HubSettings):
         File, folder or hub id of a query bank, or ``"bundled"``, whose codebooks the product codes of ``tiers`` use.
         Default: those of the bank that the method asks.
     vision_budget : int or str, optional
-        Most bytes that the vision entries of a cache take, all rows and turns together: a number, ``"200MB"``,
-        ``"1.5GiB"`` or ``"2048 tokens"`` (`plphp.settings.vision_budget`). Beyond it images fade to fewer bits.
-    fading : {"ranked", "oldest", "newest", "equal"}
-        The rule by which they fade, see `plphp.policy.fading_rules`.
+        Most bytes of the vision entries of a cache: a number, ``"200MB"`` or ``"2048 tokens"``
+        (`plphp.settings.vision_budget`). Beyond it images fade to fewer bits.
+    fading, tier_device : str, optional
+        The rule by which they fade (`plphp.policy.fading_rules`), and ``"cpu"`` for whole images to wait there.
     seed : int
         Seed of what is drawn at random.
     options : mapping
@@ -146,6 +146,7 @@ class PLPHPConfig(HubSettings):
     books: str | None = None
     vision_budget: int | str | None = None
     fading: Literal["ranked", "oldest", "newest", "equal"] = "ranked"
+    tier_device: Literal["cpu"] | None = None
     seed: int = 0
     options: Mapping[str, Value] = field(default_factory=lambda: Options({}))
     calibrated_layers: int | None = None
@@ -169,7 +170,7 @@ class PLPHPConfig(HubSettings):
             check_choice("heads", self.heads, ("equal", "ragged"))
         check_fraction("head_safeguard", self.head_safeguard)
         check_int("seed", self.seed, minimum=0)
-        check_budget(self.vision_budget, self.fading)
+        check_budget(self.vision_budget, self.fading, self.tier_device)
         object.__setattr__(self, "options", Options(self.options))
         if self.calibrated_layers is not None:
             check_int("calibrated_layers", self.calibrated_layers, minimum=1, or_else="None")

@@ -75,11 +75,18 @@ class VisionBudget:
         return self.nbytes if self.nbytes is not None else (self.tokens or 0) * token_nbytes
 
 
-def check_budget(budget: object, fading: object) -> None:
+def check_budget(budget: object, fading: object, device: object) -> None:
     """Raise `ConfigError` unless the settings of a budget are valid, each by itself and together."""
     check_choice("fading", fading, RULES)
+    if device not in (None, "cpu"):
+        raise ConfigError(f"tier_device must be 'cpu' or None, got {device!r}: whole images wait in host memory.")
     if budget is not None:
         VisionBudget.parse(budget)
+    elif device is not None:
+        raise ConfigError(
+            "tier_device=cpu is where images wait that a vision_budget has no room for: give one, as in "
+            "vision_budget=200MB, or leave it out."
+        )
     elif fading != RULES[0]:
         raise ConfigError(
             f"fading={fading} says how images fade under a vision_budget: give one, as in vision_budget=200MB, or "

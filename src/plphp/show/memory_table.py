@@ -44,4 +44,5 @@ def memory_line(report: PruneReport) -> str:
     if not report.budget_bytes:
         return ""
     held = human_bytes(report.vision_bytes)
-    return f"{len(report.images)} images in {held} of a budget of {human_bytes(report.budget_bytes)}"
+    host = f", {human_bytes(report.host_bytes)} in host memory" if report.host_bytes else ""
+    return f"{len(report.images)} images in {held} of a budget of {human_bytes(report.budget_bytes)}{host}"

@@ -131,6 +131,10 @@ def test_the_rest_passes() -> None:
             {"additional_config": {"plphp": {**QUERY_BANK, "tiers": "t10"}}},
             "in few bits in vLLM, as tiers=t10 of the method 'query_bank'.*block tables.*read no codes",
         ),
+        (
+            {"additional_config": {"plphp": {"method": "plphp", "vision_budget": "1GB"}}},
+            "does not let images fade in vLLM, as vision_budget=1GB.*another request",
+        ),
         ({"additional_config": {"plphp": {"method": "quantized"}}}, "tiers=c3 of the method 'quantized'"),
         ({"additional_config": {"plphp": {"method": "snapkv", "heads": "ragged"}}}, "'snapkv'.*Set heads=equal"),
         ({"additional_config": {"plphp": {"method": "query_bank"}}}, "'query_bank'.*Set heads=equal"),

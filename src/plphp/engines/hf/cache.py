@@ -216,6 +216,7 @@ class PrunedCache(MemoryCache):
             for part in reading.read(attended):
                 layer = self._pruned[part.scores.layer]
                 tokens, asked, vision = layer.tail_tokens, part.placement, part.scores.vision
+                self.before_placed(tokens, part, reading.spans)
                 placement = layer.compact(asked, final=part.final, coder=part.coder, vision=vision)
                 if placement is not asked:
                     too_large.warn(part.scores.layer, asked, placement)

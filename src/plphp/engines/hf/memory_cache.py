@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from plphp.policy.chain import Chain
 from plphp.pruning.dropping import forget, insert
 from plphp.pruning.fading import Fading, fade
 from plphp.pruning.held_now import records_now
+from plphp.pruning.host_images import HostImages, WholeLayer
 from plphp.pruning.image_memory import ImageMemory, image_memories
 from plphp.pruning.image_table import ImageTable
 from plphp.pruning.noting import note_placed
@@ -45,6 +46,13 @@ class MemoryCache(PackedCache):
         super().__init__(attachment)
         self.fading: Fading | None = None
         self._images = ImageTable()
+        self._on_host = HostImages()
+
+    def before_placed(self, tokens: TailTokens, part: LayerPlacement, spans: VisionSpans) -> None:
+        """Copy images to host memory before a layer is placed, where they are to wait there."""
+        if self.fading is not None and self.fading.on_host:
+            number = part.scores.layer
+            self._on_host.note(number, self._pruned[number], tokens, part.scores.vision, spans.start)
 
     def note_placed(self, tokens: TailTokens, part: LayerPlacement, spans: VisionSpans) -> None:
         """Note of which tokens the entries of a layer are that has just been placed."""
@@ -99,7 +107,8 @@ class MemoryCache(PackedCache):
 
         Its tokens pass the model once more at their positions, behind what is held now of the tokens before them. With
         nothing faded but this image the cache is as it was when the image had been read. While it runs, what is held
-        of those tokens is there twice.
+        of those tokens is there twice. With ``tier_device="cpu"`` the image comes from host memory as it was read, and
+        needs no features.
 
         Parameters
         ----------
@@ -124,25 +133,39 @@ class MemoryCache(PackedCache):
         """
         self._need_budget("restore an image")
         row, place = self._image_at(image)
-        started, model, fading = time.perf_counter(), self.attachment.model, self._need_fading()
-        refuse_restoring(model, self, [link.method for link in self.chain.changes_prefill])
-        found = recognised(model, self.history, self._images, row, place, features)
-        alone, again = copy.copy(self._images), self._blank()
-        alone.select([row])
+        started, fading = time.perf_counter(), self._need_fading()
         with torch.no_grad():
-            for number, layer in self._pruned.items():
-                again.put_layer(number, earlier_layer(number, layer, alone, fading, row, found.sent.first))
-            compute(model, again, self.history, self._images.rows[row][place], found)
+            whole = self._from_host(row, place) if fading.on_host else self._computed(row, place, features)
         with torch.no_grad(), self._ended_by_errors():
-            for of_image in found.places:
+            for of_image, layers in whole.items():
                 forget(self._pruned, self._images, fading, row, of_image)
-                position = self._images.rows[row][of_image].positions
-                for number, layer in self._pruned.items():
-                    keys, values = (states[0][:, position - found.sent.first] for states in again.layers[number].tail())
-                    insert(layer, row, position, keys, values)
+                for number, states in layers.items():
+                    insert(self._pruned[number], row, states)
                 self._images.mark_restored(row, of_image)
             fade(self._pruned, self._images, fading)
         self.pruning_seconds += time.perf_counter() - started
+
+    def _from_host(self, row: int, place: int) -> dict[int, dict[int, WholeLayer]]:
+        """An image as it waits in host memory, by its place in the row and by layer."""
+        image = self._images.rows[row][place]
+        return {place: {number: self._on_host.image(row, number, image) for number in self._pruned}}
+
+    def _computed(self, row: int, place: int, features: Mapping[str, Any]) -> dict[int, dict[int, WholeLayer]]:
+        """An image computed again, with its tiles, by their places in the row and by layer."""
+        model, fading, images = self.attachment.model, self._need_fading(), self._images
+        refuse_restoring(model, self, [link.method for link in self.chain.changes_prefill])
+        found = recognised(model, self.history, images, row, place, features)
+        alone, again = copy.copy(images), self._blank()
+        alone.select([row])
+        for number, layer in self._pruned.items():
+            again.put_layer(number, earlier_layer(number, layer, alone, fading, row, found.sent.first))
+        compute(model, again, self.history, images.rows[row][place], found)
+        tails = {number: layer.tail() for number, layer in again._pruned.items()}
+        return {
+            own: {number: WholeLayer.of_span(tail, found.sent.first, position) for number, tail in tails.items()}
+            for own in found.places
+            for position in (images.rows[row][own].positions,)
+        }
 
     def _blank(self) -> MemoryCache:
         """A cache of the same model that has read nothing and prunes nothing."""
@@ -165,6 +188,7 @@ class MemoryCache(PackedCache):
             "images": self.images,
             "budget_bytes": self.fading.budget_of(self._pruned),
             "ledger_bytes": sum(ledger.nbytes for ledger in ledgers),
+            "host_bytes": self._on_host.nbytes,
         }
 
     def _image_at(self, image: int) -> tuple[int, int]:
@@ -193,7 +217,7 @@ class MemoryCache(PackedCache):
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
-        self._images = ImageTable()
+        self._images, self._on_host = ImageTable(), HostImages()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (numbers, or a bool mask)."""
@@ -214,3 +238,4 @@ class MemoryCache(PackedCache):
     def _select_images(self, rows: Sequence[int]) -> None:
         if self.fading is not None:
             self._images.select(rows)
+            self._on_host.select(rows)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports say what is held of each image: in a table, in a line, and in JSON."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from memory_chat import converse
+from plphp.show.memory_table import memory_line, memory_table
+from plphp.show.tables import layer_tables, report_values, summary
+from tiny_models import TIERS, tiers_model
+
+
+def test_a_table_a_line_and_json() -> None:
+    cache = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=12kB", 3, rows=(1, 1)).cache
+    cache.forget(2)
+    report = cache.report()
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(*layer_tables(report, 1))
+    text = console.export_text()
+    assert "6 images in" in text
+    assert "of a budget of 11.7 KiB" in text
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[:1] == "│"]
+    rows = lines[-6:]
+    assert [row[:4] for row in rows] == [[str(n), str(n % 2), str(1 + n // 2), "16"] for n in range(6)]
+    assert rows[2][4] == "forgotten"
+    assert rows[5][6].endswith("%")
+    assert memory_line(report) in summary(report)
+    values = report_values(report)
+    assert values["images"][5]["held"] == pytest.approx(report.images[5].nbytes / report.images[5].whole_bytes)
+    assert values["vision_bytes"] == sum(image["nbytes"] for image in values["images"])
+
+
+def test_without_a_budget_there_is_none() -> None:
+    report = converse(tiers_model("llava"), TIERS["llava"], "quantized", 1).cache.report()
+    assert memory_table(report) is None
+    assert memory_line(report) == ""
+    assert report_values(report)["images"] == []
