@@ -460,3 +460,37 @@ def test_the_bundled_model_fades_by_the_codebooks_of_its_bank(rule: str) -> None
         assert 0 < vision_bytes(cache) <= budget
     assert {name for image in cache.images for name in image.entries} <= {"pr2", "rvq", "pq"}
     assert vision_bytes(cache) > 0.6 * budget
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_recall_reads_a_share_of_what_has_faded(share: float, folder: Path) -> None:
+    """Each prompt by itself, as without a budget; what stands in for the rest counts."""
+    method = f'random:tiers="r4=.5,r2=.4",read={share}'
+    chat = faded(method, folder, share=0.5)
+    assert any(block.block.rest_values is not None for layer in chat.cache.layers for block in layer.coded)
+    assert {reading.share for layer in chat.cache.layers for reading in layer.coded[0].block.reading} == {share}
+    free = converse(tiers_model("llava"), TIERS["llava"], line(method, "1GB", folder), 3)
+    expected = converse(tiers_model("llava"), TIERS["llava"], method, 3)
+    for output, own in zip(free.outputs, expected.outputs, strict=True):
+        assert_same_generation(output, own)
+
+
+def test_text_that_leaves_is_not_in_the_ledger(folder: Path) -> None:
+    chat = faded("expected_attention:retention_rate=0.7", folder)
+    assert_is_dense("llava", *chat)
+    bank = "snapkv:retention_rate=0.7"
+    assert_is_dense("llava", *faded(bank, folder, share=0.5))
+
+
+def test_a_class_rule_divides_the_budget_as_the_method_alone_would(folder: Path) -> None:
+    """Layers that are attended to more hold more, below the budget as well."""
+    method = "plphp:target_retention=0.5,retention_delta=0.4,class_quantile=0.34"
+    full = converse(tiers_model("llava"), TIERS["llava"], line(method, "1GB", folder), 2).cache
+    chat = faded(method, folder, share=0.5, turns=2)
+    assert len({sum(layer.ledger.weights) for layer in full.layers}) > 1
+    for layer, expected in zip(chat.cache.layers, full.layers, strict=True):
+        own = fading.vision_nbytes(layer, chat.cache._images)
+        alone = fading.vision_nbytes(expected, full._images)
+        assert own <= 0.5 * alone * 1.001
+        assert own > 0.3 * alone
+    assert_is_dense("llava", *chat)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from plphp.kernels.coded import ALL
 from plphp.kernels.coder import Coder
@@ -24,7 +25,9 @@ def records_now(
 ) -> list[LayerRecord]:
     """Records of layers with a ledger; those of other rows than the layers have now are as they were."""
     sources = {
-        number: sources_of(layer, images, shared=False) for number, layer in layers.items() if layer.ledger is not None
+        number: [_ByPrompt(source) for source in sources_of(layer, images, shared=False)]
+        for number, layer in layers.items()
+        if layer.ledger is not None
     }
     return [
         _now(record, layers[record.layer], sources[record.layer])
@@ -34,14 +37,32 @@ def records_now(
     ]
 
 
-def _now(record: LayerRecord, layer: LayerEntries, sources: Sequence[Source]) -> LayerRecord:
+class _ByPrompt:
+    """The vision entries of one place of a layer in the order of their prompts: there may be hundreds of records."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._order = source.prompt.argsort(stable=True)
+        self._prompts = source.prompt[self._order].contiguous()
+
+    @property
+    def value(self) -> int:
+        """How a placement names the place."""
+        return self._source.tier or int(Placement.WHOLE)
+
+    def of(self, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, head and position of each entry of a prompt."""
+        first, last = torch.searchsorted(self._prompts, torch.tensor([prompt, prompt + 1])).tolist()
+        own, source = self._order[first:last], self._source
+        return source.row[own], source.head[own], source.labels.position[own]
+
+
+def _now(record: LayerRecord, layer: LayerEntries, sources: Sequence[_ByPrompt]) -> LayerRecord:
     codes = codes_of(layer.coded)
     placement = torch.full_like(record.kept_vision, int(Placement.DROPPED), dtype=torch.uint8)
     for source in sources:
-        place = source.labels.position - record.start
-        own = source.vision & (place >= 0) & (place < placement.shape[2])
-        value = source.tier or int(Placement.WHOLE)
-        placement[source.row[own], source.head[own], place[own]] = value
+        row, head, position = source.of(record.spans.start)
+        placement[row, head, position - record.start] = source.value
     kept = placement != Placement.DROPPED
     if codes is None:
         return replace(record, kept_vision=kept, placement=None)
