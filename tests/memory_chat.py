@@ -123,3 +123,16 @@ def dense_copy(model: Any, cache: PrunedCache) -> Iterator[DynamicCache]:
     AttentionMaskInterface.register("test_dense", eager_mask)
     with attention_set(model, "test_dense", model.get_decoder()):
         yield dense
+
+
+def by_token(layer: Any) -> dict[tuple[int, int, int], tuple[str, Any]]:
+    """By row, head and position, the rung of an entry and its key."""
+    heads, pieces = layer.prefix.kv_heads, iter(held_entries(layer))
+    names = ["whole"] * (layer.prefix.batch * heads)
+    for block in layer.coded:
+        names += [tier.rung.name for tier in block.block.tiers for _ in range(len(block.owners) * heads)]
+    return {
+        (row, head, place): (name, key)
+        for name, (row, head, position, keys, _) in zip(names, pieces, strict=True)
+        for place, key in zip(position.tolist(), keys, strict=True)
+    }

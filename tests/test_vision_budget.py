@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 
 import plphp
 from invariants import assert_same_generation
-from memory_chat import answer, converse, dense_copy, held_entries, next_turn, vision_bytes
+from memory_chat import answer, by_token, converse, dense_copy, held_entries, next_turn, vision_bytes
 from plphp.engines.hf.cache_argument import passed
+from plphp.kernels.rungs import RUNGS
 from plphp.pruning import fading
 from plphp.pruning.report import PruneReport
-from plphp.settings.vision_budget import RULES
+from plphp.settings.vision_budget import RULES, VisionBudget
 from precision import assert_exact
 from tier_reference import books_file, noting_what_is_held
 from tiny_models import TIERS, tiers_model
@@ -494,3 +496,34 @@ def test_a_class_rule_divides_the_budget_as_the_method_alone_would(folder: Path)
         assert own <= 0.5 * alone * 1.001
         assert own > 0.3 * alone
     assert_is_dense("llava", *chat)
+
+
+@pytest.mark.parametrize(
+    "method", ['random:tiers="pr2=.3,whole=.1,rvq=.3,pq=.2"', 'random:tiers="r4=.5,r3=.3"', "none"]
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_entries_go_down_and_what_stays_in_its_rung_stays_as_it_was(method: str, rule: str, folder: Path) -> None:
+    cache = converse(tiers_model("llava"), TIERS["llava"], line(method, "1GB", folder, rule=rule), 3).cache
+    before = [by_token(layer) for layer in cache.layers]
+    full = vision_bytes(cache)
+    cache.fading = dataclasses.replace(cache.fading, budget=VisionBudget(nbytes=full // 2))
+    assert fading.fade(cache._pruned, cache._images, cache.fading)
+    bits = {"whole": 999.0, **{name: rung.bits(8) for name, rung in RUNGS.items()}}
+    stayed = fell = error = power = 0.0
+    for layer, old in zip(cache.layers, before, strict=True):
+        now = by_token(layer)
+        assert now.keys() <= old.keys()
+        for token, (rung, key) in now.items():
+            own_rung, own_key = old[token]
+            assert bits[rung] <= bits[own_rung]
+            if rung == own_rung:
+                stayed += 1
+                assert torch.equal(key, own_key)
+            else:
+                fell += 1
+                error += (key - own_key).square().sum().item()
+                power += own_key.square().sum().item()
+    assert stayed
+    if fell and "pq" not in method:  # the codebooks of these tests are random
+        assert error < 0.1 * power
+    assert fading.fade(cache._pruned, cache._images, cache.fading) is False
