@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .tables import human_bytes
+from .quantities import human_bytes
 
 if TYPE_CHECKING:
     from plphp.pruning.prompt_report import ImageReport, PromptReport
