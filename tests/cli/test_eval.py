@@ -21,8 +21,9 @@ from typer.testing import CliRunner, Result
 import tiny_hub
 from plphp.cli import app
 from plphp.cli._eval_progress import shown_progress
-from plphp.evaluation import METRICS, available_tasks
+from plphp.evaluation import METRICS
 from plphp.evaluation.settings import MODES
+from plphp.evaluation.tasks.built_in import all_tasks
 from plphp.evaluation.tasks.choices import SPLITS
 from plphp.inputs.sources import DTYPES
 
@@ -87,7 +88,7 @@ def test_a_report_shows_it_again(results: Path) -> None:
 
 
 def test_tasks_are_listed() -> None:
-    assert [task["name"] for task in json.loads(ok("--list", "--json"))] == list(available_tasks())
+    assert [task["name"] for task in json.loads(ok("--list", "--json"))] == list(all_tasks())
     assert "one_image" in ok("--list")
 
 

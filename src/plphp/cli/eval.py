@@ -175,9 +175,10 @@ def _write(metrics: dict[str, Any], folder: Path, baseline: str | None, results:
 
 
 def _list(as_json: bool) -> None:
-    from plphp.evaluation import available_tasks, task_table
+    from plphp.evaluation import task_table
+    from plphp.evaluation.tasks.built_in import all_tasks
 
-    tasks = available_tasks().values()
+    tasks = all_tasks().values()
     if as_json:
         names = ("name", "group", "metric", "chance", "scored", "summary")
         print_json([{name: getattr(task, name) for name in names} for task in tasks])

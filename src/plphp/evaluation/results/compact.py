@@ -11,7 +11,7 @@ from typing import Any
 
 from plphp.errors import ConfigError, LoadError
 from plphp.evaluation.settings import EvalSettings
-from plphp.evaluation.tasks.built_in import available_tasks
+from plphp.evaluation.tasks.built_in import all_tasks
 
 from .store import FORMAT, read_config, read_json, read_records, read_skipped, write_json
 from .summary import summarize
@@ -58,7 +58,7 @@ def unfinished(folder: str | Path) -> str:
     folder = Path(folder)
     config = read_config(folder)
     samples = config["settings"]["samples"]
-    built_in = {task["name"] for task in config["tasks"]} & set(available_tasks())
+    built_in = {task["name"] for task in config["tasks"]} & set(all_tasks())
     done = {name: len(read_records(folder, name)) + len(read_skipped(folder, name)) for name in sorted(built_in)}
     return ", ".join(f"{name}: {count} of {samples} samples" for name, count in done.items() if count < samples)
 

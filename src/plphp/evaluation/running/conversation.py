@@ -85,10 +85,12 @@ def end_tokens(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
 
 
 def prompt_inputs(processor: Any, sample: Sample, turns: int = 1) -> dict[str, Any]:
-    """Inputs of ``generate`` for the question of turn number ``turns``; the answers before it are the references."""
+    """Inputs of ``generate`` for the question of turn number ``turns``, with all images that have come by then; the
+    answers before it are the references."""
     messages = _messages(sample)[: 2 * turns - 1]
+    images = [image for turn in range(turns) for image in sample.images_with(turn)]
     with _refusals(processor):
-        return build_inputs(processor, messages=messages, images=sample.images, system=sample.system)
+        return build_inputs(processor, messages=messages, images=images, system=sample.system)
 
 
 def batch_inputs(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -122,7 +124,8 @@ def encode(processor: Any, sample: Sample, ends: tuple[int, ...]) -> Conversatio
     processor : ProcessorMixin
         The model's processor, with a chat template.
     sample : Sample
-        Images, which stand before the first question, and turns.
+        Images and turns. An image that comes with a later turn is as long in the draft as its slot in the text: such a
+        draft says what the answers are, and cannot be read.
     ends : tuple of int
         See `end_tokens`.
 
@@ -166,10 +169,10 @@ def check_sample(sample: Sample) -> None:
 
 def _messages(sample: Sample) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
-    for turn in sample.turns:
-        messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
+    for number, turn in enumerate(sample.turns):
+        slots = [{"type": "image"} for _ in sample.images_with(number)]
+        messages.append({"role": "user", "content": [*slots, {"type": "text", "text": turn.question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.strip()}]})
-    messages[0]["content"] = [*({"type": "image"} for _ in sample.images), *messages[0]["content"]]
     return messages
 
 

@@ -68,11 +68,14 @@ class Forced:
         Kullback-Leibler divergence from the full cache's distribution at each position, in nats.
     shares : Shares
         What it kept of the prompt.
+    held : tuple of float
+        See `plphp.evaluation.running.scoring.Outcome`; empty where all images stand before the first question.
     """
 
     tokens: tuple[int, ...]
     kl: tuple[float, ...]
     shares: Shares
+    held: tuple[float, ...] = ()
 
 
 def groups_of(

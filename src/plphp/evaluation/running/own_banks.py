@@ -14,8 +14,8 @@ from plphp.engines.hf.session import prune
 from plphp.errors import ConfigError, LoadError, NonFiniteAttentionError, PLPHPError, SpanError, UnsupportedModelError
 from plphp.evaluation.results.store import read_config
 from plphp.evaluation.settings import EvalSettings
-from plphp.evaluation.tasks.built_in import Task
 from plphp.evaluation.tasks.choices import Split
+from plphp.evaluation.tasks.drawn import DrawnTask
 from plphp.evaluation.tasks.task import AnyTask, Maker
 from plphp.inputs.prompt import on_device
 from plphp.methods.registry import chain_of, with_bank
@@ -225,5 +225,5 @@ def unscored(settings: EvalSettings) -> tuple[Split, int]:
 
 def _makers(task: AnyTask, settings: EvalSettings, count: int) -> Sequence[Maker]:
     """Makers of the first samples; data of the user has no others, so that they are scored as well."""
-    split, seed = unscored(settings) if isinstance(task, Task) else (settings.split, settings.seed)
+    split, seed = unscored(settings) if isinstance(task, DrawnTask) else (settings.split, settings.seed)
     return task.sample_makers(split, count, seed)

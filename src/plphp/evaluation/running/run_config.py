@@ -10,8 +10,8 @@ from typing import Any
 
 from plphp.evaluation.results.store import FORMAT
 from plphp.evaluation.settings import EvalSettings
-from plphp.evaluation.tasks.built_in import Task
 from plphp.evaluation.tasks.data_lines import METADATA
+from plphp.evaluation.tasks.drawn import DrawnTask
 from plphp.evaluation.tasks.task import AnyTask
 from plphp.methods.registry import chain_of
 from plphp.policy.bank import bank_file
@@ -66,6 +66,7 @@ def run_config(
                 "retention": variant.retention,
                 "images": variant.images,
                 "config": variant.config.to_dict(),
+                **({} if variant.budget_share is None else {"budget_share": variant.budget_share}),
             }
             for variant in variants
         ],
@@ -99,7 +100,7 @@ def _contents(settings: EvalSettings, tasks: Sequence[AnyTask]) -> dict[str, str
     files = [Path(name) / METADATA if Path(name).is_dir() else Path(name) for name in names]
     hashes = {str(file): _hash(file.read_bytes()) for file in files if file.is_file()}
     for task in tasks:
-        if isinstance(task, Task):
+        if isinstance(task, DrawnTask):
             samples = task.samples(settings.split, SAMPLES_HASHED, settings.seed)
             hashes[task.name] = _hash(repr([(sample.id, sample.system, sample.turns) for sample in samples]).encode())
     return hashes

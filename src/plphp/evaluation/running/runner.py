@@ -26,7 +26,7 @@ from .own_banks import RunBanks, refuse_folders
 from .run_config import run_config
 from .scorer import Scorer, records_of_worker
 from .skipping import first_usable
-from .task_choice import mode_of, resolve_tasks
+from .task_choice import TURNS, mode_of, refuse_turns, resolve_tasks
 from .variants import Variant, make_variants
 from .workers import run_workers
 
@@ -151,8 +151,9 @@ def _check_variant(
     model: PreTrainedModel, processor: Any, variant: Variant, modes: Collection[str], sample: Sample
 ) -> None:
     chain = chain_of(variant.config, model.config.get_text_config(decoder=True).num_hidden_layers)
-    if "generate" in modes:
+    if {"generate", TURNS} & set(modes):
         chain.refuse_unanswered()
+    refuse_turns(variant, modes)
     refuse_foreign_banks(chain, model)
     if variant.images == "smaller":
         smaller_inputs(model, processor, sample, variant.retention or 1.0)

@@ -18,7 +18,8 @@ from .blocks import Blocks
 from .own_banks import by_file
 from .scoring import LABEL_FREE_TOKENS, Outcome, label_free, verify
 from .skipping import records_of
-from .task_choice import makers_of, mode_of, resolve_tasks
+from .task_choice import TURNS, makers_of, mode_of, resolve_tasks
+from .turns import verify_turns
 from .variants import Variant, make_variants
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class Scorer:
         mode = mode_of(task, self.settings.mode)
         if mode == "generate":
             return self._generate(task, samples)
-        score = {"verify": self._verify, "label-free": self._label_free, "decode": self._decode}[mode]
+        modes = {"verify": self._verify, "label-free": self._label_free, "decode": self._decode, TURNS: self._turns}
+        score = modes[mode]
         return [score(task, sample) for sample in samples]
 
     def _generate(self, task: AnyTask, samples: Sequence[Sample]) -> list[Outcomes]:
@@ -70,6 +72,9 @@ class Scorer:
 
     def _verify(self, task: AnyTask, sample: Sample) -> Outcomes:
         return verify(self.model, self.processor, sample, self.variants, rows=self.settings.rows)
+
+    def _turns(self, task: AnyTask, sample: Sample) -> Outcomes:
+        return verify_turns(self.model, self.processor, sample, self.variants)
 
     def _label_free(self, task: AnyTask, sample: Sample) -> Outcomes:
         rows, limit = self.settings.rows, self.settings.max_new_tokens or LABEL_FREE_TOKENS

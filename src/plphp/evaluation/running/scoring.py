@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,9 @@ class Outcome:
         probable token is the same; None where there is no such position.
     kl : float, optional
         Mean Kullback-Leibler divergence from the full cache's distribution over the same positions, in nats.
+    held : tuple of float, optional
+        Where images arrive over the turns, the bytes held of the vision KV after each turn, as a fraction of what the
+        full cache holds after the last; ``kept`` is the largest.
     """
 
     score: float | None
@@ -61,6 +64,7 @@ class Outcome:
     text: str | None = None
     agreement: float | None = None
     kl: float | None = None
+    held: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was measured as JSON-ready values."""
@@ -97,6 +101,25 @@ def verify(
     conversation = encode(processor, sample, end_tokens(model, processor))
     positions = [position for answer in conversation.scored for position in _positions(answer)]
     forced = force(model, groups_of(model, processor, sample, variants, rows), conversation.draft, positions)
+    return graded(processor, conversation, forced)
+
+
+def graded(processor: Any, conversation: Conversation, forced: Mapping[str, Forced]) -> dict[str, Outcome]:
+    """Compare what variants would say with the reference answers of the scored turns, and with the full cache.
+
+    Parameters
+    ----------
+    processor : ProcessorMixin
+    conversation : Conversation
+    forced : mapping
+        By the name of the variant, what it would say at each token of the scored answers, in order.
+
+    Returns
+    -------
+    dict
+        Outcome by the name of the variant.
+    """
+    positions = [position for answer in conversation.scored for position in _positions(answer)]
     full = forced[FULL]
     compared = _right_tokens(conversation, full) + 1
     outcomes = {}
@@ -113,6 +136,7 @@ def verify(
             text=None if right == len(positions) else _wrong_answer(processor, conversation, answer, right),
             agreement=agreement,
             kl=kl,
+            held=answer.held or None,
         )
     return outcomes
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from plphp.engines.hf.branching import Branches
+from plphp.engines.hf.cache import PrunedCache
 from plphp.engines.hf.layer import PrunedLayer
 from plphp.kernels.coded import CodedKV
 from plphp.kernels.coded_attention import counting_reads
@@ -34,6 +35,41 @@ class Shares:
     kept: float
     vision: float
     read: float | None
+
+
+@dataclass(frozen=True)
+class HeldVision:
+    """What a cache of one row holds of the vision tokens that it has read, by its live tensors.
+
+    Parameters
+    ----------
+    nbytes : int
+        Bytes, codes with all that they need but codebooks; less those that the text would take, so that evicted text
+        counts like evicted vision entries.
+    full : int
+        Those that a full cache holds of the vision tokens.
+    entries : float
+        Vision entries held, whole or in few bits, as a fraction of the full cache's.
+    """
+
+    nbytes: int
+    full: int
+    entries: float
+
+    @classmethod
+    def of(cls, cache: PrunedCache, vision: int) -> HeldVision:
+        """Measure a cache that has read a number of vision tokens, all of them in prompts that were pruned."""
+        nbytes = full = entries = full_entries = 0
+        for layer in cache.layers:
+            if not isinstance(layer, PrunedLayer) or layer.prefix is None:
+                continue
+            text, heads = layer.prefix_length - vision, layer.entry_nbytes // layer.pair_nbytes
+            nbytes += layer.prefix.nbytes + sum(block.nbytes for block in layer.coded) - text * layer.entry_nbytes
+            entries += sum(map(sum, layer.prefix.counts)) - text * heads
+            entries += sum(sum(map(sum, block.held)) for block in layer.coded)
+            full += vision * layer.entry_nbytes
+            full_entries += vision * heads
+        return cls(nbytes, full, entries / max(1, full_entries))
 
 
 class UnreadShares:

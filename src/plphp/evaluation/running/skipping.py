@@ -110,7 +110,8 @@ def _scored(task: str, samples: Mapping[int, Sample], score: Score) -> dict[int,
 def _record(index: int, sample: Sample, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     references = [list(sample.accepted_answers(number)) for number, turn in enumerate(sample.turns) if turn.scored]
     values = {name: outcome.to_dict() for name, outcome in outcomes.items()}
-    return {"index": index, "id": sample.id, "references": references, "outcomes": values}
+    about = {"ages": list(sample.ages)} if sample.ages else {}
+    return {"index": index, "id": sample.id, **about, "references": references, "outcomes": values}
 
 
 def _skipped(error: PLPHPError, task: str, index: int, sample_id: str | None = None) -> dict[str, Any]:

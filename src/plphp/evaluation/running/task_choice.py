@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from plphp.errors import ConfigError
 from plphp.evaluation.settings import EvalSettings
-from plphp.evaluation.tasks.built_in import Task, available_tasks, find_tasks
+from plphp.evaluation.tasks.arriving import ARRIVING, ArrivingTask
+from plphp.evaluation.tasks.built_in import available_tasks, find_tasks
 from plphp.evaluation.tasks.datasets import read_data
+from plphp.evaluation.tasks.drawn import DrawnTask
 from plphp.evaluation.tasks.prompt_task import read_prompt_task
 from plphp.evaluation.tasks.task import AnyTask, Maker
+
+from .variants import Variant
+
+TURNS = "turns"
+"""How conversations are scored whose images arrive over the turns."""
 
 
 def resolve_tasks(settings: EvalSettings) -> list[AnyTask]:
@@ -36,13 +43,21 @@ def resolve_tasks(settings: EvalSettings) -> list[AnyTask]:
 
 
 def mode_of(task: AnyTask, mode: str) -> str:
-    """Say how the samples of a task are scored: "verify", "decode", "generate" or "label-free".
+    """Say how the samples of a task are scored: "verify", "decode", "generate", "label-free", or "turns" where images
+    arrive over the turns of a conversation.
 
     Raises
     ------
     ConfigError
         If the task cannot be scored in this mode.
     """
+    if isinstance(task, ArrivingTask):
+        if mode not in ("auto", "verify"):
+            raise ConfigError(
+                f"The images of the task {task.name!r} arrive over the turns: it is scored in the modes auto and "
+                f"verify alone, got {mode!r}."
+            )
+        return TURNS
     if mode == "auto":
         return "verify" if task.verifiable else "decode"
     if mode == "verify" and not task.verifiable:
@@ -53,12 +68,30 @@ def mode_of(task: AnyTask, mode: str) -> str:
     return mode
 
 
+def refuse_turns(variant: Variant, modes: Collection[str]) -> None:
+    """Refuse a variant for conversations whose images arrive over the turns, or for anything else.
+
+    Raises
+    ------
+    ConfigError
+        If it makes images smaller before they are read, and the tasks have such a conversation; or if its budget is a
+        share of a conversation, and they have a task without.
+    """
+    if TURNS in modes and variant.images == "smaller":
+        raise ConfigError("Images that arrive over the turns are not made smaller: ask for other tasks with it.")
+    if variant.budget_share is not None and set(modes) != {TURNS}:
+        raise ConfigError(
+            f"A vision_budget of a share is one of a conversation: ask for tasks of the group {ARRIVING} alone, or "
+            "give the budget in bytes."
+        )
+
+
 def makers_of(task: AnyTask, settings: EvalSettings) -> Sequence[Maker]:
     """Makers of the samples of a task that the settings ask for, in order."""
     return task.sample_makers(settings.split, settings.samples, settings.seed)
 
 
-def _built_in(settings: EvalSettings) -> list[Task]:
+def _built_in(settings: EvalSettings) -> Sequence[DrawnTask]:
     if not settings.tasks and not settings.data and settings.prompts is None:
         return [task for task in available_tasks().values() if task.scored]
     return find_tasks(settings.tasks)

@@ -26,6 +26,11 @@ CONTROLS = {
     "downsample": "every image made smaller before it is read, nothing evicted",
 }
 """What may be compared beside the methods."""
+BUDGET, SHARE = "vision_budget", "share"
+"""A line with ``vision_budget=share`` is run at each retention as the share of its budget, its own settings as they
+are."""
+ANY_BUDGET = 1
+"""Bytes that stand for a budget which is not known yet."""
 FIXED_BY = ("retention_rate", "target_retention", "attentive_threshold", "indifferent_threshold", "tiers")
 """Settings that say how much is kept, as some options do: a method with any of them is taken as it is."""
 
@@ -44,12 +49,16 @@ class Variant:
         Settings of its cache.
     images : {"as they are", "blank", "smaller"}
         What is done to the images before the model reads them.
+    budget_share : float, optional
+        Where the budget of the vision memory is a share of what the full cache holds of a conversation's images: the
+        share. The config has `ANY_BUDGET` then, in the place of the bytes that `with_budget` works out.
     """
 
     label: str
     retention: float | None
     config: PLPHPConfig
     images: str = "as they are"
+    budget_share: float | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +84,11 @@ class Variant:
             return dataclasses.replace(config, seed=seed, earlier=tuple(map(seeded, config.earlier)))
 
         return dataclasses.replace(self, config=seeded(self.config))
+
+    def with_budget(self, full_nbytes: int) -> Variant:
+        """Return the variant with its share of so many bytes as its budget, at least one byte."""
+        nbytes = max(1, int((self.budget_share or 0) * full_nbytes))
+        return dataclasses.replace(self, config=_with_setting(self.config, BUDGET, nbytes))
 
 
 def split_methods(texts: Iterable[str]) -> list[str]:
@@ -153,6 +167,9 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
         if name not in available_methods():
             hint = quoting_hint(name) or did_you_mean(name, [*available_methods(), *CONTROLS])
             raise ConfigError(f"Unknown method {name!r}.{hint}")
+    settings = read_chain(line.chain)[-1][1]
+    if settings.get(BUDGET) == SHARE:
+        return _with_shares(line, retention)
     config = PLPHPConfig.parse(line.chain)
     chain_of(config)  # names, options and stages; what depends on the model's layers comes when it is there
     method = get_method(config.method)
@@ -162,6 +179,20 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
     if not retention:
         raise ConfigError(f"Give at least one retention for the method {line.label!r}, or settings that fix it.")
     return [Variant(line.label, rate, with_retention(config, rate)) for rate in retention]
+
+
+def _with_shares(line: Line, shares: list[float]) -> list[Variant]:
+    """A line whose budget is a share of what the full cache holds, at each share."""
+    if not shares or 0 in shares:
+        raise ConfigError(f"Give the shares of the budget above 0 for {line.label!r}, as in {line.chain}@0.25+0.1.")
+    config = PLPHPConfig.parse(line.chain.replace(f"{BUDGET}={SHARE}", f"{BUDGET}={ANY_BUDGET}"))
+    config = get_method(config.method).settled(config)
+    chain_of(config)
+    return [Variant(line.label, share, config, budget_share=share) for share in shares]
+
+
+def _with_setting(config: PLPHPConfig, name: str, value: object) -> PLPHPConfig:
+    return PLPHPConfig.from_dict({**config.to_dict(), name: value})
 
 
 def _control(line: Line, retention: list[float]) -> list[Variant]:

@@ -5,27 +5,25 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from plphp.errors import ConfigError, did_you_mean
 from plphp.evaluation.tasks.synthetic.questions import Question
 from plphp.evaluation.tasks.synthetic.scenes import Kind, Scene
 
-from .choices import SPLITS, Split, check_choice
-from .metrics import get_metric
+from .arriving import ARRIVING, ARRIVING_TASKS
+from .choices import Split
+from .drawn import SCALE, DrawnTask
 from .synthetic import questions, scenes
-from .task import Maker, Sample, Turn
+from .task import Sample, Turn
 
 GROUPS = ("one_image", "several_images", "several_regions", "dialogue")
 """Groups of the built-in tasks, by what a question asks for."""
-SCALE = 4
-"""Images are drawn at 448 x 448 pixels; the processor brings them to the model's size."""
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(DrawnTask):
     """A kind of question, with everything that a table has to say about it.
 
     Parameters
@@ -63,45 +61,8 @@ class Task:
     metric: str = "exact_match"
     scored: bool = True
 
-    def samples(self, split: Split, count: int, seed: int = 0) -> Iterator[Sample]:
-        """Draw the first ``count`` samples of a split; the same seed always gives the same ones.
-
-        Parameters
-        ----------
-        split : {"dev", "test"}
-            Each has handwritten digits, fonts and layouts that training did not show, and its own seeds.
-        count : int
-            How many.
-        seed : int
-            Seed of the samples.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such split.
-        """
-        return (make() for make in self.sample_makers(split, count, seed))
-
-    def sample_makers(self, split: Split, count: int, seed: int = 0) -> list[Maker]:
-        """Makers of the same samples; none is drawn before it is asked for.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such split.
-        """
-        check_choice("split", split, SPLITS)
-        return [partial(self._sample, split, number, seed) for number in range(count)]
-
-    @property
-    def verifiable(self) -> bool:
-        """Whether one pass over a reference answer can say if greedy decoding would give it."""
-        return get_metric(self.metric).verifiable
-
     def _sample(self, split: Split, number: int, seed: int) -> Sample:
-        # A source of chance of its own, so that a sample does not depend on which others are drawn.
-        rng = random.Random(f"{split}-{self.name}-{seed}-{number}")
-        drawn, asked = self._draw(rng, split)
+        drawn, asked = self._draw(self.chance_of(split, number, seed), split)
         return Sample(
             id=f"{split}-{seed}-{number}",
             task=self.name,
@@ -183,27 +144,37 @@ TASKS = (
     Task("third_in", "dialogue", "a second and a third question about several images", 0.003,
          ("cell", "digit_of_colour", "colour_of", "read_line", "lookup"), ("grid", "text", "table"), (2, 3), turns=3),
 )  # fmt: skip
-"""All built-in tasks. The chance levels are rounded; the table of results has the measured score with blank images."""
+"""The built-in tasks of these groups.
+
+The chance levels are rounded; the table of results has the measured score with blank images.
+"""
 
 
 def available_tasks() -> dict[str, Task]:
-    """All built-in tasks by name, in the order of their groups."""
+    """The built-in tasks of `GROUPS` by name, in the order of their groups."""
     return {task.name: task for task in TASKS}
 
 
-def find_tasks(names: Sequence[str]) -> list[Task]:
-    """Look tasks up by name, where the name of a group stands for all its tasks and "all" for all.
+def all_tasks() -> dict[str, DrawnTask]:
+    """The built-in tasks by name, with those of arriving images, which are evaluated only where they are asked for."""
+    return {**available_tasks(), **{task.name: task for task in ARRIVING_TASKS}}
+
+
+def find_tasks(names: Sequence[str]) -> list[DrawnTask]:
+    """Look tasks up by name, where the name of a group stands for all its tasks and "all" for those of `GROUPS`.
 
     Raises
     ------
     ConfigError
         If a name is unknown.
     """
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, DrawnTask] = {}
     for name in names:
-        named = [task for task in TASKS if name in (task.name, task.group, "all")]
+        named = [task for task in all_tasks().values() if name in (task.name, task.group)]
+        if name == "all":
+            named = [*TASKS]
         if not named:
-            known = [*GROUPS, *available_tasks()]
+            known = [*GROUPS, ARRIVING, *all_tasks()]
             raise ConfigError(f"Unknown task or group {name!r}.{did_you_mean(name, known)}")
         tasks.update((task.name, task) for task in named)
     return list(tasks.values())

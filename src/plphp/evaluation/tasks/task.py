@@ -42,13 +42,18 @@ class Sample:
     task : str
         Name of the task.
     images : tuple of PIL.Image.Image
-        All stand before the first question.
+        In the order in which they come.
     turns : tuple of Turn
         In order.
     system : str, optional
         System text; None for the chat template's own.
     accepted : tuple of str
         Answers to the last question that are all right, where there are several; the turn's own is the first.
+    arrivals : tuple of int
+        For each turn, how many of the images come with its question; empty where all stand before the first one.
+    ages : tuple of int
+        For each image that the scored question is about, how many images came after it; empty where nothing arrives
+        later.
     """
 
     id: str
@@ -57,6 +62,14 @@ class Sample:
     turns: tuple[Turn, ...]
     system: str | None = None
     accepted: tuple[str, ...] = ()
+    arrivals: tuple[int, ...] = ()
+    ages: tuple[int, ...] = ()
+
+    def images_with(self, turn: int) -> tuple[Image.Image, ...]:
+        """Images that come with the question of a turn; turns are numbered from 0."""
+        arrivals = self.arrivals or (len(self.images), *[0] * (len(self.turns) - 1))
+        first = sum(arrivals[:turn])
+        return self.images[first : first + arrivals[turn]]
 
     def accepted_answers(self, turn: int) -> tuple[str, ...]:
         """Answers to the question of a turn that count as right; turns are numbered from 0."""

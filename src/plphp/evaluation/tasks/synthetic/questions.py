@@ -11,8 +11,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .scenes import Scene
-from .truths import ABOUT_ONE, ABOUT_SEVERAL
+from .scenes import Item, Scene
+from .truths import ABOUT_ONE, ABOUT_SEVERAL, colour_of, colours_of
 
 DEFAULT_SYSTEM = (
     "You are a careful assistant. You see one or several images, and each of them has a number. Answer the question "
@@ -200,6 +200,26 @@ def ask(rng: random.Random, scenes: Sequence[Scene], kind: str) -> Question | No
     if k and len(scenes) > 1:
         text = rng.choice(IN_IMAGE).format(k=k, q=text)
     return Question(kind, rng.choice(BEFORE) + text + rng.choice(AFTER), answer)
+
+
+def ask_colours(rng: random.Random, items: Sequence[Item], image: int | None = None) -> Question:
+    """Ask for the colours of things that are told by what they are.
+
+    Parameters
+    ----------
+    rng
+        Source of chance.
+    items
+        One thing or more.
+    image
+        Number of the image that the question names; None where it names none.
+    """
+    kind = "colour_of" if len(items) == 1 else "colours_of"
+    values, answer = colour_of(items[0]) if len(items) == 1 else colours_of(items)
+    text = rng.choice(PHRASINGS[kind]).format(**values)
+    if image is not None:
+        text = rng.choice(IN_IMAGE).format(k=image, q=text)
+    return Question(kind, text, answer)
 
 
 def ask_any(rng: random.Random, scenes: Sequence[Scene]) -> Question | None:

@@ -88,16 +88,30 @@ def _colour_of(rng: random.Random, scene: Scene) -> Asked:
     item = _only(rng, scene.items, lambda i: i.value)
     if item is None:
         return None
-    return {"thing": _thing(item.value)}, f"The {_thing(item.value)} is {item.colour}."
+    return colour_of(item)
 
 
 def _colours_of(rng: random.Random, scene: Scene) -> Asked:
-    items = _single(scene.items, lambda i: i.value)
+    items = shown_once(scene)
     if len(items) < 2:
         return None
-    asked = rng.sample(items, rng.randint(2, min(MOST_THINGS, len(items))))
-    said = [f"The {_thing(item.value)} is {item.colour}." for item in asked]
-    return {"things": _all_of([f"the {_thing(item.value)}" for item in asked])}, " ".join(said)
+    return colours_of(rng.sample(items, rng.randint(2, min(MOST_THINGS, len(items)))))
+
+
+def shown_once(scene: Scene) -> list[Item]:
+    """The things of a scene that no other of its things is like, whatever their colours."""
+    return _single(scene.items, lambda i: i.value)
+
+
+def colours_of(items: Sequence[Item]) -> tuple[dict[str, object], str]:
+    """What phrasings of a question for the colours of two things or more name, and the answer."""
+    said = [f"The {_thing(item.value)} is {item.colour}." for item in items]
+    return {"things": _all_of([f"the {_thing(item.value)}" for item in items])}, " ".join(said)
+
+
+def colour_of(item: Item) -> tuple[dict[str, object], str]:
+    """What phrasings of a question for the colour of a thing name, and the answer."""
+    return {"thing": _thing(item.value)}, f"The {_thing(item.value)} is {item.colour}."
 
 
 def _relation(rng: random.Random, scene: Scene) -> Asked:
