@@ -17,6 +17,8 @@ PART is one of, in this order:
 - ``tiers``        few bits in the place of eviction, on the test split: benchmarks/results/tiers.json
 - ``bits``         every entry in one rung, no choice, on the test split: benchmarks/results/bits.json
 - ``early``        what leaves before and inside the text model, on the test split: benchmarks/results/early.json
+- ``memory``       conversations whose images arrive over the turns, under a budget, by the rules of fading, on the test
+                   split: benchmarks/results/memory.json
 
 A part that was stopped goes on where it was (its samples are in ``--runs``). ``python docs/make_quality.py`` makes
 docs/quality.md from the results. Another model needs folders of its own (``--results``, ``--runs``).
@@ -189,6 +191,16 @@ STAGES = {
 quarter of the KV, as query_bank alone holds it."""
 
 
+MEMORY_SHARES = (0.25, 0.1, 0.05)
+_BUDGET = "query_bank:bank=bundled,retention_rate=1,vision_budget=share"
+MEMORY = {
+    **{rule: f"{_BUDGET},fading={rule}" for rule in ("ranked", "oldest", "newest", "equal")},
+    "no budget": "query_bank:bank=bundled",
+}
+"""Rules by which images fade under a budget, and the method alone, which evicts from each image as it comes. A share is
+one of what the full cache holds after the last turn."""
+
+
 def main() -> None:
     """Run one part."""
     parts: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -204,6 +216,7 @@ def main() -> None:
         "tiers": tiers,
         "bits": bits,
         "early": early,
+        "memory": memory,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
@@ -257,16 +270,18 @@ def _table(
     *,
     baseline: str | None = None,
     runs: str = "",
+    tasks: tuple[str, ...] = (),
 ) -> Path:
     """Evaluate the methods of a table and write its figures to ``name``.json; the folder of the finished run.
 
     ``samples`` are of each task where the command says nothing else, and ``runs`` names the folder of the unfinished
-    run, if not ``name``.
+    run, if not ``name``; ``tasks`` are those that every evaluation has, where none is named.
     """
     from plphp.evaluation import write_results
 
     samples = arguments.samples or samples
-    out = _evaluate(arguments, runs or name, methods, split=split, retention=retention, samples=samples)
+    about: dict[str, Any] = {"split": split, "retention": retention, "samples": samples, "tasks": tasks}
+    out = _evaluate(arguments, runs or name, methods, **about)
     write_results(out, arguments.results / f"{name}.json", baseline)
     return out
 
@@ -336,6 +351,12 @@ def bits(arguments: argparse.Namespace) -> None:
 def early(arguments: argparse.Namespace) -> None:
     """What leaves before and inside the text model, on the test split; each line reads every prompt anew."""
     _table(arguments, "early", _labelled(STAGES), "test", TIERS_RETENTION, 500)
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Rules of fading under a budget on the test split; each line reads every conversation anew."""
+    tasks, baseline = ("arriving_images",), next(iter(MEMORY))
+    _table(arguments, "memory", _labelled(MEMORY), "test", MEMORY_SHARES, 100, baseline=baseline, tasks=tasks)
 
 
 def ablation(arguments: argparse.Namespace) -> None:

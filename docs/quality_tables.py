@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from memory_tables import memory_section
 from stage_tables import stages_section
 from tier_tables import bits_section, ladders_section, section
 
@@ -399,6 +400,7 @@ OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "bits": bits_section,
     "ladders": ladders_section,
     "early": stages_section,
+    "memory": memory_section,
     "heads": _heads,
     "ablation": _ablation,
     "transfer": _transfer,

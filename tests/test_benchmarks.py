@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import capacity
+import conversation
 import decode
 import end_to_end
 import first_token
@@ -257,3 +258,22 @@ def test_tiers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     assert held["t10"] < held["t10, read 20%"]  # the mean values that stand in for the rest
     assert [row["ladder"] for row in results["encoding"]] == ["t10", "c3", "prefill"]
     assert "Encoding 50 tokens" in capsys.readouterr().out
+
+
+def test_conversation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, budget = tmp_path / "conversation.json", "query_bank:bank=bundled,retention_rate=1,vision_budget=200 tokens"
+    settings = ["--turns", "2", "--images", "2", "--config", budget, "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["script", *settings])
+    conversation.main()
+    results: dict[str, Any] = json.loads(out.read_text())
+    first, *later = results["turns"]
+    assert first["vision_bytes"] == first["full_bytes"] * 196 // first["tokens"]  # whole: the budget does not bind yet
+    for row in later:
+        assert 0.9 < row["vision_bytes"] * 196 / 200 / first["vision_bytes"] <= 1
+    for row in results["turns"]:
+        assert row["right_alone"] in (True, False)
+        # What is noted of entries is alive and no part of the bytes held of them.
+        assert row["kv_bytes"] <= row["storage_bytes"] < 1.2 * row["kv_bytes"]
+    [again] = results["again"]
+    assert again["again_tokens"] > 2 * 196 > again["goes_on_tokens"] > 196
+    assert "A message is taken out" in capsys.readouterr().out

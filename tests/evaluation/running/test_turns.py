@@ -72,6 +72,23 @@ def test_shares_are_of_the_whole_conversation(bundled: Any, short: Sample) -> No
     assert (outcomes["blank"].kept, outcomes["blank"].score) == (1, 0)
 
 
+def test_a_share_of_the_budget_is_never_passed(bundled: Any, short: Sample) -> None:
+    line = "query_bank:bank=bundled,retention_rate=1,vision_budget=share,fading={0}"
+    rules = [f"{rule}={line.format(rule)}@0.5" for rule in ("ranked", "oldest")]
+    outcomes = verify_turns(*bundled, short, make_variants(rules, []))
+    for rule in ("ranked@0.5", "oldest@0.5"):
+        assert 0.4 < outcomes[rule].kept <= 0.5
+        assert outcomes[rule].kept == max(outcomes[rule].held)
+    assert outcomes["ranked@0.5"].vision_kept > outcomes["oldest@0.5"].vision_kept  # in few bits, and dropped
+
+
+def test_a_share_of_a_budget_is_for_conversations_alone(tmp_path: Path) -> None:
+    line = "query_bank:bank=bundled,vision_budget=share"
+    settings = EvalSettings(methods=(line,), retention=(0.5,), tasks=("two_images", "cell"), samples=1)
+    [reason] = evaluate(settings, tmp_path)["refused"].values()
+    assert "arriving_images alone" in reason
+
+
 def test_held_bytes_are_those_of_the_report(bundled: Any, short: Sample) -> None:
     model, processor = bundled
     prompt = prompt_inputs(processor, short)

@@ -135,3 +135,24 @@ def test_chance_draws_anew_for_every_sample() -> None:
 def test_a_ladder_without_quotes_in_a_list_is_told_of_them(line: str) -> None:
     with pytest.raises(ConfigError, match=r"'pq' is a rung: .* double quotes"):
         make_variants(split_methods([line]), [0.5])
+
+
+def test_a_share_is_the_budget_of_each_conversation() -> None:
+    text = "old=query_bank:bank=bundled,retention_rate=1,vision_budget=share,fading=oldest@0.25+0.1"
+    variants = make_variants(split_methods([text, "uniform"]), [0.5])[1:]
+    assert [(variant.name, variant.budget_share) for variant in variants] == [
+        ("old@0.25", 0.25),
+        ("old@0.1", 0.1),
+        ("uniform@0.5", None),
+    ]
+    config = variants[0].with_budget(1001).config
+    assert (config.vision_budget, config.fading, config.retention_rate) == (250, "oldest", 1)
+    assert variants[1].with_budget(5).config.vision_budget == 1  # a budget of nothing is none
+    [_, asked] = make_variants(["query_bank:bank=bundled,vision_budget=share"], [0.5])
+    assert asked.budget_share == 0.5
+
+
+@pytest.mark.parametrize("rates", [[], [0.0]])
+def test_a_share_of_nothing_is_refused(rates: list[float]) -> None:
+    with pytest.raises(ConfigError, match="Give the shares of the budget above 0"):
+        make_variants(["query_bank:bank=bundled,vision_budget=share"], rates)
