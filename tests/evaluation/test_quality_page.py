@@ -56,6 +56,27 @@ def test_all_groups_are_seen_at_a_glance(tables: Any, monkeypatch: pytest.Monkey
     assert "| `[zero]` | 10.0 |" not in page
 
 
+def test_conversations_under_a_budget_are_split_by_what_is_asked_about(tables: Any) -> None:
+    def figures(mean: float, **more: Any) -> dict[str, Any]:
+        return {"score": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}, "kept": 0.0999, **more}
+
+    names = {"full": None, "ranked@0.1": 0.1, "oldest@0.1": 0.1}
+    variants = [{"name": name, "label": name.partition("@")[0], "retention": rate} for name, rate in names.items()]
+    scores = {"newest_image": (0.9, 0.9, 0.8), "old_image": (0.8, 0.7, 0.2), "two_images": (0.7, 0.6, 0.1)}
+    tasks = {
+        task: {"variants": {name: figures(score) for name, score in zip(names, own, strict=True)}}
+        for task, own in scores.items()
+    }
+    lost = {"vs_baseline": {"mean": -0.4, "low": -0.5, "high": -0.3}}
+    overall = {"variants": {name: figures(0.5, **lost) for name in names}}
+    results = {**ABOUT, "variants": variants, "tasks": tasks, "overall": overall, "baseline": "ranked"}
+    page = tables.memory_section(results)
+    assert "| | held % | the newest image | an old image | two images | mean difference |" in page
+    own = "80.0 (70.0, 90.0) | 20.0 (10.0, 30.0) | 10.0 (0.0, 20.0) | -40.0 (-50.0, -30.0) |"
+    assert f"| oldest, 10 % | 10.0 | {own}" in page
+    assert page.count("-40.0") == 2  # the baseline is not compared with itself
+
+
 def compared(rates: Iterable[float]) -> dict[str, Any]:
     """Results of two groups, with what a method loses and how it stands beside random draws."""
 

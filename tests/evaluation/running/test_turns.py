@@ -76,9 +76,8 @@ def test_a_share_of_the_budget_is_never_passed(bundled: Any, short: Sample) -> N
     line = "query_bank:bank=bundled,retention_rate=1,vision_budget=share,fading={0}"
     rules = [f"{rule}={line.format(rule)}@0.5" for rule in ("ranked", "oldest")]
     outcomes = verify_turns(*bundled, short, make_variants(rules, []))
-    for rule in ("ranked@0.5", "oldest@0.5"):
-        assert 0.4 < outcomes[rule].kept <= 0.5
-        assert outcomes[rule].kept == max(outcomes[rule].held)
+    assert 0.48 < outcomes["ranked@0.5"].kept <= 0.5
+    assert outcomes["oldest@0.5"].held == pytest.approx([1 / 3] * 3, abs=1e-6)  # whole images leave, and one has room
     assert outcomes["ranked@0.5"].vision_kept > outcomes["oldest@0.5"].vision_kept  # in few bits, and dropped
 
 
