@@ -17,6 +17,7 @@ PART is one of, in this order:
 - ``tiers``        few bits in the place of eviction, on the test split: benchmarks/results/tiers.json
 - ``bits``         every entry in one rung, no choice, on the test split: benchmarks/results/bits.json
 - ``early``        what leaves before and inside the text model, on the test split: benchmarks/results/early.json
+- ``chains``       half of the tokens before the text model, then query_bank: benchmarks/results/chains.json
 - ``memory``       conversations whose images arrive over the turns, under a budget, by the rules of fading, on the test
                    split: benchmarks/results/memory.json
 
@@ -189,6 +190,16 @@ STAGES = {
 }
 """What leaves before and inside the text model. A chain's rate is of what its first method leaves: half of a half is a
 quarter of the KV, as query_bank alone holds it."""
+CHAINS = {
+    "query_bank": "query_bank:bank=bundled,retention_rate=0.25",
+    "DivPrune": "divprune@0.5",
+    "DivPrune, Euclidean": "divprune:distance=euclidean@0.5+0.25",
+    "DivPrune 50 %, then query_bank": "divprune:retention_rate=0.5+query_bank:bank=bundled@0.5",
+    "DivPrune, Euclidean 50 %, then query_bank": (
+        "divprune:distance=euclidean,retention_rate=0.5+query_bank:bank=bundled@0.5"
+    ),
+}
+"""Half of the tokens before the text model, and then a quarter of the KV, beside that quarter alone."""
 
 
 MEMORY_SHARES = (0.25, 0.1, 0.05)
@@ -216,6 +227,7 @@ def main() -> None:
         "tiers": tiers,
         "bits": bits,
         "early": early,
+        "chains": chains,
         "memory": memory,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -351,6 +363,11 @@ def bits(arguments: argparse.Namespace) -> None:
 def early(arguments: argparse.Namespace) -> None:
     """What leaves before and inside the text model, on the test split; each line reads every prompt anew."""
     _table(arguments, "early", _labelled(STAGES), "test", TIERS_RETENTION, 500)
+
+
+def chains(arguments: argparse.Namespace) -> None:
+    """Half of the tokens and a quarter of the KV on the test split, with paired differences from that quarter alone."""
+    _table(arguments, "chains", _labelled(CHAINS), "test", TIERS_RETENTION, 500, baseline="query_bank")
 
 
 def memory(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_tables import memory_section
-from stage_tables import stages_section
+from stage_tables import chains_section, stages_section
 from tier_tables import bits_section, ladders_section, section
 
 FOLDER = Path(__file__).parent
@@ -54,6 +54,7 @@ python benchmarks/quality.py rivals        # ragged heads, banks and this year's
 python benchmarks/quality.py tiers         # few bits in the place of eviction, test split
 python benchmarks/quality.py bits          # every entry in one rung, test split
 python benchmarks/quality.py early --samples 80   # what leaves before and inside the text model, test split
+python benchmarks/quality.py chains --samples 125 # half of the tokens, then a quarter of the KV, test split
 python docs/make_quality.py
 ```
 
@@ -400,6 +401,7 @@ OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "bits": bits_section,
     "ladders": ladders_section,
     "early": stages_section,
+    "chains": chains_section,
     "memory": memory_section,
     "heads": _heads,
     "ablation": _ablation,

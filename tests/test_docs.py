@@ -422,6 +422,14 @@ def test_findings_on_leaving_early_have_the_figures_of_the_results() -> None:
     ]
     assert said("cost {} points more than `query_bank` alone at a quarter of the KV, and {} where", *lost[0])
     assert said("With `dpp` it is {} and {}.", *lost[1])
+    more = figures("chains")
+    chain = "DivPrune{} 50 %, then query_bank@0.5"
+    whole, region = more["overall"], more["groups"]["several_regions"]
+    assert f"with [{more['settings']['samples']} samples a task]" in section
+    both = score(chain.format(", Euclidean"), whole), score("query_bank", whole)
+    assert said("score {}, above the {} of `query_bank` alone", *both)
+    below = [score("query_bank", region) - score(chain.format(kind), region) for kind in (", Euclidean", "")]
+    assert said("and {} points below it where answers are about several regions (by cosine: {})", *below)
 
 
 def test_guarantees_page_has_the_figures_of_the_results() -> None:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from invariants import generate, pruned
 from plphp import ConfigError, PLPHPConfig, PrunedCache
 from plphp.engines.hf.cache_argument import passed
 from plphp.methods.registry import available_methods, chain_of
+from plphp.policy.image_tokens import ImageTokens
 from tiny_models import TINY, tiny_model
 
 BEFORE_THE_TEXT_MODEL = sorted(name for name, method in available_methods().items() if method.encoder is not None)
@@ -39,6 +41,22 @@ def test_of_each_image_one_token_stays_at_least(method: str) -> None:
     _, report = pruned(model, inputs, PLPHPConfig.parse(f"{method}:keep=0"))
     [stage] = report.prompts[0].stages
     assert stage.tokens_out == [2, 1]
+
+
+def test_divprune_compares_directions_or_places() -> None:
+    features = torch.tensor([[1.0, 0.0], [9.0, 0.0], [1.0, 0.4], [0.9, 0.0]])
+    image = ImageTokens(features, text=features[:0], grid=None, row=0, number=0)
+
+    def stay(line: str) -> list[int]:
+        config = PLPHPConfig.parse(f"{line}keep=0.5")
+        encoder = available_methods()["divprune"].encoder
+        assert encoder is not None
+        return encoder.choose(image, config).stay.nonzero()[:, 0].tolist()
+
+    assert stay("divprune:") == stay("divprune:distance=cosine,") == [0, 2]
+    assert stay("divprune:distance=euclidean,") == [1, 3]
+    with pytest.raises(ConfigError, match="distance"):
+        chain_of(PLPHPConfig.parse("divprune:distance=manhattan"), 8)
 
 
 @pytest.mark.parametrize("line", ["pool:keep=0.5", "fopru:by=row,keep=0.5"])

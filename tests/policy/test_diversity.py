@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plphp.policy import farthest
+from plphp.policy import distances, farthest
 from plphp.policy.diversity import dpp, max_min
 
 Choice = Callable[[Tensor, int], Tensor]
 BOTH = pytest.mark.parametrize("choose", [max_min, dpp])
+by_place = partial(max_min, euclidean=True)
+ALL = pytest.mark.parametrize("choose", [max_min, dpp, by_place], ids=["max_min", "dpp", "by_place"])
 
 
 def at(*degrees: float) -> Tensor:
@@ -40,9 +43,9 @@ def cosines_of(features: Tensor) -> Tensor:
     return (vectors @ vectors.T).fill_diagonal_(1)
 
 
-def naive_max_min(features: Tensor, keep: int) -> list[int]:
+def naive_max_min(features: Tensor, keep: int, euclidean: bool = False) -> list[int]:
     """DivPrune's Algorithm 1 word by word."""
-    distance = (1 - cosines_of(features)).tolist()
+    distance = (torch.cdist(features, features) if euclidean else 1 - cosines_of(features)).tolist()
     tokens = range(len(distance))
     chosen = [max(tokens, key=lambda i: min(distance[i][j] for j in tokens if j != i))]
     while len(chosen) < keep:
@@ -73,7 +76,7 @@ def images(draw: st.DrawFn, wide: bool = False) -> tuple[Tensor, int]:
 def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rounds of few candidates, and cosines in small pieces: what is chosen does not depend on either."""
     monkeypatch.setattr(farthest, "TOGETHER", request.param)
-    monkeypatch.setattr(farthest, "AT_ONCE", 50 * request.param)
+    monkeypatch.setattr(distances, "AT_ONCE", 50 * request.param)
     return request.param
 
 
@@ -87,6 +90,18 @@ def test_max_min_by_hand() -> None:
 def test_max_min_goes_by_the_angle_and_not_by_the_length() -> None:
     features = torch.tensor([[1.0, 0.0], [9.0, 0.0], [0.0, 0.1]])
     assert kept(max_min(features, 2)) == [0, 2]
+
+
+def test_by_place_goes_by_length_and_not_by_what_is_in_common() -> None:
+    features = torch.tensor([[1.0, 0.0], [9.0, 0.0], [1.0, 0.1], [0.9, 0.0]])
+    assert kept(by_place(features, 1)) == [1]
+    assert kept(by_place(features, 2)) == [1, 3]
+    assert kept(by_place(features, 3)) == [1, 2, 3]
+    # Seen from afar all directions are the same: the cosine, which is rounding there, chooses others.
+    far = features.double() + 1e4
+    assert [kept(by_place(far, keep)) for keep in (1, 2, 3)] == [[1], [1, 3], [1, 2, 3]]
+    zeros = torch.cat([torch.zeros(2, 2), features])
+    assert kept(by_place(zeros, 3)) == [0, 3, 4]
 
 
 def test_max_min_takes_opposite_tokens_and_dpp_orthogonal_ones() -> None:
@@ -117,6 +132,7 @@ def test_the_naive_choice(seed: int) -> None:
         features = drawn(seed, tokens, dim) + seed
         for keep in (1, 2, 7, tokens // 2, tokens - 1):
             assert kept(max_min(features, keep)) == naive_max_min(features, keep)
+            assert kept(by_place(features, keep)) == naive_max_min(features, keep, euclidean=True)
 
 
 @settings(deadline=None, max_examples=60)
@@ -130,7 +146,7 @@ def test_the_largest_determinant(image: tuple[Tensor, int], seed: int, by_releva
     assert kept(dpp(features, keep, given_relevance)) == naive_dpp(features, relevance, keep)
 
 
-@BOTH
+@ALL
 @settings(deadline=None)
 @given(images(), st.integers(0, 2**32))
 def test_any_number_and_what_is_kept_of_fewer(choose: Choice, image: tuple[Tensor, int], seed: int) -> None:
@@ -155,7 +171,7 @@ def test_the_order_of_the_tokens_does_not_matter(image: tuple[Tensor, int], seed
         assert torch.equal(dpp(features[order], keep, relevance[order]), dpp(features, keep, relevance)[order])
 
 
-@BOTH
+@ALL
 @settings(deadline=None)
 @given(st.integers(2, 14), st.integers(2, 30), st.integers(2, 4), st.sampled_from([torch.float32, torch.float64]))
 def test_each_of_several_copies_is_taken_before_a_second(
@@ -168,7 +184,7 @@ def test_each_of_several_copies_is_taken_before_a_second(
         assert len(which[choose(features, keep)].unique()) == min(keep, different)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_all_tokens_alike(choose: Choice, dtype: torch.dtype) -> None:
     mask = choose(torch.ones(300, 16, dtype=dtype), 170)
@@ -227,14 +243,14 @@ def test_tokens_of_zeros_come_last(choose: Choice) -> None:
     assert kept(choose(torch.zeros(4, 5), 2)) == [0, 1]
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_length_of_features_does_not_matter(choose: Choice, scale: float) -> None:
     features = drawn(0, 30, 40).float()
     assert torch.equal(choose(features * scale, 12), choose(features, 12))
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_features_of_16_bits_are_compared_in_float32(choose: Choice, dtype: torch.dtype) -> None:
     """Cosines that differ by less than bfloat16 can say: near 1 its steps are 1/256."""
@@ -259,10 +275,10 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@BOTH
+@ALL
 def test_nothing_quadratic_is_held_of_many_tokens(choose: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(farthest, "AT_ONCE", 2**16)
-    monkeypatch.setattr(farthest, "HELD", 2**20)
+    monkeypatch.setattr(distances, "AT_ONCE", 2**16)
+    monkeypatch.setattr(distances, "HELD", 2**20)
     tokens, dim = 3000, 24
     features = drawn(0, tokens, dim)
     with Largest() as largest:

@@ -2,7 +2,8 @@
 """Vision tokens of an image that differ as much as possible from each other. Pure functions.
 
 Both choose greedily, so that what is kept of a smaller number is kept of a larger. Two numbers that differ by rounding
-alone may come in another order on another device. Features of zeros have no direction: such tokens are taken last.
+alone may come in another order on another device. Features of zeros have no direction: where directions are compared,
+such tokens are taken last.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from torch import Tensor
 from plphp.errors import ConfigError
 from plphp.kernels.precision import as_written
 
-from .cosine import rounding, unit
-from .farthest import all_cosines, extended, most_remote
+from .cosine import rounding
+from .distances import Distances
+from .farthest import extended, most_remote
 from .token_checks import check_features, check_keep, check_scores
 
 
-def max_min(features: Tensor, keep: int) -> Tensor:
-    """Keep tokens whose smallest cosine distance from each other is large (DivPrune, arXiv:2503.02175, Algorithm 1).
+def max_min(features: Tensor, keep: int, *, euclidean: bool = False) -> Tensor:
+    """Keep tokens whose smallest distance from each other is large (DivPrune, arXiv:2503.02175, Algorithm 1).
 
     The first token is the one whose smallest distance to all others is the largest; each next one that whose smallest
     distance to those that are chosen is the largest. Of equal tokens the earlier is taken.
 
-    Takes the time of ``tokens ** 2 / 2`` cosines up to 4,096 tokens, whose cosines are held (64 MB); of more tokens of
-    ``keep * tokens`` cosines besides. From there on, beside a copy of the features in float32, the memory grows with
-    the number of tokens, not with its square.
+    Takes the time of ``tokens ** 2 / 2`` products up to 4,096 tokens, whose products are held (64 MB); of more tokens
+    of ``keep * tokens`` products besides. From there on, beside a copy of the features in float32, the memory grows
+    with the number of tokens, not with its square.
 
     Parameters
     ----------
@@ -36,6 +38,9 @@ def max_min(features: Tensor, keep: int) -> Tensor:
         float [tokens, dim]; those of one image.
     keep : int
         Tokens that stay, from 1 to ``tokens``.
+    euclidean : bool
+        Whether the distance is the Euclidean one, instead of the paper's ``1 - cosine``. It sees how long features are,
+        and not what they have in common, so that tokens of an even background are closer to each other than others.
 
     Returns
     -------
@@ -50,12 +55,18 @@ def max_min(features: Tensor, keep: int) -> Tensor:
         If the features hold NaN or inf.
     """
 
-    def choose(vectors: Tensor, _which: Tensor, count: int) -> Tensor:
-        cosines = all_cosines(vectors)
-        first = torch.tensor([most_remote(vectors, cosines)], device=vectors.device)
-        return extended(vectors, vectors.new_ones(len(vectors)), first, count, cosines=cosines)
+    def choose(pairs: Distances, _which: Tensor, count: int) -> Tensor:
+        first = torch.tensor([most_remote(pairs)], device=pairs.vectors.device)
+        return extended(pairs, pairs.vectors.new_ones(len(pairs)), first, count)
 
-    return _kept(features, keep, choose)
+    if not euclidean:
+        return _kept(features, keep, choose, hold=True)
+    check_features("features", features)
+    check_keep(keep, len(features))
+    kept = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    with as_written(features.device):
+        kept[choose(Distances.of_places(features), kept, keep)] = True
+    return kept
 
 
 def dpp(features: Tensor, keep: int, relevance: Tensor | None = None) -> Tensor:
@@ -101,17 +112,18 @@ def dpp(features: Tensor, keep: int, relevance: Tensor | None = None) -> Tensor:
         if bool((relevance < 0).any()):
             raise ConfigError(f"relevance must be at least 0, got {float(relevance.min()):g}: subtract the least.")
 
-    def choose(vectors: Tensor, which: Tensor, count: int) -> Tensor:
+    def choose(pairs: Distances, which: Tensor, count: int) -> Tensor:
+        vectors = pairs.vectors
         worth = vectors.new_ones(len(vectors)) if relevance is None else _worth(relevance[which], vectors)
-        return extended(vectors, worth, _independent(vectors, worth, count), count, either_way=True)
+        return extended(pairs, worth, _independent(vectors, worth, count), count)
 
-    return _kept(features, keep, choose)
+    return _kept(features, keep, choose, either_way=True)
 
 
-def _kept(features: Tensor, keep: int, choose: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+def _kept(features: Tensor, keep: int, choose: Callable[[Distances, Tensor, int], Tensor], **angles: bool) -> Tensor:
     """Mask of the tokens that a function chooses; those without a direction stay only where all others do.
 
-    ``choose`` gets unit vectors [some, dim], which tokens they are, and how many of them are to stay.
+    ``choose`` gets the `Distances.of_angles` of some tokens, which they are, and how many of them are to stay.
     """
     check_features("features", features)
     check_keep(keep, len(features))
@@ -123,8 +135,8 @@ def _kept(features: Tensor, keep: int, choose: Callable[[Tensor, Tensor, int], T
         kept[which] = True
     else:
         with as_written(features.device):
-            vectors = unit(features[which] if len(others) else features)
-            kept[which[choose(vectors, which, count)]] = True
+            pairs = Distances.of_angles(features[which] if len(others) else features, **angles)
+            kept[which[choose(pairs, which, count)]] = True
     kept[others[: keep - count]] = True
     return kept
 

@@ -9,75 +9,41 @@ from torch import Tensor
 
 from plphp.kernels.ordering import falling_order
 
+from . import distances
+from .distances import Distances
+
 TOGETHER = 128
 """Candidates that a round chooses among."""
-AT_ONCE = 2**20
-"""Cosines that are worked out at once: 4 MB in float32, however many tokens there are."""
-HELD = 2**24
-"""Cosines that are held as long as a choice takes, 64 MB in float32: those of 4,096 tokens."""
 
 
-def all_cosines(vectors: Tensor) -> Tensor | None:
-    """The cosines of all pairs of vectors, each worked out once.
+def most_remote(pairs: Distances) -> int:
+    """The vector whose smallest distance to the others is the largest; of equal ones the first.
 
     Parameters
     ----------
-    vectors : Tensor
-        float32 or float64 [tokens, dim], of length 1.
-
-    Returns
-    -------
-    Tensor
-        Same dtype [tokens, tokens]; None where they would be more than `HELD`.
-    """
-    tokens = len(vectors)
-    if tokens**2 > HELD:
-        return None
-    cosines = vectors.new_empty(tokens, tokens)
-    for start in range(0, tokens, TOGETHER):
-        rows = slice(start, start + TOGETHER)
-        behind = vectors[rows] @ vectors[start:].T
-        cosines[rows, start:], cosines[start:, rows] = behind, behind.T
-    return cosines
-
-
-def most_remote(vectors: Tensor, cosines: Tensor | None = None) -> int:
-    """The vector whose smallest cosine distance to the others is the largest; of equal ones the first.
-
-    Parameters
-    ----------
-    vectors : Tensor
-        float32 or float64 [tokens, dim], of length 1.
-    cosines : Tensor, optional
-        Same dtype [tokens, tokens]; those of `all_cosines`, where they are held.
+    pairs : Distances
+        Of the vectors.
 
     Returns
     -------
     int
-        Its number. The time is that of ``tokens ** 2 / 2`` cosines, the memory that of `AT_ONCE` of them.
+        Its number. The time is that of ``tokens ** 2 / 2`` distances, the memory that of
+        `plphp.policy.distances.AT_ONCE` of them.
     """
-    tokens = len(vectors)
-    nearest = vectors.new_full((tokens,), -torch.inf)
-    rows = max(1, AT_ONCE // tokens)
+    tokens = len(pairs)
+    nearest = pairs.vectors.new_full((tokens,), torch.inf)
+    rows = max(1, distances.AT_ONCE // tokens)
     for start in range(0, tokens, rows):
         own = slice(start, start + rows)
-        # Each pair once: the cosines with the vectors before have been seen from there.
-        behind = vectors[own] @ vectors[start:].T if cosines is None else cosines[own, start:].clone()
-        behind.diagonal().fill_(-torch.inf)
-        nearest[own] = torch.maximum(nearest[own], behind.amax(1))
-        nearest[start:] = torch.maximum(nearest[start:], behind.amax(0))
-    return int(nearest.argmin())
+        # Each pair once: the distances from the vectors before have been seen from there.
+        behind = pairs.between(own, slice(start, None))
+        behind.diagonal().fill_(torch.inf)
+        nearest[own] = torch.minimum(nearest[own], behind.amin(1))
+        nearest[start:] = torch.minimum(nearest[start:], behind.amin(0))
+    return int(nearest.argmax())
 
 
-def extended(
-    vectors: Tensor,
-    worth: Tensor,
-    chosen: Tensor,
-    count: int,
-    *,
-    either_way: bool = False,
-    cosines: Tensor | None = None,
-) -> Tensor:
+def extended(pairs: Distances, worth: Tensor, chosen: Tensor, count: int) -> Tensor:
     """Choose more vectors, each time the one whose value is the largest; of equal ones the first.
 
     The value of a vector is its worth times its distance from the nearest that is chosen.
@@ -85,38 +51,30 @@ def extended(
     A value only falls as more is chosen. So each round takes the `TOGETHER` candidates of the largest values and
     chooses among them, as long as the best of them is worth more than every vector outside had when the round began;
     then one product of matrices brings all values up to date. What is chosen is the same as one at a time, in the time
-    of ``count * tokens`` cosines where they are not held; the memory is that of `TOGETHER` cosines for each token.
+    of ``count * tokens`` distances where their products are not held; the memory is that of `TOGETHER` distances for
+    each token.
 
     Parameters
     ----------
-    vectors : Tensor
-        float32 or float64 [tokens, dim], of length 1.
+    pairs : Distances
+        Of the vectors.
     worth : Tensor
-        Same dtype [tokens], at least 0.
+        In the dtype of the vectors, [tokens], at least 0.
     chosen : Tensor
         int64 [at least 1]; different numbers of vectors.
     count : int
         How many are chosen in the end, at most ``tokens``.
-    either_way : bool
-        Whether the distance is ``1 - cosine ** 2``, by which opposite vectors are alike, instead of ``1 - cosine``.
-    cosines : Tensor, optional
-        Same dtype [tokens, tokens]; those of `all_cosines`, where they are held.
 
     Returns
     -------
     Tensor
         int64 [count], in the order of choice: what is chosen of a smaller count comes first of a larger.
     """
-
-    def distance(some: Tensor | slice, others: Tensor) -> Tensor:
-        cosine = vectors[some] @ vectors[others].T if cosines is None else cosines[some][:, others]
-        return 1 - (cosine.square() if either_way else cosine)
-
     value = torch.full_like(worth, torch.inf)
     newest = chosen
     while True:
         for some in newest.split(TOGETHER):
-            value = torch.minimum(value, worth * distance(slice(None), some).amin(1))
+            value = torch.minimum(value, worth * pairs.between(slice(None), some).amin(1))
         value[newest] = -torch.inf
         if len(chosen) >= count:
             return chosen[:count]
@@ -124,7 +82,7 @@ def extended(
         outside = float(value[order[TOGETHER]]) if len(order) > TOGETHER else -torch.inf
         # In the order of the vectors, so that the first of equal ones is taken.
         among = order[:TOGETHER].sort().values
-        between = worth[among, None] * distance(among, among)
+        between = worth[among, None] * pairs.between(among, among)
         newest = among[torch.tensor(_best_of(value[among], between, outside), device=among.device)]
         chosen = torch.cat([chosen, newest])
 

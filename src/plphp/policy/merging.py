@@ -13,7 +13,7 @@ from plphp.kernels.precision import as_written
 from plphp.settings.checks import check_int
 
 from .cosine import unit
-from .farthest import AT_ONCE
+from .distances import AT_ONCE
 from .token_checks import check_features, check_grid, check_scores
 from .top_tokens import top
 
