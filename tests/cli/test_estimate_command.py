@@ -77,6 +77,19 @@ def test_what_leaves_early(folder: Path) -> None:
     assert "names others" in error("estimate", "--prefill", "99:0.5", "--model", folder)
 
 
+def test_attention_among_some_tokens(folder: Path) -> None:
+    asked = ("--model", folder, "--tokens-per-image", 4000, "--attention-retention", 0.25)
+    cost, workload = model_cost(empty_model(folder, "auto")), Workload(4000, 100)
+    expected = estimate(cost, workload, 0.25, accelerator("H100"), schedule=Schedule(attention=0.25))
+    figures = values(*asked, "--gpu", "H100")
+    assert figures["pruned"] == vars(expected)
+    assert figures["pruned"]["computed"] == figures["unpruned"]["computed"]
+    assert figures["pruned"]["prefill_flops"] < figures["unpruned"]["prefill_flops"]
+    assert "retention 0.25, attention 0.25" in ok("estimate", *asked)
+    assert "says how much is kept, as well as" in error("estimate", *asked, "--target-retention", 0.5)
+    assert "got 1.5" in error("estimate", "--attention-retention", 1.5)
+
+
 def test_the_tower_and_the_peak(folder: Path) -> None:
     figures = values("--model", folder, "--gpu", "T4", "--images", 2)
     assert figures["unpruned"]["tower_flops"] == 2 * values("--model", folder)["unpruned"]["tower_flops"] > 0

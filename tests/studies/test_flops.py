@@ -11,12 +11,15 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from plphp import PLPHPConfig, PrunedCache
+from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.patch_ways import feature_arguments
 from plphp.engines.hf.tower_layers import core_of
 from plphp.errors import UnsupportedModelError
 from plphp.families.registry import family_of
 from plphp.studies.flops import counted_layers, tower_flops
-from plphp.studies.model_cost import LayerCost, model_cost
+from plphp.studies.model_cost import LayerCost, ModelCost, model_cost
+from plphp.studies.schedule import Schedule
 from tiny_models import TINY
 
 NOT_KNOWN = {"gemma4", "idefics2"}
@@ -95,6 +98,39 @@ def test_a_mixture_counts_the_experts_that_a_token_goes_to() -> None:
     others = sum(2 * weight.numel() for weight in layer.parameters() if weight.ndim == 2)
     assert config.num_experts_per_tok < config.num_experts
     assert cost.layers[0].token_flops == others + experts * config.num_experts_per_tok // config.num_experts
+
+
+@pytest.mark.parametrize(("probe_rows", "random_rows"), [(64, 64), (4, 3)], ids=str)
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl", "gemma3"])
+def test_attention_among_some_tokens_takes_what_a_run_does(
+    name: str, probe_rows: int, random_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a real pass, whose eager attention computes all pairs of what attends, with the logits of the probe rows."""
+    model, cost = made(name, "cpu"), model_cost(made(name, "meta"))
+    vision, text = 60, 20
+    is_vision = torch.zeros(1, vision + text, dtype=torch.bool)
+    is_vision[:, 10 : 10 + vision] = True
+    embeddings = torch.randn(1, vision + text, model.config.get_text_config().hidden_size)
+    inputs = {"inputs_embeds": embeddings, "attention_mask": torch.ones(1, vision + text, dtype=torch.long)}
+    config = PLPHPConfig.parse(f"zipvl:retention_rate=0.5,query_rows={probe_rows},random_rows={random_rows}")
+    cache = PrunedCache.for_inputs(model, inputs, config, vision_mask=is_vision)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs, **passed(cache), logits_to_keep=1)
+    monkeypatch.setattr("plphp.studies.model_cost.PROBE_ROWS", probe_rows + random_rows)
+    monkeypatch.setattr("plphp.studies.model_cost._causal_pairs", lambda tokens: tokens**2)
+    there = [vision] * len(cost.layers)
+    attending = Schedule(attention=0.5).attending(there)
+    assert attending == [vision // 2] * len(there)
+    assert (
+        cost.prefill_flops(text, vision, there, attending) + _windowed(cost, vision + text) == counter.get_total_flops()
+    )
+
+
+def _windowed(cost: ModelCost, tokens: int) -> int:
+    """What a real pass computes of layers with a window beside what counts: pairs outside of the window."""
+    pairs = [tokens**2 * layer.pair_flops for layer in cost.layers if layer.window is not None]
+    counted = [layer.flops(tokens, tokens) - tokens * layer.token_flops for layer in cost.layers if layer.window]
+    return sum(pairs) - sum(counted)
 
 
 def test_the_pairs_of_a_window() -> None:

@@ -70,6 +70,23 @@ def test_a_first_token() -> None:
     assert estimate(COST, Workload(6, 2, 1)).prefill_flops == 2 * (8 * 7 + 36 * 3) + 11
 
 
+def test_a_first_token_with_attention_among_some_tokens() -> None:
+    layers = (
+        LayerCost(2, None, 0, True, token_flops=7, pair_flops=4),
+        LayerCost(2, 9, 0, False, token_flops=7, pair_flops=4),
+    )
+    cost, faster = ModelCost(100, 60, False, layers, head_flops=11), Accelerator("ours", 10**9, 1e12, 1e6)
+    figures = estimate(cost, Workload(6, 2, 1), 0.5, schedule=Schedule(attention=0.5), accelerator=faster)
+    # The first layer attends among 3 + 2 tokens, and asks all 8 of them which; the second, with a window, among all.
+    of_layers = (8 * 7 + 15 * 4 + 8 * 8 * 2) + (8 * 7 + 36 * 4)
+    assert (figures.prefill_flops, figures.computed) == (of_layers + 11, 16)
+    assert figures.first_token_seconds == (of_layers + 11) / 1e6
+    assert figures.attention_retention == 0.5
+    long = Workload(7000, 100, 1)
+    few, all_ = (estimate(cost, long, schedule=Schedule(attention=share)).prefill_flops for share in (0.25, 1.0))
+    assert few < 0.7 * all_
+
+
 def test_the_text_of_a_schedule() -> None:
     assert Schedule.parse(None) == Schedule()
     assert Schedule.parse("16:0.25, 2:.5").prefill == {2: 0.5, 16: 0.25}
@@ -96,6 +113,11 @@ def test_the_text_of_a_schedule() -> None:
 def test_what_is_no_schedule(text: str | None, encoder: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Schedule.parse(text, encoder)
+
+
+def test_what_is_no_share_of_attention() -> None:
+    with pytest.raises(ConfigError, match=r"between 0 and 1, got 1\.5"):
+        Schedule(attention=1.5)
 
 
 def test_a_layer_that_the_model_has_not() -> None:

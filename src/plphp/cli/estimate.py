@@ -61,6 +61,9 @@ def estimate(
         str | None,
         option(None, "Layers from which on a share of those is left, such as 2:0.5 or 2:0.5,16:0.25."),
     ] = None,
+    attention_retention: Annotated[
+        float, _number("Share of the vision tokens of a layer among which it attends, and which it keeps, as zipvl.")
+    ] = 1.0,
     tiers: Annotated[
         str | None,
         option(None, "Ladder that holds the vision tokens instead, such as t10.", complete=lambda: list(LADDERS)),
@@ -74,8 +77,8 @@ def estimate(
     """Work out from a model's configuration what pruning saves: bytes, sequences and time. Nothing is measured."""
     size = read_size(image_size)
     device = None if gpu is None else accelerator(gpu)
-    schedule = Schedule.parse(prefill, encoder_retention, images)
-    rate = _rate(target_retention, tiers, read, early=schedule != Schedule(images=images))
+    schedule = Schedule.parse(prefill, encoder_retention, images, attention_retention)
+    rate = _rate(target_retention, tiers, read, schedule)
     check_model(model, dtype)
     about = _read_model(model, dtype, images, size, tokens_per_image, quiet=as_json)
     from plphp.show.estimate_table import estimate_table
@@ -138,12 +141,21 @@ def _left_out(about: _Model, device: Accelerator | None, without_images: bool) -
         )
 
 
-def _rate(target_retention: float | None, tiers: str | None, read: float, early: bool) -> float:
+def _rate(target_retention: float | None, tiers: str | None, read: float, schedule: Schedule) -> float:
     """The retention to work out, 1 with a ladder; refuses what is no retention, no ladder, and both."""
     PLPHPConfig(target_retention=target_retention, tiers=tiers, read=read)
-    if tiers is not None or (early and target_retention is None):
+    if tiers is not None:
         return 1.0
-    return RETENTION if target_retention is None else target_retention
+    if schedule.attention < 1:
+        if target_retention is not None:
+            raise ConfigError(
+                f"--attention-retention {schedule.attention:g} says how much is kept, as well as what attends, and so "
+                f"does --target-retention {target_retention:g}: leave that out, or name a ladder that holds the others."
+            )
+        return schedule.attention
+    if target_retention is not None:
+        return target_retention
+    return 1.0 if schedule != Schedule(images=schedule.images) else RETENTION
 
 
 def _about(model: str | None, dtype: str, device: Accelerator | None) -> dict[str, Any]:

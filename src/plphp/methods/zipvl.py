@@ -58,6 +58,8 @@ OPTIONS = {
 }
 RECENT_ROWS = 64
 """Probe rows at the end of the prompt, for a config that leaves ``query_rows`` open."""
+PROBE_ROWS = RECENT_ROWS + 64
+"""All probe rows, for a config that leaves their numbers open."""
 
 
 def of(config: PLPHPConfig) -> dict[str, Any]:

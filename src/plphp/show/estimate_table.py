@@ -22,6 +22,7 @@ def estimate_table(title: str, unpruned: Estimate, pruned: Estimate) -> Table:
     asked += f", {pruned.read:g} read" if pruned.read < 1 else ""
     asked += f", encoder {pruned.encoder_retention:g}" if pruned.encoder_retention < 1 else ""
     asked += f", prefill {pruned.prefill}" if pruned.prefill is not None else ""
+    asked += f", attention {pruned.attention_retention:g}" if pruned.attention_retention < 1 else ""
     for heading in ("everything kept", asked, "ratio"):
         table.add_column(heading, justify="right")
     lines: list[tuple[str, str, Callable[[float], str]]] = [

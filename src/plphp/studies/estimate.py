@@ -79,6 +79,8 @@ class Estimate:
     prefill : str, optional
         The layers from which on fewer of them are left, with the shares, as `plphp.studies.schedule.Schedule.parse`
         reads them; None where none leave inside prefill.
+    attention_retention : float
+        Share of the vision tokens that a layer gets among which its attention runs while it reads a prompt.
     computed : int
         Tokens x layers that reading a prompt computes.
     prefill_flops : int
@@ -112,6 +114,7 @@ class Estimate:
     book_bytes: int = 0
     encoder_retention: float = 1.0
     prefill: str | None = None
+    attention_retention: float = 1.0
     computed: int = 0
     prefill_flops: int = 0
     tower_flops: int | None = None
@@ -157,7 +160,8 @@ def estimate(
     read : float
         Share of the entries in few bits that a step reads, in (0, 1].
     schedule : Schedule, optional
-        What leaves before layers get it; by default nothing.
+        What leaves before layers get it, by default nothing, and what attends in them, by default all. What is kept of
+        the vision tokens in the end is ``retention``, or the ladder, of those that a layer gets, whatever attends.
     tower_flops : int, optional
         What the images take before the text model, see `plphp.studies.flops.tower_flops`.
 
@@ -204,8 +208,11 @@ def _with_prefill(
         figures,
         encoder_retention=schedule.encoder,
         prefill=schedule.text,
+        attention_retention=schedule.attention,
         computed=len(there) * workload.text_tokens + sum(there),
-        prefill_flops=cost.prefill_flops(workload.text_tokens, workload.vision_tokens, there),
+        prefill_flops=cost.prefill_flops(
+            workload.text_tokens, workload.vision_tokens, there, schedule.attending(there)
+        ),
     )
 
 

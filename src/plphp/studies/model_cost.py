@@ -15,6 +15,7 @@ from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.layer import layer_nbytes
 from plphp.errors import UnsupportedModelError
 from plphp.io.quoting import one_line
+from plphp.methods.zipvl import PROBE_ROWS
 from plphp.policy.allocation import kept_count
 
 from .flops import PassFlops, counted_layers
@@ -58,7 +59,7 @@ class LayerCost:
         """Bytes that it holds of so many tokens, all of them whole."""
         return self.state_bytes + self.entry_bytes * (tokens if self.window is None else min(tokens, self.window))
 
-    def flops(self, tokens: int, prompt: int) -> int:
+    def flops(self, tokens: int, prompt: int, attending: int | None = None) -> int:
         """Operations that reading the first tokens of a prompt takes at least.
 
         Parameters
@@ -67,7 +68,13 @@ class LayerCost:
             Tokens that the layer gets.
         prompt : int
             Tokens of the prompt.
+        attending : int, optional
+            Those of the tokens that a layer with full attention attends among; it finds them by the logits of probe
+            rows, as many as `plphp.methods.zipvl` has by default. All of them, without probe rows, where not given.
         """
+        if attending is not None and self.prunable:
+            probed = min(PROBE_ROWS, tokens) * tokens * self.pair_flops // 2  # of a pair, without the value
+            return tokens * self.token_flops + _causal_pairs(attending) * self.pair_flops + probed
         # A layer with a window counts as if its parts saw themselves alone, and as if what left were spread over all.
         parts = 1 if self.window is None else max(1, -(-prompt // self.window))
         each, more = divmod(tokens, parts)
@@ -142,7 +149,13 @@ class ModelCost:
         """Bytes that a decoding step reads at most of what `kv_bytes` counts."""
         return round(self._in_tiers(tokens - vision_tokens, self._there(vision_tokens, there), tiers)[1])
 
-    def prefill_flops(self, text_tokens: int, vision_tokens: int, there: Sequence[int] | None = None) -> int:
+    def prefill_flops(
+        self,
+        text_tokens: int,
+        vision_tokens: int,
+        there: Sequence[int] | None = None,
+        attending: Sequence[int] | None = None,
+    ) -> int:
         """Operations that the text model takes at least to read a prompt, up to its first new token.
 
         Parameters
@@ -151,10 +164,15 @@ class ModelCost:
             Tokens of the prompt.
         there : sequence of int, optional
             By layer, the vision tokens that it gets; all of them where that is not said.
+        attending : sequence of int, optional
+            By layer, those of them that attend in it, if it has full attention; all of them where that is not said.
         """
-        prompt = text_tokens + vision_tokens
-        by_layer = zip(self.layers, self._there(vision_tokens, there), strict=True)
-        return self.head_flops + sum(layer.flops(text_tokens + vision, prompt) for layer, vision in by_layer)
+        there = self._there(vision_tokens, there)
+        among = [None] * len(there) if attending is None else [text_tokens + vision for vision in attending]
+        return self.head_flops + sum(
+            layer.flops(text_tokens + vision, text_tokens + vision_tokens, own)
+            for layer, vision, own in zip(self.layers, there, among, strict=True)
+        )
 
     def book_bytes(self, tiers: TierCost) -> int:
         """Bytes of the codebooks that tiers need, for all sequences together."""

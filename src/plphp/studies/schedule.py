@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which share of the vision tokens each decoder layer gets, for an estimate."""
+"""Which share of the vision tokens each decoder layer gets and attends among, for an estimate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ from plphp.policy.allocation import kept_count
 
 @dataclass(frozen=True)
 class Schedule:
-    """What leaves a prompt before layers get it.
+    """What leaves a prompt before layers get it, and what attends in those that do.
 
     Parameters
     ----------
@@ -24,6 +24,9 @@ class Schedule:
         model; not rising.
     images : int
         Images of the prompt, all alike.
+    attention : float
+        Share of the vision tokens that a layer with full attention gets among which its attention runs while it reads
+        the prompt, in [0, 1]; it computes all that is no attention for all of them (`plphp.methods.zipvl`).
 
     Raises
     ------
@@ -34,9 +37,10 @@ class Schedule:
     encoder: float = 1.0
     prefill: Mapping[int, float] = field(default_factory=dict)
     images: int = 1
+    attention: float = 1.0
 
     def __post_init__(self) -> None:
-        for share in (self.encoder, *self.prefill.values()):
+        for share in (self.encoder, *self.prefill.values(), self.attention):
             if not 0 <= share <= 1:
                 raise ConfigError(f"A share of the vision tokens is between 0 and 1, got {share!r}.")
         if any(later > earlier for (_, earlier), (_, later) in pairwise(sorted(self.prefill.items()))):
@@ -48,7 +52,7 @@ class Schedule:
             )
 
     @classmethod
-    def parse(cls, prefill: str | None, encoder: float = 1.0, images: int = 1) -> Schedule:
+    def parse(cls, prefill: str | None, encoder: float = 1.0, images: int = 1, attention: float = 1.0) -> Schedule:
         """Read the shares inside prefill from a text of layers and shares, such as "2:0.5,16:0.25".
 
         Raises
@@ -69,7 +73,7 @@ class Schedule:
                     f"2:0.5,16:0.25, got {prefill!r}."
                 )
             shares[number] = rate
-        return cls(encoder, shares, images)
+        return cls(encoder, shares, images, attention)
 
     @property
     def text(self) -> str | None:
@@ -93,6 +97,10 @@ class Schedule:
             share = self.prefill.get(max((first for first in self.prefill if first <= layer), default=-1), 1.0)
             there.append(kept_count(share, came, min_kept=1 if share else 0))
         return there
+
+    def attending(self, there: Sequence[int]) -> list[int] | None:
+        """By decoder layer, those of the vision tokens that it gets among which it attends; None where all of them."""
+        return None if self.attention == 1 else [kept_count(self.attention, vision, min_kept=1) for vision in there]
 
     def _staying(self, tokens: int) -> int:
         """Of an image: at least a token, as the methods have it."""
