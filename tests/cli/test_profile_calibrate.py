@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from command_line import error, ok
+from command_line import error, ok, run
 from PIL import Image
 
 import tiny_hub
@@ -139,8 +139,18 @@ class TestCalibrate:
         answer = ("generate", "--model", folder, "--image", prompts.parent / "1.png", "--prompt", "a", "--json")
         report = json.loads(ok(*answer, "--max-new-tokens", 2, "--config-file", out))["report"]
         assert report["config"]["options"]["schedule"] == "1:0"
-        assert "Within the tolerance of 0 nats" in error(*ask, "--config", "g_search:tolerance=0")
         ok(*ask, "--method", "g_search")
+
+    def test_what_a_search_takes_is_said_before_it_begins(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
+        ask = ("calibrate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "a.toml")
+        in_vain = run(*ask, "--holdout", 0.5, "--config", "g_search:tolerance=0,groups=1")
+        assert (in_vain.exit_code, in_vain.stdout) == (2, "")
+        note, message = in_vain.stderr.splitlines()
+        assert note == (
+            "searching at 1 of 3 layers: each of 5 prompt(s) is answered once and read at most 6 times, with 16 tokens "
+            "of its answer"
+        )
+        assert "Within the tolerance of 0 nats" in message
 
     def test_settings_are_taken_over(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
         settings = "shared:target_retention=0.3,query_rows=text,exempt_layers=0"

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import plphp
 from invariants import generate, pruned
@@ -70,6 +73,53 @@ def test_a_schedule_is_the_least_within_the_tolerance(family: str) -> None:
         if share > 0:
             assert divergence(family, f"{done}{layer}:{share - 0.05:g}") > allowed - 1e-6
         done += f"{layer}:{share},"
+
+
+@pytest.mark.parametrize(
+    ("line", "first", "layers", "expected"),
+    [
+        ("g_search", 1, 17, list(range(1, 17))),
+        ("g_search", 2, 17, list(range(2, 17))),
+        ("g_search", 1, 33, list(range(1, 33, 2))),
+        ("g_search:groups=3", 1, 8, [1, 3, 5]),
+        ("g_search:groups=1", 1, 80, [1]),
+        ("g_search:groups=99", 1, 80, list(range(1, 80))),
+        ("g_search", 1, 1, []),
+    ],
+)
+def test_a_search_looks_at_the_first_layers_of_groups(line: str, first: int, layers: int, expected: list[int]) -> None:
+    config = PLPHPConfig.parse(line)
+    assert schedule_search.searched_layers(config, first, layers) == expected
+    if first == 1:
+        assert schedule_search.most_readings(config, layers) == 1 + 5 * len(expected)
+
+
+@given(st.integers(1, 60), st.integers(1, 90))
+def test_groups_are_of_equal_length(groups: int, layers: int) -> None:
+    begins = schedule_search.searched_layers(PLPHPConfig(method="g_search", options={"groups": groups}), 1, layers + 1)
+    lengths = [later - earlier for earlier, later in pairwise([*begins, layers + 1])]
+    assert len(lengths) == min(groups, layers)
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_search_in_groups_reads_as_often_as_it_says(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, read = tiny_model("llava"), prompts_of("llava"), []
+    divergence_of = schedule_search._divergence
+
+    def counting(model: Any, answers: Any, config: PLPHPConfig) -> float:
+        read.append(read_schedule(str(config.options["schedule"])))
+        return divergence_of(model, answers, config)
+
+    monkeypatch.setattr(schedule_search, "_divergence", counting)
+    tolerance = 0.6 * divergence("llava", "1:0.05")
+    config = search_schedule(model, prompts, PLPHPConfig.parse(f"g_search:tolerance={tolerance},groups={groups}"))
+    begins = schedule_search.searched_layers(config, 1, 3)
+    assert {max(schedule) for schedule in read} == set(begins)
+    assert 0 < len(read) < schedule_search.most_readings(config, 3)
+    assert set(read_schedule(str(config.options["schedule"]))) <= set(begins)
+    last = divergence("llava", str(config.options["schedule"]))
+    assert last <= tolerance + 1e-6  # the last group may spend all of it
 
 
 def test_calibrate_finds_a_schedule_for_a_method_that_takes_one() -> None:

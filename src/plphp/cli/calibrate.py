@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,6 +75,8 @@ def calibrate(
         used, held = split(read_prompts(prompts, allow_urls=allow_urls), holdout, seed)
         processor = processor_for_prompts(model, used, show)
     weights = weights_of(model, dtype, device, quiet=as_json)
+    if not as_json:
+        _note_on_search(settings, weights, len(used))
     calibrated, measured = _calibrated(weights, processor, used, held, settings, quiet=as_json)
     record = {
         **provenance(weights),
@@ -86,6 +89,21 @@ def calibrate(
         print_json({"file": str(out), "config": calibrated.to_dict(), "calibration": record, "measured": details})
     else:
         _show(calibrated, measured, out)
+
+
+def _note_on_search(settings: PLPHPConfig, weights: PreTrainedModel, prompts: int) -> None:
+    """Say on standard error what a search for a schedule takes, before it begins."""
+    from plphp.methods.registry import resolve
+    from plphp.studies.schedule_search import ANSWER, most_readings, searched_layers
+
+    if resolve(settings).with_schedule is None:
+        return
+    layers = weights.config.get_text_config().num_hidden_layers
+    print(
+        f"searching at {len(searched_layers(settings, 1, layers))} of {layers} layers: each of {prompts} prompt(s) is "
+        f"answered once and read at most {most_readings(settings, layers)} times, with {ANSWER} tokens of its answer",
+        file=sys.stderr,
+    )
 
 
 def _calibrated(

@@ -10,9 +10,12 @@ last and keeps, from each layer on, the least share that leaves the model's answ
 Default: no schedule; a search goes through shares in steps of 0.05 and holds the KL divergence of the next-token
 distribution from that of the full model, mean over the answers' tokens, within ``tolerance`` = 0.05 nats. Simplified:
 the paper keeps a score on a data set as it is, which needs right answers; here the full model's own answers are the
-measure. The paper's assumption, that the tokens that are needed do not grow in number from layer to layer, is what lets
-a greedy search do; it holds by definition, as what has left stays away. Positions stay as they were. Ours:
-``evidence=bank`` ranks by the query bank ``bank`` instead, see `plphp.methods._prefill`.
+measure. And the paper looks at every layer, where the search here takes ``groups`` = 16 groups of layers of equal
+length, those of a model with fewer layers one by one: tokens leave before the first layer of a group alone, so that a
+search reads each prompt at most 5 times a group, however deep the model is. The paper's assumption, that the tokens
+that are needed do not grow in number from layer to layer, is what lets a greedy search do; it holds by definition, as
+what has left stays away. Positions stay as they were. Ours: ``evidence=bank`` ranks by the query bank ``bank`` instead,
+see `plphp.methods._prefill`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from plphp.settings.options import Option, settings
 
 from . import _prefill
 
-OPTIONS = {"schedule": Option("", sets_rate=True), "tolerance": Option(0.05, low=0), **_prefill.OPTIONS}
+OPTIONS = {"schedule": Option("", sets_rate=True), "tolerance": Option(0.05, low=0), "groups": Option(16, low=1)}
+OPTIONS |= _prefill.OPTIONS
 FORM = 'layers with the shares that go on there, as in schedule="2:.7,4:.5"'
 
 

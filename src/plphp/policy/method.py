@@ -46,7 +46,7 @@ class Method:
     with_schedule : callable, optional
         ``(config, schedule) -> config``: the settings with the shares of the vision tokens that go on by decoder
         layers, for a method whose schedule is searched for (`plphp.studies.schedule_search`) within its option
-        ``tolerance``.
+        ``tolerance``, and in as many groups of layers as its option ``groups`` says, if it has that.
     tiers : str, optional
         The ladder of a config that names none, for a method that holds entries in few bits in any case. Default: such
         a config holds entries whole, or drops them.

@@ -5,6 +5,9 @@ The layers are gone through from the first to the last. At each the search looks
 tokens that may go on, with no further drop behind it, so that the model's answers stay as they are: the mean, over all
 tokens of all answers, of the KL divergence of the next-token distribution from the full model's. What may be lost by
 the i-th of n layers is i / n of the tolerance, so that the first layer does not spend all of it (ours).
+
+Where a method says so (``groups``, ours), that is done at the first layers of so many groups of layers of equal length
+alone: what a search takes grows with the groups, and not with the depth of the model.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ ANSWER = 16
 """Longest part of an answer that is compared, in tokens."""
 STEPS = 20
 """Shares are multiples of 1 / 20."""
+
+TRIES = STEPS.bit_length()
+"""Most schedules that are tried at a layer."""
 
 Schedule = Mapping[int, float]
 """By the layers before which tokens leave, the share of the vision tokens that goes on."""
@@ -70,7 +76,7 @@ def search_schedule(
         A supported vision-language model, in evaluation mode.
     prompts : iterable of mapping
         Inputs of ``generate`` with one row, without padding, each with an image or more. Each is answered once by the
-        full model, and read about four times for each decoder layer.
+        full model, and read as often as `most_readings` says at most.
     config : PLPHPConfig
         The method, with its tolerance. All further settings are taken over.
     progress : callable
@@ -100,16 +106,44 @@ def search_schedule(
     answers, first, layers = _answers(model, prompts, progress)
     tolerance = method.settings(config)["tolerance"]
     schedule: dict[int, float] = {}
-    for layer in range(first, layers):
+    begins = searched_layers(config, first, layers)
+    for number, layer in enumerate(begins, 1):
         progress(f"layer {layer} of {layers}")
-        allowed = tolerance * (layer - first + 1) / (layers - first)
-        schedule |= _least(model, answers, layer, schedule, with_schedule, allowed)
+        schedule |= _least(model, answers, layer, schedule, with_schedule, tolerance * number / len(begins))
     if not schedule:
         raise ConfigError(
             f"Within the tolerance of {tolerance:g} nats no vision token can leave: give a larger one, as in "
             f"{config.method}:tolerance={max(0.05, 2 * tolerance):g}."
         )
     return dataclasses.replace(with_schedule(schedule), calibrated_layers=layers)
+
+
+def searched_layers(config: PLPHPConfig, first: int, layers: int) -> list[int]:
+    """The layers that a search lets tokens leave before: the first of each group of layers.
+
+    Parameters
+    ----------
+    config : PLPHPConfig
+        Of a method that takes a schedule.
+    first, layers : int
+        The first layer that tokens can leave before, and the number of decoder layers.
+    """
+    number = layers - first
+    groups: int = min(number, resolve(config).settings(config).get("groups", number))
+    return [first + group * number // groups for group in range(groups)]
+
+
+def most_readings(config: PLPHPConfig, layers: int) -> int:
+    """How often a search reads each prompt at most, besides its answer by the full model.
+
+    Parameters
+    ----------
+    config : PLPHPConfig
+        Of a method that takes a schedule.
+    layers : int
+        Decoder layers of the model.
+    """
+    return 1 + TRIES * len(searched_layers(config, 1, layers))
 
 
 def _least(
