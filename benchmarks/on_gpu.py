@@ -5,9 +5,12 @@
 2. ``graphs``: steps that are replayed from a CUDA graph against eager ones of an equal cache.
 3. ``decode``, ``prefill``, ``capacity``: as in ``decode.py``, ``prefill.py`` and ``capacity.py``, on models of random
    weights: whole entries, ladders, and DynamicCache.
+4. ``stages``: a first token of the text model alone where vision tokens leave before it or inside prefill, or attention
+   runs among some of them, as in ``first_token.py``.
 
-Every part has a time to be done by. What fails is named with its error, and what was not reached by its name; results
-are written after every part. On a CPU it runs all but the graphs, to try the script: ``--shapes tiny``.
+Every part has a time to be done by, which is printed. What fails is named with its error, and what was not reached by
+its name; results are written after every part. On a CPU it runs all but the graphs, to try the script: ``--shapes
+tiny``.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 import capacity
 import codes
 import decode
+import first_token
 import measuring
 import prefill
 import torch
@@ -35,8 +39,9 @@ from rich.console import Console
 from rich.table import Table
 from shapes import TEXT_TOKENS, build_model, twin
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
+from plphp import PLPHPConfig, PrunedCache
 from plphp.engines.hf.attachment import Lease
 from plphp.engines.hf.cache_argument import passed
 from plphp.engines.hf.graph import TOLERANCE, GraphedDecoding
@@ -47,7 +52,7 @@ from plphp.studies.doctor import diagnose
 from plphp.studies.model_cost import model_cost
 
 RETENTION = [1.0, 0.4]
-SHARES = {"kernels": 0.1, "graphs": 0.15, "decode": 0.35, "prefill": 0.2, "capacity": 0.2}
+SHARES = {"kernels": 0.1, "graphs": 0.1, "decode": 0.3, "prefill": 0.15, "stages": 0.2, "capacity": 0.15}
 """Shares of the time of the parts; what a part leaves over goes to those behind it."""
 GRAPH_STEPS = 8
 """Steps that are compared; of the first replays the graph compares some itself."""
@@ -72,6 +77,7 @@ class Part:
         self.rows: list[dict[str, Any]] = []
         self.failed: dict[str, str] = {}
         self.not_reached: list[str] = []
+        self.seconds = seconds
         self._end = time.monotonic() + seconds
 
     def run(self, item: str, work: Callable[[], list[dict[str, Any]]]) -> None:
@@ -253,32 +259,55 @@ def prefilling(part: Part, args: argparse.Namespace, model: Model) -> None:
         with tempfile.TemporaryDirectory() as folder:
             bank = codes.random_bank(model.ours, Path(folder) / "bank.safetensors")
             made = prefill.variants(model.ours, inputs, is_vision, RETENTION[1:], ladders, bank)
-            works: dict[str, Callable[[], Any]] = {}
-            for name, make_cache in made.items():
-                used = model.stock if name == BASELINE else model.ours
-                work = partial(prefill.prefill, used, inputs, make_cache)
-                try:
-                    work()
-                except OutOfTimeError:
-                    raise
-                except Exception as error:
-                    part.failed[f"{model.shape}, {name}"] = _told(error)
-                else:
-                    works[name] = work
-            times = measuring.interleaved(works, model.stock.device, args.rounds, 1)
-            return [
-                {
-                    "shape": model.shape,
-                    "vision_tokens": args.vision_tokens,
-                    "variant": name,
-                    "seconds": times[name],
-                    "peak_bytes": measuring.peak_bytes(works[name], model.stock.device),
-                    "ratio": times[BASELINE] / times[name],
-                }
-                for name in works
-            ]
+            return _prefills(part, args, model, inputs, made)
 
     part.run(model.shape, measure)
+
+
+def stages(part: Part, args: argparse.Namespace, model: Model) -> None:
+    """A prefill of one prompt, without a vision tower, by methods of the stages before the KV cache, in turn."""
+    inputs, is_vision = prefill.make_inputs(model.stock, 1, args.vision_tokens)
+    made: dict[str, Callable[[], Cache]] = {
+        BASELINE: lambda: DynamicCache(config=model.stock.config.get_text_config()),
+    }
+    for name, line in first_token.lines(len(model.stock.get_decoder().layers), with_tower=False).items():
+        settings = PLPHPConfig.parse(line)
+        made[name] = partial(PrunedCache.for_inputs, model.ours, inputs, settings, vision_mask=is_vision)
+    part.run(model.shape, partial(_prefills, part, args, model, inputs, made))
+
+
+def _prefills(
+    part: Part,
+    args: argparse.Namespace,
+    model: Model,
+    inputs: dict[str, Tensor],
+    made: dict[str, Callable[[], Cache]],
+) -> list[dict[str, Any]]:
+    """Prefills into every cache that can be filled, in turn."""
+    works: dict[str, Callable[[], Any]] = {}
+    for name, make_cache in made.items():
+        used = model.stock if name == BASELINE else model.ours
+        work = partial(prefill.prefill, used, inputs, make_cache)
+        try:
+            work()
+        except OutOfTimeError:
+            raise
+        except Exception as error:
+            part.failed[f"{model.shape}, {name}"] = _told(error)
+        else:
+            works[name] = work
+    times = measuring.interleaved(works, model.stock.device, args.rounds, 1)
+    return [
+        {
+            "shape": model.shape,
+            "vision_tokens": args.vision_tokens,
+            "variant": name,
+            "seconds": times[name],
+            "peak_bytes": measuring.peak_bytes(works[name], model.stock.device),
+            "ratio": times[BASELINE] / times[name],
+        }
+        for name in works
+    ]
 
 
 def capacities(part: Part, args: argparse.Namespace, model: Model) -> None:
@@ -301,6 +330,7 @@ PARTS: dict[str, Callable[[Part, argparse.Namespace, Model], None]] = {
     "graphs": graphs,
     "decode": decoding,
     "prefill": prefilling,
+    "stages": stages,
     "capacity": capacities,
 }
 ONCE = ("kernels", "graphs")
@@ -354,6 +384,7 @@ def main() -> None:
         left = 60 * args.minutes - (time.monotonic() - started)
         ahead = sum(SHARES[own] / sum(job[0] == own for job in jobs) for own, _ in jobs[number:])
         part = Part(f"{name}, {shape}", left * SHARES[name] / sum(job[0] == name for job in jobs) / ahead)
+        console.print(f"{part.name}: {part.seconds:.0f} s of the {left:.0f} s that are left")
         if shape not in models:
             models[shape] = Model(shape, args)
         PARTS[name](part, args, models[shape])
