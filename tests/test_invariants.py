@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -51,8 +52,12 @@ ROWS = ([1], [2], [2, 0, 1])
 
 def config(method: str, **values: Any) -> PLPHPConfig:
     """A config whose thresholds the tiny models reach from both sides."""
-    options = OPTIONS.get(method, {})
-    return PLPHPConfig(method=method, attentive_threshold=0.6, indifferent_threshold=0.5, options=options, **values)
+    if method == "none":  # keeps everything, and takes no rate
+        values = {name: value for name, value in values.items() if name not in ("retention_rate", "target_retention")}
+    made = PLPHPConfig(method=method, options=OPTIONS.get(method, {}), **values)
+    if made.sorts_by_order or not plphp.available_methods()[method].uses_class_rule(made):
+        return made
+    return dataclasses.replace(made, attentive_threshold=0.6, indifferent_threshold=0.5)
 
 
 def full_attention_only(family: str) -> bool:

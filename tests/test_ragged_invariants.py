@@ -53,7 +53,13 @@ def test_a_compacted_cache_is_the_full_cache_with_evicted_entries_masked(family:
     rows = [row for layer in report.prompts[0].layers for row in layer.rows if row.vision_tokens]
     if several_heads(family):
         assert any(len(set(row.kept)) > 1 for row in rows)
-    _, equal = pruned(model, inputs, dataclasses.replace(ragged(method, retention_rate=0.3), heads="equal"))
+    _, equal = pruned(
+        model,
+        inputs,
+        dataclasses.replace(
+            ragged(method, retention_rate=0.3), heads="equal", head_safeguard=PLPHPConfig.head_safeguard
+        ),
+    )
     assert report.kv_bytes == equal.kv_bytes
 
 

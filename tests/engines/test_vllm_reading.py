@@ -108,7 +108,8 @@ def states(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pruning_of(**settings: Any) -> Pruning:
-    config = PLPHPConfig.from_dict({"method": "uniform", "retention_rate": 0.3, **settings})
+    rate = {} if "target_retention" in settings else {"retention_rate": 0.3}
+    config = PLPHPConfig.from_dict({"method": "uniform", **rate, **settings})
     return Pruning(Setup(chain_of(config, LAYERS), LAYERS, BLOCK))
 
 
@@ -156,7 +157,7 @@ LEFT = TOKENS - 3 * BLOCK
 
 
 @pytest.mark.parametrize("chunks", [[40], [16, 24], [5, 20, 14, 1]], ids=str)
-@pytest.mark.parametrize("settings", [{}, {"method": "plphp", "retention_rate": 0.3, "target_retention": 0.3}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"method": "plphp", "target_retention": 0.3}], ids=str)
 def test_what_is_kept_lies_behind_the_empty_blocks(chunks: list[int], settings: dict[str, Any]) -> None:
     pruning = pruning_of(**settings)
     caches, _ = run(pruning, request(), chunks, TABLE)

@@ -39,9 +39,10 @@ def configs(draw: st.DrawFn, longest: int = 2) -> PLPHPConfig:
     """Any valid config, with up to ``longest`` methods before its own."""
     tiers = draw(st.none() | st.sampled_from(["t10", "t7.5", "kivi4", "c3", "pr2=.2,pq", "pr2=.20, rvq=.24,pq=.32"]))
     target = draw(st.none() | st.floats(0, 1, exclude_min=True)) if tiers is None else None
-    rate = draw(fractions) if tiers is None else 0.4
+    rate = draw(fractions) if tiers is None and target is None else 0.4
     base = rate if target is None else target
     base = base if tiers is None else Ladder.parse(tiers).kept
+    read = draw(st.floats(0, 1, exclude_min=True)) if tiers else 1.0
     thresholds = sorted([draw(fractions), draw(fractions)]) if tiers is None else [0.1, 0.25]
     return PLPHPConfig(
         method=draw(st.sampled_from(["plphp", "random", "my-method"])),
@@ -58,8 +59,8 @@ def configs(draw: st.DrawFn, longest: int = 2) -> PLPHPConfig:
         score_pool=2 * draw(st.integers(0, 50)) + 1,
         min_kept=draw(st.integers(0, 1000)),
         tiers=tiers,
-        read=draw(st.floats(0, 1, exclude_min=True)) if tiers else 1.0,
-        rest=draw(st.booleans()) if tiers else True,
+        read=read,
+        rest=draw(st.booleans()) if read < 1 else True,
         books=draw(st.none() | st.sampled_from(["bundled", "a+b.safetensors", "a,b@c", "12", "none"]))
         if tiers
         else None,
@@ -76,6 +77,8 @@ def one_line(config: PLPHPConfig) -> str:
     method = values.pop("method")
     if config.tiers is not None:  # on a line even the default of a rate contradicts a ladder
         values = {name: value for name, value in values.items() if name not in KEPT_BY}
+    elif config.target_retention is not None:
+        del values["retention_rate"]
     values["exempt_layers"] = "+".join(map(str, values["exempt_layers"]))
     values.update(values.pop("options"))
     values.update({name: f'"{value}"' for name in ("tiers", "books") if (value := values[name]) is not None})
@@ -287,10 +290,17 @@ def test_a_target_of_nothing_is_refused_and_a_rate_of_nothing_is_not(target: flo
 
 
 def test_target_retention_takes_the_place_of_the_rate() -> None:
-    config = PLPHPConfig(retention_rate=0.4, target_retention=0.7)
-    assert (config.base_rate, PLPHPConfig(retention_rate=0.4).base_rate) == (0.7, 0.4)
-    # The retention_rate that is not in use does not have to leave room for delta.
-    assert PLPHPConfig(retention_rate=0.0, target_retention=0.5, retention_delta=0.4).delta == 0.4
+    assert (PLPHPConfig(target_retention=0.7).base_rate, PLPHPConfig(retention_rate=0.5).base_rate) == (0.7, 0.5)
+    with pytest.raises(ConfigError, match=r"retention_rate=0\.5 and target_retention=0\.3 both say how much is kept"):
+        PLPHPConfig(method="divprune", retention_rate=0.5, target_retention=0.3)
+    with pytest.raises(ConfigError, match=r"retention_rate=0\.4 and target_retention=0\.3 both say"):
+        PLPHPConfig.parse("divprune:keep=0.4,target_retention=0.3")  # on a line a default is given, too
+    assert PLPHPConfig.from_dict({"retention_rate": 0.4, "target_retention": 0.3}).base_rate == 0.3
+
+
+def test_what_stands_in_for_entries_needs_some_that_are_not_read() -> None:
+    with pytest.raises(ConfigError, match=r"rest=False is for entries that a step does not read, .* as in read=0\.2"):
+        PLPHPConfig(method="uniform", tiers="t10", rest=False)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def staying(image: ImageTokens, config: PLPHPConfig) -> int:
 
 def check(config: PLPHPConfig, layers: int) -> None:
     """Refuse settings of layers, heads and queries, which have no meaning before the text model."""
+    refuse_unused(config, ("image_quota",), "works on each image by itself in any case")
     of_scores = ("exempt_layers", "query_rows", "gqa_reduction", "score_pool")
     reason = "lets tokens leave before the text model, where there are no layers, heads and queries"
     refuse_unused(config, (*of_scores, *OF_HEADS), reason)

@@ -67,6 +67,9 @@ def check(config: PLPHPConfig, layers: int) -> None:
                 f"{config.method} asks with a query bank where its evidence is that: add evidence=bank, or leave out "
                 f"bank={options['bank']}."
             )
+        refuse_unused(
+            config, ("gqa_reduction",), "ranks by the mean over all heads, unless a bank asks (evidence=bank)"
+        )
         return
     if not options["bank"]:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from plphp.errors import ConfigError
 from plphp.policy.evidence import Evidence, LayerScores
 from plphp.policy.rankers import per_head
 from plphp.settings.config import PLPHPConfig
@@ -18,6 +19,15 @@ OPTIONS = {
     "kernel": Option(5, low=1, odd=True),
     "pool": Option("avg", choices=("avg", "max")),
 }
+
+
+def check(config: PLPHPConfig, layers: int) -> None:
+    """Raise `ConfigError` for two ways to say which rows ask."""
+    if config.query_rows is not None and "window" in config.options:
+        raise ConfigError(
+            f"{config.method} takes its option window or query_rows, which says it in its place, not both, got "
+            f"window={config.options['window']} and query_rows={config.query_rows!r}: leave one of them out."
+        )
 
 
 def window_evidence(config: PLPHPConfig) -> Evidence:

@@ -20,7 +20,7 @@ import dataclasses
 
 from plphp.policy.method import Method
 
-from ._window import OPTIONS
+from ._window import OPTIONS, check
 from .snapkv import KV
 
 METHOD = Method(
@@ -29,4 +29,5 @@ METHOD = Method(
     paper="arXiv:2407.11550",
     kv=dataclasses.replace(KV, heads="ragged"),
     options=OPTIONS,
+    check=check,
 )

@@ -35,6 +35,7 @@ from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
 from ._protected import above_all, sinks
+from ._unused import refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,4 +112,5 @@ METHOD = Method(
         evidence=lambda config: Evidence(value_norm=True, states="prompt", rotation=True),
     ),
     options=OPTIONS,
+    check=refusing(("query_rows",), "asks with the distribution of all queries of the prompt"),
 )

@@ -35,6 +35,7 @@ from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
+from . import _window
 from ._window import OPTIONS as WINDOW_OPTIONS
 from ._window import by_window
 
@@ -120,6 +121,7 @@ def check(config: PLPHPConfig, layers: int) -> None:
     if options["host"] == "window":
         if options["bank"]:
             raise ConfigError("mixkv asks with a query bank where its host is that: add host=bank, or leave bank out.")
+        _window.check(config, layers)
         return
     if not options["bank"]:
         raise ConfigError(

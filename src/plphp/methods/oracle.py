@@ -18,6 +18,7 @@ from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import settings
 
 from . import _best
+from ._unused import refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,5 +48,6 @@ METHOD = Method(
         needs_answer=True,
     ),
     options=OPTIONS,
+    check=refusing(("query_rows",), "asks with the queries of the answer"),
     when="as the ceiling, in plphp.branch and plphp eval",
 )

@@ -11,7 +11,8 @@ from plphp.policy.method import Method
 from plphp.policy.stages import EncoderStage
 from plphp.settings.config import PLPHPConfig
 
-from ._encoder import check
+from . import _encoder
+from ._unused import refuse_unused
 
 
 def choose(image: ImageTokens, config: PLPHPConfig) -> Chosen:
@@ -26,6 +27,12 @@ def choose(image: ImageTokens, config: PLPHPConfig) -> Chosen:
     share = max(config.base_rate, 1 / (rows * columns))
     parts = [pool(frame, (rows, columns), share) for frame in image.features.chunk(frames)]
     return Chosen(torch.cat([stay for stay, _ in parts]), torch.cat([features for _, features in parts]))
+
+
+def check(config: PLPHPConfig, layers: int) -> None:
+    """Refuse also a least number of tokens: they are as many as cells."""
+    _encoder.check(config, layers)
+    refuse_unused(config, ("min_kept",), "keeps a token of each cell, and cells are as large as the rate says")
 
 
 METHOD = Method(

@@ -15,7 +15,7 @@ from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
 from ._window import OPTIONS as WINDOW_OPTIONS
-from ._window import by_window, window_evidence
+from ._window import by_window, check, window_evidence
 
 OPTIONS = {**WINDOW_OPTIONS, "beta": Option(20.0, low=1)}
 
@@ -42,4 +42,5 @@ METHOD = Method(
         evidence=window_evidence,
     ),
     options=OPTIONS,
+    check=check,
 )

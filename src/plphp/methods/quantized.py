@@ -19,6 +19,8 @@ from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.ladder import WHOLE
 
+from ._unused import refuse_ranking, refuse_unused
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,6 +33,9 @@ def score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
 
 def check(config: PLPHPConfig, layers: int) -> None:
     """One rung of few bits takes everything: with several, constant scores would deal entries out by their position."""
+    reason = "holds every vision entry alike, so that none are ranked"
+    refuse_unused(config, ("query_rows",), reason)
+    refuse_ranking(config, reason)
     if config.ladder is None or len(config.ladder.names) > 1 or config.ladder.kept < 1:
         raise ConfigError(
             f"The method 'quantized' holds every vision entry in one rung, got tiers={config.tiers}: name one, such as "

@@ -20,6 +20,7 @@ from plphp.settings.ladder import quoting_hint
 from plphp.settings.options import check_options
 
 from ._tiers import check_books, refuse_tiers
+from ._unused import refuse_idle
 
 METHODS_BY_NAME = Plugins(Method, methods, "METHOD", "plphp.methods", helpers=("registry",))
 
@@ -74,8 +75,8 @@ def resolve(config: PLPHPConfig) -> Method:
     ------
     ConfigError
         If there is none of that name, the config's options are not those of the method, or it asks for ragged heads
-        where the scores of the method say nothing of heads, for a quota of each image where text competes, or for
-        tiers that there are not or that the method cannot fill.
+        where the scores of the method say nothing of heads, for a quota of each image where text competes, for tiers
+        that there are not or that the method cannot fill, or has settings of classes or heads that nothing looks at.
     """
     method = get_method(config.method)
     check_options(method.name, method.options, config.options, SETTINGS)
@@ -89,7 +90,9 @@ def resolve(config: PLPHPConfig) -> Method:
             f"The method {method.name!r} ranks text and images together, and text has no image whose quota it could "
             "count for: leave out image_quota='per_image', or take a method that keeps all text."
         )
-    refuse_tiers(method, method.settled(config))
+    settled = method.settled(config)
+    refuse_tiers(method, settled)
+    refuse_idle(method, settled)
     return method
 
 

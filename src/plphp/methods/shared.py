@@ -6,6 +6,8 @@ from plphp.policy.method import Method
 from plphp.policy.rankers import shared_by_heads
 from plphp.policy.stages import KVStage
 
+from ._unused import refusing
+
 METHOD = Method(
     name="shared",
     summary="layers that attend more to the image keep more of it, all heads keep the same tokens",
@@ -17,5 +19,6 @@ METHOD = Method(
         at_most=by_vision_attention,
         heads_compare=False,
     ),
+    check=refusing(("gqa_reduction",), "ranks by the mean over all query heads"),
     when="as plphp's ablation without the head level",
 )

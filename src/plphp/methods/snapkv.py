@@ -20,7 +20,7 @@ from plphp.policy.method import Method
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 
-from ._window import OPTIONS, by_window, window_evidence
+from ._window import OPTIONS, by_window, check, window_evidence
 
 
 def evidence(config: PLPHPConfig) -> Evidence:
@@ -36,4 +36,5 @@ METHOD = Method(
     paper="arXiv:2404.14469",
     kv=KV,
     options=OPTIONS,
+    check=check,
 )

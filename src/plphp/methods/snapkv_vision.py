@@ -9,7 +9,7 @@ from plphp.policy.allocation import uniform
 from plphp.policy.method import Method
 from plphp.policy.stages import KVStage
 
-from ._window import OPTIONS, by_window, window_evidence
+from ._window import OPTIONS, by_window, check, window_evidence
 
 METHOD = Method(
     name="snapkv_vision",
@@ -21,4 +21,5 @@ METHOD = Method(
         evidence=window_evidence,
     ),
     options=OPTIONS,
+    check=check,
 )

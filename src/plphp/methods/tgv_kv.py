@@ -29,6 +29,7 @@ from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 
 from ._protected import above_all, last_token, sinks
+from ._unused import refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,4 +70,5 @@ METHOD = Method(
         all_layers=lambda config: True,
         heads_compare=False,
     ),
+    check=refusing(("gqa_reduction",), "ranks by the mean over all query heads"),
 )

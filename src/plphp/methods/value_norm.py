@@ -10,6 +10,8 @@ from plphp.policy.method import Method
 from plphp.policy.rankers import by_value_norm
 from plphp.policy.stages import KVStage
 
+from ._unused import refusing
+
 METHOD = Method(
     name="value_norm",
     summary="the vision tokens with the largest values, without a look at attention",
@@ -19,4 +21,5 @@ METHOD = Method(
         score=by_value_norm,
         evidence=lambda config: Evidence(value_norm=True),
     ),
+    check=refusing(("query_rows", "gqa_reduction"), "ranks by the values, whatever any query attends to"),
 )

@@ -20,7 +20,7 @@ from plphp.policy.stages import PrefillStage
 from plphp.settings.config import PLPHPConfig
 
 from ._prefill import refuse_settings
-from ._unused import refuse_unused
+from ._unused import OF_RANKING, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +41,7 @@ def nothing_stays(scores: LayerScores, rates: Sequence[float], config: PLPHPConf
 def check(config: PLPHPConfig, layers: int) -> None:
     """Refuse settings of heads and layers, and those by which vision tokens would be ranked: all of them leave."""
     refuse_settings(config)
-    of_ranking = ("query_rows", "gqa_reduction", "score_pool", "image_quota", "min_kept")
-    refuse_unused(config, of_ranking, "lets all vision tokens leave, so that none are ranked")
+    refuse_unused(config, ("query_rows", *OF_RANKING), "lets all vision tokens leave, so that none are ranked")
 
 
 METHOD = Method(

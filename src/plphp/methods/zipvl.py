@@ -46,6 +46,8 @@ from plphp.settings.config import PLPHPConfig
 from plphp.settings.ladder import PLAIN_RUNGS, WHOLE
 from plphp.settings.options import Option, settings
 
+from ._unused import refuse_unused
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -201,6 +203,9 @@ def check(config: PLPHPConfig, layers: int) -> None:
             f"zipvl holds important tokens whole, got tiers={config.tiers}: name the rung of the others, as in "
             "zipvl:unimportant=kivi2, or give tiers to zipvl:attention=dense."
         )
+    refuse_unused(
+        config, ("gqa_reduction",), "ranks by the mean over all heads, unless each keeps its own (attention=dense)"
+    )
     if config.heads == "ragged":
         raise ConfigError(
             "zipvl chooses the same tokens for all heads of a layer, which attend together: leave out heads=ragged, or "

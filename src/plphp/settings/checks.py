@@ -103,6 +103,10 @@ def check_tiers(tiers: object, read: object, rest: object, books: object, budget
             )
         if set(Ladder.parse(tiers).names) == {WHOLE}:
             raise ConfigError(f"{name}={value} is for entries in few bits, and tiers={tiers} has none: leave it out.")
+    if not rest and read == 1:
+        raise ConfigError(
+            "rest=False is for entries that a step does not read, and it reads all: give read, as in read=0.2."
+        )
 
 
 def check_kept_once(ladder: str, given: Mapping[str, Any]) -> None:
@@ -121,6 +125,25 @@ def check_kept_once(ladder: str, given: Mapping[str, Any]) -> None:
                 f"{ladder} says how much is kept, and so does {name}={given[name]}: leave {name} out, and choose "
                 "another ladder or other shares to keep more or less."
             )
+
+
+def check_rates(tiers: str | None, given: Mapping[str, Any]) -> None:
+    """Raise where two settings of a config say how much is kept.
+
+    Parameters
+    ----------
+    tiers : str, optional
+        The ladder that the config names.
+    given : mapping of str to object
+        The settings that a user has given, None for what is left open; those of `KEPT_BY` count.
+    """
+    if tiers is not None:
+        check_kept_once(f"tiers={tiers}", given)
+    rate, target = given.get("retention_rate"), given.get("target_retention")
+    if rate is not None and target is not None:
+        raise ConfigError(
+            f"retention_rate={rate} and target_retention={target} both say how much is kept: leave one of them out."
+        )
 
 
 def table_of(path: str | Path, beside: Collection[str]) -> dict[str, Any]:

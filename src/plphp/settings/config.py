@@ -18,7 +18,7 @@ from .checks import (
     check_classes,
     check_fraction,
     check_int,
-    check_kept_once,
+    check_rates,
     check_room,
     check_tiers,
     layer_numbers,
@@ -62,9 +62,10 @@ class PLPHPConfig(HubSettings):
         Vision attention score below which a layer is vision-indifferent (the paper's beta), in [0, 1].
     target_retention : float, optional
         Mean retention rate over the layers of each prompt, exempt ones aside, in (0, 1]. It takes the place of
-        ``retention_rate``, and quantiles of the prompt's own vision attention scores take the place of both
-        thresholds: the ``class_quantile`` of layers with the highest score are attentive, as many with the
-        lowest are indifferent. Until the last layer has been scored, each keeps what it may still be allowed to.
+        ``retention_rate``, which is refused beside it, and quantiles of the prompt's own vision attention scores take
+        the place of both thresholds, too: the ``class_quantile`` of layers with the highest score are attentive, as
+        many with the lowest are indifferent. Until the last layer has been scored, each keeps what it may still be
+        allowed to.
     class_quantile : float
         See ``target_retention``; in (0, 0.5].
     exempt_layers : tuple of int
@@ -94,7 +95,8 @@ class PLPHPConfig(HubSettings):
     read : float
         Share of the entries in few bits that a decoding step reads, in (0, 1]; each step and KV head has its own.
     rest : bool
-        Whether the entries that a step does not read stand in by what their codes say of them, all of a head together.
+        Whether the entries that a step does not read stand in by what their codes say of them, all of a head together;
+        false goes with a ``read`` below 1 alone.
     books : str, optional
         File, folder or hub id of a query bank, or ``"bundled"``, whose codebooks the product codes of ``tiers`` use.
         Default: those of the bank that the method asks.
@@ -187,11 +189,9 @@ class PLPHPConfig(HubSettings):
                 "min_kept=0."
             )
         check_tiers(self.tiers, self.read, self.rest, self.books, self.vision_budget)
+        check_rates(self.tiers, self.given_rates)
         which = "retention_rate" if self.target_retention is None else "target_retention"
-        if self.tiers is not None:
-            check_kept_once(f"tiers={self.tiers}", self.given_rates)
-            which = "the rate of tiers"
-        check_room(which, self.base_rate, self.delta)
+        check_room(which if self.tiers is None else "the rate of tiers", self.base_rate, self.delta)
 
     @property
     def ladder(self) -> Ladder | None:
@@ -292,8 +292,7 @@ class PLPHPConfig(HubSettings):
     def _of_part(cls, method: str, values: dict[str, Any]) -> PLPHPConfig:
         settings = {key: value for key, value in values.items() if key in SETTINGS}
         options = {key: value for key, value in values.items() if key not in SETTINGS}
-        if settings.get("tiers") is not None:  # on a line a default was given, too, where it is written out
-            check_kept_once(f"tiers={settings['tiers']}", settings)
+        check_rates(settings.get("tiers"), settings)  # on a line a default was given, too, where it is written out
         return cls(method=method, **settings, options=options)
 
 

@@ -131,9 +131,10 @@ def calibrate(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], conf
 def _with_thresholds(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], config: PLPHPConfig) -> PLPHPConfig:
     """The config with thresholds in the place of its target."""
     # Rate 1 evicts nothing, and the method still scores the layers.
-    observe = dataclasses.replace(
-        config, retention_rate=1.0, retention_delta=None, target_retention=None, calibrated_layers=None
+    by_thresholds = dataclasses.replace(
+        config, retention_rate=1.0, target_retention=None, class_quantile=PLPHPConfig.class_quantile
     )
+    observe = dataclasses.replace(by_thresholds, retention_delta=None, calibrated_layers=None)
     scores: list[float] = []
     layers = 0
     for inputs in prompts:
@@ -150,10 +151,9 @@ def _with_thresholds(model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]
     low = (ordered[max(share - 1, 0)] + ordered[share]) / 2 if share else ordered[0]
     high = (ordered[-share - 1] + ordered[-share]) / 2 if share else ordered[-1] + 1e-6
     return dataclasses.replace(
-        config,
+        by_thresholds,
         retention_rate=config.base_rate,
         retention_delta=config.delta,
-        target_retention=None,
         indifferent_threshold=min(1.0, max(0.0, low.item())),
         attentive_threshold=min(1.0, max(0.0, high.item())),
         calibrated_layers=layers,

@@ -129,7 +129,8 @@ def settings_of(name: str, tmp_path: Path) -> PLPHPConfig:
     if name == "query_bank":
         bank("llava").save(tmp_path / "bank.safetensors")
         given["options"] = {"bank": str(tmp_path / "bank.safetensors"), "random_share": 0.25}
-    return PLPHPConfig(**{"retention_rate": 0.5, "score_pool": 1, **given})
+    takes_a_rate = name != "none" and "target_retention" not in given
+    return PLPHPConfig(**{**({"retention_rate": 0.5} if takes_a_rate else {}), **given})
 
 
 @pytest.mark.parametrize("method", METHODS)

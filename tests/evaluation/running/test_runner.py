@@ -180,7 +180,7 @@ def test_prompts_without_answers(tmp_path: Path) -> None:
     )
     metrics = evaluate(settings, tmp_path / "out")
     variants = metrics["groups"]["prompts"]["variants"]
-    assert variants["none@0.5"] == {"kept": 1, "read": 1, "agreement": 1, "kl": 0}
+    assert variants["none"] == {"kept": 1, "read": 1, "agreement": 1, "kl": 0}
     assert variants["zero"]["kl"] > 0
     assert "score" not in variants["zero"]
 

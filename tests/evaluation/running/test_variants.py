@@ -156,3 +156,18 @@ def test_a_share_is_the_budget_of_each_conversation() -> None:
 def test_a_share_of_nothing_is_refused(rates: list[float]) -> None:
     with pytest.raises(ConfigError, match="Give the shares of the budget above 0"):
         make_variants(["query_bank:bank=bundled,vision_budget=share"], rates)
+
+
+def test_a_method_that_keeps_everything_takes_no_part_in_retentions() -> None:
+    full, none = make_variants(["none"], [0.5, 0.25])
+    assert (full.name, none.name, none.retention) == ("full", "none", None)
+    with pytest.raises(ConfigError, match="says itself how much it keeps"):
+        make_variants(["none@0.5"], [])
+
+
+def test_what_goes_with_a_target_is_taken_where_a_retention_is_one() -> None:
+    _, half, nothing = make_variants(["plphp:class_quantile=0.5"], [0.5, 0.0])
+    assert (half.config.class_quantile, half.config.target_retention) == (0.5, 0.5)
+    assert (nothing.config.base_rate, nothing.config.min_kept) == (0, 0)  # of nothing no layer has more than another
+    with pytest.raises(ConfigError, match=r"uniform sorts no layers into classes .* leave out class_quantile"):
+        make_variants(["uniform:class_quantile=0.5"], [0.5])

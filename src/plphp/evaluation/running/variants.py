@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from plphp.errors import ConfigError, did_you_mean
 from plphp.evaluation.settings import FULL
 from plphp.methods.registry import available_methods, chain_of, get_method
+from plphp.policy.allocation import keep_all
+from plphp.policy.method import Method
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.grammar import Line, keys_of, read_chain, read_line, split_lines
 from plphp.settings.ladder import quoting_hint
@@ -152,7 +154,8 @@ def _rates(values: Sequence[object]) -> list[float]:
 def with_retention(config: PLPHPConfig, retention: float) -> PLPHPConfig:
     """Ask a method for a retention: as the target of its layer classes where it sorts layers, else as its rate."""
     if retention == 0:  # of nothing no layer can have more than another
-        return dataclasses.replace(config, retention_rate=0.0, target_retention=None, min_kept=0)
+        by_rate = dataclasses.replace(config, target_retention=None, class_quantile=PLPHPConfig.class_quantile)
+        return dataclasses.replace(by_rate, retention_rate=0.0, min_kept=0)
     if get_method(config.method).uses_class_rule(config):
         return dataclasses.replace(config, target_retention=retention)
     return dataclasses.replace(config, retention_rate=retention)
@@ -171,14 +174,22 @@ def _spelled_out(line: Line, retention: list[float]) -> list[Variant]:
     if settings.get(BUDGET) == SHARE:
         return _with_shares(line, retention)
     config = PLPHPConfig.parse(line.chain)
-    chain_of(config)  # names, options and stages; what depends on the model's layers comes when it is there
     method = get_method(config.method)
     fixed_by = {*FIXED_BY, *(name for name, option in method.options.items() if option.sets_rate)}
-    if keys_of(line.chain) & fixed_by or method.tiers is not None:
+    if keys_of(line.chain) & fixed_by or method.tiers is not None or _keeps_all(method):
+        chain_of(config)  # names, options and stages; what depends on the model's layers comes when it is there
         return [Variant(line.label, None, method.settled(config))]
     if not retention:
         raise ConfigError(f"Give at least one retention for the method {line.label!r}, or settings that fix it.")
-    return [Variant(line.label, rate, with_retention(config, rate)) for rate in retention]
+    variants = [Variant(line.label, rate, with_retention(config, rate)) for rate in retention]
+    for variant in variants:
+        chain_of(variant.config)  # as above
+    return variants
+
+
+def _keeps_all(method: Method) -> bool:
+    """Whether a method of the KV cache evicts nothing, whatever the rate."""
+    return method.kv is not None and method.kv.allocate is keep_all
 
 
 def _with_shares(line: Line, shares: list[float]) -> list[Variant]:
