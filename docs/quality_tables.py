@@ -55,6 +55,7 @@ python benchmarks/quality.py tiers         # few bits in the place of eviction, 
 python benchmarks/quality.py bits          # every entry in one rung, test split
 python benchmarks/quality.py early --samples 80   # what leaves before and inside the text model, test split
 python benchmarks/quality.py chains --samples 125 # half of the tokens, then a quarter of the KV, test split
+python benchmarks/quality.py memory --samples 20  # rules by which images fade under a budget, test split
 python docs/make_quality.py
 ```
 

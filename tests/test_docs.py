@@ -432,6 +432,30 @@ def test_findings_on_leaving_early_have_the_figures_of_the_results() -> None:
     assert said("and {} points below it where answers are about several regions (by cosine: {})", *below)
 
 
+def test_findings_on_conversations_have_the_figures_of_the_results() -> None:
+    page, results = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8"), figures("memory")
+    section = " ".join(page.split("## Conversations under a budget")[1].split("\n## ")[0].split())
+
+    def score(task: str, name: str) -> float:
+        return 100 * results["tasks"][task]["variants"][name]["score"]["mean"]
+
+    def behind(name: str) -> float:
+        return -100 * results["overall"]["variants"][name]["vs_baseline"]["mean"]
+
+    assert f"{results['settings']['samples']} conversations a task" in section
+    old = [score("old_image", name) for name in ("oldest@0.1", "ranked@0.1", "full")]
+    said = "a tenth of the bytes {:.0f} % of these answers are right when the oldest leave first, and {:.0f} % when"
+    assert said.format(*old) in section
+    assert f"with the full cache {old[2]:.0f} %" in section
+    lost = [score("newest_image", "full") - score("newest_image", f"ranked@{share}") for share in ("0.1", "0.05")]
+    assert lost[0] == 0
+    assert f"nothing at a tenth of the bytes, and {lost[1]:.0f} points at a twentieth" in section
+    assert [round(behind(f"equal@{share}"), 1) for share in ("0.1", "0.05")] == [0.0, 0.0]
+    assert f"level at a tenth and a twentieth, {behind('equal@0.25'):.1f} points below at a quarter" in section
+    alone = [f"{behind(f'no budget@{share}'):.1f}" for share in ("0.1", "0.05")]
+    assert f"{alone[0]} points below at a tenth and {alone[1]} at a twentieth" in section
+
+
 def test_guarantees_page_has_the_figures_of_the_results() -> None:
     page, results = (ROOT / "docs" / "guarantees.md").read_text(), figures("exactness_cpu")["results"]
     for line, name in (

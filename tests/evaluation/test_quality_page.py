@@ -60,21 +60,32 @@ def test_conversations_under_a_budget_are_split_by_what_is_asked_about(tables: A
     def figures(mean: float, **more: Any) -> dict[str, Any]:
         return {"score": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}, "kept": 0.0999, **more}
 
-    names = {"full": None, "ranked@0.1": 0.1, "oldest@0.1": 0.1}
+    names = {"full": None, "ranked@0.1": 0.1, "oldest@0.1": 0.1, "newest@0.1": 0.1, "equal@0.1": 0.1}
     variants = [{"name": name, "label": name.partition("@")[0], "retention": rate} for name, rate in names.items()]
-    scores = {"newest_image": (0.9, 0.9, 0.8), "old_image": (0.8, 0.7, 0.2), "two_images": (0.7, 0.6, 0.1)}
+    scores = {
+        "newest_image": (0.9, 0.9, 0.8, 0.95, 0.9),
+        "old_image": (0.8, 0.7, 0.2, 0.1, 0.6),
+        "two_images": (0.7, 0.6, 0.1, 0.1, 0.6),
+    }
     tasks = {
         task: {"variants": {name: figures(score) for name, score in zip(names, own, strict=True)}}
         for task, own in scores.items()
     }
     lost = {"vs_baseline": {"mean": -0.4, "low": -0.5, "high": -0.3}}
-    overall = {"variants": {name: figures(0.5, **lost) for name in names}}
+    means = zip(names, (0.8, 0.75, 0.4, 0.38, 0.7), strict=True)
+    overall = {"variants": {name: figures(mean, **lost) for name, mean in means}}
     results = {**ABOUT, "variants": variants, "tasks": tasks, "overall": overall, "baseline": "ranked"}
     page = tables.memory_section(results)
     assert "| | held % | the newest image | an old image | two images | mean difference |" in page
     own = "80.0 (70.0, 90.0) | 20.0 (10.0, 30.0) | 10.0 (0.0, 20.0) | -40.0 (-50.0, -30.0) |"
     assert f"| oldest, 10 % | 10.0 | {own}" in page
-    assert page.count("-40.0") == 2  # the baseline is not compared with itself
+    assert page.count("-40.0") == 4  # the baseline is not compared with itself
+    reached = " ".join(page.split("\n\n")[-1].split())
+    assert "from the best of the others: +5.0 at 10 %: met." in reached
+    assert "Old images at 10 % at least 20 points above `oldest`: +50.0, met." in reached
+    assert "at most 5 points below `newest`: -5.0 at 10 %, met." in reached
+    overall["variants"]["equal@0.1"]["score"]["mean"] = 0.75
+    assert "+0.0 at 10 %: **missed**" in " ".join(tables.memory_section(results).split())
 
 
 def compared(rates: Iterable[float]) -> dict[str, Any]:
