@@ -21,8 +21,8 @@ def memory_section(results: Mapping[str, Any]) -> str:
         f"{settings['samples']}`), by the rules of fading under a `vision_budget`: {settings['samples']} a column, "
         f"split `{settings['split']}`, {results['date']}. A budget is a share of what the full cache holds after the "
         "last turn; *held* is the most that is held after any turn. `no budget` is the method alone, which evicts from "
-        f"each image as it comes. Scores in per cent, differences from `{results['baseline']}` at the same share in points; "
-        "paired 95 % intervals.",
+        f"each image as it comes. Scores in per cent, differences from `{results['baseline']}` at the same share in "
+        "points; paired 95 % intervals.",
         118,
     )
     lines = [f"| | held % | {' | '.join(ASKED.values())} | mean difference |", f"|---|---|{'---|' * len(ASKED)}---|"]

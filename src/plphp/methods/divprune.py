@@ -34,5 +34,5 @@ METHOD = Method(
     encoder=EncoderStage(choose),
     options=OPTIONS,
     check=check,
-    when="to halve prefill, before a method of the KV cache; with distance=euclidean where answers are about several regions",
+    when="to halve prefill, before a method of the KV cache; by distance=euclidean where answers are about regions",
 )
