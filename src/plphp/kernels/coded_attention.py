@@ -39,6 +39,11 @@ def counting_reads() -> Iterator[list[Tensor]]:
         _counts.reset(token)
 
 
+def counts_reads() -> bool:
+    """Whether reads are being counted, which the reference alone does."""
+    return _counts.get() is not None
+
+
 def attend_codes(
     query: Tensor, coded: CodedKV, scaling: float, more: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +78,7 @@ def attend_codes(
     lse : Tensor
         Log-sum-exp of the logits, float32 or float64 [batch, q_heads, query]; -inf where a row holds nothing.
     """
-    if _counts.get() is None:
+    if not counts_reads():
         values = query[:1, :1, :1, :1].expand(1, 1, 1, coded.value_dim)  # of this width, and of no memory
         reason = unsupported_by_triton(query, coded)
         if choice.usable("attend_codes", "Triton", reason, triton_trial, query, values):

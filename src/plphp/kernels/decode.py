@@ -14,6 +14,7 @@ from . import _decode_cpp, choice
 from ._decode_torch import attend as _by_torch
 from ._decode_torch import attend_parts
 from .coded import CodedKV
+from .decoded_prefix import with_decoded
 from .packed import PackedKV
 from .precision import as_written
 from .prompt_attention import attend_prompts
@@ -78,7 +79,7 @@ def decode_attention(
 
     Nothing is concatenated or padded: the logits of both parts share one softmax. On a CUDA device a Triton kernel does
     it, where it can (`unsupported_by_triton`) and does it right (`triton_trial`); on a CPU a C++ kernel, which is built
-    when it is first used, does short queries, and torch's fused kernel the rest.
+    when it is first used, does short queries, and torch's fused kernel the rest, for which codes are decoded once.
 
     Parameters
     ----------
@@ -102,6 +103,8 @@ def decode_attention(
     Tensor
         [batch, query, q_heads, dim], contiguous, in the dtype of ``query``.
     """
+    if coded:
+        prefix, coded = with_decoded(query, prefix, coded)
     if coded:
         result = _with_lse(query, prefix, tail_keys, tail_values, mask, scaling)
         for block in coded:
