@@ -360,14 +360,12 @@ def test_what_cannot_be_restored_is_refused(folder: Path) -> None:
     cache = plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig.parse("none:vision_budget=1GB"))
     answer(model, cache, inputs)
     before = copy.deepcopy(cache)
-    with pytest.raises(plphp.HistoryError, match="features of another image"):
+    with pytest.raises(plphp.HistoryError, match="not among the 1 whose features"):
         cache.restore(0, **pixels(tiny, inputs, 1))
     own = pixels(tiny, inputs, 0)
-    with pytest.raises(plphp.HistoryError, match="in another dtype"):
+    with pytest.raises(plphp.HistoryError, match="another dtype"):
         cache.restore(0, pixel_values=own["pixel_values"].to(torch.bfloat16))
-    with pytest.raises(plphp.ConfigError, match=r"one image.*those of 2"):
-        cache.restore(0, pixel_values=inputs["pixel_values"])
-    with pytest.raises(plphp.ConfigError, match="those of 0"):
+    with pytest.raises(plphp.ConfigError, match="there are none"):
         cache.restore(0)
     with pytest.raises(plphp.ConfigError, match="the images 0 to 1"):
         cache.restore(2, **own)

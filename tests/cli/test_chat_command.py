@@ -16,6 +16,7 @@ from typer.testing import Result
 import plphp
 import tiny_hub
 from plphp import PLPHPConfig, PrunedCache, PruneReport
+from plphp.cli import _chat_lines as chat_lines
 from plphp.engines.hf.cache_argument import cache_in, passed
 from plphp.engines.hf.ongoing_chat import OngoingChat
 from plphp.inputs.loading import load_model
@@ -84,7 +85,7 @@ def test_a_chat_is_one_cache(settings: str, folder: Path, picture: Path) -> None
     assert said[1]["read"] < said[0]["read"] < said[2]["read"]
     if not settings.startswith(("query_bank", "none")):  # these have no report of prompts
         assert [image["tokens"] for image in said[-1]["images"]] == [tiny_hub.IMAGE_TOKENS] * 3
-        assert [image["image"] for image in said[-1]["images"]] == [0, 1, 2]
+        assert [image["number"] for image in said[-1]["images"]] == [0, 1, 2]
 
 
 def test_text_is_streamed_and_the_rest_stands_beside_it(folder: Path, picture: Path, tmp_path: Path) -> None:
@@ -106,11 +107,16 @@ def test_without_a_question(folder: Path) -> None:
 REFUSED = {
     "/image nope.png": "There is no image file nope.png",
     "/imges": "There is no command '/imges'. Did you mean '/images'?",
-    "/forget 0": "has no 'forget'",
-    "/restore 0": "has no 'restore'",
+    "/forget 0": "vision_budget=1GB",
+    "/restore 0": "vision_budget=1GB",
+    "What? <image>": "1 image slot",
+}
+
+
+REFUSED_UNDER_A_BUDGET = {
     "/forget 1": "of 1 that were read, got '1'",
     "/forget all": "takes the number of an image",
-    "What? <image>": "1 image slot",
+    "/restore -1": "takes the number of an image",
 }
 
 
@@ -125,14 +131,62 @@ def test_what_is_refused_changes_nothing(line: str, folder: Path, picture: Path)
     assert REFUSED[line] in done.stderr
 
 
-def test_methods_of_the_cache(folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr(PrunedCache, "forget", lambda cache, image: calls.append(image), raising=False)
-    monkeypatch.setattr(
-        PrunedCache, "restore", lambda cache, image, **features: calls.append((image, *features)), raising=False
-    )
-    talk(folder, "What?", "/forget 0", "/restore 0", options=("--image", picture))
-    assert calls == [0, (0, "pixel_values")]
+BUDGET = "quantized:vision_budget=20 tokens"
+
+
+def test_images_are_those_of_the_cache(folder: Path, picture: Path) -> None:
+    lines = ["What?", f"/image {picture}", "This?", "/images"]
+    said = values(talk(folder, *lines, options=("--image", picture, "--config", BUDGET, "--json")))
+    images = said[-1]["images"]
+    assert [(image["number"], image["turn"], image["tokens"]) for image in images] == [(0, 1, 16), (1, 2, 16)]
+    assert all(0 < image["held"] < 1 and image["entries"] for image in images)
+    assert sum(image["nbytes"] for image in images) <= 20 * images[0]["whole_bytes"] / 16
+    shown = talk(folder, *lines, options=("--image", picture, "--config", BUDGET)).stdout
+    assert "2 images in" in shown
+    assert "of a budget of" in shown
+
+
+@pytest.mark.parametrize("host", ["", ",tier_device=cpu"], ids=["computed", "from host memory"])
+def test_forget_and_restore(host: str, folder: Path, picture: Path) -> None:
+    """The second image of a question, behind another question; a restored image is as if it had stayed."""
+    other = tiny_hub.picture(picture.with_name("b.png"), seed=1)
+    config = f"none:vision_budget=1GB{host}"
+    before = ["What?", f"/image {picture}", f"/image {other}", "These?", "Then?"]
+    changes = ["/forget 2", "/restore 2"]
+    options = ("--image", picture, "--config", config, "--json")
+    said = values(talk(folder, *before, *changes, "And?", options=options))
+    forgotten, restored = (line["images"] for line in said[3:5])
+    assert [(image["forgotten"], image["nbytes"] > 0) for image in forgotten] == [(False, True)] * 2 + [(True, False)]
+    assert [(image["forgotten"], image["held"]) for image in restored] == [(False, 1.0)] * 3
+    expected = values(talk(folder, *before, "And?", options=options))
+    assert said[-1]["answer"] == expected[-1]["answer"]
+    assert said[-1]["kv_bytes"] == expected[-1]["kv_bytes"]
+
+
+def test_another_picture_is_not_restored(folder: Path, picture: Path, tmp_path: Path) -> None:
+    """A file that has changed since; the chat goes on as before."""
+    changing = tiny_hub.picture(tmp_path / "c.png")
+    options = ("--image", changing, "--config", BUDGET, "--json")
+    load, calls, first = chat_lines.load_image, [], changing.read_bytes()
+
+    def changed(source: Any, **how: Any) -> Any:
+        calls.append(source)
+        return load(tiny_hub.picture(changing, seed=7) if len(calls) == 1 else source, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_lines, "load_image", changed)
+        done = talk(folder, "What?", "/restore 0", "And?", options=options)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(calls) == 1
+    assert "not among the 1 whose features" in said[1]["error"]
+    changing.write_bytes(first)
+    assert [said[0], said[2]] == values(talk(folder, "What?", "And?", options=options))
+
+
+@pytest.mark.parametrize("line", REFUSED_UNDER_A_BUDGET)
+def test_a_number_of_no_image(line: str, folder: Path, picture: Path) -> None:
+    done = talk(folder, "What?", line, options=("--image", picture, "--config", BUDGET, "--json"))
+    assert REFUSED_UNDER_A_BUDGET[line] in json.loads(done.stdout.splitlines()[1])["error"]
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, times: int) -> None:

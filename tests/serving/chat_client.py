@@ -45,11 +45,15 @@ class Client:
         """A new connection."""
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
 
-    def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
+    def get(
+        self, path: str, method: str = "GET", body: dict[str, Any] | None = None, **headers: str
+    ) -> tuple[int, str]:
         """Status and text of a page."""
         connection = self.connect()
+        data = None if body is None else json.dumps(body).encode()
+        kind = {} if body is None else {"Content-Type": "application/json"}
         try:
-            connection.request(method, path, headers=headers)
+            connection.request(method, path, data, {**kind, **headers})
             response = connection.getresponse()
             return response.status, response.read().decode()
         finally:
@@ -154,3 +158,33 @@ def user(text: str, images: Sequence[str | Image.Image] = ()) -> dict[str, Any]:
     """A user's message, its images first."""
     parts = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+class Talk:
+    """A conversation of a client."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.name, self.chat = client, "new", list[dict[str, Any]]()
+
+    def ask(self, question: dict[str, Any], **options: Any) -> dict[str, Any]:
+        """The reply to a turn, which has to succeed."""
+        reply = self.client.answer([*self.chat, question], plphp={"conversation": self.name}, **options)
+        self.chat += [question, said(reply["choices"][0]["message"]["content"])]
+        self.name = reply["plphp"]["conversation"]
+        return reply
+
+    def refused(self, *messages: dict[str, Any], **options: Any) -> tuple[int, str]:
+        """Status and message of a turn that is refused."""
+        body = {"messages": [*self.chat, *messages], "plphp": {"conversation": self.name}, **options}
+        status, reply = self.client.post(body)
+        return status, reply["error"]["message"]
+
+    def card(self) -> dict[str, Any]:
+        """What the server says of it."""
+        status, page = self.client.get(f"/v1/conversations/{self.name}")
+        assert status == 200, page
+        return json.loads(page)

@@ -18,7 +18,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from chat_client import NAME, Client, serving, user
+from chat_client import NAME, Client, Talk, said, serving, user
 
 import plphp
 from plphp import PLPHPConfig
@@ -49,36 +49,6 @@ def running(loaded: Any) -> Iterator[tuple[Client, ServedModel]]:
 @pytest.fixture
 def client(running: Any) -> Client:
     return running[0]
-
-
-def said(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-class Talk:
-    """A conversation of a client."""
-
-    def __init__(self, client: Client) -> None:
-        self.client, self.name, self.chat = client, "new", list[dict[str, Any]]()
-
-    def ask(self, question: dict[str, Any], **options: Any) -> dict[str, Any]:
-        """The reply to a turn, which has to succeed."""
-        reply = self.client.answer([*self.chat, question], plphp={"conversation": self.name}, **options)
-        self.chat += [question, said(reply["choices"][0]["message"]["content"])]
-        self.name = reply["plphp"]["conversation"]
-        return reply
-
-    def refused(self, *messages: dict[str, Any], **options: Any) -> tuple[int, str]:
-        """Status and message of a turn that is refused."""
-        body = {"messages": [*self.chat, *messages], "plphp": {"conversation": self.name}, **options}
-        status, reply = self.client.post(body)
-        return status, reply["error"]["message"]
-
-    def card(self) -> dict[str, Any]:
-        """What the server says of it."""
-        status, page = self.client.get(f"/v1/conversations/{self.name}")
-        assert status == 200, page
-        return json.loads(page)
 
 
 def by_hand(loaded: Any, questions: list[dict[str, Any]]) -> list[str]:
@@ -119,7 +89,7 @@ def test_turns_read_what_is_new(loaded: Any, client: Client) -> None:
     assert difference["plphp_cached_prompt_tokens_total"] == sum(held)
     assert difference["plphp_prompts_total"] == 2
     assert difference["plphp_vision_tokens_total"] == 2 * 196
-    kept = [image["entries"] * 196 for image in card["images"]]
+    kept = [image["vision_kept"] * 196 for image in card["images"]]
     assert difference["plphp_kept_vision_tokens_total"] == pytest.approx(8 * sum(kept), rel=1e-3)
     assert after["plphp_conversation_bytes"] >= card["kv_bytes"]
 

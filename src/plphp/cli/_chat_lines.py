@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from PIL import Image
 
-from plphp.errors import ConfigError, PLPHPError, UnsupportedFeatureError, did_you_mean
+from plphp.errors import ConfigError, PLPHPError, did_you_mean
 from plphp.inputs.media import load_image
 from plphp.io.quoting import quoted
 
@@ -22,6 +22,7 @@ from ._app import INTERRUPTED, USER_ERROR, console
 
 if TYPE_CHECKING:
     from plphp.engines.hf.ongoing_chat import OngoingChat
+    from plphp.pruning.image_memory import ImageMemory
 
 PROMPT = "> "
 
@@ -82,6 +83,8 @@ class ChatLines:
         self._messages: list[dict[str, Any]] = []
         self._images: list[Image.Image] = []
         self._sources: list[str] = []
+        # By turn, from 1, the sources of its images: the chat keeps no pixels.
+        self._sources_of: dict[int, list[str]] = {}
         self._failed = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._add_image,
@@ -142,13 +145,14 @@ class ChatLines:
                 self.chat.take_back()
                 raise
         read = turn.tokens - self.chat.said.held
-        self._images = []
+        self._images, self._sources, sources = [], [], self._sources
         answer = self._processor.decode(tokens, skip_special_tokens=True)
         # What was read is not read again, so that images are not kept: the template is to see their slots alone.
         asked = {"role": "user", "content": [*({"type": "image"} for _ in images), content[-1]]}
         self._messages += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         self.chat.keep(len(self._messages), turn, tokens)
         self.chat.settle()
+        self._sources_of[self.chat.said.turns] = sources
         self.answers += 1
         self._show_answer(answer.strip(), len(tokens), read, interrupted=bool(stopping))
 
@@ -188,34 +192,34 @@ class ChatLines:
         self._shown.note(f"New images of the next question: {len(self._images)}.")
 
     def _show_images(self, _: str) -> None:
-        from plphp.show.images_held import images_held, images_table
+        from plphp.show.images_held import image_table, image_values
 
-        images = images_held(self.chat.report()) if self.answers else []
-        self._shown.values(images=[image.values() for image in images])
+        report = self.chat.report() if self.answers else None
+        self._shown.values(images=image_values(report) if report else [])
         if not self._shown.as_json:
-            console().print(images_table(images) if images else "No image was read so far.")
+            console().print((image_table(report) if report else None) or "No image was read so far.")
 
     def _forget(self, number: str) -> None:
-        method, image = self._of_cache("forget", number)
-        method(image)
+        self.chat.forget(self._image("forget", number).number)
         self._show_images("")
 
     def _restore(self, number: str) -> None:
-        """Bring an image back, from the source that it was named by: the chat keeps no pixels."""
-        method, image = self._of_cache("restore", number)
-        pixels = load_image(self._sources[image], allow_urls=self._allow_urls)
-        method(image, **self._processor.image_processor(images=[[pixels]], return_tensors="pt"))
+        """Bring an image back, from the sources that were named in its turn or from host memory."""
+        image = self._image("restore", number)
+        waits = self.chat.cache is not None and self.chat.cache.images_on_host
+        sources = [] if waits else self._sources_of[image.turn]
+        pictures = [load_image(source, allow_urls=self._allow_urls) for source in sources]
+        self.chat.restore(image.number, pictures)
         self._show_images("")
 
-    def _of_cache(self, name: str, number: str) -> tuple[Callable[..., Any], int]:
-        """A method of the cache, which has it with a vision budget alone, and the image that a line names."""
-        read = len(self._sources) - len(self._images)
-        if not number.isdecimal() or int(number) >= read:
-            raise ConfigError(f"/{name} takes the number of an image, of {read} that were read, got {quoted(number)}.")
-        method = getattr(self.chat.cache, name, None)
-        if method is None:
-            raise UnsupportedFeatureError(f"The cache of this chat has no {name!r}: what it holds of an image stays.")
-        return method, int(number)
+    def _image(self, command: str, number: str) -> ImageMemory:
+        """The image that a line names, which only a cache with a budget knows."""
+        images = [] if self.chat.cache is None else self.chat.cache.images
+        if not number.isdecimal() or int(number) >= len(images):
+            raise ConfigError(
+                f"/{command} takes the number of an image, of {len(images)} that were read, got {quoted(number)}."
+            )
+        return images[int(number)]
 
     def _help(self, _: str) -> None:
         self._shown.note(f"A question a line; {', '.join(self._commands)} and /quit are commands.")

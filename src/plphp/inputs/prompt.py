@@ -120,6 +120,20 @@ def build_batch(
     return processed(processor, texts, media)
 
 
+def media_inputs(processor: Any, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """What a processor makes of images in one prompt, and of a text with nothing else but their slots.
+
+    Raises
+    ------
+    PLPHPError
+        As `build_inputs`.
+    """
+    text = "?"
+    if getattr(processor, "chat_template", None) is None:  # nothing else puts the images into the prompt
+        text = f"{getattr(processor, 'image_token', '') * len(images)}{text}"
+    return build_inputs(processor, text, images=images)
+
+
 def count_vision_tokens(config: PretrainedConfig, inputs: Mapping[str, Any]) -> int:
     """Count the vision tokens in the inputs of a prompt, under a model's config.
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,10 @@ class ImageMemory:
     def held(self) -> float:
         """Its bytes as a fraction of those of all of its entries held whole."""
         return self.nbytes / self.whole_bytes if self.whole_bytes else 0.0
+
+    def values(self) -> dict[str, Any]:
+        """Return it ready for JSON, with `held`."""
+        return {**dataclasses.asdict(self), "held": self.held}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> ImageMemory:

@@ -22,6 +22,7 @@ from plphp.io.quoting import quoted
 
 from .chat_endpoint import ChatEndpoint
 from .conversations import Conversations
+from .image_changes import ImageChanges
 from .line import Line
 from .metrics import Metrics
 from .refusals import RequestError, refusal_of
@@ -52,6 +53,7 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
     conversations = Conversations(served.limits, served.conversation, metrics.note_end)
     metrics.show_conversations(conversations)
     chat = ChatEndpoint(served, model_name, line, metrics, conversations)
+    changes = ImageChanges(served.limits, line, conversations)
     card = _card(model_name, served)
 
     async def models(request: Request) -> Response:
@@ -83,6 +85,8 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/v1/conversations/{name}", _page_of(conversations), methods=["GET", "DELETE"]),
+        Route("/v1/conversations/{name}/images/{image:int}", changes, methods=["DELETE"]),
+        Route("/v1/conversations/{name}/images/{image:int}/restore", changes, methods=["POST"]),
         Route("/health", health),
         Route("/metrics", show_metrics),
     ]

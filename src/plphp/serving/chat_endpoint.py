@@ -7,32 +7,29 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import anyio
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from plphp.show.tables import summary
 
+from .call import Call
 from .chat_messages import fetch_images
 from .chat_request import ChatRequest, read_request
 from .conversation import Conversation
 from .conversations import Conversations
 from .line import Line
-from .metrics import CLIENT_LEFT, Metrics
-from .refusals import Refusal, RequestError, refusal_of
-from .replies import DONE, Reply, event
+from .metrics import Metrics
+from .refusals import Refusal, refusal_of
+from .replies import DONE, Reply
 from .served_model import Answer, Prompt, ServedModel
 
 logger = logging.getLogger("plphp")
 Parts = asyncio.Queue[str | tuple[Prompt, Answer] | Refusal]
 """Pieces of text, and behind them what they were made of, or why there are no more."""
-RETRY_SECONDS = "5"
 
 
 class ChatEndpoint:
@@ -66,7 +63,7 @@ class ChatEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read a request and reply to it."""
-        call = _Call(scope, receive, send)
+        call = Call(scope, receive, send)
         self._open.add(call.left)
         try:
             await self._reply_or_refuse(call)
@@ -77,9 +74,9 @@ class ChatEndpoint:
             self._open.discard(call.left)
             self._metrics.note_request(call.status, time.perf_counter() - call.started)
 
-    async def _reply_or_refuse(self, call: _Call) -> None:
+    async def _reply_or_refuse(self, call: Call) -> None:
         try:
-            body = await self._body(call)
+            body = await call.json_body(self._served.limits, self._line)
             with self._line.place():
                 request = await self._read(body)
                 del body
@@ -89,7 +86,7 @@ class ChatEndpoint:
         except Exception as error:
             await call.refuse(refusal_of(error))
 
-    async def _converse(self, call: _Call, request: ChatRequest) -> None:
+    async def _converse(self, call: Call, request: ChatRequest) -> None:
         """Reply to a request, and end its turn of a conversation: it is kept once the whole reply is out."""
         if request.conversation is None:
             return await self._reply(call, _Turn(request))
@@ -99,7 +96,7 @@ class ChatEndpoint:
         finally:
             self._conversations.give_back(conversation, answered=call.status == 200)
 
-    async def _reply(self, call: _Call, turn: _Turn) -> None:
+    async def _reply(self, call: Call, turn: _Turn) -> None:
         async with anyio.create_task_group() as tasks:
             parts: Parts = asyncio.Queue()
             tasks.start_soon(self._produce, turn, parts, call.left)
@@ -111,14 +108,6 @@ class ChatEndpoint:
             finally:  # also where the server is told to stop: the tasks end with the model's next token
                 call.left.set()
                 tasks.cancel_scope.cancel()
-
-    async def _body(self, call: _Call) -> bytes:
-        limits = self._served.limits
-        kind = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # browsers let any page send the other kinds here
-            raise RequestError(f"The Content-Type must be application/json, got {kind[:100]!r}.", status=415)
-        with self._line.arriving() as take:
-            return await call.body(limits.max_body_bytes, limits.body_seconds, take)
 
     async def _read(self, body: bytes) -> ChatRequest:
         limits = self._served.limits
@@ -150,7 +139,7 @@ class ChatEndpoint:
             # Not the error itself: its traceback holds the prompt and the cache.
             parts.put_nowait(refusal_of(error))
 
-    async def _send_whole(self, call: _Call, turn: _Turn, parts: Parts) -> None:
+    async def _send_whole(self, call: Call, turn: _Turn, parts: Parts) -> None:
         text, part = "", await parts.get()
         self._metrics.note_first(time.perf_counter() - call.started)
         while isinstance(part, str):
@@ -160,7 +149,7 @@ class ChatEndpoint:
             return await call.refuse(part)
         return await call.send_json(Reply(self._model_name, turn.conversation is not None).whole(text, *part))
 
-    async def _stream(self, call: _Call, turn: _Turn, parts: Parts) -> None:
+    async def _stream(self, call: Call, turn: _Turn, parts: Parts) -> None:
         reply, part = Reply(self._model_name, turn.conversation is not None), await parts.get()
         # The status goes out with the first part: a request that fails before gets one that says so.
         if not isinstance(part, Refusal):
@@ -185,73 +174,3 @@ class _Turn:
 
     request: ChatRequest
     conversation: Conversation | None = None
-
-
-class _Call:
-    """An HTTP request and what was sent for it so far."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.request = Request(scope, receive)
-        self.started = time.perf_counter()
-        self.left = threading.Event()
-        """Set once nobody waits for the reply."""
-        self.status = CLIENT_LEFT
-        self._scope, self._receive, self._send_on = scope, receive, send
-        self._streams = False
-
-    async def body(self, most: int, seconds: float, take: Callable[[int], None]) -> bytes:
-        """Read the body, within limits of size and time; ``take`` gets the bytes of each part."""
-        large = RequestError(f"The request is larger than {most:,} bytes.", status=413, code="request_too_large")
-        length = self.request.headers.get("content-length", "0")
-        if length.isdigit() and int(length) > most:
-            raise large
-        body = bytearray()
-        try:
-            with anyio.fail_after(seconds):
-                async for part in self.request.stream():
-                    take(len(part))
-                    body += part
-                    if len(body) > most:
-                        raise large
-        except TimeoutError as error:
-            raise RequestError(f"The request has not arrived in {seconds} seconds.", status=408) from error
-        return bytes(body)
-
-    async def watch(self, scope: anyio.CancelScope) -> None:
-        """Wait until the client leaves, and end everything that is done for it."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.left.set()
-        scope.cancel()
-
-    async def send_json(self, values: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Send a whole reply."""
-        await JSONResponse(values, status, headers)(self._scope, self._receive, self._send)
-        self.status = status
-
-    async def begin_stream(self) -> None:
-        """Send the head of a reply whose parts are events."""
-        self._streams = True
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def send_part(self, part: bytes, *, last: bool = False, status: int = 200) -> None:
-        """Send an event; the request counts under a status once the last one is out."""
-        await self._send({"type": "http.response.body", "body": part, "more_body": not last})
-        if last:
-            self.status = status
-
-    async def refuse(self, refusal: Refusal) -> None:
-        """Say why there is no reply, or no more of it."""
-        if self._streams:
-            await self.send_part(event(refusal.body))
-            await self.send_part(DONE, last=True, status=refusal.status)
-        else:
-            wait = {"retry-after": RETRY_SECONDS} if refusal.status == 503 else None
-            await self.send_json(refusal.body, refusal.status, wait)
-
-    async def _send(self, message: Message) -> None:
-        try:
-            await self._send_on(message)
-        except OSError as error:
-            raise ClientDisconnect from error

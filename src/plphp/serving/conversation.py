@@ -6,18 +6,21 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from transformers import PreTrainedModel
 
 from plphp.engines.hf.ongoing_chat import OngoingChat
 from plphp.errors import HistoryError
 from plphp.inputs.later_turn import TurnInputs
 from plphp.pruning.report import PruneReport
-from plphp.show.images_held import images_held
+from plphp.show.images_held import image_values
 
 from .chat_messages import decoded_chat
 from .options import Limits
+from .refusals import RequestError
 
 Marked = tuple[str, tuple[tuple[str, str], ...]]
 """A message as it is remembered: its role, and of each part the kind, and its text or the SHA-256 of its image."""
@@ -122,6 +125,24 @@ class Conversation:
         self._messages = [*self._asked, answer]
         self.nbytes = self._chat.nbytes
 
+    def forget(self, image: int) -> None:
+        """Free all that is held of an image, see `OngoingChat.forget`; for an unknown number raises RequestError."""
+        self._check_image(image)
+        self._chat.forget(image)
+        self.nbytes = self._chat.nbytes
+
+    def restore(self, image: int, pictures: Sequence[Image.Image]) -> None:
+        """Bring an image back, see `OngoingChat.restore`; for an unknown number raises RequestError."""
+        self._check_image(image)
+        self._chat.restore(image, pictures)
+        self.nbytes = self._chat.nbytes
+
+    def _check_image(self, image: int) -> None:
+        count = 0 if self._chat.cache is None else len(self._chat.cache.images)
+        if image >= count:
+            text = f"The conversation has read {count} images, numbered from 0, and none of the number {image}."
+            raise RequestError(text, status=404, code="image_not_found")
+
     def settle(self) -> None:
         """End a turn that was kept: its client has got the reply."""
         self._chat.settle()
@@ -144,7 +165,7 @@ class Conversation:
             "tokens": self.held,
             "kv_bytes": report.entry_bytes,
             "kv_bytes_full": report.kv_bytes_full,
-            "images": [image.values() for image in images_held(report)],
+            "images": image_values(report),
         }
 
     def _check(self, asked: list[Marked]) -> None:

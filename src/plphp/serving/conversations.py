@@ -73,12 +73,24 @@ class Conversations:
                 "server with --conversations N.",
                 param="plphp",
             )
-        conversation = None if name == NEW else await self.find(name)
-        if conversation is None:
-            if len(self._taken) >= most:
-                text = f"All {most} conversations that this server holds are being answered: try again later."
-                raise RequestError(text, status=503, code="server_overloaded")
-            conversation = self._make()
+        if name != NEW:
+            return await self.take_held(name)
+        if len(self._taken) >= most:
+            text = f"All {most} conversations that this server holds are being answered: try again later."
+            raise RequestError(text, status=503, code="server_overloaded")
+        conversation = self._make()
+        self._taken.add(conversation)
+        return conversation
+
+    async def take_held(self, name: str) -> Conversation:
+        """Take a conversation that is held, for a request that begins none.
+
+        Raises
+        ------
+        RequestError
+            As `find`.
+        """
+        conversation = await self.find(name)
         self._taken.add(conversation)
         return conversation
 
@@ -119,6 +131,10 @@ class Conversations:
             if idle is conversation:
                 logger.warning("A conversation is not held: with it --conversation-bytes would be exceeded.")
             self._forget(idle, "room")
+        return self.holds(conversation)
+
+    def holds(self, conversation: Conversation) -> bool:
+        """Whether a conversation can be continued."""
         return conversation.name in self._held
 
     def give_back(self, conversation: Conversation, *, answered: bool) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from plphp.engines.hf.session import Session, apply, remove
 from plphp.errors import ConfigError, UnsupportedFeatureError
 from plphp.inputs.later_turn import TurnInputs, first_turn
-from plphp.inputs.prompt import build_inputs, count_vision_tokens, on_device
+from plphp.inputs.prompt import count_vision_tokens, media_inputs, on_device
 from plphp.pruning.report import PruneReport
 from plphp.settings.config import PLPHPConfig
 
@@ -128,10 +128,7 @@ class ServedModel:
         PLPHPError
             If the model cannot be pruned in this way.
         """
-        question = "What is it?"
-        if getattr(self._processor, "chat_template", None) is None:  # nothing else puts the image into the prompt
-            question = f"{getattr(self._processor, 'image_token', '')}{question}"
-        inputs = build_inputs(self._processor, question, images=[Image.new("RGB", (64, 64), "gray")])
+        inputs = media_inputs(self._processor, [Image.new("RGB", (64, 64), "gray")])
         self._generate(inputs, max_new_tokens=1, do_sample=False)
 
     def conversation(self) -> Conversation:

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 from plphp.errors import ConfigError
 
+from .byte_counts import bytes_in
 from .checks import check_choice
 
 RULES = ("ranked", "oldest", "newest", "equal")
 """Names of the rules of `plphp.policy.fading_rules`; here they are known without torch."""
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_TEXT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)")
-_UNIT = re.compile(r"([kmgt]?)(i?)b")
+_TOKENS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*tokens?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,12 @@ class VisionBudget:
         """
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return cls(nbytes=value)
-        text = _TEXT.fullmatch(value.strip()) if isinstance(value, str) else None
-        number, unit = text.groups() if text else ("0", "")
-        if unit.lower() in ("token", "tokens") and float(number) >= 1:
-            return cls(tokens=int(float(number)))
-        of_bytes = _UNIT.fullmatch(unit.lower())
-        if of_bytes:
-            power, binary = of_bytes.groups()
-            nbytes = int(float(number) * (1024 if binary else 1000) ** _POWERS[power])
-            if nbytes > 0:
-                return cls(nbytes=nbytes)
+        text = value.strip() if isinstance(value, str) else ""
+        if (tokens := _TOKENS.fullmatch(text)) and float(tokens[1]) >= 1:
+            return cls(tokens=int(float(tokens[1])))
+        # A text without a unit might mean tokens.
+        if text[-1:].isalpha() and (nbytes := bytes_in(text)) is not None:
+            return cls(nbytes=nbytes)
         raise ConfigError(
             f"vision_budget must be a number of bytes above 0, as in 200000000, 200MB or 1.5GiB, or of vision tokens, "
             f"as in '2048 tokens', got {value!r}."

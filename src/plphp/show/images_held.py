@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache holds of each image of a conversation."""
+"""What a cache holds of each image of a chat: as it knows it under a budget, else by what its report says."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from .memory_table import memory_table
 from .quantities import human_bytes
 
 if TYPE_CHECKING:
@@ -18,36 +19,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageHeld:
-    """What is held of an image.
+    """What is held of an image, in a cache without a budget, which does not know of which image an entry is.
 
     Parameters
     ----------
-    image : int
+    number : int
         Its number in the conversation, from 0.
     first, last : int
         Positions of its first and its last vision token.
     tokens : int
         Its vision tokens.
-    entries : float
+    vision_kept : float
         Fraction of its entries that is held, whole or in few bits, over layers and KV heads.
     nbytes : int
         Bytes that hold it. Where several images came with a turn, whose rungs do not say whose the codes are, its share
         by entries of what holds them all.
-    whole_nbytes : int
+    whole_bytes : int
         Bytes that it would take whole.
     """
 
-    image: int
+    number: int
     first: int
     last: int
     tokens: int
-    entries: float
+    vision_kept: float
     nbytes: int
-    whole_nbytes: int
+    whole_bytes: int
+
+    @property
+    def held(self) -> float:
+        """Its bytes as a fraction of those that it would take whole."""
+        return self.nbytes / self.whole_bytes if self.whole_bytes else 0.0
 
     def values(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        return {**dataclasses.asdict(self), "entries": round(self.entries, 4)}
+        """Return it ready for JSON, with `held`, under the names of `plphp.pruning.image_memory.ImageMemory`."""
+        return {**dataclasses.asdict(self), "held": self.held}
+
+
+def image_values(report: PruneReport) -> list[dict[str, Any]]:
+    """Return what is held of each image of a chat, ready for JSON."""
+    return [image.values() for image in (report.images if report.budget_bytes else images_held(report))]
+
+
+def image_table(report: PruneReport) -> Table | None:
+    """Table of what is held of each image of a chat; None without images."""
+    if report.budget_bytes:
+        return memory_table(report)
+    images = images_held(report)
+    return images_table(images) if images else None
 
 
 def images_held(report: PruneReport, row: int = 0) -> list[ImageHeld]:
@@ -69,13 +88,17 @@ def images_held(report: PruneReport, row: int = 0) -> list[ImageHeld]:
 def images_table(images: list[ImageHeld]) -> Table:
     """Table of what is held of each image."""
     table = Table(title="what is held of each image")
-    for heading in ("image", "tokens", "at", "entries", "bytes", "of whole"):
+    for heading in ("image", "tokens", "at", "bytes", "held", "kept"):
         table.add_column(heading, justify="right")
     for image in images:
-        share = f"{image.nbytes / image.whole_nbytes:.1%}" if image.whole_nbytes else ""
         where = f"{image.first}-{image.last}"
         table.add_row(
-            str(image.image), str(image.tokens), where, f"{image.entries:.0%}", human_bytes(image.nbytes), share
+            str(image.number),
+            str(image.tokens),
+            where,
+            human_bytes(image.nbytes),
+            f"{image.held:.1%}",
+            f"{image.vision_kept:.0%}",
         )
     return table
 

@@ -164,7 +164,7 @@ def report_values(report: PruneReport) -> dict[str, Any]:
         if field.name not in ("prompts", "collecting", "held", "images")
     }
     values["held"] = [dataclasses.asdict(layer) for layer in report.held]
-    values["images"] = [{**dataclasses.asdict(image), "held": image.held} for image in report.images]
+    values["images"] = [image.values() for image in report.images]
     values["collecting"] = None if report.collecting is None else dataclasses.asdict(report.collecting)
     prompts = [
         {

@@ -78,6 +78,11 @@ class MemoryCache(PackedCache):
         self._need_budget("say what it holds of its images")
         return image_memories(self._pruned, self._images)
 
+    @property
+    def images_on_host(self) -> bool:
+        """Whether whole images wait in host memory, so that `restore` needs no features."""
+        return self.fading is not None and self.fading.on_host
+
     def forget(self, image: int) -> None:
         """Free all entries of an image, in all layers. Its tokens still count as seen; the text around it stays.
 
@@ -115,15 +120,15 @@ class MemoryCache(PackedCache):
         image : int
             Its number in `images`; of an image in tiles that of any tile, and all of them come back.
         **features
-            What the processor returned for this image alone, such as ``pixel_values``. It is compared with what was
-            read, by a fingerprint.
+            What the processor returned for this image, such as ``pixel_values``, or for several among which it is:
+            it is recognised by a fingerprint.
 
         Raises
         ------
         HistoryError
-            If the features are of another image.
+            If the features are of other images.
         ConfigError
-            If there is no such image, or the features are not those of one image.
+            If there is no such image, or there are no features of images.
         UnsupportedFeatureError
             If the cache has no ``vision_budget``, or the image cannot be computed again as it was: behind methods that
             act before the KV cache, and in models whose layers have windows or a state, or whose images attend to what

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from plphp.errors import CacheStateError, PLPHPError
+from plphp.families.registry import family_of
 from plphp.inputs.chat import Messages
 from plphp.inputs.later_turn import TokenInputs, TurnInputs, first_turn, later_turn, token_inputs, with_answer
-from plphp.inputs.prompt import on_device
+from plphp.inputs.prompt import media_inputs, on_device
 from plphp.pruning.report import PruneReport
 
 from .cache import PrunedCache
 from .cache_argument import cache_in, passed
+from .conversation.turns import feature_names
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,43 @@ class OngoingChat:
         if superfluous > 0:
             cache.crop(-superfluous)
         self.said = Said(self._before.turns + 1, messages, read, leftover, cache.get_seq_length())
+
+    def forget(self, image: int) -> None:
+        """Free all entries of an image, see `PrunedCache.forget`; raises as that does, and the chat is as before."""
+        with self._alive() as cache:
+            cache.forget(image)
+
+    def restore(self, image: int, pictures: Sequence[Any] = ()) -> None:
+        """Bring an image back that has faded or was forgotten, see `PrunedCache.restore`.
+
+        Parameters
+        ----------
+        image : int
+            Its number in ``cache.images``.
+        pictures : sequence of PIL.Image.Image
+            All images of its turn, in their order, as some processors make other features of an image that comes with
+            others; it is recognised among them. Nothing where it waits in host memory.
+
+        Raises
+        ------
+        PLPHPError
+            If it cannot be brought back; the chat is as before, or where the cache cannot be, over.
+        """
+        with self._alive() as cache:
+            names = feature_names(family_of(self._model.config))
+            inputs = media_inputs(self._processor, pictures) if pictures else {}
+            features = {name: value for name, value in inputs.items() if name in names}
+            cache.restore(image, **on_device(self._model, features))
+
+    @contextmanager
+    def _alive(self) -> Iterator[PrunedCache]:
+        """The cache between two turns; where an error has ended it, the chat is over."""
+        cache = self._read_cache()
+        try:
+            yield cache
+        except BaseException:
+            self.take_back()
+            raise
 
     def settle(self) -> None:
         """End a turn that was kept: it is not taken back any more."""

@@ -21,7 +21,7 @@ from plphp.pruning.image_table import ImageTable, TableImage
 from plphp.pruning.ledger import codes_of
 
 from .cache_argument import passed
-from .conversation.fingerprints import fingerprint, same_image
+from .conversation.fingerprints import Fingerprint, fingerprint, same_image
 from .conversation.history import UNKNOWN, History
 from .conversation.mrope import position_holder
 from .conversation.turns import SentImage
@@ -50,14 +50,14 @@ class Recognised:
 def recognised(
     model: PreTrainedModel, history: History, images: ImageTable, row: int, place: int, features: Mapping[str, Any]
 ) -> Recognised:
-    """Find the image that features are of.
+    """Find an image among those that features are of.
 
     Raises
     ------
     HistoryError
-        If they are of another image, or the cache does not know its features.
+        If it is not among them, or the cache does not know its features.
     ConfigError
-        If they are not those of a single image.
+        If there are no images in them.
     """
     image = images.rows[row][place]
     known = [sent for sent in history.images if sent.row == row and sent.first <= image.first <= sent.last]
@@ -69,19 +69,25 @@ def recognised(
     sent = known[0]
     [kind] = [own for own in family_of(model.config).features if own.pixels[0] == sent.name]
     items = kind.items(features)
-    if len(items) != 1:
+    if not items:
         raise ConfigError(
-            f"restore takes the features of one image as the processor returns them ({', '.join(kind.names)}), got "
-            f"those of {len(items)}."
+            f"restore takes the features of an image as the processor returns them ({', '.join(kind.names)}), and "
+            "there are none: send them, or give tier_device=cpu, so that images wait in host memory."
         )
-    marks = fingerprint(items[0])
-    if not same_image(sent.marks, marks) or not sent.marks.keys() & marks.keys():
+    found = next((item for item in items if _is(sent, fingerprint(item))), None)
+    if found is None:
         raise HistoryError(
-            f"These are the features of another image than the one at tokens {image.first} to {image.last} of row "
-            f"{row}, or in another dtype: send what the processor returned for it, on the same device."
+            f"The image at tokens {image.first} to {image.last} of row {row} is not among the {len(items)} whose "
+            "features these are, or they have another dtype: send what the processor returned for it, on the same "
+            "device."
         )
     inside = [number for number, own in enumerate(images.rows[row]) if sent.first <= own.first <= sent.last]
-    return Recognised(sent, inside, items[0])
+    return Recognised(sent, inside, found)
+
+
+def _is(sent: SentImage, marks: Fingerprint) -> bool:
+    """Whether a fingerprint is that of an image that was sent."""
+    return bool(sent.marks.keys() & marks.keys()) and same_image(sent.marks, marks)
 
 
 def refuse_restoring(model: PreTrainedModel, cache: Cache, early: list[str]) -> None:
