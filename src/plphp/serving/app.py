@@ -53,7 +53,6 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
     conversations = Conversations(served.limits, served.conversation, metrics.note_end)
     metrics.show_conversations(conversations)
     chat = ChatEndpoint(served, model_name, line, metrics, conversations)
-    changes = ImageChanges(served.limits, line, conversations)
     card = _card(model_name, served)
 
     async def models(request: Request) -> Response:
@@ -84,9 +83,7 @@ def make_app(served: ServedModel, model_name: str, api_key: str | None = None) -
         Route(CHAT, chat, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
-        Route("/v1/conversations/{name}", _page_of(conversations), methods=["GET", "DELETE"]),
-        Route("/v1/conversations/{name}/images/{image:int}", changes, methods=["DELETE"]),
-        Route("/v1/conversations/{name}/images/{image:int}/restore", changes, methods=["POST"]),
+        *_pages_of(conversations, ImageChanges(served.limits, line, conversations)),
         Route("/health", health),
         Route("/metrics", show_metrics),
     ]
@@ -100,6 +97,16 @@ def _card(model_name: str, served: ServedModel) -> dict[str, Any]:
     """What is told of the model."""
     entry = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "plphp"}
     return {**entry, "max_model_len": served.limits.max_model_len}
+
+
+def _pages_of(conversations: Conversations, changes: ImageChanges) -> list[Route]:
+    """The pages of conversations and of their images."""
+    path = "/v1/conversations/{name}"
+    return [
+        Route(path, _page_of(conversations), methods=["GET", "DELETE"]),
+        Route(f"{path}/images/{{image:int}}", changes, methods=["DELETE"]),
+        Route(f"{path}/images/{{image:int}}/restore", changes, methods=["POST"]),
+    ]
 
 
 def _page_of(conversations: Conversations) -> Callable[[Request], Awaitable[Response]]:
