@@ -163,9 +163,10 @@ def test_page_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with serving_load.running(["plphp", *arguments], os.environ, tmp_path / "server.log") as port:
         answer, metrics = asked(port)
-        row, usage, deleted = talked(port)
+        row, usage, again, deleted = talked(port)
     assert answer == RIGHT
     assert row.startswith("Row 1 shows")
+    assert again.startswith("Row 1 shows")
     assert "'cached_tokens': 3" in usage
     assert '"deleted":true' in deleted
     assert metrics["plphp_prompts_total"] == 1

@@ -78,7 +78,7 @@ class ChatEndpoint:
         try:
             body = await call.json_body(self._served.limits, self._line)
             with self._line.place():
-                request = await self._read(body)
+                request = await anyio.to_thread.run_sync(read_request, body, self._model_name, self._served.limits)
                 del body
                 await self._converse(call, request)
         except ClientDisconnect:
@@ -89,9 +89,11 @@ class ChatEndpoint:
     async def _converse(self, call: Call, request: ChatRequest) -> None:
         """Reply to a request, and end its turn of a conversation: it is kept once the whole reply is out."""
         if request.conversation is None:
+            await anyio.to_thread.run_sync(fetch_images, request.messages, self._served.limits)
             return await self._reply(call, _Turn(request))
         conversation = await self._conversations.take(request.conversation)
         try:
+            await anyio.to_thread.run_sync(conversation.fetch_images, request.messages, self._served.limits)
             await self._reply(call, _Turn(request, conversation))
         finally:
             self._conversations.give_back(conversation, answered=call.status == 200)
@@ -108,12 +110,6 @@ class ChatEndpoint:
             finally:  # also where the server is told to stop: the tasks end with the model's next token
                 call.left.set()
                 tasks.cancel_scope.cancel()
-
-    async def _read(self, body: bytes) -> ChatRequest:
-        limits = self._served.limits
-        request = await anyio.to_thread.run_sync(read_request, body, self._model_name, limits)
-        await anyio.to_thread.run_sync(fetch_images, request.messages, limits)
-        return request
 
     async def _produce(self, turn: _Turn, parts: Parts, left: threading.Event) -> None:
         """Let the model write an answer, and put its parts."""

@@ -23,6 +23,9 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 CHARACTERS_PER_TOKEN = 32
 """Characters that a token may stand for at most: a text that is far too long is not tokenized to be told so."""
 
+HELD = "held:"
+"""In the place of an image's address: a conversation has read the image, and nothing is sent of it."""
+
 _FROM_OUTSIDE = re.compile(r"\s*(?:data:|https?://)", re.IGNORECASE)
 
 
@@ -34,19 +37,19 @@ def read_messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     messages : object
         Of a request.
     limits : Limits
-        How many images there may be, and whether they may be fetched.
+        How long the chat may be, and whether images may be fetched.
 
     Returns
     -------
     list of dict
-        As `plphp.inputs.chat.normalized` returns them; images are bytes, or a `WebAddress` to fetch.
+        As `plphp.inputs.chat.normalized` returns them; images are data: URIs, addresses, or `HELD`.
 
     Raises
     ------
     RequestError
-        If there are videos, too many images, or an image has no source that clients may name.
+        If there are videos, or an image has no source that clients may name.
     PLPHPError
-        If the messages are not a chat, or an image is not one.
+        If the messages are not a chat.
     """
     if not isinstance(messages, list):
         raise RequestError(f"messages must be a list, got {quoted(messages)}.", param="messages")
@@ -54,32 +57,61 @@ def read_messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     _check_text(chat, limits)
     for origin, _ in parts_of(chat, "video"):
         raise RequestError(f"{origin}: this server reads no videos: send some frames as images.", param="messages")
-    images = list(parts_of(chat, "image"))
-    if len(images) > limits.max_images:
-        text = f"The chat has {len(images)} images, and this server reads {limits.max_images} at most."
-        raise RequestError(text, param="messages")
-    for origin, part in images:
+    for origin, part in parts_of(chat, "image"):
         part["image"] = _source(part.get("image"), origin, limits)
     return chat
 
 
-def fetch_images(chat: list[dict[str, Any]], limits: Limits) -> None:
-    """Fetch the images of a chat that are addresses, in its place; all together may be as large as a request.
+def fetch_images(chat: list[dict[str, Any]], limits: Limits, first: int = 0) -> None:
+    """Get the images of a chat, in its place, from the message of the index ``first`` on: what was read stays as it is.
+
+    Then "image" is the file of an image, bytes, and "source" is where it came from. All that is fetched may be as large
+    as a request.
+
+    Raises
+    ------
+    RequestError
+        If there are too many, or one is said to be held.
+    PLPHPError
+        If one is none, or cannot be fetched.
+    """
+    read = sum(1 for _ in parts_of(chat[:first], "image"))
+    images = list(parts_of(chat, "image"))[read:]
+    if len(images) > limits.max_images:
+        new = " new" if read else ""
+        text = f"The chat has {len(images)}{new} images, and this server reads {limits.max_images} at most."
+        raise RequestError(text, param="messages")
+    left = limits.max_body_bytes
+    for origin, part in images:
+        source = part["image"]
+        if source == HELD:
+            raise RequestError(
+                f"{origin}: this image is said to be held ({HELD!r}), and no conversation of this request has read it: "
+                "send the image.",
+                param="messages",
+            )
+        try:
+            content = content_of(source, allow_urls=limits.allow_urls)
+            if isinstance(content, WebAddress):
+                content = fetch(content, max_bytes=left)
+                left -= len(content)
+        except PLPHPError as error:
+            raise type(error)(f"{origin}: {error}") from error
+        part.update(image=content, source=source)
+
+
+def content_of(source: str, *, allow_urls: bool) -> bytes | WebAddress:
+    """The file in a data: URI, or the address to fetch it from.
 
     Raises
     ------
     PLPHPError
-        If one cannot be fetched.
+        If there is none.
     """
-    left = limits.max_body_bytes
-    for origin, part in parts_of(chat, "image"):
-        if isinstance(part["image"], WebAddress):
-            try:
-                content = fetch(part["image"], max_bytes=left)
-            except PLPHPError as error:
-                raise type(error)(f"{origin}: {error}") from error
-            part["image"] = content
-            left -= len(content)
+    content = find_image(source, allow_urls=allow_urls).content
+    if not isinstance(content, (bytes, WebAddress)):
+        raise RequestError("The image must come with the request.", param="messages")
+    return content
 
 
 def decoded_chat(chat: list[dict[str, Any]], limits: Limits, first: int = 0) -> list[dict[str, Any]]:
@@ -141,15 +173,11 @@ def _check_text(chat: list[dict[str, Any]], limits: Limits) -> None:
         raise RequestError(text, param="messages", code="context_length_exceeded")
 
 
-def _source(source: Any, origin: str, limits: Limits) -> bytes | WebAddress:
+def _source(source: Any, origin: str, limits: Limits) -> str:
+    if isinstance(source, str) and source.strip() == HELD:
+        return HELD
     if not isinstance(source, str) or not _FROM_OUTSIDE.match(source):
         urls = " or an http or https address" if limits.allow_urls else ""
         text = f"{origin}: the image must be a data: URI{urls}, got {quoted(source)}."
         raise RequestError(text, param="messages")
-    try:
-        content = find_image(source, allow_urls=limits.allow_urls).content
-    except PLPHPError as error:
-        raise type(error)(f"{origin}: {error}") from error
-    if not isinstance(content, (bytes, WebAddress)):
-        raise RequestError(f"{origin}: the image must come with the request.", param="messages")
-    return content
+    return source

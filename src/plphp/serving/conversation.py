@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation whose cache waits for its next turn, and the comparison of what a client sends with what was said."""
+"""A conversation whose cache waits for its next turn."""
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -13,17 +12,15 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from plphp.engines.hf.ongoing_chat import OngoingChat
-from plphp.errors import HistoryError
 from plphp.inputs.later_turn import TurnInputs
 from plphp.pruning.report import PruneReport
 from plphp.show.images_held import image_values
 
-from .chat_messages import decoded_chat
+from .chat_messages import decoded_chat, fetch_images
 from .options import Limits
 from .refusals import RequestError
+from .said import Message, check_goes_on
 
-Marked = tuple[str, tuple[tuple[str, str], ...]]
-"""A message as it is remembered: its role, and of each part the kind, and its text or the SHA-256 of its image."""
 NAME_BYTES = 24
 """Random bytes of a name: whoever knows it may go on with the conversation, and nobody guesses it."""
 
@@ -51,8 +48,8 @@ class Conversation:
         self.nbytes = 0
         self._created = int(time.time())
         self._chat = OngoingChat(model, processor)
-        self._messages: list[Marked] = []
-        self._asked: list[Marked] = []
+        self._messages: list[Message] = []
+        self._asked: list[Message] = []
 
     @property
     def turns(self) -> int:
@@ -74,27 +71,43 @@ class Conversation:
         """The report of its cache."""
         return self._chat.report()
 
-    def prepare(self, messages: list[dict[str, Any]], limits: Limits) -> TurnInputs:
-        """Make the inputs of its next turn; of the images those that are new are decoded.
+    def fetch_images(self, messages: list[dict[str, Any]], limits: Limits) -> None:
+        """Get the new images of its next turn, in their place; what was read is compared alone.
 
         Parameters
         ----------
         messages : list of dict
             The whole chat, as `plphp.serving.chat_messages.read_messages` returns it.
         limits : Limits
-            What an image may be.
+            How many new images there may be.
 
         Raises
         ------
         HistoryError
             If the chat does not go on from what was said; the conversation is as before.
         PLPHPError
+            See `plphp.serving.chat_messages.fetch_images`; the conversation is as before.
+        """
+        check_goes_on(self._messages, messages)
+        fetch_images(messages, limits, len(self._messages))
+
+    def prepare(self, messages: list[dict[str, Any]], limits: Limits) -> TurnInputs:
+        """Make the inputs of its next turn; of the images those that are new are decoded.
+
+        Parameters
+        ----------
+        messages : list of dict
+            The whole chat, with its new images, see `fetch_images`.
+        limits : Limits
+            What an image may be.
+
+        Raises
+        ------
+        PLPHPError
             If the chat cannot be read; the conversation is as before.
         """
-        asked = [_marked(message) for message in messages]
         known = len(self._messages)
-        self._check(asked)
-        self._asked = asked
+        self._asked = [*self._messages, *map(Message.of, messages[known:])]
         return self._chat.prepare([*_without_images(messages[:known]), *decoded_chat(messages, limits, known)])
 
     def generate(self, turn: TurnInputs, **options: Any) -> list[int]:
@@ -120,9 +133,8 @@ class Conversation:
         UnsupportedFeatureError
             If the cache cannot be cut; `take_back` the turn.
         """
-        answer: Marked = ("assistant", (("text", text),))
         self._chat.keep(len(self._asked) + 1, turn, tokens, text if cut else None)
-        self._messages = [*self._asked, answer]
+        self._messages = [*self._asked, Message("assistant", (text,))]
         self.nbytes = self._chat.nbytes
 
     def forget(self, image: int) -> None:
@@ -167,40 +179,6 @@ class Conversation:
             "kv_bytes_full": report.kv_bytes_full,
             "images": image_values(report),
         }
-
-    def _check(self, asked: list[Marked]) -> None:
-        """Raise `HistoryError` unless a chat begins with what was said and asks something behind it."""
-        for number, (known, sent) in enumerate(zip(self._messages, asked, strict=False), 1):
-            if not _same(known, sent):
-                answer = " the answer that this server gave," if known[0] == "assistant" else ""
-                raise HistoryError(
-                    f"Message {number} of the chat differs from{answer} what was read in this conversation: send the "
-                    "chat as it was, each answer with its text as it came, with the new messages behind it; or begin a "
-                    "new conversation, which reads all of it."
-                )
-        if self._messages and len(asked) <= len(self._messages):
-            raise HistoryError(
-                f"The chat has {len(asked)} messages, and this conversation has read and answered "
-                f"{len(self._messages)}: send all of them, the last answer too, with a new message behind them."
-            )
-
-
-def _marked(message: dict[str, Any]) -> Marked:
-    return message["role"], tuple((part["type"], _mark(part)) for part in message["content"])
-
-
-def _mark(part: dict[str, Any]) -> str:
-    if part["type"] == "text":
-        return str(part["text"])
-    return hashlib.sha256(part["image"]).hexdigest()
-
-
-def _same(known: Marked, sent: Marked) -> bool:
-    """Whether a message is the one that was read; clients may take blanks from around an answer."""
-    if known[0] != "assistant" or sent[0] != "assistant":
-        return known == sent
-    texts = ["".join(text for kind, text in parts if kind == "text").strip() for _, parts in (known, sent)]
-    return texts[0] == texts[1] and all(kind == "text" for kind, _ in sent[1])
 
 
 def _without_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
