@@ -89,9 +89,12 @@ def held_entries(layer: Any) -> list[tuple[int, int, Any, Any, Any]]:
 
 
 @contextmanager
-def dense_copy(model: Any, cache: PrunedCache) -> Iterator[DynamicCache]:
+def dense_copy(
+    model: Any, cache: PrunedCache, weights: dict[int, torch.Tensor] | None = None
+) -> Iterator[DynamicCache]:
     """A stock cache of all tokens, with what the cache holds at the places that its ledger names; the rest is masked
-    per layer, row and KV head. Naive attention, which shares no code with plphp."""
+    per layer, row and KV head. Naive attention, which shares no code with plphp; its newest weights go to ``weights``,
+    by layer [batch, q_heads, query, seq]."""
     dense, shown = DynamicCache(config=model.config.get_text_config()), {}
     for number, layer in enumerate(cache.layers):
         heads, length = layer.prefix.kv_heads, layer.length
@@ -117,6 +120,8 @@ def dense_copy(model: Any, cache: PrunedCache) -> Iterator[DynamicCache]:
         if there is not None:
             hidden = ~there.repeat_interleave(groups, 1)[:, :, None]
             logits[..., : there.shape[-1]].masked_fill_(hidden, -torch.inf)
+        if there is not None and weights is not None:
+            weights[module.layer_idx] = logits.softmax(-1)
         return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("test_dense", reference)

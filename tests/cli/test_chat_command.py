@@ -21,6 +21,7 @@ from plphp.engines.hf.cache_argument import cache_in, passed
 from plphp.engines.hf.ongoing_chat import OngoingChat
 from plphp.inputs.loading import load_model
 from plphp.inputs.prompt import build_inputs
+from plphp.pruning import image_memory
 
 TOKENS = 6
 
@@ -140,10 +141,19 @@ def test_images_are_those_of_the_cache(folder: Path, picture: Path) -> None:
     images = said[-1]["images"]
     assert [(image["number"], image["turn"], image["tokens"]) for image in images] == [(0, 1, 16), (1, 2, 16)]
     assert all(0 < image["held"] < 1 and image["entries"] for image in images)
+    assert said[1]["wanted"] == [image["number"] for image in images if image["wanted"]]
     assert sum(image["nbytes"] for image in images) <= 20 * images[0]["whole_bytes"] / 16
     shown = talk(folder, *lines, options=("--image", picture, "--config", BUDGET)).stdout
     assert "2 images in" in shown
     assert "of a budget of" in shown
+
+
+def test_an_image_that_is_wanted_back_is_named(folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_memory, "FADED", 1.0)
+    monkeypatch.setattr(image_memory, "ASKED", 0.0)
+    options = ("--image", picture, "--config", BUDGET)
+    assert "The answer turns to image 0 (faded to" in talk(folder, "What?", options=options).stderr
+    assert values(talk(folder, "What?", options=(*options, "--json")))[0]["wanted"] == [0]
 
 
 @pytest.mark.parametrize("host", ["", ",tier_device=cpu"], ids=["computed", "from host memory"])

@@ -84,7 +84,11 @@ def test_what_is_held_is_shown_and_comes_back(tight: Client) -> None:
     assert restored[2]["nbytes"] > images[2]["nbytes"]
     assert restored[1]["nbytes"] < images[1]["nbytes"]
     assert card == talk.card()
-    assert talk.ask(LAST)["plphp"]["conversation"] == talk.name
+    reply = talk.ask(LAST)["plphp"]
+    assert reply["conversation"] == talk.name
+    images = talk.card()["images"]
+    assert any(image["attention"] for image in images)
+    assert reply["wanted"] == [image["number"] for image in images if image["wanted"]]
 
 
 def test_a_restored_image_is_as_if_it_had_stayed(roomy: Client) -> None:

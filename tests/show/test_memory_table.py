@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from memory_chat import converse
-from plphp.show.memory_table import memory_line, memory_table
+from plphp.pruning import image_memory
+from plphp.show.memory_table import memory_line, memory_table, wanted_line
 from plphp.show.tables import layer_tables, report_values, summary
 from tiny_models import TIERS, tiers_model
 
@@ -27,11 +28,28 @@ def test_a_table_a_line_and_json() -> None:
     rows = lines[-6:]
     assert [row[:4] for row in rows] == [[str(n), str(n % 2), str(1 + n // 2), "16"] for n in range(6)]
     assert rows[2][4] == "forgotten"
-    assert rows[5][6].endswith("%")
+    assert rows[5][5].endswith("%")
+    assert rows[5][6] == f"{report.images[5].attention:.2f}"
     assert memory_line(report) in summary(report)
     values = report_values(report)
     assert values["images"][5]["held"] == pytest.approx(report.images[5].nbytes / report.images[5].whole_bytes)
     assert values["vision_bytes"] == sum(image["nbytes"] for image in values["images"])
+
+
+def test_images_that_an_answer_turns_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=3kB", 2, min_new_tokens=3).cache
+    assert wanted_line(cache.report()) == ""
+    monkeypatch.setattr(image_memory, "FADED", 1.0)
+    monkeypatch.setattr(image_memory, "ASKED", max(image.attention for image in cache.images))
+    report = cache.report()
+    [image] = report.wanted
+    assert wanted_line(report) == (
+        f"The answer turns to image {image.number} (faded to {image.held:.1%} of its bytes): restoring may help."
+    )
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(memory_table(report))
+    assert console.export_text().count(" wanted") == 1
+    assert [own["wanted"] for own in report_values(report)["images"]] == [own is image for own in report.images]
 
 
 def test_without_a_budget_there_is_none() -> None:

@@ -171,6 +171,7 @@ class ChatLines:
         return {"stopping_criteria": criteria, "streamer": streamer}
 
     def _show_answer(self, answer: str, tokens: int, read: int, *, interrupted: bool) -> None:
+        from plphp.show.memory_table import wanted_line
         from plphp.show.tables import collecting_line, summary
 
         report = self.chat.report()
@@ -181,8 +182,11 @@ class ChatLines:
             interrupted=interrupted,
             kv_bytes=report.entry_bytes,
             kv_bytes_full=report.kv_bytes_full,
+            wanted=[image.number for image in report.wanted],
         )
         self._shown.note(f"{read} tokens read. {summary(report)}")
+        if wanted := wanted_line(report):
+            self._shown.note(f"{wanted} /restore brings it back.")
         if report.collecting is not None:
             self._shown.note(collecting_line(report.collecting, self._shown.bank_folder))
 

@@ -20,7 +20,10 @@ from .ledger import codes_of
 from .report_checks import check_numbers
 from .sources import sources_of
 
-NUMBERS = ("number", "row", "turn", "first", "last", "tokens", "whole_bytes", "nbytes", "vision_kept")
+NUMBERS = ("number", "row", "turn", "first", "last", "tokens", "whole_bytes", "nbytes", "vision_kept", "attention")
+FADED, ASKED = 0.1, 0.65
+"""An image is wanted back that is held in less than this part of its bytes, and that an answer turns to at least so
+far, see `plphp.pruning.asked_images.AskedImages`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class ImageMemory:
         Bytes of all of its entries, held whole.
     vision_kept : float
         Entries held as a fraction of all.
+    attention : float
+        How far the newest answer turns to it in its first tokens, from 0 to 1: see
+        `plphp.pruning.asked_images.AskedImages`. 0 where that was not looked at: in answers of fewer than three tokens,
+        with beams, and in steps that are replayed from a CUDA graph.
     """
 
     number: int
@@ -67,15 +74,21 @@ class ImageMemory:
     nbytes: int = 0
     whole_bytes: int = 0
     vision_kept: float = 0.0
+    attention: float = 0.0
 
     @property
     def held(self) -> float:
         """Its bytes as a fraction of those of all of its entries held whole."""
         return self.nbytes / self.whole_bytes if self.whole_bytes else 0.0
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the newest answer turns to it though it has faded most of the way: restore it and ask again."""
+        return self.attention >= ASKED and 0 < self.held < FADED
+
     def values(self) -> dict[str, Any]:
-        """Return it ready for JSON, with `held`."""
-        return {**dataclasses.asdict(self), "held": self.held}
+        """Return it ready for JSON, with `held` and `wanted`."""
+        return {**dataclasses.asdict(self), "held": self.held, "wanted": self.wanted}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> ImageMemory:
@@ -122,6 +135,7 @@ def image_memories(layers: Mapping[int, LayerEntries], images: ImageTable) -> li
                 round(float(nbytes[number])),
                 tokens * per_token,
                 sum(of_image.values()) / (tokens * pairs) if pairs else 0.0,
+                image.attention,
             )
         )
     return result

@@ -33,6 +33,8 @@ class TableImage:
         int32 [3, span]; for a model with m-RoPE the positions of all tokens from its first to its last.
     forgotten : bool
         Whether it was forgotten, and not restored since.
+    attention : float
+        How far the newest answer turns to it, see `plphp.pruning.asked_images.AskedImages`.
     """
 
     turn: int
@@ -42,6 +44,7 @@ class TableImage:
     age: int
     rotary: Tensor | None = None
     forgotten: bool = False
+    attention: float = 0.0
 
     @property
     def first(self) -> int:
@@ -136,6 +139,13 @@ class ImageTable:
     def mark_restored(self, row: int, place: int) -> None:
         """Note that an image was restored."""
         self.rows[row][place] = replace(self.rows[row][place], forgotten=False, age=self._tick())
+
+    def note_attention(self, figures: Sequence[Sequence[float]]) -> None:
+        """Note, by row and image, how far an answer turns to it."""
+        self.rows = [
+            [replace(image, attention=figure) for image, figure in zip(row, own, strict=True)]
+            for row, own in zip(self.rows, figures, strict=True)
+        ]
 
     def _tick(self) -> int:
         self._time += 1

@@ -150,6 +150,11 @@ class PruneReport:
         return sum(image.nbytes for image in self.images)
 
     @property
+    def wanted(self) -> list[ImageMemory]:
+        """Under a budget, the images that the newest answer turns to though they have faded most of the way."""
+        return [image for image in self.images if image.wanted]
+
+    @property
     def text_evicted(self) -> int:
         """Text entries evicted, over prompts, layers, rows and heads."""
         return sum(len(head) for row in self._rows for head in row.evicted_text)

@@ -68,14 +68,19 @@ def usage(prompt: Prompt, answer: Answer) -> dict[str, Any]:
 
 
 def kept(prompt: Prompt, answer: Answer) -> dict[str, Any]:
-    """Return what was kept of the vision tokens: fractions of entries and of their bytes, and bytes of the cache."""
+    """Return what was kept of the vision tokens: fractions of entries and of their bytes, and bytes of the cache.
+
+    Under a budget also the numbers of the images that the answer turns to though they have faded.
+    """
     report = answer.report
+    wanted = {"wanted": [image.number for image in report.wanted]} if report.budget_bytes else {}
     return {
         "vision_tokens": prompt.vision_tokens,
         "retention": round(report.retention, 4),
         "vision_held": round(report.vision_held, 4),
         "kv_bytes": report.entry_bytes,
         "kv_bytes_full": report.kv_bytes_full,
+        **wanted,
     }
 
 

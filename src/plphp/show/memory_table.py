@@ -26,17 +26,34 @@ def memory_table(report: PruneReport) -> Table | None:
     rungs = list(dict.fromkeys(name for image in report.images for name in image.entries))
     several = report.batch > 1
     table = Table(title=memory_line(report))
-    for heading in ("image", *(("row",) if several else ()), "turn", "tokens", "bytes", "held", "kept", *rungs):
+    for heading in (
+        "image",
+        *(("row",) if several else ()),
+        "turn",
+        "tokens",
+        "bytes",
+        "held",
+        "asked",
+        "kept",
+        *rungs,
+    ):
         table.add_column(heading, justify="right", overflow="fold")
     for image in report.images:
         cells = [str(image.number), *([str(image.row)] if several else []), str(image.turn), str(image.tokens)]
         if image.forgotten:
             cells += ["forgotten"]
         else:
-            cells += [human_bytes(image.nbytes), f"{image.held:.1%}", f"{image.vision_kept:.0%}"]
+            asked = f"{image.attention:.2f}{' wanted' if image.wanted else ''}"
+            cells += [human_bytes(image.nbytes), f"{image.held:.1%}", asked, f"{image.vision_kept:.0%}"]
             cells += [str(image.entries[name]) if name in image.entries else "" for name in rungs]
         table.add_row(*cells)
     return table
+
+
+def wanted_line(report: PruneReport) -> str:
+    """Line on the images that the newest answer turns to though they have faded most of the way; empty without any."""
+    faded = ", ".join(f"image {image.number} (faded to {image.held:.1%} of its bytes)" for image in report.wanted)
+    return f"The answer turns to {faded}: restoring may help." if faded else ""
 
 
 def memory_line(report: PruneReport) -> str:

@@ -163,6 +163,7 @@ class PrunedCache(MemoryCache):
             raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
         spans, turn = self.begin_turn(inputs, vision_mask)
         self.reading = None
+        self.begin_answer()
         self.forget_leaving()
         # A turn of text alone has nothing to evict: it is read like an answer, into the tail.
         if spans.vision.any():
@@ -202,11 +203,13 @@ class PrunedCache(MemoryCache):
             Factor on the logits.
         """
         self._guard.pending = None  # plphp's attention function has read the layer, prefix and tail
-        if self.reading is None and not self._listeners:  # every layer of every decoding step comes by here
+        if self.reading is None and not self._listeners and not self.looking:  # every step comes by here
             return
         attended = Attended(layer_idx, query, self._pruned[layer_idx], scaling)
         for listener in self._listeners:
             listener(attended)
+        if self.looking:
+            self.look_at_images(attended)
         reading = self.reading
         if reading is None:
             return

@@ -28,6 +28,7 @@ class GeneratingCache(DecodedCache, Protocol):
     """What ``generate`` needs of a `plphp.engines.hf.cache.PrunedCache`, which stands above this module."""
 
     decode: str
+    looking: bool
     records: list[Any]
 
     @property
@@ -86,6 +87,7 @@ def _replayed(
         # The default length of transformers counts new tokens alone.
         steps = 20 if config.max_length is None or prompt is None else max(0, config.max_length - prompt.shape[1])
     if cache.decode == "graph" or (cache.decode == "auto" and reason is None and steps >= FEWEST_STEPS):
+        cache.looking = False  # what is replayed is seen by nobody
         return replayed(model, cache, steps, required=cache.decode == "graph")
     return nullcontext()
 

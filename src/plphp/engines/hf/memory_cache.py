@@ -14,6 +14,7 @@ from torch import Tensor
 from plphp.errors import CacheStateError, ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.policy.chain import Chain
+from plphp.pruning.asked_images import LOOKED, AskedImages
 from plphp.pruning.dropping import forget, insert
 from plphp.pruning.fading import Fading, fade
 from plphp.pruning.held_now import records_now
@@ -23,6 +24,7 @@ from plphp.pruning.image_table import ImageTable
 from plphp.pruning.noting import note_placed
 from plphp.pruning.placement import LayerPlacement
 from plphp.pruning.record import LayerRecord
+from plphp.pruning.scoring import Attended
 from plphp.pruning.tail_tokens import TailTokens
 
 from .attachment import Attachment
@@ -38,6 +40,9 @@ class MemoryCache(PackedCache):
     ----------
     fading : Fading or None
         The budget, and how images fade; None without one. Then nothing is noted of images.
+    looking : bool
+        Whether decoding steps show which images an answer turns to, see `AskedImages`: the first do, but for those that
+        are replayed from a CUDA graph.
     """
 
     chain: Chain
@@ -47,6 +52,41 @@ class MemoryCache(PackedCache):
         self.fading: Fading | None = None
         self._images = ImageTable()
         self._on_host = HostImages()
+        self._asked: AskedImages | None = None
+        self.looking = False
+
+    def begin_answer(self) -> None:
+        """Before a turn is read: the first steps of its answer are to show which images it turns to."""
+        self._asked, self.looking = None, self.fading is not None
+        self._images.note_attention([[0.0] * len(row) for row in self._images.rows])
+
+    def look_at_images(self, attended: Attended) -> None:
+        """Take in a layer that has attended in one of the first decoding steps of an answer."""
+        if self.reading is not None or attended.query.shape[2] != 1 or not any(self._images.rows):
+            return
+        if not len(self.history.valid):  # beams are in the making: their rows are none of the conversation
+            self._asked, self.looking = None, False
+            return
+        if self._asked is None:
+            self._asked = AskedImages(self._images)
+        if attended.entries.ledger is not None:
+            self._asked.note(attended)
+        if attended.layer == self._last and self._asked.steps == LOOKED:
+            self.end_look()
+
+    @torch.no_grad()
+    def end_look(self) -> None:
+        """Note which images the answer turns to."""
+        started = time.perf_counter()
+        if self._asked is not None and self._asked.steps > 1:
+            self._images.note_attention(self._asked.figures(self.history.valid))
+        self._asked, self.looking = None, False
+        self.pruning_seconds += time.perf_counter() - started
+
+    def note_answer(self, output: Any) -> None:
+        """Note the tokens that ``generate`` returned, and end what a short answer has left open."""
+        self.end_look()
+        super().note_answer(output)
 
     def before_placed(self, tokens: TailTokens, part: LayerPlacement, spans: VisionSpans) -> None:
         """Copy images to host memory before a layer is placed, where they are to wait there."""
