@@ -20,6 +20,9 @@ from .ledger import Labels, codes_of
 from .moving import move
 from .sources import Source, part_key, sources_of, unshare
 
+ABOVE = 2.0**-10
+"""By how much of the highest score a restored image is above it: scores are float32, and thousands may be restored."""
+
 
 def drop(
     number: int, layer: LayerEntries, images: ImageTable, fading: Fading, gone: Callable[[Source], Tensor]
@@ -101,7 +104,7 @@ def _above(whole: Labels, coded: Sequence[Labels], values: Tensor) -> Tensor:
     """Scores above all of a ledger, by the norms of values [kv_heads, tokens, dim]; float32 [kv_heads * tokens]."""
     top = max((float(labels.score.max()) for labels in (whole, *coded) if len(labels.score)), default=0.0)
     norms = values.float().norm(dim=-1).flatten().cpu()
-    return top + max(abs(top), 1.0) * (1 + norms / norms.max().clamp(min=1e-20))
+    return top + ABOVE * (abs(top) or 1.0) * (1 + norms / norms.max().clamp(min=1e-20))
 
 
 def _together(sources: Sequence[Source], shape: LayerShape) -> list[Source]:

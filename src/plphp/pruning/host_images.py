@@ -94,9 +94,11 @@ class HostImages:
                 own_keys, own_values = (states[row][:, some].detach().cpu() for states in (keys, values))
                 self.rows[row][number, prompt] = WholeLayer(own_keys, own_values, position[row, own])
 
-    def image(self, row: int, number: int, image: TableImage) -> WholeLayer:
-        """An image of a row in a layer."""
-        return self.rows[row][number, image.prompt].among(image.positions)
+    def image(self, row: int, number: int, image: TableImage) -> WholeLayer | None:
+        """An image of a row in a layer; None where all of its tokens had left before the layer."""
+        of_prompt = self.rows[row].get((number, image.prompt))
+        whole = None if of_prompt is None else of_prompt.among(image.positions)
+        return whole if whole is not None and len(whole.position) else None
 
     def select(self, rows: Sequence[int]) -> None:
         """Take rows in a new order."""

@@ -145,6 +145,7 @@ class MemoryCache(PackedCache):
         started = time.perf_counter()
         with torch.no_grad(), self._ended_by_errors():
             forget(self._pruned, self._images, self._need_fading(), row, place)
+            fade(self._pruned, self._images, self._need_fading())  # rows that shared entries have their own now
         self.pruning_seconds += time.perf_counter() - started
 
     def restore(self, image: int, **features: Any) -> None:
@@ -193,7 +194,8 @@ class MemoryCache(PackedCache):
     def _from_host(self, row: int, place: int) -> dict[int, dict[int, WholeLayer]]:
         """An image as it waits in host memory, by its place in the row and by layer."""
         image = self._images.rows[row][place]
-        return {place: {number: self._on_host.image(row, number, image) for number in self._pruned}}
+        states = {number: self._on_host.image(row, number, image) for number in self._pruned}
+        return {place: {number: own for number, own in states.items() if own is not None}}
 
     def _computed(self, row: int, place: int, features: Mapping[str, Any]) -> dict[int, dict[int, WholeLayer]]:
         """An image computed again, with its tiles, by their places in the row and by layer."""

@@ -87,7 +87,8 @@ def recognised(
 
 def _is(sent: SentImage, marks: Fingerprint) -> bool:
     """Whether a fingerprint is that of an image that was sent."""
-    return bool(sent.marks.keys() & marks.keys()) and same_image(sent.marks, marks)
+    both = {name for name, _ in sent.marks.keys() & marks.keys()}  # a grid alone does not tell images apart
+    return sent.name in both and same_image(sent.marks, marks)
 
 
 def refuse_restoring(model: PreTrainedModel, cache: Cache, early: list[str]) -> None:
