@@ -41,19 +41,6 @@ def test_a_row_without_new_images_does_not_end_the_batch() -> None:
     assert vision_bytes(cache) <= 4000
 
 
-def test_a_chat_whose_answers_are_collected_stays_below_its_budget() -> None:
-    model, tiny = tiers_model("llava"), TIERS["llava"]
-    config = plphp.PLPHPConfig.parse("query_bank:tiers=t10,vision_budget=9000,collect=2")
-    inputs, cache = tiny.inputs(model, (1,)), None
-    with plphp.prune(model, config) as run:
-        for turn in range(4):
-            output = model.generate(**inputs, **passed(cache), max_new_tokens=2, return_dict_in_generate=True)
-            cache = cache_in(output)
-            inputs = next_turn(model, tiny, inputs, output.sequences, seed=turn + 1)
-        assert run.report.budget_bytes == 9000
-        assert sum(image.nbytes for image in cache.images) <= 9000
-
-
 def test_a_wider_dtype_leaves_whole_entries_below_the_budget() -> None:
     model, tiny = tiers_model("llava"), TIERS["llava"]
     inputs = tiny.inputs(model, (1,))

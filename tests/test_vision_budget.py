@@ -15,7 +15,7 @@ import torch
 import plphp
 from invariants import assert_same_generation
 from memory_chat import answer, by_token, converse, dense_copy, held_entries, next_turn, vision_bytes
-from plphp.engines.hf.cache_argument import passed
+from plphp.engines.hf.cache_argument import cache_in, passed
 from plphp.kernels.rungs import RUNGS
 from plphp.pruning import fading
 from plphp.pruning.report import PruneReport
@@ -525,3 +525,17 @@ def test_entries_go_down_and_what_stays_in_its_rung_stays_as_it_was(method: str,
     if fell and "pq" not in method:  # the codebooks of these tests are random
         assert error < 0.1 * power
     assert fading.fade(cache._pruned, cache._images, cache.fading) is False
+
+
+@pytest.mark.own_dtype
+def test_a_chat_whose_answers_are_collected_stays_below_its_budget() -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    config = plphp.PLPHPConfig.parse("query_bank:tiers=t10,vision_budget=9000,collect=2")
+    inputs, cache = tiny.inputs(model, (1,)), None
+    with plphp.prune(model, config) as run:
+        for turn in range(4):
+            output = model.generate(**inputs, **passed(cache), max_new_tokens=2, return_dict_in_generate=True)
+            cache = cache_in(output)
+            inputs = next_turn(model, tiny, inputs, output.sequences, seed=turn + 1)
+        assert run.report.budget_bytes == 9000
+        assert sum(image.nbytes for image in cache.images) <= 9000

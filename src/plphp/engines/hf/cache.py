@@ -75,7 +75,7 @@ class PrunedCache(MemoryCache):
         """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""
         self._before_whole = before_whole
         if before_whole is not None:
-            self.chain = chain_of(NOTHING_EVICTED)  # only now: what the model cannot do is refused by the first prompt
+            self.chain = chain_of(_whole(config))  # only now: what the model cannot do is refused by the first prompt
         elif own_bank is None:
             self.chain.refuse_uncollected("A PrunedCache")
         self.fading = Fading.of(self.chain.kv, own_bank)
@@ -337,3 +337,14 @@ class PrunedCache(MemoryCache):
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
         self.records = []
+
+
+def _whole(config: PLPHPConfig) -> PLPHPConfig:
+    """Settings under which nothing is evicted, and images fade as others say."""
+    return replace(
+        NOTHING_EVICTED,
+        vision_budget=config.vision_budget,
+        fading=config.fading,
+        tier_device=config.tier_device,
+        books=config.books if config.vision_budget else None,
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class MemoryCache(PackedCache):
         self.fading: Fading | None = None
         self._images = ImageTable()
         self._on_host = HostImages()
+        self._fades_later = False
         self._asked: AskedImages | None = None
         self.looking = False
 
@@ -104,7 +106,20 @@ class MemoryCache(PackedCache):
         if self.fading is not None:
             rotary = None if self._turn is None else self._turn.placed
             self._images.note(spans, len(self.history.prompts), rotary)
-            fade(self._pruned, self._images, self.fading)
+            if not self._fades_later:
+                fade(self._pruned, self._images, self.fading)
+
+    @contextmanager
+    def fading_later(self) -> Iterator[None]:
+        """Let images fade at the end of the context, and not at the end of the prompts that are read in it."""
+        self._fades_later = True
+        try:
+            yield
+        finally:
+            self._fades_later = False
+        if self.fading is not None:
+            with torch.no_grad(), self._ended_by_errors():
+                fade(self._pruned, self._images, self.fading)
 
     @property
     def images(self) -> list[ImageMemory]:

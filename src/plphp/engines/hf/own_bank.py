@@ -68,6 +68,9 @@ class SessionBank:
     def answer(self, attachment: Attachment, call: GenerateCall, session: Session) -> Any:
         """Run a call of ``generate`` with nothing evicted, and collect from its answers once it has come to its end.
 
+        Under a ``vision_budget`` the images of its prompt fade only then; in later turns of this conversation as under
+        the method ``none``.
+
         Decoding runs step by step, whatever the session asks for: a CUDA graph replays without anyone who listens.
         A warning comes before the prompt is read, whose full cache may not fit into memory.
 
@@ -83,7 +86,7 @@ class SessionBank:
         rotations = rotations_of(attachment)
         session.note(None)
         heard = AnswerQueries(cache)
-        with cache.listening(heard):
+        with cache.fading_later(), cache.listening(heard):
             output = generate(cache, call)
         answers = heard.answers(output, call.config, rotations)
         about = partial(values_record, attachment.model)
