@@ -539,3 +539,35 @@ def test_a_chat_whose_answers_are_collected_stays_below_its_budget() -> None:
             inputs = next_turn(model, tiny, inputs, output.sequences, seed=turn + 1)
         assert run.report.budget_bytes == 9000
         assert sum(image.nbytes for image in cache.images) <= 9000
+
+
+@pytest.mark.own_dtype
+def test_a_row_without_new_images_does_not_end_the_batch() -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    inputs = tiny.inputs(model, (1, 1))
+    cache = plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig.parse("none:vision_budget=4000"))
+    output = answer(model, cache, inputs)
+    for turn in range(1, 20):
+        [new] = tiny.new_parts(model, 1, True, turn)
+        text = torch.full_like(new["input_ids"], min(TEXT_IDS))
+        ids = torch.cat([output.sequences, torch.cat([new["input_ids"], text])], 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": new["pixel_values"]}
+        cache_mask = cache.history.valid
+        inputs["attention_mask"][:, : cache_mask.shape[1]] = cache_mask.long()
+        output = answer(model, cache, inputs)
+    assert vision_bytes(cache) <= 4000
+
+
+@pytest.mark.own_dtype
+def test_a_damaged_row_does_not_end_the_others_when_images_fade() -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    inputs = tiny.inputs(model, (1, 1))
+    inputs["pixel_values"][0] = torch.nan
+    cache = plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig.parse("none:vision_budget=9000"))
+    output = answer(model, cache, inputs)
+    assert vision_bytes(cache) <= 9000
+    damaged, sound = cache.images
+    assert damaged.entries.keys() <= {"whole"}
+    assert sound.nbytes > damaged.nbytes
+    output = answer(model, cache, next_turn(model, tiny, inputs, output.sequences, with_image=False))
+    assert all(bool(logits[1].isfinite().all()) for logits in output.logits)

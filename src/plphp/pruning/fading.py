@@ -22,11 +22,11 @@ from plphp.settings.vision_budget import VisionBudget
 
 from .coders import fading_books
 from .entries import LayerEntries
-from .fading_plan import STAYS, LayerShape, RowEntries, fitted
+from .fading_plan import DROPPED, STAYS, LayerShape, RowEntries, fitted
 from .image_table import ImageTable
 from .ledger import codes_of
 from .moving import move
-from .sources import Source, sources_of, unshare
+from .sources import Source, part_key, sources_of, unshare
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def fade(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading)
     Raises
     ------
     ConfigError
-        If the budget is too small to hold anything.
+        If the budget is too small: in the first turn for some row or layer, later for all of them.
     UnsupportedFeatureError
         If entries cannot be held in few bits. Some layers have changed by then.
     """
@@ -145,11 +145,11 @@ def fade(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading)
         if layer.ledger is not None
     }
     total = sum(map(sum, weights.values()))
-    _refuse_too_small(budget, total, layers, shapes, weights)
+    _refuse_too_small(budget, total, layers, shapes, weights, first=images.turns < 2)
     for number, layer in layers.items():
         budgets = [budget * weight / total for weight in weights[number]]
         unshare(layer)
-        sources = _planned(sources_of(layer, images), images, shapes[number], budgets, fading)
+        sources = _codable(layer, _planned(sources_of(layer, images), images, shapes[number], budgets, fading))
         if any(bool((source.targets != STAYS).any()) for source in sources):
             books = fading.books_of(number)
             move(layer, codes_of(layer.coded), sources, shapes[number].rungs, books, fading.reading)
@@ -179,6 +179,24 @@ def _planned(
     return [source.with_targets(target) for source, target in zip(sources, targets, strict=True)]
 
 
+def _codable(layer: LayerEntries, sources: list[Source]) -> list[Source]:
+    """The same, where of a prompt with NaN or inf nothing goes to few bits: it leaves.
+
+    Such a row was not ranked, and an error would end the others with it.
+    """
+    assert layer.prefix is not None
+    whole, states = sources[0], (layer.prefix.keys, layer.prefix.values)
+    damaged = torch.stack([~own.isfinite().all(1) for own in states]).any(0).cpu() & whole.vision
+    if not bool(damaged.any()):
+        return sources
+    parts = part_key(whole.row, whole.prompt)[damaged].unique()
+    result = []
+    for source in sources:
+        gone = (source.targets > 0) & torch.isin(part_key(source.row, source.prompt), parts)
+        result.append(source.with_targets(source.targets.masked_fill(gone, DROPPED)))
+    return result
+
+
 def _row_entries(
     sources: Sequence[Source], own: Sequence[Tensor], order: Tensor, images: ImageTable, row: int, fading: Fading
 ) -> RowEntries:
@@ -204,13 +222,20 @@ def _refuse_too_small(
     layers: Mapping[int, LayerEntries],
     shapes: Mapping[int, LayerShape],
     weights: Mapping[int, Sequence[float]],
+    *,
+    first: bool,
 ) -> None:
-    """Raise `ConfigError` where a part of the budget holds not one entry of each KV head."""
-    least = 0.0
+    """Raise `ConfigError` where a part of the budget holds not one entry of each KV head.
+
+    Of the first turn with images any part counts. In later ones rows without new images have less of the budget than
+    they had, and may come to hold nothing: then an error says that no part holds anything.
+    """
+    parts: list[float] = []
     for number, layer in layers.items():
         heads = 1 if layer.prefix is None else layer.prefix.kv_heads
         needed = heads * shapes[number].least_nbytes + shapes[number].part_nbytes(heads)
-        least = max([least, *(needed * total / weight for weight in weights[number] if weight)])
+        parts += [needed * total / weight for weight in weights[number] if weight]
+    least = (max if first else min)(parts, default=0.0)
     if budget < least:
         raise ConfigError(
             f"a vision_budget of {budget} bytes has no room for one vision entry of every layer and KV head: give at "

@@ -123,6 +123,11 @@ class ImageTable:
         """Vision tokens of the images of a row that are not forgotten."""
         return sum(len(image.positions) for image in self.rows[row] if not image.forgotten)
 
+    @property
+    def turns(self) -> int:
+        """How many turns brought images."""
+        return len({image.turn for own in self.rows for image in own})
+
     def ages(self, row: int) -> list[int]:
         """The age of each image of a row."""
         return [image.age for image in self.rows[row]]
