@@ -12,12 +12,6 @@ from plphp.engines.hf.cache_argument import cache_in, passed
 from tiny_models import TEXT_IDS, TIERS, tiers_model
 
 
-def test_records_grow_with_the_conversation_and_not_with_its_square() -> None:
-    cache = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=20000", 12).cache
-    spans = {id(record.spans): record.spans.segment.nbytes for record in cache.records}
-    assert sum(spans.values()) <= 2 * 8 * cache.get_seq_length()
-
-
 def test_the_report_counts_means_of_prompts_that_need_none() -> None:
     line = "quantized:tiers=kivi2,vision_budget=1GB"
     cache = converse(tiers_model("llava"), TIERS["llava"], line, 2, rows=(2,)).cache

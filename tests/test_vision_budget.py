@@ -22,7 +22,7 @@ from plphp.pruning.report import PruneReport
 from plphp.settings.vision_budget import RULES, VisionBudget
 from precision import assert_exact
 from tier_reference import books_file, noting_what_is_held
-from tiny_models import TIERS, tiers_model
+from tiny_models import TEXT_IDS, TIERS, tiers_model
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -571,3 +571,10 @@ def test_a_damaged_row_does_not_end_the_others_when_images_fade() -> None:
     assert sound.nbytes > damaged.nbytes
     output = answer(model, cache, next_turn(model, tiny, inputs, output.sequences, with_image=False))
     assert all(bool(logits[1].isfinite().all()) for logits in output.logits)
+
+
+@pytest.mark.own_dtype
+def test_records_grow_with_the_conversation_and_not_with_its_square() -> None:
+    cache = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=20000", 12).cache
+    spans = {id(record.spans): record.spans.segment.nbytes for record in cache.records}
+    assert sum(spans.values()) <= 2 * 8 * cache.get_seq_length()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,40 @@ Grid = tuple[int, int, int] | None
 
 FEATURE_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_embeds", "video_embeds")
 """Inputs that carry images or videos, under any family."""
+
+
+@dataclass(frozen=True)
+class PromptSpans:
+    """Where the images of a prompt stand among its own tokens.
+
+    Parameters
+    ----------
+    start : int
+        Logical position of its first token.
+    segment : Tensor
+        int64 [batch, tokens]; number of the image within its row, -1 where there is no vision token to prune.
+    grids : tuple
+        As in `VisionSpans`.
+    """
+
+    start: int
+    segment: Tensor
+    grids: tuple[tuple[Grid, ...], ...]
+
+    @property
+    def vision(self) -> Tensor:
+        """bool [batch, tokens]; True on vision tokens."""
+        return self.segment >= 0
+
+    @property
+    def end(self) -> int:
+        """Logical position after the last token."""
+        return self.start + self.segment.shape[1]
+
+    def repeated(self, times: int) -> PromptSpans:
+        """Repeat every row."""
+        grids = tuple(grid for grid in self.grids for _ in range(times))
+        return PromptSpans(self.start, self.segment.repeat_interleave(times, dim=0), grids)
 
 
 @dataclass(frozen=True)
@@ -52,6 +87,11 @@ class VisionSpans:
     def end(self) -> int:
         """Position after the last prompt token."""
         return self.segment.shape[1]
+
+    @cached_property
+    def own(self) -> PromptSpans:
+        """The same of the new prompt alone, for what is noted of it: a chat has hundreds of prompts."""
+        return PromptSpans(self.start, self.segment[:, self.start :].clone(), self.grids)
 
     def token_grid(self, row: int, image: int) -> tuple[int, int] | None:
         """Return ``(rows, columns)`` of the tokens of an image, which stand row by row; None where they form no grid.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.families.spans import VisionSpans
+from plphp.families.spans import PromptSpans, VisionSpans
 from plphp.kernels.coded_bytes import head_nbytes, means_of_shape
 from plphp.kernels.coder import Coder
 from plphp.policy.allocation import RowAllocation
@@ -34,7 +34,7 @@ class LayerRecord:
         Decoder layer.
     start : int
         Logical position of the first token of the prompt.
-    spans : VisionSpans
+    spans : PromptSpans
         Where its images are.
     allocation : list of RowAllocation
         Per row, what was decided at the layer level.
@@ -50,7 +50,7 @@ class LayerRecord:
 
     layer: int
     start: int
-    spans: VisionSpans
+    spans: PromptSpans
     allocation: list[RowAllocation]
     kept_vision: Tensor
     evicted_text: Tensor | None
@@ -74,7 +74,7 @@ class LayerRecord:
         if coded_somewhere(part.placement):
             placement = tokens.spread(part.placement.cpu(), int(Placement.DROPPED))
         own = [part.coder] * len(kept) if coders is None else list(coders)
-        return cls(scores.layer, tokens.begin, spans, part.allocation, kept, evicted, placement, own)
+        return cls(scores.layer, tokens.begin, spans.own, part.allocation, kept, evicted, placement, own)
 
     @classmethod
     def stacked(cls, records: Sequence[LayerRecord], order: Sequence[int]) -> LayerRecord:
@@ -183,13 +183,13 @@ def prompt_reports(
     ]
 
 
-def _images(spans: VisionSpans) -> list[list[ImageReport]]:
+def _images(spans: PromptSpans) -> list[list[ImageReport]]:
     result = []
     for row, grids in zip(spans.segment, spans.grids, strict=True):
         numbers = row[row >= 0].unique().tolist()
         result.append(
             [
-                ImageReport((row == number).nonzero()[:, 0].tolist(), grids[number] if number < len(grids) else None)
+                ImageReport(((row == number).nonzero()[:, 0] + spans.start).tolist(), grids[number] if number < len(grids) else None)
                 for number in numbers
             ]
         )
