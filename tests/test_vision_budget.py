@@ -578,3 +578,22 @@ def test_records_grow_with_the_conversation_and_not_with_its_square() -> None:
     cache = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=20000", 12).cache
     spans = {id(record.spans): record.spans.segment.nbytes for record in cache.records}
     assert sum(spans.values()) <= 2 * 8 * cache.get_seq_length()
+
+
+@pytest.mark.own_dtype
+def test_the_report_counts_means_that_lie_beside_prompts_that_need_none() -> None:
+    line = "quantized:tiers=kivi2,vision_budget=1GB"
+    cache = converse(tiers_model("llava"), TIERS["llava"], line, 2, rows=(2,)).cache
+    cache.forget(1)
+    assert cache.report().vision_bytes == pytest.approx(vision_bytes(cache), abs=3)
+
+
+@pytest.mark.own_dtype
+def test_a_wider_dtype_leaves_whole_entries_below_the_budget() -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    inputs = tiny.inputs(model, (1,))
+    cache = plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig.parse("none:vision_budget=5000"))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = answer(model, cache, inputs)
+    answer(model, cache, next_turn(model, tiny, inputs, output.sequences, with_image=False))
+    assert vision_bytes(cache) <= 5000

@@ -59,6 +59,12 @@ def means_nbytes(block: CodedKV, stored_row: int) -> int:
     return sum(mean[: block.kv_heads].nbytes for mean, needed in means if needed and mean is not None)
 
 
+def means_there(block: CodedKV) -> int:
+    """Bytes of the means that lie there for each stored row, whether its own tiers need them or those of others."""
+    means = (*block.means, block.rest_values)
+    return sum(mean[: block.kv_heads].nbytes for mean in means if mean is not None)
+
+
 def row_nbytes(block: CodedKV, row: int) -> int:
     """Bytes that are held for a row of the batch, 0 without entries; rows that share a stored row count it each."""
     stored = block.rows[row]

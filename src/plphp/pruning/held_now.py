@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plphp.kernels.coded import ALL
+from plphp.kernels.coded_bytes import means_there
 from plphp.kernels.coder import Coder
 
 from .entries import LayerEntries
@@ -71,4 +72,5 @@ def _now(record: LayerRecord, layer: LayerEntries, sources: Sequence[_ByPrompt])
     coders: list[Coder | None] = [
         Coder(rungs, codes.block.books, readings.get(row, ALL)) for row in range(len(record.allocation))
     ]
-    return replace(record, kept_vision=kept, placement=placement, coders=coders)
+    means = means_there(codes.block)
+    return replace(record, kept_vision=kept, placement=placement, coders=coders, means_bytes=means)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.kernels.coded_bytes import means_nbytes, tier_nbytes
+from plphp.kernels.coded_bytes import means_there, tier_nbytes
 from plphp.settings.ladder import WHOLE
 
 from .entries import LayerEntries
@@ -150,10 +150,11 @@ def _counted(layer: LayerEntries, images: ImageTable, number_of: Tensor) -> list
     for source in tiers:
         assert codes is not None
         block, tier = codes.block, codes.block.tiers[source.tier - 1]
+        means = means_there(block)
         of_parts = []
         for stored in block.rows:
             count, total = sum(tier.counts[stored]), sum(block.held[stored])
-            each = tier_nbytes(tier, stored) / max(1, count) + means_nbytes(block, stored) / max(1, total)
+            each = tier_nbytes(tier, stored) / max(1, count) + means / max(1, total)
             of_parts += [each] * count
         weight = torch.tensor(of_parts, dtype=torch.float64)
         result.append((tier.rung.name, number_of[source.row, source.image], weight))

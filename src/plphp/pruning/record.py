@@ -46,6 +46,8 @@ class LayerRecord:
         uint8 [batch, kv_heads, seq], see `plphp.pruning.placement.Placement`; where something is held in few bits.
     coders : list of Coder or None
         Per row, what holds it in few bits.
+    means_bytes : int, optional
+        Bytes of the means of a row, where they are not those that its rungs need.
     """
 
     layer: int
@@ -56,6 +58,7 @@ class LayerRecord:
     evicted_text: Tensor | None
     placement: Tensor | None
     coders: list[Coder | None]
+    means_bytes: int | None = None
 
     @classmethod
     def of(
@@ -139,6 +142,8 @@ class LayerRecord:
                 tiers.append(TierReport(rung.name, self._positions(mask), nbytes))
                 rungs.append(rung)
         means = len(self.placement[row]) * means_of_shape(rungs, coder.reading, *dims) if rungs else 0
+        if rungs and self.means_bytes is not None:
+            means = self.means_bytes
         return {"tiers": tiers, "means_bytes": means}
 
     def _positions(self, masks: Tensor) -> list[list[int]]:

@@ -203,6 +203,8 @@ class PrunedCache(MemoryCache):
             Factor on the logits.
         """
         self._guard.pending = None  # plphp's attention function has read the layer, prefix and tail
+        if self.reading is None and layer_idx == self._last:
+            self.after_pass()
         if self.reading is None and not self._listeners and not self.looking:  # every step comes by here
             return
         attended = Attended(layer_idx, query, self._pruned[layer_idx], scaling)

@@ -54,6 +54,7 @@ class MemoryCache(PackedCache):
         self._images = ImageTable()
         self._on_host = HostImages()
         self._fades_later = False
+        self._width = 0  # bytes of a token held whole, when images faded last
         self._asked: AskedImages | None = None
         self.looking = False
 
@@ -107,7 +108,20 @@ class MemoryCache(PackedCache):
             rotary = None if self._turn is None else self._turn.placed
             self._images.note(spans, len(self.history.prompts), rotary)
             if not self._fades_later:
-                fade(self._pruned, self._images, self.fading)
+                self._fade(self.fading)
+
+    def after_pass(self) -> None:
+        """Let images fade where a pass outside of autocast has left what is held whole in a wider dtype."""
+        if self.fading is not None and self._width and self._width != self._token_nbytes():
+            with torch.no_grad(), self._ended_by_errors():
+                self._fade(self.fading)
+
+    def _fade(self, fading: Fading) -> None:
+        fade(self._pruned, self._images, fading)
+        self._width = self._token_nbytes()
+
+    def _token_nbytes(self) -> int:
+        return sum(layer.entry_nbytes for layer in self._pruned.values())
 
     @contextmanager
     def fading_later(self) -> Iterator[None]:
@@ -119,7 +133,7 @@ class MemoryCache(PackedCache):
             self._fades_later = False
         if self.fading is not None:
             with torch.no_grad(), self._ended_by_errors():
-                fade(self._pruned, self._images, self.fading)
+                self._fade(self.fading)
 
     @property
     def images(self) -> list[ImageMemory]:
@@ -160,7 +174,7 @@ class MemoryCache(PackedCache):
         started = time.perf_counter()
         with torch.no_grad(), self._ended_by_errors():
             forget(self._pruned, self._images, self._need_fading(), row, place)
-            fade(self._pruned, self._images, self._need_fading())  # rows that shared entries have their own now
+            self._fade(self._need_fading())  # rows that shared entries have their own now
         self.pruning_seconds += time.perf_counter() - started
 
     def restore(self, image: int, **features: Any) -> None:
@@ -203,7 +217,7 @@ class MemoryCache(PackedCache):
                 for number, states in layers.items():
                     insert(self._pruned[number], row, states)
                 self._images.mark_restored(row, of_image)
-            fade(self._pruned, self._images, fading)
+            self._fade(fading)
         self.pruning_seconds += time.perf_counter() - started
 
     def _from_host(self, row: int, place: int) -> dict[int, dict[int, WholeLayer]]:
@@ -279,7 +293,7 @@ class MemoryCache(PackedCache):
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
-        self._images, self._on_host = ImageTable(), HostImages()
+        self._images, self._on_host, self._width = ImageTable(), HostImages(), 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (numbers, or a bool mask)."""
