@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import plphp
-from invariants import assert_same_generation
+from invariants import assert_same_generation, tensors_of
 from memory_chat import answer, by_token, converse, dense_copy, held_entries, next_turn, vision_bytes
 from plphp.engines.hf.cache_argument import cache_in, passed
 from plphp.kernels.rungs import RUNGS
@@ -597,3 +599,25 @@ def test_a_wider_dtype_leaves_whole_entries_below_the_budget() -> None:
         output = answer(model, cache, inputs)
     answer(model, cache, next_turn(model, tiny, inputs, output.sequences, with_image=False))
     assert vision_bytes(cache) <= 5000
+
+
+def test_the_report_of_a_session_is_of_the_end_of_generate_and_keeps_no_entries_alive(folder: Path) -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    inputs, cache = tiny.inputs(model, (1,)), None
+    config = plphp.PLPHPConfig.parse(line('random:tiers="r4=.5,r2=.4"', 3 * spent("quantized", folder) // 4, folder))
+    with plphp.prune(model, config) as run:
+        for turn in range(3):
+            output = model.generate(**inputs, **passed(cache), max_new_tokens=2, return_dict_in_generate=True)
+            cache = cache_in(output)
+            inputs = next_turn(model, tiny, inputs, output.sequences, seed=turn + 1)
+        expected = cache.report()
+        held = [t for layer in cache.layers for t in (layer.keys, layer.prefix.keys, *tensors_of(layer.coded))]
+        alive = [weakref.ref(tensor) for tensor in held]
+        cache.forget(1)
+        cache.reorder_cache(torch.tensor([0, 0]))
+        del output, cache, held
+        gc.collect()
+        assert not any(tensor() is not None for tensor in alive)
+        assert run.report == expected
+        assert run.report is run.report
+        assert not run.report.images[1].forgotten

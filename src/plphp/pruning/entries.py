@@ -144,6 +144,11 @@ class LayerEntries:
         self._dims = key_states.shape[3], value_states.shape[3]
         self._kv_heads = key_states.shape[1]
 
+    def take_sizes(self, source: LayerEntries) -> None:
+        """Take the dtypes and the sizes of what another layer holds, if it holds anything."""
+        if source._dims is not None:
+            self.dtypes, self._dims, self._kv_heads = source.dtypes, source._dims, source._kv_heads
+
     def append(self, key_states: Tensor, value_states: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         """Append new entries to the tail.
 

@@ -43,8 +43,9 @@ class _ByPrompt:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._order = source.prompt.argsort(stable=True)
-        self._prompts = source.prompt[self._order].contiguous()
+        order = source.prompt.argsort(stable=True)
+        self._prompts = source.prompt[order].contiguous()
+        self._where = source.row[order], source.head[order], source.labels.position[order]
 
     @property
     def value(self) -> int:
@@ -54,8 +55,8 @@ class _ByPrompt:
     def of(self, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, head and position of each entry of a prompt."""
         first, last = torch.searchsorted(self._prompts, torch.tensor([prompt, prompt + 1])).tolist()
-        own, source = self._order[first:last], self._source
-        return source.row[own], source.head[own], source.labels.position[own]
+        row, head, position = self._where
+        return row[first:last], head[first:last], position[first:last]
 
 
 def _now(record: LayerRecord, layer: LayerEntries, sources: Sequence[_ByPrompt]) -> LayerRecord:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -69,6 +70,12 @@ class ImageTable:
         self.rows: list[list[TableImage]] = []
         self._of_token = torch.zeros(0, 0, dtype=torch.int64)
         self._time = 0
+
+    def copied(self) -> ImageTable:
+        """The same, which further prompts do not change."""
+        result = copy.copy(self)
+        result.rows = [list(row) for row in self.rows]
+        return result
 
     def note(self, spans: VisionSpans, turn: int, rotary: Tensor | None = None) -> None:
         """Add the images of a prompt.

@@ -194,7 +194,10 @@ def _images(spans: PromptSpans) -> list[list[ImageReport]]:
         numbers = row[row >= 0].unique().tolist()
         result.append(
             [
-                ImageReport(((row == number).nonzero()[:, 0] + spans.start).tolist(), grids[number] if number < len(grids) else None)
+                ImageReport(
+                    ((row == number).nonzero()[:, 0] + spans.start).tolist(),
+                    grids[number] if number < len(grids) else None,
+                )
                 for number in numbers
             ]
         )

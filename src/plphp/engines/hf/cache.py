@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache as cached
 from functools import partial
 from typing import Any
 
@@ -21,11 +22,12 @@ from plphp.policy.bank import QueryBank
 from plphp.pruning import too_large
 from plphp.pruning.fading import Fading
 from plphp.pruning.finite import features_of
+from plphp.pruning.held_state import HeldState
 from plphp.pruning.leaving import Leaving
 from plphp.pruning.live_bytes import books_nbytes
 from plphp.pruning.packing import Packing
 from plphp.pruning.reading import PromptReading
-from plphp.pruning.record import LayerRecord, prompt_reports
+from plphp.pruning.record import LayerRecord
 from plphp.pruning.report import BankProgress, PruneReport
 from plphp.pruning.scoring import Attended
 from plphp.settings.config import PLPHPConfig, checked, checked_mode
@@ -35,7 +37,7 @@ from .contexts import Session
 from .generate_call import GenerateCall
 from .generation import generate
 from .layer import held_bytes
-from .memory_cache import MemoryCache
+from .memory_cache import MemoryCache, fading_as
 from .refusals import refuse_stages
 from .rotation_probe import rotations_of
 from .tower_watch import TowerWatch
@@ -75,7 +77,9 @@ class PrunedCache(MemoryCache):
         """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""
         self._before_whole = before_whole
         if before_whole is not None:
-            self.chain = chain_of(_whole(config))  # only now: what the model cannot do is refused by the first prompt
+            self.chain = chain_of(
+                fading_as(NOTHING_EVICTED, config)
+            )  # only now: what the model cannot do is refused by the first prompt
         elif own_bank is None:
             self.chain.refuse_uncollected("A PrunedCache")
         self.fading = Fading.of(self.chain.kv, own_bank)
@@ -272,8 +276,15 @@ class PrunedCache(MemoryCache):
         -------
         PruneReport
         """
+        return self.report_later()()
+
+    def report_later(self) -> Callable[[], PruneReport]:
+        """The report of what the cache holds now, worked out when it is called; it holds no keys and values."""
         model = self.attachment.model
-        return PruneReport(
+        images = None if self.fading is None else self._images
+        state = HeldState.of(self.records, self._pruned, images, self.left, self.attended)
+        later = partial(
+            PruneReport,
             model_type=model.config.model_type,
             model_class=type(model).__name__,
             config=settled(self.config).to_dict(),
@@ -283,12 +294,12 @@ class PrunedCache(MemoryCache):
             kv_bytes=self.nbytes,
             reserved_bytes=self.reserved_nbytes,
             pruning_seconds=self.pruning_seconds,
-            prompts=prompt_reports(self.records_now(self.records), self._pruned, self.left, self.attended),
             collecting=self.collecting,
             held=[held_bytes(number, layer) for number, layer in enumerate(self.layers)],
             book_bytes=books_nbytes(self._pruned.values()),
             **self.memory_values(),
         )
+        return cached(lambda: later(prompts=state.prompt_reports(), images=state.image_memories()))
 
     def _blank(self) -> PrunedCache:
         """A cache of the same model that has read nothing and prunes nothing."""
@@ -332,21 +343,10 @@ class PrunedCache(MemoryCache):
             session.note(None)
         output = generate(self, call)
         if session is not None:
-            session.note(self.report())
+            session.note(self.report_later())
         return output
 
     def reset(self) -> None:
         """Forget everything; the next prompt has to be planned again."""
         super().reset()
         self.records = []
-
-
-def _whole(config: PLPHPConfig) -> PLPHPConfig:
-    """Settings under which nothing is evicted, and images fade as others say."""
-    return replace(
-        NOTHING_EVICTED,
-        vision_budget=config.vision_budget,
-        fading=config.fading,
-        tier_device=config.tier_device,
-        books=config.books if config.vision_budget else None,
-    )

@@ -36,7 +36,7 @@ class Session(Protocol):
     config: PLPHPConfig
 
     def note(self, report: Any) -> None:
-        """Keep the report of a finished ``generate``; None while one is running."""
+        """Keep what gives the report of a finished ``generate``; None while one is running."""
 
     def note_unpruned(self) -> None:
         """Count a pass of the model that no `PrunedCache` took part in."""

@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,15 +19,14 @@ from plphp.policy.chain import Chain
 from plphp.pruning.asked_images import LOOKED, AskedImages
 from plphp.pruning.dropping import forget, insert
 from plphp.pruning.fading import Fading, fade
-from plphp.pruning.held_now import records_now
 from plphp.pruning.host_images import HostImages, WholeLayer
 from plphp.pruning.image_memory import ImageMemory, image_memories
 from plphp.pruning.image_table import ImageTable
 from plphp.pruning.noting import note_placed
 from plphp.pruning.placement import LayerPlacement
-from plphp.pruning.record import LayerRecord
 from plphp.pruning.scoring import Attended
 from plphp.pruning.tail_tokens import TailTokens
+from plphp.settings.config import PLPHPConfig
 
 from .attachment import Attachment
 from .layer import PrunedLayer
@@ -251,17 +251,12 @@ class MemoryCache(PackedCache):
         """Put a layer in the place of another."""
         self.layers[number] = self._pruned[number] = layer
 
-    def records_now(self, records: Sequence[LayerRecord]) -> list[LayerRecord]:
-        """Records of placed prompts, by what is held now."""
-        return list(records) if self.fading is None else records_now(records, self._pruned, self._images)
-
     def memory_values(self) -> dict[str, Any]:
-        """What a report says of images."""
+        """What a report says of the memory of images, beside the images."""
         ledgers = [layer.ledger for layer in self._pruned.values() if layer.ledger is not None]
         if self.fading is None or not ledgers:
             return {}
         return {
-            "images": self.images,
             "budget_bytes": self.fading.budget_of(self._pruned),
             "ledger_bytes": sum(ledger.nbytes for ledger in ledgers),
             "host_bytes": self._on_host.nbytes,
@@ -315,3 +310,14 @@ class MemoryCache(PackedCache):
         if self.fading is not None:
             self._images.select(rows)
             self._on_host.select(rows)
+
+
+def fading_as(config: PLPHPConfig, source: PLPHPConfig) -> PLPHPConfig:
+    """Settings under which images fade as they do under others."""
+    return replace(
+        config,
+        vision_budget=source.vision_budget,
+        fading=source.fading,
+        tier_device=source.tier_device,
+        books=source.books if source.vision_budget else config.books,
+    )

@@ -91,7 +91,7 @@ class SessionBank:
         answers = heard.answers(output, call.config, rotations)
         about = partial(values_record, attachment.model)
         cache.collecting = self.collection.add(answers, rotations, heard.entries(), about)
-        session.note(cache.report())
+        session.note(cache.report_later())
         return output
 
 

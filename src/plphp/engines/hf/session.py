@@ -48,7 +48,7 @@ class Session:
         self.config, self.decode = checked(config), checked_mode(decode)
         wanted = chain_of(self.config).own_bank
         self.closed = False
-        self._report: PruneReport | None = None
+        self._report: Callable[[], PruneReport] | None = None
         # Passes without plphp in the whole session, and since the newest report.
         self._unpruned = 0
         self._unpruned_since = 0
@@ -74,7 +74,7 @@ class Session:
             If ``generate`` has not run, or the model ran without plphp since.
         """
         if self._report is not None and not self._unpruned_since:
-            return self._report
+            return self._report()
         if self._unpruned_since:
             raise CacheStateError(f"There is no report: {self._what_ran()} {WHY_UNPRUNED}")
         raise CacheStateError(
@@ -82,8 +82,8 @@ class Session:
             + WHY_UNPRUNED
         )
 
-    def note(self, report: PruneReport | None) -> None:
-        """Keep the report of a finished ``generate``; None while one is running."""
+    def note(self, report: Callable[[], PruneReport] | None) -> None:
+        """Keep what gives the report of a finished ``generate``; None while one is running."""
         self._report, self._unpruned_since = report, 0
 
     def run_generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
