@@ -77,9 +77,8 @@ class PrunedCache(MemoryCache):
         """Where the answer is not pruned as its queries are collected for a bank: how far the bank is then."""
         self._before_whole = before_whole
         if before_whole is not None:
-            self.chain = chain_of(
-                fading_as(NOTHING_EVICTED, config)
-            )  # only now: what the model cannot do is refused by the first prompt
+            # Only now: what the model cannot do is refused by the first prompt.
+            self.chain = chain_of(fading_as(NOTHING_EVICTED, config))
         elif own_bank is None:
             self.chain.refuse_uncollected("A PrunedCache")
         self.fading = Fading.of(self.chain.kv, own_bank)
