@@ -46,10 +46,8 @@ def base_tokens(config: PretrainedConfig) -> int | None:
     """Return the tokens of the tile that shows the whole image; None if the tower is unknown."""
     vision = config.vision_config
     extra = {"clip_vision_model": 1, "siglip_vision_model": 0}.get(vision.model_type)
-    if extra is None:
-        return None
     dropped = int(config.vision_feature_select_strategy == "default")
-    return int((vision.image_size // vision.patch_size) ** 2) + extra - dropped
+    return None if extra is None else int((vision.image_size // vision.patch_size) ** 2) + extra - dropped
 
 
 def _segments(config: PretrainedConfig, inputs: Inputs) -> list[VisionSegment] | None:

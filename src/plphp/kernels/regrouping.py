@@ -12,11 +12,10 @@ from torch import Tensor
 from .books import LayerBooks
 from .codecs import Codes, Places
 from .coded import Tier
+from .coder import Means
 from .precision import as_written
 from .ragged import counts_of
 from .rungs import Rung
-
-Means = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def places_of(pair: Tensor, kv_heads: int, means: Means, books: LayerBooks | Non
     """Where entries lie whose codes depend on no other entry; ``pair`` is int64 [entries] on their device."""
     nowhere = torch.zeros_like(pair)
     of_books = (None, None) if books is None else (books.keys, books.values)
-    keys, values = (Places(pair, nowhere, (), kv_heads, mean, book) for mean, book in zip(means, of_books, strict=True))
-    return keys, values
+    keys, values = zip(means, of_books, strict=True)
+    return Places(pair, nowhere, (), kv_heads, *keys), Places(pair, nowhere, (), kv_heads, *values)
 
 
 def tier_of(

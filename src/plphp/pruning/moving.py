@@ -11,10 +11,10 @@ from torch import Tensor
 from plphp.kernels.books import LayerBooks
 from plphp.kernels.codecs import Codes, stored
 from plphp.kernels.coded import CodedKV, Reading, Tier
-from plphp.kernels.coder import with_rest
+from plphp.kernels.coder import Means, with_rest
 from plphp.kernels.precision import as_written
 from plphp.kernels.prompt_codes import PromptCodes
-from plphp.kernels.regrouping import Means, Moving, decoded_entries, taken, tier_of
+from plphp.kernels.regrouping import Moving, decoded_entries, taken, tier_of
 from plphp.kernels.rungs import Rung
 
 from .entries import LayerEntries

@@ -32,10 +32,8 @@ def kept_values(prompt: PromptReport) -> dict[str, Any]:
     """
     tokens = [position for image in prompt.images[0] for position in image.positions]
     rows = [layer.rows[0] for layer in prompt.layers]
-    ways = [
-        {"name": name, "share": round(share, 4), "bits": packed(_held(rows, tokens, name))}
-        for name, share in sorted(_shares(rows).items(), key=lambda way: way[1])
-    ]
+    shares = sorted(_shares(rows).items(), key=lambda way: way[1])
+    ways = [{"name": name, "share": round(own, 4), "bits": packed(_held(rows, tokens, name))} for name, own in shares]
     return {"layers": list(map(_layer_values, prompt.layers)), "ways": ways, "left": _left_values(prompt, tokens)}
 
 
