@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import plphp
-from memory_chat import answer, converse, vision_bytes
+from memory_chat import answer, converse, next_turn, vision_bytes
 from plphp.families.registry import family_of
 from tiny_models import TIERS, tiers_model
 
@@ -58,3 +58,25 @@ def test_rows_that_share_entries_stay_below_the_budget_when_an_image_is_forgotte
     assert cache.images[0].nbytes == 0
     assert 0 < vision_bytes(cache) <= 9000
     assert torch.equal(torch.tensor([image.row for image in cache.images[:4]]), torch.arange(4))
+
+
+def test_a_restored_image_fades_like_the_newest_when_others_come() -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    chat = converse(model, tiny, "none:vision_budget=12000,tier_device=cpu", 3)
+    cache, inputs, output = chat.cache, chat.inputs, chat.outputs[-1]
+    cache.restore(0)
+    assert cache.images[0].nbytes == max(image.nbytes for image in cache.images)
+    for turn in range(4):
+        inputs = next_turn(model, tiny, inputs, output.sequences, seed=10 + turn)
+        output = answer(model, cache, inputs)
+    held = [image.nbytes for image in cache.images]
+    assert 0 < held[0] < 1.3 * max(held[1:])
+
+
+def test_features_are_compared_where_images_wait_in_host_memory() -> None:
+    model, tiny = tiers_model("llava"), TIERS["llava"]
+    cache = converse(model, tiny, "none:vision_budget=1GB,tier_device=cpu", 2).cache
+    own = tiny.inputs(model, (1,))["pixel_values"]
+    cache.restore(0, pixel_values=own)
+    with pytest.raises(plphp.HistoryError, match="features of another image"):
+        cache.restore(1, pixel_values=own)

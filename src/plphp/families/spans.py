@@ -15,46 +15,13 @@ from plphp.errors import SpanError
 from plphp.settings.config import QueryRows
 
 from .base import Family, Inputs, VisionSegment
+from .prompt_spans import PromptSpans
 
 Grid = tuple[int, int, int] | None
 """``(frames, height, width)`` of an image in tokens, where its tokens form a grid."""
 
 FEATURE_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_embeds", "video_embeds")
 """Inputs that carry images or videos, under any family."""
-
-
-@dataclass(frozen=True)
-class PromptSpans:
-    """Where the images of a prompt stand among its own tokens.
-
-    Parameters
-    ----------
-    start : int
-        Logical position of its first token.
-    segment : Tensor
-        int64 [batch, tokens]; number of the image within its row, -1 where there is no vision token to prune.
-    grids : tuple
-        As in `VisionSpans`.
-    """
-
-    start: int
-    segment: Tensor
-    grids: tuple[tuple[Grid, ...], ...]
-
-    @property
-    def vision(self) -> Tensor:
-        """bool [batch, tokens]; True on vision tokens."""
-        return self.segment >= 0
-
-    @property
-    def end(self) -> int:
-        """Logical position after the last token."""
-        return self.start + self.segment.shape[1]
-
-    def repeated(self, times: int) -> PromptSpans:
-        """Repeat every row."""
-        grids = tuple(grid for grid in self.grids for _ in range(times))
-        return PromptSpans(self.start, self.segment.repeat_interleave(times, dim=0), grids)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,42 @@ def insert(layer: LayerEntries, row: int, whole: WholeLayer) -> None:
     layer.ledger = replace(ledger, whole=named.of_entries(order, pair[order], prefix.batch))
 
 
+def settle(layer: LayerEntries, images: ImageTable, row: int, places: Sequence[int]) -> None:
+    """Score a restored image as the newest of the others, so that it fades like it from now on.
+
+    Its best entry has the score of the other's best, and so on down. An image that is above all others would stay whole
+    at their cost, however many come.
+
+    Parameters
+    ----------
+    layer : LayerEntries
+        Every row has entries of its own.
+    images : ImageTable
+    row : int
+        Row of the batch.
+    places : sequence of int
+        Its place in the row, or those of its tiles.
+    """
+    assert layer.ledger is not None
+    labels = [layer.ledger.whole, *layer.ledger.coded]
+    sources = sources_of(layer, images)
+    image = torch.cat([source.image.masked_fill(source.row != row, -1) for source in sources])
+    score = torch.cat([own.score for own in labels])
+    mine = torch.isin(image, torch.tensor(places))
+    newest = image.masked_fill(mine, -1).max() if len(image) else -1
+    if newest < 0 or not bool(mine.any()):
+        return
+    model = score[image == newest].sort().values
+    order = score[mine].argsort(stable=True)
+    taken = score.new_empty(len(order))
+    taken[order] = model[torch.arange(len(order)) * len(model) // len(order)]
+    score = score.masked_scatter(mine, taken)
+    whole, *coded = [
+        own.with_score(part) for own, part in zip(labels, score.split([len(own.score) for own in labels]), strict=True)
+    ]
+    layer.ledger = replace(layer.ledger, whole=whole, coded=tuple(coded))
+
+
 def _above(whole: Labels, coded: Sequence[Labels], values: Tensor) -> Tensor:
     """Scores above all of a ledger, by the norms of values [kv_heads, tokens, dim]; float32 [kv_heads * tokens]."""
     top = max((float(labels.score.max()) for labels in (whole, *coded) if len(labels.score)), default=0.0)

@@ -7,7 +7,7 @@ Entries themselves do not know it. A ledger is kept where images are to fade, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,10 @@ class Labels:
     def nbytes(self) -> int:
         """Bytes of both columns."""
         return self.block.nbytes
+
+    def with_score(self, score: Tensor) -> Labels:
+        """The same entries with other scores, float32 [entries]."""
+        return Labels(replace(self.block, values=score[:, None]))
 
     def nothing(self) -> Labels:
         """The same rows without entries."""

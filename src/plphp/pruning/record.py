@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plphp.families.spans import PromptSpans, VisionSpans
+from plphp.families.prompt_spans import PromptSpans
+from plphp.families.spans import VisionSpans
 from plphp.kernels.coded_bytes import head_nbytes, means_of_shape
 from plphp.kernels.coder import Coder
 from plphp.policy.allocation import RowAllocation

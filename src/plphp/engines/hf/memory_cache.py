@@ -17,7 +17,7 @@ from plphp.errors import CacheStateError, ConfigError, UnsupportedFeatureError
 from plphp.families.spans import VisionSpans
 from plphp.policy.chain import Chain
 from plphp.pruning.asked_images import LOOKED, AskedImages
-from plphp.pruning.dropping import forget, insert
+from plphp.pruning.dropping import forget, insert, settle
 from plphp.pruning.fading import Fading, fade
 from plphp.pruning.host_images import HostImages, WholeLayer
 from plphp.pruning.image_memory import ImageMemory, image_memories
@@ -183,7 +183,7 @@ class MemoryCache(PackedCache):
         Its tokens pass the model once more at their positions, behind what is held now of the tokens before them. With
         nothing faded but this image the cache is as it was when the image had been read. While it runs, what is held
         of those tokens is there twice. With ``tier_device="cpu"`` the image comes from host memory as it was read, and
-        needs no features.
+        needs no features; what is given of them is only compared. From then on it fades as the newest of the others.
 
         Parameters
         ----------
@@ -210,6 +210,8 @@ class MemoryCache(PackedCache):
         row, place = self._image_at(image)
         started, fading = time.perf_counter(), self._need_fading()
         with torch.no_grad():
+            if fading.on_host and features:
+                recognised(self.attachment.model, self.history, self._images, row, place, features)
             whole = self._from_host(row, place) if fading.on_host else self._computed(row, place, features)
         with torch.no_grad(), self._ended_by_errors():
             for of_image, layers in whole.items():
@@ -218,6 +220,9 @@ class MemoryCache(PackedCache):
                     insert(self._pruned[number], row, states)
                 self._images.mark_restored(row, of_image)
             self._fade(fading)
+            for layer in self._pruned.values():
+                if layer.ledger is not None:
+                    settle(layer, self._images, row, list(whole))
         self.pruning_seconds += time.perf_counter() - started
 
     def _from_host(self, row: int, place: int) -> dict[int, dict[int, WholeLayer]]:
