@@ -215,8 +215,7 @@ class PrunedCache(MemoryCache):
             listener(attended)
         if self.looking:
             self.look_at_images(attended)
-        reading = self.reading
-        if reading is None:
+        if (reading := self.reading) is None:
             return
         started = time.perf_counter()
         with as_written(query.device), self._ended_by_errors():
