@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -85,14 +86,18 @@ class PromptCodes:
 
     def parts_of(self, rows: Sequence[int]) -> list[int]:
         """The parts that rows of the batch read, row after row."""
-        return [part for row in rows for part, owner in enumerate(self.owners) if owner == row]
+        parts: dict[int, list[int]] = {}
+        for part, owner in enumerate(self.owners):
+            parts.setdefault(owner, []).append(part)
+        return [part for row in rows for part in parts.get(row, [])]
 
     def select(self, rows: Sequence[int]) -> PromptCodes:
         """Take rows of the batch in a new order; parts that nobody reads any more are freed."""
         parts = self.parts_of(rows)
         if not parts:  # a row that holds nothing says so: `held`
             return PromptCodes(self.block.among(0, 1).select([len(self.owners)]), (0,), (0,), len(rows))
-        owners = [new for new, row in enumerate(rows) for owner in self.owners if owner == row]
+        read = Counter(self.owners)
+        owners = [new for new, row in enumerate(rows) for _ in range(read[row])]
         return PromptCodes(
             self.block.select(parts), tuple(owners), tuple(self.prompts[part] for part in parts), len(rows)
         )

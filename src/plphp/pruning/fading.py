@@ -26,7 +26,7 @@ from .fading_plan import DROPPED, STAYS, LayerShape, RowEntries, fitted
 from .image_table import ImageTable
 from .ledger import codes_of
 from .moving import move
-from .sources import Source, part_key, sources_of, unshare
+from .sources import Source, part_key, sources_of, unshare, whole_source
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def vision_nbytes(layer: LayerEntries, images: ImageTable) -> int:
     """Bytes of the vision entries that a layer holds: whole ones, codes, scales and means."""
     if layer.ledger is None:
         return 0
-    whole = sources_of(layer, images)[0]
+    whole = whole_source(layer, images)
     return int(whole.vision.sum()) * layer.pair_nbytes + sum(block.nbytes for block in layer.coded)
 
 

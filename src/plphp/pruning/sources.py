@@ -75,14 +75,20 @@ class Source:
         return replace(self, targets=targets)
 
 
+def whole_source(layer: LayerEntries, images: ImageTable, *, shared: bool = True) -> Source:
+    """What a layer with a ledger holds whole, see `sources_of`."""
+    assert layer.ledger is not None
+    whole = layer.ledger.whole if shared else layer.ledger.whole.unshared()
+    return Source.of(0, whole, _readers(whole, range(whole.block.batch)), images)
+
+
 def sources_of(layer: LayerEntries, images: ImageTable, *, shared: bool = True) -> list[Source]:
     """What a layer with a ledger holds: its prefix, and tier by tier.
 
     Entries that rows share are of one of these rows, or without ``shared`` of each of them.
     """
     assert layer.ledger is not None
-    whole = layer.ledger.whole if shared else layer.ledger.whole.unshared()
-    sources = [Source.of(0, whole, _readers(whole, range(whole.block.batch)), images)]
+    sources = [whole_source(layer, images, shared=shared)]
     codes = codes_of(layer.coded)
     if codes is not None:
         for number, labels in enumerate(layer.ledger.coded, 1):
