@@ -134,6 +134,9 @@ def test_page_chat(read: Callable[[str], Reader]) -> None:
     assert talked.count("Row 1 shows") == 2
     assert "Row 2 shows" in talked
     assert "what is held of each image" in talked
+    cache = reader.names["cache"]
+    assert (len(cache.images), cache.report().vision_bytes <= 300_000) == (8, True)
+    assert reader.names["last"].startswith("Row 1 shows")
 
 
 def test_page_benchmark(read: Callable[[str], Reader]) -> None:

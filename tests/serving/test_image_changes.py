@@ -110,9 +110,16 @@ def test_from_host_memory_without_the_image() -> None:
     for client in served("quantized:tiers=r4,vision_budget=60 tokens,tier_device=cpu"):
         talk = talked(client)
         before = talk.card()["images"]
+        whole = sum(image["whole_bytes"] for image in before)
+        metrics = client.metrics()
+        assert metrics["plphp_image_bytes"] == pytest.approx(sum(image["nbytes"] for image in before), abs=3)
+        assert metrics["plphp_image_bytes"] <= metrics["plphp_image_budget_bytes"] == 60 * whole / (3 * 196)
+        assert metrics["plphp_image_host_bytes"] == whole
         status, card = change(talk, 0, ())
         assert status == 200
         assert card["images"][0]["nbytes"] > before[0]["nbytes"]
+        client.get(f"/v1/conversations/{talk.name}", "DELETE")
+        assert client.metrics()["plphp_image_bytes"] == client.metrics()["plphp_image_host_bytes"] == 0
 
 
 BEFORE = r".* The conversation is as before\.$"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from plphp.policy.chain import Link
 from plphp.policy.fading_ladders import PLAIN, PRODUCT
 from plphp.policy.fading_rules import RULES, HeldEntries, Rule
 from plphp.policy.stages import KVStage
+from plphp.settings.config import PLPHPConfig
 from plphp.settings.vision_budget import VisionBudget
 
 from .coders import fading_books
@@ -100,6 +101,17 @@ class Fading:
         if books is not None and layer.prefix is not None:
             books.check(layer.prefix.kv_heads, *layer.dims)
         return shape
+
+
+def fading_as(config: PLPHPConfig, source: PLPHPConfig) -> PLPHPConfig:
+    """Settings under which images fade as they do under others."""
+    return replace(
+        config,
+        vision_budget=source.vision_budget,
+        fading=source.fading,
+        tier_device=source.tier_device,
+        books=source.books if source.vision_budget else config.books,
+    )
 
 
 def vision_nbytes(layer: LayerEntries, images: ImageTable) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel
 
+from plphp.engines.hf.memory_cache import ImageBytes
 from plphp.engines.hf.ongoing_chat import OngoingChat
 from plphp.inputs.later_turn import TurnInputs
 from plphp.pruning.report import PruneReport
@@ -41,11 +42,13 @@ class Conversation:
         What the client calls it.
     nbytes : int
         Bytes of its cache after its newest turn.
+    image_bytes : ImageBytes
+        What its images take of it under a budget.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.name = secrets.token_urlsafe(NAME_BYTES)
-        self.nbytes = 0
+        self.nbytes, self.image_bytes = 0, ImageBytes()
         self._created = int(time.time())
         self._chat = OngoingChat(model, processor)
         self._messages: list[Message] = []
@@ -135,19 +138,22 @@ class Conversation:
         """
         self._chat.keep(len(self._asked) + 1, turn, tokens, text if cut else None)
         self._messages = [*self._asked, Message("assistant", (text,))]
-        self.nbytes = self._chat.nbytes
+        self._note_bytes()
 
     def forget(self, image: int) -> None:
         """Free all that is held of an image, see `OngoingChat.forget`; for an unknown number raises RequestError."""
         self._check_image(image)
         self._chat.forget(image)
-        self.nbytes = self._chat.nbytes
+        self._note_bytes()
 
     def restore(self, image: int, pictures: Sequence[Image.Image]) -> None:
         """Bring an image back, see `OngoingChat.restore`; for an unknown number raises RequestError."""
         self._check_image(image)
         self._chat.restore(image, pictures)
-        self.nbytes = self._chat.nbytes
+        self._note_bytes()
+
+    def _note_bytes(self) -> None:
+        self.nbytes, self.image_bytes = self._chat.nbytes, self._chat.image_bytes
 
     def _check_image(self, image: int) -> None:
         count = 0 if self._chat.cache is None else len(self._chat.cache.images)
@@ -163,7 +169,7 @@ class Conversation:
         """Return to where it was when a turn was settled last; where that cannot be, it is over."""
         self._chat.take_back()
         self._messages = self._messages[: self._chat.said.messages]
-        self.nbytes = self._chat.nbytes
+        self._note_bytes()
 
     def card(self) -> dict[str, Any]:
         """What is told of it to the client."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import anyio
 
+from plphp.engines.hf.memory_cache import ImageBytes
 from plphp.io.quoting import quoted
 
 from .conversation import Conversation
@@ -57,6 +58,11 @@ class Conversations:
     def nbytes(self) -> int:
         """Bytes of their caches after their newest turns."""
         return sum(conversation.nbytes for conversation in self._held.values())
+
+    @property
+    def image_bytes(self) -> ImageBytes:
+        """What their images take under a budget, all together."""
+        return ImageBytes(*map(sum, zip(*(own.image_bytes for own in self._held.values()), strict=True)))
 
     async def take(self, name: str) -> Conversation:
         """Take a conversation for a request, or begin one.

@@ -54,6 +54,9 @@ class Metrics:
         """Say from now on how many conversations there are."""
         self._gauge("conversations", "Conversations that can be continued.", lambda: conversations.alive)
         self._gauge("conversation_bytes", "Bytes that their caches hold.", lambda: conversations.nbytes)
+        self._gauge("image_bytes", "Bytes that they hold of images.", lambda: conversations.image_bytes.held)
+        self._gauge("image_budget_bytes", "Their vision budgets.", lambda: conversations.image_bytes.budget)
+        self._gauge("image_host_bytes", "Whole images in host memory.", lambda: conversations.image_bytes.host)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float] | None = None) -> Gauge:
         gauge = Gauge(f"plphp_{name}", text, registry=self._registry)

@@ -20,7 +20,7 @@ from plphp.kernels.precision import as_written
 from plphp.methods.registry import chain_of, settled
 from plphp.policy.bank import QueryBank
 from plphp.pruning import too_large
-from plphp.pruning.fading import Fading
+from plphp.pruning.fading import Fading, fading_as
 from plphp.pruning.finite import features_of
 from plphp.pruning.held_state import HeldState
 from plphp.pruning.leaving import Leaving
@@ -37,7 +37,7 @@ from .contexts import Session
 from .generate_call import GenerateCall
 from .generation import generate
 from .layer import held_bytes
-from .memory_cache import MemoryCache, fading_as
+from .memory_cache import MemoryCache
 from .refusals import refuse_stages
 from .rotation_probe import rotations_of
 from .tower_watch import TowerWatch

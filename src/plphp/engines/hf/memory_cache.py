@@ -7,8 +7,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from plphp.families.spans import VisionSpans
 from plphp.policy.chain import Chain
 from plphp.pruning.asked_images import LOOKED, AskedImages
 from plphp.pruning.dropping import forget, insert, settle
-from plphp.pruning.fading import Fading, fade
+from plphp.pruning.fading import Fading, fade, vision_nbytes
 from plphp.pruning.host_images import HostImages, WholeLayer
 from plphp.pruning.image_memory import ImageMemory, image_memories
 from plphp.pruning.image_table import ImageTable
@@ -26,12 +25,29 @@ from plphp.pruning.noting import note_placed
 from plphp.pruning.placement import LayerPlacement
 from plphp.pruning.scoring import Attended
 from plphp.pruning.tail_tokens import TailTokens
-from plphp.settings.config import PLPHPConfig
 
 from .attachment import Attachment
 from .layer import PrunedLayer
 from .packed_cache import PackedCache
 from .restoring import compute, earlier_layer, recognised, refuse_restoring
+
+
+class ImageBytes(NamedTuple):
+    """Bytes that a cache takes for its images.
+
+    Parameters
+    ----------
+    held : int
+        What it holds of them; 0 without a budget, where it does not know.
+    budget : int
+        What it may hold; 0 without a budget, and before anything was read.
+    host : int
+        Whole images in host memory.
+    """
+
+    held: int = 0
+    budget: int = 0
+    host: int = 0
 
 
 class MemoryCache(PackedCache):
@@ -146,6 +162,14 @@ class MemoryCache(PackedCache):
         """
         self._need_budget("say what it holds of its images")
         return image_memories(self._pruned, self._images)
+
+    @property
+    def image_bytes(self) -> ImageBytes:
+        """What the images take."""
+        if self.fading is None or not any(self._images.rows):
+            return ImageBytes()
+        held = sum(vision_nbytes(layer, self._images) for layer in self._pruned.values())
+        return ImageBytes(held, self.fading.budget_of(self._pruned), self._on_host.nbytes)
 
     @property
     def images_on_host(self) -> bool:
@@ -315,14 +339,3 @@ class MemoryCache(PackedCache):
         if self.fading is not None:
             self._images.select(rows)
             self._on_host.select(rows)
-
-
-def fading_as(config: PLPHPConfig, source: PLPHPConfig) -> PLPHPConfig:
-    """Settings under which images fade as they do under others."""
-    return replace(
-        config,
-        vision_budget=source.vision_budget,
-        fading=source.fading,
-        tier_device=source.tier_device,
-        books=source.books if source.vision_budget else config.books,
-    )

@@ -21,6 +21,7 @@ from plphp.pruning.report import PruneReport
 from .cache import PrunedCache
 from .cache_argument import cache_in, passed
 from .conversation.turns import feature_names
+from .memory_cache import ImageBytes
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class OngoingChat:
     def nbytes(self) -> int:
         """Bytes of its cache, see `PrunedCache.nbytes`; 0 without one."""
         return 0 if self.cache is None else self.cache.nbytes
+
+    @property
+    def image_bytes(self) -> ImageBytes:
+        """What its images take under a budget."""
+        return ImageBytes() if self.cache is None else self.cache.image_bytes
 
     def report(self) -> PruneReport:
         """What its cache holds.
