@@ -21,7 +21,7 @@ from plphp.engines.hf.cache_argument import cache_in, passed
 from plphp.engines.hf.ongoing_chat import OngoingChat
 from plphp.inputs.loading import load_model
 from plphp.inputs.prompt import build_inputs
-from plphp.pruning import image_memory
+from plphp.pruning import image_report
 
 TOKENS = 6
 
@@ -149,8 +149,8 @@ def test_images_are_those_of_the_cache(folder: Path, picture: Path) -> None:
 
 
 def test_an_image_that_is_wanted_back_is_named(folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_memory, "FADED", 1.0)
-    monkeypatch.setattr(image_memory, "ASKED", 0.0)
+    monkeypatch.setattr(image_report, "FADED", 1.0)
+    monkeypatch.setattr(image_report, "ASKED", 0.0)
     options = ("--image", picture, "--config", BUDGET)
     assert "The answer turns to image 0 (faded to" in talk(folder, "What?", options=options).stderr
     assert values(talk(folder, "What?", options=(*options, "--json")))[0]["wanted"] == [0]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from memory_chat import converse
-from plphp.pruning import image_memory
+from plphp.pruning import image_report
 from plphp.show.memory_table import memory_line, memory_table, wanted_line
 from plphp.show.tables import layer_tables, report_values, summary
 from tiny_models import TIERS, tiers_model
@@ -39,8 +39,8 @@ def test_a_table_a_line_and_json() -> None:
 def test_images_that_an_answer_turns_to(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=3kB", 2, min_new_tokens=3).cache
     assert wanted_line(cache.report()) == ""
-    monkeypatch.setattr(image_memory, "FADED", 1.0)
-    monkeypatch.setattr(image_memory, "ASKED", max(image.attention for image in cache.images))
+    monkeypatch.setattr(image_report, "FADED", 1.0)
+    monkeypatch.setattr(image_report, "ASKED", max(image.attention for image in cache.images))
     report = cache.report()
     [image] = report.wanted
     assert wanted_line(report) == (

@@ -22,7 +22,7 @@ from ._app import INTERRUPTED, USER_ERROR, console
 
 if TYPE_CHECKING:
     from plphp.engines.hf.ongoing_chat import OngoingChat
-    from plphp.pruning.image_memory import ImageMemory
+    from plphp.pruning.image_report import ImageMemory
 
 PROMPT = "> "
 

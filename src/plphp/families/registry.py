@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FAMILIES_BY_NAME = Plugins(
-    Family, families, "FAMILY", "plphp.families", helpers=("base", "registry", "spans", "towers", "unsupported")
+    Family,
+    families,
+    "FAMILY",
+    "plphp.families",
+    helpers=("base", "prompt_spans", "registry", "spans", "towers", "unsupported"),
 )
 
 

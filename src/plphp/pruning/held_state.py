@@ -16,7 +16,8 @@ from plphp.kernels.coded import CodedKV
 from .attending import Attending
 from .entries import LayerEntries
 from .held_now import records_now
-from .image_memory import ImageMemory, image_memories
+from .image_memory import image_memories
+from .image_report import ImageMemory
 from .image_table import ImageTable
 from .leaving import Leaving
 from .ledger import codes_of

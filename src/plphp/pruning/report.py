@@ -10,7 +10,7 @@ from typing import Any
 
 from plphp.io.json_files import Kind, from_json, to_json
 
-from .image_memory import ImageMemory
+from .image_report import ImageMemory
 from .prompt_report import PromptReport, RowReport, read_prompt
 from .report_checks import check_numbers, integers
 from .tier_report import LayerBytes, RungBytes

@@ -52,7 +52,7 @@ class ImageHeld:
         return self.nbytes / self.whole_bytes if self.whole_bytes else 0.0
 
     def values(self) -> dict[str, Any]:
-        """Return it ready for JSON, with `held`, under the names of `plphp.pruning.image_memory.ImageMemory`."""
+        """Return it ready for JSON, with `held`, under the names of `plphp.pruning.image_report.ImageMemory`."""
         return {**dataclasses.asdict(self), "held": self.held}
 
 

@@ -13,7 +13,7 @@ import plphp
 from memory_chat import answer, converse, dense_copy, next_turn
 from plphp.engines.hf import memory_cache
 from plphp.engines.hf.cache_argument import passed
-from plphp.pruning import image_memory
+from plphp.pruning import image_report
 from plphp.pruning.asked_images import LOOKED
 from plphp.pruning.report import PruneReport
 from precision import assert_exact
@@ -95,12 +95,12 @@ def test_the_first_steps_of_every_answer_are_looked_at(monkeypatch: pytest.Monke
 def test_what_has_faded_and_an_answer_turns_to_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tiny = tiers_model("llava"), TIERS["llava"]
     cache = converse(model, tiny, "none:vision_budget=5kB", 4).cache
-    monkeypatch.setattr(image_memory, "FADED", 0.3)
+    monkeypatch.setattr(image_report, "FADED", 0.3)
     top = max(cache.images, key=lambda image: image.attention)
-    monkeypatch.setattr(image_memory, "ASKED", top.attention)
+    monkeypatch.setattr(image_report, "ASKED", top.attention)
     assert [image.number for image in cache.report().wanted] == [top.number]
     assert PruneReport.from_json(cache.report().to_json()).wanted == cache.report().wanted
-    monkeypatch.setattr(image_memory, "FADED", top.held)
+    monkeypatch.setattr(image_report, "FADED", top.held)
     assert cache.report().wanted == []
     monkeypatch.undo()
     cache.forget(top.number)

@@ -19,7 +19,8 @@ from plphp.pruning.asked_images import LOOKED, AskedImages
 from plphp.pruning.dropping import forget, insert, settle
 from plphp.pruning.fading import Fading, fade, vision_nbytes
 from plphp.pruning.host_images import HostImages, WholeLayer
-from plphp.pruning.image_memory import ImageMemory, image_memories
+from plphp.pruning.image_memory import image_memories
+from plphp.pruning.image_report import ImageMemory
 from plphp.pruning.image_table import ImageTable
 from plphp.pruning.noting import note_placed
 from plphp.pruning.placement import LayerPlacement
