@@ -196,7 +196,7 @@ class ChatLines:
         self._shown.note(f"New images of the next question: {len(self._images)}.")
 
     def _show_images(self, _: str) -> None:
-        from plphp.show.images_held import image_table, image_values
+        from plphp.show.chat_images import image_table, image_values
 
         report = self.chat.report() if self.answers else None
         self._shown.values(images=image_values(report) if report else [])

@@ -11,11 +11,11 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel
 
-from plphp.engines.hf.memory_cache import ImageBytes
 from plphp.engines.hf.ongoing_chat import OngoingChat
 from plphp.inputs.later_turn import TurnInputs
+from plphp.pruning.image_bytes import ImageBytes
 from plphp.pruning.report import PruneReport
-from plphp.show.images_held import image_values
+from plphp.show.chat_images import image_values
 
 from .chat_messages import decoded_chat, fetch_images
 from .options import Limits

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import anyio
 
-from plphp.engines.hf.memory_cache import ImageBytes
 from plphp.io.quoting import quoted
+from plphp.pruning.image_bytes import ImageBytes
 
 from .conversation import Conversation
 from .options import Limits

@@ -3,41 +3,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plphp.errors import HistoryError, PLPHPError
+from plphp.errors import HistoryError
 
-from .chat_messages import HELD, content_of
-
-
-@dataclass(frozen=True)
-class ImageMark:
-    """An image that was read.
-
-    Parameters
-    ----------
-    content, source : str
-        SHA-256 of its file, and of the URI by which it was sent.
-    """
-
-    content: str
-    source: str
-
-    def is_of(self, source: str) -> bool:
-        """Whether a source names the same image: that it is held, the same URI, or a URI that holds the same file.
-
-        Nothing is fetched.
-        """
-        if source == HELD or digest(source.encode()) == self.source:
-            return True
-        try:
-            content = content_of(source, allow_urls=False)
-        except PLPHPError:
-            return False
-        return isinstance(content, bytes) and digest(content) == self.content
+from .chat_messages import HELD
+from .image_marks import ImageMark, digest
 
 
 @dataclass(frozen=True)
@@ -95,8 +68,3 @@ def check_goes_on(known: Sequence[Message], sent: Sequence[Mapping[str, Any]]) -
             f"The chat has {len(sent)} messages, and this conversation has read and answered {len(known)}: send all of "
             "them, the last answer too, with a new message behind them."
         )
-
-
-def digest(content: bytes) -> str:
-    """SHA-256 in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache holds of each image of a chat: as it knows it under a budget, else by what its report says."""
+"""What a cache without a budget holds of each image of a conversation, by what its report says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .memory_table import memory_table
 from .quantities import human_bytes
 
 if TYPE_CHECKING:
@@ -54,19 +53,6 @@ class ImageHeld:
     def values(self) -> dict[str, Any]:
         """Return it ready for JSON, with `held`, under the names of `plphp.pruning.image_report.ImageMemory`."""
         return {**dataclasses.asdict(self), "held": self.held}
-
-
-def image_values(report: PruneReport) -> list[dict[str, Any]]:
-    """Return what is held of each image of a chat, ready for JSON."""
-    return [image.values() for image in (report.images if report.budget_bytes else images_held(report))]
-
-
-def image_table(report: PruneReport) -> Table | None:
-    """Table of what is held of each image of a chat; None without images."""
-    if report.budget_bytes:
-        return memory_table(report)
-    images = images_held(report)
-    return images_table(images) if images else None
 
 
 def images_held(report: PruneReport, row: int = 0) -> list[ImageHeld]:

@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from plphp.pruning.asked_images import LOOKED, AskedImages
 from plphp.pruning.dropping import forget, insert, settle
 from plphp.pruning.fading import Fading, fade, vision_nbytes
 from plphp.pruning.host_images import HostImages, WholeLayer
+from plphp.pruning.image_bytes import ImageBytes
 from plphp.pruning.image_memory import image_memories
 from plphp.pruning.image_report import ImageMemory
 from plphp.pruning.image_table import ImageTable
@@ -31,24 +32,6 @@ from .attachment import Attachment
 from .layer import PrunedLayer
 from .packed_cache import PackedCache
 from .restoring import compute, earlier_layer, recognised, refuse_restoring
-
-
-class ImageBytes(NamedTuple):
-    """Bytes that a cache takes for its images.
-
-    Parameters
-    ----------
-    held : int
-        What it holds of them; 0 without a budget, where it does not know.
-    budget : int
-        What it may hold; 0 without a budget, and before anything was read.
-    host : int
-        Whole images in host memory.
-    """
-
-    held: int = 0
-    budget: int = 0
-    host: int = 0
 
 
 class MemoryCache(PackedCache):

@@ -16,12 +16,12 @@ from plphp.families.registry import family_of
 from plphp.inputs.chat import Messages
 from plphp.inputs.later_turn import TokenInputs, TurnInputs, first_turn, later_turn, token_inputs, with_answer
 from plphp.inputs.prompt import media_inputs, on_device
+from plphp.pruning.image_bytes import ImageBytes
 from plphp.pruning.report import PruneReport
 
 from .cache import PrunedCache
 from .cache_argument import cache_in, passed
 from .conversation.turns import feature_names
-from .memory_cache import ImageBytes
 
 
 @dataclass(frozen=True)
