@@ -48,8 +48,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Of the tests those that lean on transformers: no kernels, no bundled tasks, no commands, no training.
-LEANING = $(addprefix tests/, families engines/hf serving/test_served_families.py serving/test_chat_server.py studies/test_query_bank.py test_custom_generate.py test_invariants.py \
-	test_stage_invariants.py)
+LEANING = $(addprefix tests/, families engines/hf serving/test_served_families.py serving/test_chat_server.py \
+	studies/test_query_bank.py test_custom_generate.py test_invariants.py test_stage_invariants.py)
 
 test-oldest: $(VENV)/.dev
 	$(call other_transformers,.venv-oldest,transformers==5.17.0)

@@ -26,16 +26,6 @@ from plphp.pruning import image_report
 TOKENS = 6
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_hub.save(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_hub.picture(tmp_path_factory.mktemp("images") / "a.png")
-
-
 def talk(folder: Path, *lines: object, options: tuple[object, ...] = ()) -> Result:
     command = ["chat", "--model", folder, "--max-new-tokens", TOKENS, *options]
     return run(*command, lines="".join(f"{line}\n" for line in lines))

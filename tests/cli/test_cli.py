@@ -25,16 +25,6 @@ SOURCES = Path(plphp.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_hub.save(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_hub.picture(tmp_path_factory.mktemp("images") / "a.png")
-
-
-@pytest.fixture(scope="module")
 def report(folder: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reports") / "report.json"
     ask = ("generate", "--model", folder, "--prompt", "What?", "--max-new-tokens", 6, "--report", path)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from command_line import error, ok
 
 import tiny_hub
@@ -16,11 +15,6 @@ from plphp.studies.accelerators import accelerator
 from plphp.studies.estimate import Workload, estimate
 from plphp.studies.model_cost import model_cost
 from plphp.studies.schedule import Schedule
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_hub.save(tmp_path_factory.mktemp("hub"))
 
 
 def values(*arguments: object) -> dict[str, Any]:

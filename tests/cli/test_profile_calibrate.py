@@ -22,11 +22,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "images"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_hub.save(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prompts")
     lines = []

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -23,32 +22,14 @@ from chat_client import NAME, Client, Talk, said, serving, user
 import plphp
 from plphp import PLPHPConfig
 from plphp.engines.hf.cache_argument import cache_in, passed
-from plphp.inputs.loading import load_model
 from plphp.inputs.prompt import build_inputs
 from plphp.serving.options import Limits
-from plphp.serving.served_model import ServedModel
 
 CONFIG = PLPHPConfig.parse("query_bank:bank=bundled,tiers=t10")
 LIMITS = Limits(conversations=3, max_queue=8)
 FIRST = user("What is in row 1?", ["grid-1.png"])
 SECOND = user("And in row 2?")
 THIRD = user("Which digit is yellow?", ["grid-2.png"])
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load_model(None)
-
-
-@pytest.fixture(scope="module")
-def running(loaded: Any) -> Iterator[tuple[Client, ServedModel]]:
-    with serving(*loaded, CONFIG, LIMITS) as pair:
-        yield pair
-
-
-@pytest.fixture
-def client(running: Any) -> Client:
-    return running[0]
 
 
 def by_hand(loaded: Any, questions: list[dict[str, Any]]) -> list[str]:

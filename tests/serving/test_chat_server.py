@@ -7,7 +7,6 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -23,7 +22,6 @@ from chat_client import CHAT, NAME, Client, data_uri, serving, user
 import plphp
 from plphp import PLPHPConfig, PrunedCache
 from plphp.errors import ConfigError, NonFiniteAttentionError, UnsupportedFeatureError
-from plphp.inputs.loading import load_model
 from plphp.inputs.prompt import build_inputs
 from plphp.serving.answer_text import AnswerText
 from plphp.serving.line import Line
@@ -35,23 +33,6 @@ CONFIG = PLPHPConfig.parse("query_bank:bank=bundled,tiers=t10")
 LIMITS = Limits(max_images=3, max_image_pixels=500_000, max_body_bytes=300_000, max_queue=8, body_seconds=1)
 GRID = [user("Tell me what you see in row 3, column 3.", ["grid-1.png"])]
 LINES = [user("Read all the text.", ["page-1.png"])]
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load_model(None)
-
-
-@pytest.fixture(scope="module")
-def running(loaded: Any) -> Iterator[tuple[Client, ServedModel]]:
-    with serving(*loaded, CONFIG, LIMITS) as pair:
-        yield pair
-    assert "generate" not in loaded[0].__dict__
-
-
-@pytest.fixture
-def client(running: Any) -> Client:
-    return running[0]
 
 
 def reference(loaded: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, int, int]:

@@ -17,7 +17,7 @@ from .fading_plan import DROPPED, STAYS, LayerShape
 from .host_images import WholeLayer
 from .image_table import ImageTable
 from .ledger import Labels, codes_of
-from .moving import move
+from .moving import Move
 from .sources import Source, part_key, sources_of, unshare
 
 ABOVE = 2.0**-10
@@ -50,7 +50,7 @@ def drop(
         for source, mask in zip(sources, masks, strict=True)
     ]
     books = fading.books_of(number)
-    move(layer, codes_of(layer.coded), _together(left, shape), shape.rungs, books, fading.reading)
+    Move(layer, codes_of(layer.coded), _together(left, shape), shape.rungs, books, fading.reading).run()
 
 
 def forget(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading, row: int, place: int) -> None:

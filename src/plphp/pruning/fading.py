@@ -26,7 +26,7 @@ from .entries import LayerEntries
 from .fading_plan import DROPPED, STAYS, LayerShape, RowEntries, fitted
 from .image_table import ImageTable
 from .ledger import codes_of
-from .moving import move
+from .moving import Move
 from .sources import Source, part_key, sources_of, unshare, whole_source
 
 
@@ -164,7 +164,7 @@ def fade(layers: Mapping[int, LayerEntries], images: ImageTable, fading: Fading)
         sources = _codable(layer, _planned(sources_of(layer, images), images, shapes[number], budgets, fading))
         if any(bool((source.targets != STAYS).any()) for source in sources):
             books = fading.books_of(number)
-            move(layer, codes_of(layer.coded), sources, shapes[number].rungs, books, fading.reading)
+            Move(layer, codes_of(layer.coded), sources, shapes[number].rungs, books, fading.reading).run()
     held = sum(vision_nbytes(layer, images) for layer in layers.values())
     if held > budget:
         raise CacheStateError(f"The vision entries take {held} bytes after they have faded, above {budget}.")

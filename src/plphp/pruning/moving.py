@@ -23,15 +23,8 @@ from .ledger import Labels, LayerLedger
 from .sources import ROWS, Source, part_key
 
 
-def move(
-    layer: LayerEntries,
-    codes: PromptCodes | None,
-    sources: Sequence[Source],
-    rungs: Sequence[Rung],
-    books: LayerBooks | None,
-    reading: Reading,
-) -> None:
-    """Move the entries of a layer; nothing is left of those that are dropped.
+class Move:
+    """Entries of a layer that move, each to its target; nothing is left of those that are dropped.
 
     Parameters
     ----------
@@ -48,10 +41,7 @@ def move(
     reading : Reading
         What a step reads of a prompt that had no codes.
     """
-    _Move(layer, codes, sources, rungs, books, reading).run()
 
-
-class _Move:
     def __init__(
         self,
         layer: LayerEntries,
@@ -77,6 +67,7 @@ class _Move:
         self.parts = torch.cat([kept, coded[~torch.isin(coded, kept)]])
 
     def run(self) -> None:
+        """Change the layer."""
         whole = self.sources[0]
         codes: PromptCodes | None = None
         labels: tuple[Labels, ...] = ()

@@ -196,7 +196,8 @@ class MemoryCache(PackedCache):
         Parameters
         ----------
         image : int
-            Its number in `images`; of an image in tiles that of any tile, and all of them come back.
+            Its number in `images`; of an image in tiles that of any tile. Those whose features are one tensor all
+            come back, but from host memory that tile alone.
         **features
             What the processor returned for this image, such as ``pixel_values``, or for several among which it is:
             it is recognised by a fingerprint.
