@@ -88,6 +88,34 @@ def test_conversations_under_a_budget_are_split_by_what_is_asked_about(tables: A
     assert "+0.0 at 10 %: **missed**" in " ".join(tables.memory_section(results).split())
 
 
+def test_chains_are_met_where_no_group_loses_more_than_three_points(tables: Any) -> None:
+    chains = importlib.import_module("stage_tables").AIMED
+    names = {"query_bank": None, "DivPrune@0.5": 0.5} | dict.fromkeys(chains, 0.5)
+    labels = {name: name.partition("@")[0] for name in names}
+    variants = [{"name": name, "label": labels[name], "retention": rate} for name, rate in names.items()]
+
+    def group(*differences: float) -> dict[str, Any]:
+        """A group in which the lines are so far from the first, each by an interval of a point to both sides."""
+        figures = {
+            name: {
+                "score": {"mean": 0.9 + own},
+                "kept": 0.25,
+                "vs_baseline": {"mean": own, "low": own - 0.01 * (own != 0), "high": own + 0.01 * (own != 0)},
+            }
+            for name, own in zip(names, differences, strict=True)
+        }
+        return {"variants": figures}
+
+    groups = {"one_image": group(0, -0.02, -0.01, 0.02), "several_regions": group(0, -0.06, -0.031, -0.03)}
+    results = {**ABOUT, "variants": variants, "groups": groups, "overall": group(0, -0.04, -0.02, -0.005)}
+    page = " ".join(tables.chains_section(results).split())
+    assert "| | held % | all | one image | several regions |" in page
+    assert "| query_bank | 25.0 | 90.0 | 90.0 | 90.0 |" in page  # not compared with itself
+    assert "| DivPrune, 50 % | 25.0 | 86.0, -4.0 (-5.0, -3.0) | 88.0, -2.0 (-3.0, -1.0) |" in page
+    assert "as in the paper: one image -1.0; several regions -3.1: **missed**." in page
+    assert page.endswith("By Euclidean distance: one image +2.0; several regions -3.0: met.")
+
+
 def compared(rates: Iterable[float]) -> dict[str, Any]:
     """Results of two groups, with what a method loses and how it stands beside random draws."""
 
