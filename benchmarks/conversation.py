@@ -3,7 +3,9 @@
 
 The bundled model reads an image and a question about it with every turn and answers on the same cache. After each turn:
 the bytes held, by the report and by the storages that are alive; the memory of the process, or of torch's allocator on
-a GPU; the time; and whether the answer is right, beside the answer to the same question in a prompt of its own.
+a GPU; the time; and whether the answer is right. Beside it, for the first turns, a conversation on a full cache: the bundled
+model was trained on short prompts and is lost after a dozen images with any cache; and the same question in a prompt of its
+own.
 
 Then what the alternative costs: a message is taken out of the conversation and the rest is read again, against going on
 with the cache whose images have faded.
@@ -40,6 +42,8 @@ TASK = "colour_of"
 """Its answers are short, and its questions name no image."""
 LONGEST = 12
 """New tokens of an answer at most."""
+FULL = plphp.PLPHPConfig(method="none")
+"""Nothing is evicted."""
 NOT_HELD = (type, types.ModuleType, types.FunctionType, types.MethodType, torch.nn.Module)
 """What objects of a cache refer to and does not belong to it."""
 
@@ -136,15 +140,21 @@ def memory_bytes(device: torch.device) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
 
 
-def soak(model: Any, processor: Any, config: plphp.PLPHPConfig, count: int) -> list[dict[str, Any]]:
-    """Talk for so many turns; a row of figures for each."""
+def soak(
+    model: Any, processor: Any, config: plphp.PLPHPConfig, count: int, beside: int
+) -> list[dict[str, Any]]:
+    """Talk for so many turns, the first ``beside`` of them on a full cache as well; a row of figures for each turn."""
     talk, rows = Talk(model, processor, config), []
+    whole = Talk(model, processor, FULL)
     for number, turn in enumerate(turns_of(processor, model, count), 1):
-        answers: list[str] = []
-        taken = measuring.seconds(lambda turn=turn, to=answers: to.append(talk.answer(turn)), model.device)
-        alone = Talk(model, processor, plphp.PLPHPConfig(method="none")).answer(turn)
-        report = talk.cache.report()  # type: ignore[union-attr]
         right = turn.sample.turns[0].answer
+        taken, answer = _timed(talk, turn)
+        full: dict[str, Any] = {}
+        if number <= beside:
+            full["full_seconds"], said = _timed(whole, turn)
+            full["right_full"] = said == right
+        alone = Talk(model, processor, FULL).answer(turn)
+        report = talk.cache.report()  # type: ignore[union-attr]
         rows.append(
             {
                 "turn": number,
@@ -155,11 +165,18 @@ def soak(model: Any, processor: Any, config: plphp.PLPHPConfig, count: int) -> l
                 "memory_bytes": memory_bytes(model.device),
                 "full_bytes": report.kv_bytes_full,
                 "seconds": taken,
-                "right": answers == [right],
+                "right": answer == right,
                 "right_alone": alone == right,
+                **full,
             }
         )
     return rows
+
+
+def _timed(talk: Talk, turn: Turn) -> tuple[float, str]:
+    answers: list[str] = []
+    taken = measuring.seconds(lambda: answers.append(talk.answer(turn)), turn.pixels.device)
+    return taken, answers[0]
 
 
 def refills(model: Any, processor: Any, config: plphp.PLPHPConfig, counts: Sequence[int]) -> list[dict[str, Any]]:
@@ -191,6 +208,7 @@ def arguments() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--turns", type=int, default=300)
+    parser.add_argument("--beside", type=int, default=20, help="turns with a full cache beside it")
     parser.add_argument("--images", type=int, nargs="*", default=[5, 20, 100], help="of conversations to read again")
     parser.add_argument("--config", default="query_bank:bank=bundled,retention_rate=1,vision_budget=1568 tokens")
     parser.add_argument("--dtype", default="float32")
@@ -204,16 +222,21 @@ def main() -> None:
     args = arguments()
     model, processor = load_model(None, args.dtype, args.device)
     config = plphp.PLPHPConfig.parse(args.config)
-    rows = soak(model, processor, config, args.turns)
+    rows = soak(model, processor, config, args.turns, args.beside)
     again = refills(model, processor, config, args.images)
 
-    table = measuring.table(args.config, ("turn", "tokens", "vision held", "storages", "memory", "seconds"))
+    headings = ("turn", "tokens", "vision held", "storages", "memory", "seconds", "full cache")
+    table = measuring.table(args.config, headings)
     for row in rows[:: max(1, len(rows) // 10)]:
         sizes = (human_bytes(row[name]) for name in ("vision_bytes", "storage_bytes", "memory_bytes"))
-        table.add_row(str(row["turn"]), str(row["tokens"]), *sizes, f"{row['seconds']:.2f}")
-    right, alone = (sum(row[name] for row in rows) for name in ("right", "right_alone"))
+        full = f"{row['full_seconds']:.2f}" if "full_seconds" in row else ""
+        table.add_row(str(row["turn"]), str(row["tokens"]), *sizes, f"{row['seconds']:.2f}", full)
+    beside = [row for row in rows if "right_full" in row]
+    right, whole, alone = (sum(row[name] for row in beside) for name in ("right", "right_full", "right_alone"))
     Console(width=120).print(
-        table, f"right about the newest image: {right} of {len(rows)}, in prompts of its own {alone}"
+        table,
+        f"right about the newest image, first {len(beside)} turns: {right}, with the full cache {whole}, "
+        f"in prompts of their own {alone}",
     )
     table = measuring.table("A message is taken out", ("images", "again, s", "tokens", "goes on, s", "tokens"))
     for row in again:

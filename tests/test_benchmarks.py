@@ -262,16 +262,18 @@ def test_tiers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
 
 def test_conversation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, budget = tmp_path / "conversation.json", "query_bank:bank=bundled,retention_rate=1,vision_budget=200 tokens"
-    settings = ["--turns", "2", "--images", "2", "--config", budget, "--device", "cpu", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["script", *settings])
+    settings = ["--turns", "2", "--beside", "1", "--images", "2", "--config", budget, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["script", *settings, "--out", str(out)])
     conversation.main()
     results: dict[str, Any] = json.loads(out.read_text())
     first, *later = results["turns"]
     assert first["vision_bytes"] == first["full_bytes"] * 196 // first["tokens"]  # whole: the budget does not bind yet
     for row in later:
         assert 0.9 < row["vision_bytes"] * 196 / 200 / first["vision_bytes"] <= 1
+    assert first["right"] == first["right_full"] == first["right_alone"]  # no history yet
+    assert first["full_seconds"] > 0
+    assert "right_full" not in later[0]
     for row in results["turns"]:
-        assert row["right_alone"] in (True, False)
         # What is noted of entries is alive and no part of the bytes held of them.
         assert row["kv_bytes"] <= row["storage_bytes"] < 1.2 * row["kv_bytes"]
     [again] = results["again"]
