@@ -3,9 +3,9 @@
 
 The bundled model reads an image and a question about it with every turn and answers on the same cache. After each turn:
 the bytes held, by the report and by the storages that are alive; the memory of the process, or of torch's allocator on
-a GPU; the time; and whether the answer is right. Beside it, for the first turns, a conversation on a full cache: the bundled
-model was trained on short prompts and is lost after a dozen images with any cache; and the same question in a prompt of its
-own.
+a GPU; the time; and whether the answer is right. Beside it the same question in a prompt of its own, and for the first
+turns a conversation on a full cache: the bundled model was trained on short prompts and is lost after a dozen images
+with any cache.
 
 Then what the alternative costs: a message is taken out of the conversation and the rest is read again, against going on
 with the cache whose images have faded.
@@ -140,9 +140,7 @@ def memory_bytes(device: torch.device) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
 
 
-def soak(
-    model: Any, processor: Any, config: plphp.PLPHPConfig, count: int, beside: int
-) -> list[dict[str, Any]]:
+def soak(model: Any, processor: Any, config: plphp.PLPHPConfig, count: int, beside: int) -> list[dict[str, Any]]:
     """Talk for so many turns, the first ``beside`` of them on a full cache as well; a row of figures for each turn."""
     talk, rows = Talk(model, processor, config), []
     whole = Talk(model, processor, FULL)

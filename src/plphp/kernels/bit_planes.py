@@ -37,8 +37,8 @@ def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 def unpack_planes(planes: Sequence[Tensor]) -> Tensor:
     """The codes of bit planes, see `pack_planes`: int32 [entries, dim]."""
-    shifts = torch.arange(BYTE, device=planes[0].device, dtype=torch.int32)
-    codes = torch.zeros(len(planes[0]), planes[0].shape[1] * BYTE, dtype=torch.int32, device=planes[0].device)
+    shifts = torch.arange(BYTE, device=planes[0].device, dtype=torch.uint8)
+    codes = torch.zeros(len(planes[0]), planes[0].shape[1] * BYTE, device=planes[0].device, dtype=torch.uint8)
     for plane in planes:
-        codes = 2 * codes + (plane.int()[..., None] >> shifts & 1).flatten(1)
-    return codes
+        codes = codes.mul_(2).add_((plane[..., None] >> shifts).bitwise_and_(1).flatten(1))
+    return codes.int()

@@ -20,8 +20,9 @@ KEYS_AT_ONCE = 2048
 """Keys that are held in float32 at once."""
 MASS_AT_ONCE = 2**18
 """Attention weights of as many query rows as stay below are worked out at once."""
-LOGITS_AT_ONCE = 2**22
-"""Logits of heads of the prefix that are held in float32 at once, unless those of a query row are more."""
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_CPU = 2**22, 2**19
+"""Logits of heads of the prefix that are held in float32 at once, unless those of a query row are more; on a CPU as
+many as its caches hold."""
 
 
 @dataclass
@@ -252,16 +253,19 @@ def _prefix_lse(query: Tensor, prefix: PackedKV) -> Tensor:
     """Natural-log sum of the exponentials of query [batch, kv_heads, group, rows, dim] with the prefix keys."""
     rows = query.flatten(0, 1).flatten(1, 2)
     lse = rows.new_full(rows.shape[:2], -torch.inf)
+    at_once = LOGITS_AT_ONCE_ON_CPU if rows.device.type == "cpu" else LOGITS_AT_ONCE
     for heads in head_groups(prefix, max(rows.shape[1:])):
         longest = heads.keys.shape[1]
         if longest == 0:
             continue
         keys = heads.keys.float().mT
         parts = []
-        for part in rows[heads.pairs].split(max(1, LOGITS_AT_ONCE // (len(heads.pairs) * longest)), dim=1):
+        for part in rows[heads.pairs].split(max(1, at_once // (len(heads.pairs) * longest)), dim=1):
             logits = part @ keys
             if heads.padding is not None:
                 logits.masked_fill_(heads.padding[:, None], -torch.inf)
-            parts.append(logits.logsumexp(-1))
+            # As logsumexp does, but in place.
+            top = logits.amax(-1)
+            parts.append(logits.sub_(top[..., None]).exp_().sum(-1).log_().add_(top))
         lse[heads.pairs] = torch.cat(parts, dim=1)
     return lse.view(query.shape[:4])

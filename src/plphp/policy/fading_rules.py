@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class HeldEntries:
     heads: int
     images: int
     safeguard: float
+
+    @cached_property
+    def best_first(self) -> Tensor:
+        """The entries from the highest score, of equals the earlier first; int64 [entries]."""
+        return self.score.argsort(descending=True, stable=True)
 
 
 Order: TypeAlias = "Callable[[HeldEntries], Tensor]"
@@ -114,12 +120,12 @@ def _within(held: HeldEntries, group: Tensor, groups: int) -> Tensor:
     own = held.safeguard
     places = torch.full(held.score.shape, torch.inf, dtype=torch.float64)
     if own > 0:
-        places = (_position(held.score, group * held.heads + held.head, groups * held.heads) + 1) / own
+        places = (_position(held.best_first, group * held.heads + held.head, groups * held.heads) + 1) / own
     if own == 1:
         return places
-    shared = (_position(held.score, group, groups) + 1) / ((1 - own) * held.heads)
+    shared = (_position(held.best_first, group, groups) + 1) / ((1 - own) * held.heads)
     # Some entries have a place by both: the next move up.
-    return (_position(-torch.minimum(places, shared), group, groups, held.score) + 1) / held.heads
+    return (_position(_sorted(torch.minimum(places, shared), held), group, groups) + 1) / held.heads
 
 
 def _places(held: HeldEntries, key: Tensor) -> Tensor:
@@ -127,27 +133,30 @@ def _places(held: HeldEntries, key: Tensor) -> Tensor:
     first."""
     import torch
 
+    order = _sorted(key, held)
     if held.safeguard == 1:
-        order = _position(-key, held.head, held.heads, held.score)
+        places = _position(order, held.head, held.heads)
     else:
-        order = _position(-key, torch.zeros_like(held.head), 1, held.score) / held.heads
-    return torch.where(key.isfinite(), order, torch.inf)
+        places = _position(order, torch.zeros_like(held.head), 1) / held.heads
+    return torch.where(key.isfinite(), places, torch.inf)
 
 
-def _position(score: Tensor, group: Tensor, groups: int, then: Tensor | None = None) -> Tensor:
-    """The position of each entry in its group, from 0 for the highest score, float64 [entries].
+def _sorted(key: Tensor, held: HeldEntries) -> Tensor:
+    """The entries from the smallest key, the best of equals first; int64 [entries]."""
+    return held.best_first[key[held.best_first].argsort(stable=True)]
 
-    Of equal scores that with the higher of ``then`` comes first, and of those the earlier.
-    """
+
+def _position(order: Tensor, group: Tensor, groups: int) -> Tensor:
+    """The position of each entry among those of its group, in an order of all; from 0, float64 [entries]."""
+    import numpy as np
     import torch
 
-    order = torch.arange(len(score))
-    for key in (then, score):
-        if key is not None:
-            order = order[key[order].argsort(descending=True, stable=True)]
-    order = order[group[order].argsort(stable=True)]
+    if groups > 1:
+        # Few groups are sorted by their digits.
+        numbers = group[order].numpy().astype(np.min_scalar_type(groups))
+        order = order[torch.from_numpy(numbers.argsort(kind="stable"))]
     counts = torch.bincount(group, minlength=groups)
     starts = counts.cumsum(0) - counts
-    position = torch.empty(len(score), dtype=torch.float64)
-    position[order] = torch.arange(len(score), dtype=torch.float64) - starts[group[order]]
+    position = torch.empty(len(order), dtype=torch.float64)
+    position[order] = torch.arange(len(order), dtype=torch.float64) - starts[group[order]]
     return position

@@ -19,8 +19,6 @@ from .sources import sources_of
 
 LOOKED = 8
 """Decoding steps of an answer that are looked at."""
-CHUNK = 1024
-"""Entries whose logits are worked out at a time, each with a copy of the queries of its KV head."""
 
 
 @dataclass
@@ -93,14 +91,10 @@ def _attention(steps: _Steps, images: ImageTable, valid: Tensor) -> Tensor:
     of_tail = grouped @ tail.to(dtype).mT
     hidden = ~_visible(steps, valid).to(tail.device)[:, None, None]
     of_tail = of_tail.unflatten(2, (-1, len(steps.queries))).masked_fill(hidden, -torch.inf).flatten(2, 3).flatten(0, 1)
-    pair, image, keys = _entries(steps.layer, images, dtype)
     queries = grouped.flatten(0, 1)
-    logits = torch.cat(
-        [
-            (queries[own] @ states[:, :, None])[:, :, 0]
-            for own, states in zip(pair.split(CHUNK), keys.split(CHUNK), strict=True)
-        ]
-    )
+    pair, image, keys = _entries(steps.layer, images, dtype)
+    counts = pair.bincount(minlength=len(queries)).tolist()
+    logits = torch.cat([states @ own.mT for own, states in zip(queries, keys.split(counts), strict=True)])
     index = pair[:, None].expand_as(logits)
     highest = of_tail.amax(-1).scatter_reduce(0, index, logits, "amax")
     weight = (logits - highest[pair]).exp()
@@ -121,13 +115,16 @@ def _visible(steps: _Steps, valid: Tensor) -> Tensor:
 
 
 def _entries(layer: LayerEntries, images: ImageTable, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all entries before the tail: row and head in one number, image (-1 for text), and keys."""
+    """Of all entries before the tail: row and head in one number, in whose order they come, image (-1 for text), and
+    keys."""
     assert layer.prefix is not None
     sources, codes = sources_of(layer, images, shared=False), codes_of(layer.coded)
     keys = [layer.prefix.unshared().keys]
     if codes is not None:
         keys += [tier.unshared().keys for tier in codes.block.decoded(dtype, values=False)]
     heads, device = layer.prefix.kv_heads, layer.prefix.device
-    pair = torch.cat([source.row * heads + source.head for source in sources]).to(device)
-    image = torch.cat([source.image for source in sources]).to(device)
-    return pair, image, torch.cat([states.to(dtype) for states in keys])
+    pair = torch.cat([source.row * heads + source.head for source in sources])
+    image = torch.cat([source.image for source in sources])
+    order = pair.argsort(stable=True)
+    states = torch.cat([own.to(dtype) for own in keys])[order.to(device)]
+    return pair[order].to(device), image[order].to(device), states
