@@ -576,10 +576,25 @@ def test_a_damaged_row_does_not_end_the_others_when_images_fade() -> None:
 
 
 @pytest.mark.own_dtype
-def test_records_grow_with_the_conversation_and_not_with_its_square() -> None:
-    cache = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=20000", 12).cache
-    spans = {id(record.spans): record.spans.segment.nbytes for record in cache.records}
-    assert sum(spans.values()) <= 2 * 8 * cache.get_seq_length()
+@pytest.mark.parametrize("line", ["none:vision_budget=20000", "pool:retention_rate=0.5+none", "zipvl"])
+def test_what_is_noted_grows_with_the_conversation_and_not_with_its_square(line: str) -> None:
+    def noted(turns: int) -> int:
+        cache = converse(tiers_model("llava"), TIERS["llava"], line, turns).cache
+        seen, left = {}, [cache.records, cache.left, cache.attended]
+        while left:
+            held = left.pop()
+            if id(held) not in seen and not isinstance(held, type):
+                seen[id(held)] = held
+                left += [] if isinstance(held, torch.Tensor) else gc.get_referents(held)
+        storages = {
+            s.data_ptr(): s.nbytes()
+            for h in seen.values()
+            if isinstance(h, torch.Tensor)
+            for s in [h.untyped_storage()]
+        }
+        return sum(storages.values())
+
+    assert 0 < noted(12) < 2.5 * noted(6)
 
 
 @pytest.mark.own_dtype

@@ -36,6 +36,10 @@ class PromptSpans:
         """Logical position after the last token."""
         return self.start + self.segment.shape[1]
 
+    def positions(self, mask: Tensor) -> list[list[int]]:
+        """Logical positions of a mask, bool [rows, tokens], row by row."""
+        return [(row.nonzero()[:, 0] + self.start).tolist() for row in mask]
+
     def repeated(self, times: int) -> PromptSpans:
         """Repeat every row."""
         grids = tuple(grid for grid in self.grids for _ in range(times))

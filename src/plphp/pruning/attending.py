@@ -14,9 +14,9 @@ from plphp.policy.evidence import LayerScores
 from plphp.policy.stages import AttentionStage
 
 from .leaving_checks import check_mask
+from .left_tokens import AttendedTokens
 from .packing import Packing
 from .scoring import Attended
-from .stage_report import AttentionReport
 
 
 @dataclass
@@ -72,19 +72,9 @@ class Attending:
         self._attended[attended.layer] = masks
         return None if bool((stay | ~there).all()) else Packing.of(stay)
 
-    def report(self) -> list[AttentionReport]:
-        """What attended, in the order of the layers that have run."""
-        vision = self.spans.vision[:, self.spans.start :]
-        return [
-            AttentionReport(
-                layer,
-                self.link.method,
-                there.sum(1).tolist(),
-                stay.sum(1).tolist(),
-                [(row.nonzero()[:, 0] + self.spans.start).tolist() for row in vision & stay],
-            )
-            for layer, (there, stay) in sorted(self._attended.items())
-        ]
+    def noted(self) -> AttendedTokens:
+        """What is kept for a report."""
+        return AttendedTokens(self.link.method, self._attended)
 
     def repeat(self, times: int) -> None:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""

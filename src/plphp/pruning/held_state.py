@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from plphp.kernels.codecs import Codes
 from plphp.kernels.coded import CodedKV
 
-from .attending import Attending
 from .entries import LayerEntries
 from .held_now import records_now
 from .image_memory import image_memories
 from .image_report import ImageMemory
 from .image_table import ImageTable
-from .leaving import Leaving
 from .ledger import codes_of
+from .left_tokens import AttendedTokens, LeftTokens
 from .prompt_report import PromptReport
 from .record import LayerRecord, prompt_reports
 
@@ -32,8 +31,8 @@ class HeldState:
     records: Sequence[LayerRecord]
     layers: Mapping[int, LayerEntries]
     images: ImageTable | None
-    left: Mapping[int, Leaving]
-    attended: Mapping[int, Attending]
+    left: Mapping[int, LeftTokens]
+    attended: Mapping[int, AttendedTokens]
 
     @classmethod
     def of(
@@ -41,8 +40,8 @@ class HeldState:
         records: Sequence[LayerRecord],
         layers: Mapping[int, LayerEntries],
         images: ImageTable | None,
-        left: Mapping[int, Leaving],
-        attended: Mapping[int, Attending],
+        left: Mapping[int, LeftTokens],
+        attended: Mapping[int, AttendedTokens],
     ) -> HeldState:
         """Note what layers hold now.
 

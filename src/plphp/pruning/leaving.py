@@ -19,8 +19,8 @@ from plphp.policy.evidence import LayerScores
 from plphp.policy.image_tokens import ImageTokens
 
 from .leaving_checks import check_chosen, check_grid, check_layer, check_mask, check_rate
+from .left_tokens import LeftTokens
 from .packing import Packing
-from .stage_report import StageReport
 
 TowerScores = Callable[[], Sequence[Tensor]]
 """Gives the attention inside of the vision tower by images, in the order of the batch: float32 [layers, tokens]."""
@@ -163,19 +163,10 @@ class Leaving:
         stay = self.spans.valid[:, self.spans.start :] if packing is None else packing.stay
         self.computed[layer] = int(stay.sum())
 
-    def report(self) -> list[StageReport]:
-        """What left, in the order of the layers."""
-        vision = self.spans.vision[:, self.spans.start :]
-        reports, before = [], vision
-        for first, packing in sorted(self._packings.items()):
-            link = self.chain.encoder if first == 0 else self.chain.prefill
-            stay = vision & packing.stay
-            if link is not None:
-                positions = [(row.nonzero()[:, 0] + self.spans.start).tolist() for row in stay]
-                stage = "prefill" if first else "encoder"
-                reports.append(StageReport(stage, link.method, first, before.sum(1).tolist(), positions))
-            before = stay
-        return reports
+    def noted(self) -> LeftTokens:
+        """What is kept for a report."""
+        methods = {name: link.method for name, link in self.chain.stages.items()}
+        return LeftTokens(methods, self._packings, self.computed)
 
     def repeat(self, times: int) -> None:
         """Repeat every row, as ``generate`` does for beams and for several returned sequences."""

@@ -16,9 +16,8 @@ from plphp.kernels.coded_bytes import head_nbytes, means_of_shape
 from plphp.kernels.coder import Coder
 from plphp.policy.allocation import RowAllocation
 
-from .attending import Attending
 from .entries import LayerEntries
-from .leaving import Leaving
+from .left_tokens import AttendedTokens, LeftTokens
 from .placement import LayerPlacement, Placement, coded_somewhere, whole_or_dropped
 from .prompt_report import ImageReport, LayerReport, PromptReport, RowReport
 from .tail_tokens import TailTokens
@@ -155,8 +154,8 @@ class LayerRecord:
 def prompt_reports(
     records: Sequence[LayerRecord],
     layers: Mapping[int, LayerEntries],
-    left: Mapping[int, Leaving] | None = None,
-    attended: Mapping[int, Attending] | None = None,
+    left: Mapping[int, LeftTokens] | None = None,
+    attended: Mapping[int, AttendedTokens] | None = None,
 ) -> list[PromptReport]:
     """Put the records of all layers and turns together, prompt by prompt, oldest first.
 
@@ -166,9 +165,9 @@ def prompt_reports(
         In the order in which they were noted down.
     layers : mapping of int to LayerEntries
         The layers that they are of.
-    left : mapping of int to Leaving, optional
+    left : mapping of int to LeftTokens, optional
         By the beginning of the prompts, what left them before layers got it.
-    attended : mapping of int to Attending, optional
+    attended : mapping of int to AttendedTokens, optional
         By the beginning of the prompts, what attended in their layers.
     """
     left, attended = left or {}, attended or {}
@@ -181,9 +180,9 @@ def prompt_reports(
             end=own[0].spans.end,
             images=_images(own[0].spans),
             layers=[record.report(layers[record.layer]) for record in sorted(own, key=lambda record: record.layer)],
-            stages=left[start].report() if start in left else [],
+            stages=left[start].report(own[0].spans) if start in left else [],
             computed=[tokens for _, tokens in sorted(left[start].computed.items())] if start in left else [],
-            attention=attended[start].report() if start in attended else [],
+            attention=attended[start].report(own[0].spans) if start in attended else [],
         )
         for start, own in prompts.items()
     ]

@@ -17,8 +17,8 @@ from transformers.cache_utils import DynamicLayer
 
 from plphp.errors import PLPHPError, UnsupportedFeatureError, UnsupportedModelError
 from plphp.families.spans import VisionSpans
-from plphp.pruning.attending import Attending
 from plphp.pruning.leaving import Leaving
+from plphp.pruning.left_tokens import AttendedTokens, LeftTokens
 from plphp.pruning.packing import Packing, gathered
 from plphp.pruning.reading import PromptReading
 from plphp.pruning.scoring import Attended
@@ -41,9 +41,9 @@ class PackedCache(GuardedCache):
         The vision tower of that prompt, where the method that chooses before the text model asks for it.
     packing : Packing or None
         The tokens that the layer which runs has got; None where it has got them all.
-    left : dict of int to Leaving
+    left : dict of int to LeftTokens
         By the beginning of each prompt that was read, what has left it.
-    attended : dict of int to Attending
+    attended : dict of int to AttendedTokens
         By the beginning of each prompt whose layers attended among important tokens alone, which these were.
     pruning_seconds : float
         Time that the reading of prompts has taken so far beside the model.
@@ -54,8 +54,8 @@ class PackedCache(GuardedCache):
         self.leaving: Leaving | None = None
         self.watch: TowerWatch | None = None
         self.packing: Packing | None = None
-        self.left: dict[int, Leaving] = {}
-        self.attended: dict[int, Attending] = {}
+        self.left: dict[int, LeftTokens] = {}
+        self.attended: dict[int, AttendedTokens] = {}
         self.pruning_seconds = 0.0
 
     def before_attention(self, layer_idx: int, query: Tensor, scaling: float) -> Packing | None:
@@ -88,8 +88,8 @@ class PackedCache(GuardedCache):
             if layer.length < spans.end:
                 self._refuse_chunk(spans, [reading.attending.link.method], layer.length - self._before)
             self._repeat_rows(reading, query.shape[0])
-            self.attended[spans.start] = reading.attending
             packing = reading.attend(Attended(layer_idx, query, layer, scaling))
+            self.attended[spans.start] = reading.attending.noted()
         self.pruning_seconds += time.perf_counter() - started
         return packing
 
@@ -122,13 +122,13 @@ class PackedCache(GuardedCache):
             return states, None
         if number == 0:
             self.packing = None
-            self.left[leaving.spans.start] = leaving
             if states.shape[1] != leaving.spans.end - leaving.spans.start:
                 methods = [link.method for name, link in leaving.chain.stages.items() if name != "kv"]
                 self._refuse_chunk(leaving.spans, methods, states.shape[1])
             states = leaving.enter(states, None if self.watch is None else self.watch.scores)
         before, self.packing = self.packing, leaving.packing_at(number)
         leaving.note_computed(number)
+        self.left[leaving.spans.start] = leaving.noted()
         if self.packing is not None and self.packing.filled:
             self._refuse_filled_states(leaving)
         if self.packing is not None and self.packing is not before:
