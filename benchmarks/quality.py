@@ -18,6 +18,8 @@ PART is one of, in this order:
 - ``bits``         every entry in one rung, no choice, on the test split: benchmarks/results/bits.json
 - ``early``        what leaves before and inside the text model, on the test split: benchmarks/results/early.json
 - ``chains``       half of the tokens before the text model, then query_bank: benchmarks/results/chains.json
+- ``important``    attention of prefill among important tokens alone, on the test split:
+                   benchmarks/results/important.json
 - ``memory``       conversations whose images arrive over the turns, under a budget, by the rules of fading, on the test
                    split: benchmarks/results/memory.json
 
@@ -202,6 +204,10 @@ CHAINS = {
 """Half of the tokens before the text model, and then a quarter of the KV, beside that quarter alone."""
 
 
+IMPORTANT = {"ZipVL": "zipvl@0.5+0.25", "ZipVL, the rest in 2 bits": "zipvl:unimportant=kivi2@0.25"}
+"""Every layer computes every token, and attention is among some of them."""
+
+
 MEMORY_SHARES = (0.25, 0.1, 0.05)
 _BUDGET = "query_bank:bank=bundled,retention_rate=1,vision_budget=share"
 MEMORY = {
@@ -228,6 +234,7 @@ def main() -> None:
         "bits": bits,
         "early": early,
         "chains": chains,
+        "important": important,
         "memory": memory,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -368,6 +375,11 @@ def early(arguments: argparse.Namespace) -> None:
 def chains(arguments: argparse.Namespace) -> None:
     """Half of the tokens and a quarter of the KV on the test split, with paired differences from that quarter alone."""
     _table(arguments, "chains", _labelled(CHAINS), "test", TIERS_RETENTION, 500, baseline="query_bank")
+
+
+def important(arguments: argparse.Namespace) -> None:
+    """Attention among important tokens on the test split; each line reads every prompt anew."""
+    _table(arguments, "important", _labelled(IMPORTANT), "test", TIERS_RETENTION, 500)
 
 
 def memory(arguments: argparse.Namespace) -> None:

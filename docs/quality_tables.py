@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_tables import memory_section
-from stage_tables import chains_section, stages_section
+from stage_tables import chains_section, important_section, stages_section
 from tier_tables import bits_section, ladders_section, section
 
 FOLDER = Path(__file__).parent
@@ -55,11 +55,13 @@ python benchmarks/quality.py tiers         # few bits in the place of eviction, 
 python benchmarks/quality.py bits          # every entry in one rung, test split
 python benchmarks/quality.py early --samples 80   # what leaves before and inside the text model, test split
 python benchmarks/quality.py chains --samples 125 # half of the tokens, then a quarter of the KV, test split
+python benchmarks/quality.py important --samples 125 # attention of prefill among important tokens, test split
 python benchmarks/quality.py memory --samples 20  # rules by which images fade under a budget, test split
 python docs/make_quality.py
 ```
 
 In commands and tables `zipvl` is `zipvl:attention=dense`, the layer budgets alone: at the time there was no more of it.
+`ZipVL` is the method in full.
 
 """
 READING = """Scores are per cent, with 95 % intervals of the paired bootstrap over samples. *KV* is the vision KV that
@@ -403,6 +405,7 @@ OTHERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ladders": ladders_section,
     "early": stages_section,
     "chains": chains_section,
+    "important": important_section,
     "memory": memory_section,
     "heads": _heads,
     "ablation": _ablation,

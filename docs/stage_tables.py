@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page of tables says of tokens that leave early, from ``early.json`` and ``chains.json``."""
+"""What the page of tables says of the stages before the KV cache: ``early.json``, ``chains.json``, ``important.json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ ALONE = "query_bank@0.25"
 """A method of the KV cache alone: prefill computes every token."""
 CHAINS = ("DivPrune 50 %, then query_bank@0.5", "DPP 50 %, then query_bank@0.5")
 """Half of the vision tokens before the text model, of theirs a half in the KV cache: a quarter, as `ALONE` holds."""
-COMPUTED = {"full": 1.0, ALONE: 1.0, **dict.fromkeys(CHAINS, 0.5)}
+IMPORTANT = ("ZipVL@0.5", "ZipVL@0.25", "ZipVL, the rest in 2 bits@0.25")
+"""Attention alone is among fewer tokens."""
+COMPUTED = {**dict.fromkeys(("full", ALONE, *IMPORTANT), 1.0), **dict.fromkeys(CHAINS, 0.5)}
 """The vision tokens x layers that prefill computes where that is not the share of the KV that is held."""
 WITHIN = 3
 """Points by which half of the tokens and then a quarter of the KV were to be below that quarter alone at most."""
@@ -33,14 +35,30 @@ def stages_section(results: Mapping[str, Any]) -> str:
         "points, with paired 95 % intervals; the mean is over the groups.",
         118,
     )
+    return f"\n## Before and inside the text model\n\n{about}\n\n{_table(results)}\n"
+
+
+def important_section(results: Mapping[str, Any]) -> str:
+    """The section of the page of tables on attention among important tokens."""
+    settings = results["settings"]
+    about = textwrap.fill(
+        "Each layer computes all vision tokens, and attention of prefill is among the share of them that is held "
+        f"(`python benchmarks/quality.py important --samples {settings['samples']}`): {settings['samples']} samples a "
+        f"task, split `{settings['split']}`, {results['date']}. Of the second line the rest is held in 2 bits "
+        "(`unimportant=kivi2`) and attends to nothing in prefill. Differences as above.",
+        118,
+    )
+    return f"\n### Attention among important tokens\n\n{about}\n\n{_table(results)}\n"
+
+
+def _table(results: Mapping[str, Any]) -> str:
     groups = results["groups"]
     lines = [
         f"| | computed % | held % | mean difference | {' | '.join(group.replace('_', ' ') for group in groups)} |",
         f"|---|---|---|---|{'---|' * len(groups)}",
         *(_line(results, variant) for variant in results["variants"]),
     ]
-    table = "\n".join(lines)
-    return f"\n## Before and inside the text model\n\n{about}\n\n{table}\n"
+    return "\n".join(lines)
 
 
 def chains_section(results: Mapping[str, Any]) -> str:
