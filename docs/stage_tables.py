@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page of tables says of the stages before the KV cache: ``early.json``, ``chains.json``, ``important.json``."""
+"""What the page of tables says of the stages before the cache: ``early.json``, ``chains.json``, ``important.json``."""
 
 from __future__ import annotations
 

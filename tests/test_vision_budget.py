@@ -246,14 +246,14 @@ def test_an_error_in_the_middle_ends_the_cache(folder: Path, monkeypatch: pytest
     model, tiny, moved = tiers_model("llava"), TIERS["llava"], []
     budget = int(0.3 * spent("none", folder))
 
-    def failing(layer: Any, *args: Any) -> None:
-        moved.append(layer)
+    def failing(move: Any) -> None:
+        moved.append(move.layer)
         if len(moved) == 2:
             raise RuntimeError("no memory left")
-        return move(layer, *args)
+        run(move)
 
-    move = fading.move
-    monkeypatch.setattr(fading, "move", failing)
+    run = fading.Move.run
+    monkeypatch.setattr(fading.Move, "run", failing)
     inputs = tiny.inputs(model, (3,))
     cache = plphp.PrunedCache.for_inputs(model, inputs, plphp.PLPHPConfig.parse(line("none", budget // 2, folder)))
     with pytest.raises(RuntimeError, match="no memory left"):

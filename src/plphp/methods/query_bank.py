@@ -13,26 +13,31 @@ the bank, and v_j the value of entry j:
 as in `plphp.methods.recall_rank`, with the mean of A over the bank. The KV heads of a layer compete for its places by
 s (``heads="ragged"``, unless the config says otherwise). ``candidates`` are the vision tokens, or with ``prompt`` all
 tokens but the last; then as many entries leave as vision tokens would at the rate, and text may be among them.
-``reduce`` may be the largest attention that any
-query gives (``peak``), or their ``mean``, instead. ``random_share`` of each head's places is drawn at random from what
-the ranking leaves. Related: arXiv:2510.00636 foretells the attention of later queries from the distribution of the
-prompt's own.
+``reduce`` may be the largest attention that any query gives (``peak``), or their ``mean``, instead. Under a
+``vision_budget`` entries fade by ``peak`` unless it is named. ``random_share`` of each head's places is drawn at random
+from what the ranking leaves. Related: arXiv:2510.00636 foretells the attention of later queries from the distribution
+of the prompt's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from plphp.errors import ConfigError
 from plphp.policy.allocation import uniform
-from plphp.policy.evidence import Evidence, OwnBank
+from plphp.policy.evidence import Evidence, LayerScores, OwnBank
 from plphp.policy.method import Method
+from plphp.policy.rankers import by_peak, times_value_norm
 from plphp.policy.selection import Mix
 from plphp.policy.stages import KVStage
 from plphp.settings.config import PLPHPConfig
 from plphp.settings.options import Option, settings
 
 from . import _best
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPTIONS = {
     "candidates": Option("vision", choices=("vision", "prompt")),
@@ -49,12 +54,19 @@ COLLECTING = ("collect", "folder")
 
 def evidence(config: PLPHPConfig) -> Evidence:
     """What the option ``reduce`` looks at, under the queries of the bank."""
-    options = settings(OPTIONS, config.options)
+    options, asked = settings(OPTIONS, config.options), _best.asked(config)
     return Evidence(
         candidates=options["candidates"],
         bank=options["bank"] or OwnBank(options["collect"], options["folder"]),
-        **_best.asked(config),
+        **{**asked, "peak": asked["peak"] or config.vision_budget is not None},
     )
+
+
+def fading_score(scores: LayerScores, config: PLPHPConfig) -> Tensor:
+    """By which entries fade: as by ``reduce``, or where none is named as by ``peak`` (docs/findings.md)."""
+    if "reduce" in config.options:
+        return _best.score(scores, config)
+    return times_value_norm(by_peak(scores, config), scores)
 
 
 def check(config: PLPHPConfig, layers: int) -> None:
@@ -94,6 +106,7 @@ METHOD = Method(
         evidence=evidence,
         mix=lambda config: Mix(random=settings(OPTIONS, config.options)["random_share"]),
         heads="ragged",
+        fading_score=fading_score,
     ),
     options=OPTIONS,
     check=check,
