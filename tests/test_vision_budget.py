@@ -636,3 +636,16 @@ def test_the_report_of_a_session_is_of_the_end_of_generate_and_keeps_no_entries_
         assert run.report == expected
         assert run.report is run.report
         assert not run.report.images[1].forgotten
+
+
+@pytest.mark.own_dtype
+def test_entries_of_a_bank_fade_by_the_most_attention_unless_reduce_is_named(tmp_path: Path) -> None:
+    model, tiny, bank = tiers_model("llava"), TIERS["llava"], tmp_path / "bank.safetensors"
+    plphp.collect_query_bank(model, [tiny.inputs(model, (1,))], max_new_tokens=8).save(bank)
+
+    def noted(more: str) -> torch.Tensor:
+        line = f"query_bank:bank={bank},retention_rate=1,vision_budget=1GB{more}"
+        return torch.cat([layer.ledger.whole.score for layer in converse(model, tiny, line, 2).cache.layers])
+
+    assert torch.equal(noted(""), noted(",reduce=peak"))
+    assert not torch.equal(noted(""), noted(",reduce=best_rank"))
