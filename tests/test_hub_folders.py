@@ -113,6 +113,18 @@ def test_settings_carry_the_banks_of_files(tmp_path: Path) -> None:
     assert PLPHPConfig.from_pretrained(moved) == read
 
 
+def test_settings_carry_the_bank_of_a_folder(tmp_path: Path, bank: QueryBank) -> None:
+    own = bank.save_pretrained(tmp_path / "bank")
+    folder = PLPHPConfig.parse(f'query_bank:bank="{own}",tiers=t10').save_pretrained(tmp_path / "folder")
+    shutil.rmtree(own)
+    name = PLPHPConfig.from_pretrained(folder).options["bank"]
+    assert bank_at(str(name)).record == bank.record
+    (tmp_path / "empty").mkdir()
+    config = PLPHPConfig.parse(f'query_bank:bank="{tmp_path / "empty"}"')
+    with pytest.raises(LoadError, match=r"Cannot read the query bank .*empty: No such file"):
+        config.save_pretrained(tmp_path / "other")
+
+
 def test_settings_of_this_machine_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="folder 'banks' of this machine: leave out folder"):
         PLPHPConfig.parse("query_bank:folder=banks").save_pretrained(tmp_path)

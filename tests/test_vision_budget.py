@@ -158,6 +158,12 @@ def test_beams_and_samples_read_what_has_faded(folder: Path) -> None:
     assert {image.row for image in bound.cache.images} == set(range(6))
     assert 0 < vision_bytes(bound.cache) <= budget
     free = converse(model, tiny, line(method, "1GB", folder), 1, rows=(3, 1), **beams)
+    for cache in (bound.cache, free.cache):
+        report = cache.report()
+        assert report.vision_bytes == pytest.approx(3 * vision_bytes(cache), abs=12)  # rows share what is stored
+        assert [len(layer.rows) for layer in report.prompts[0].layers] == [6] * len(cache.layers)
+    with pytest.raises(plphp.UnsupportedFeatureError, match="cannot restore an image: it holds the beams"):
+        bound.cache.restore(0, pixel_values=bound.inputs["pixel_values"])
     expected = converse(model, tiny, method, 1, rows=(3, 1), **beams)
     assert torch.equal(free.outputs[0].sequences, expected.outputs[0].sequences)
     sampled = converse(
@@ -369,6 +375,8 @@ def test_what_cannot_be_restored_is_refused(folder: Path) -> None:
         cache.restore(0, pixel_values=own["pixel_values"].to(torch.bfloat16))
     with pytest.raises(plphp.ConfigError, match="there are none"):
         cache.restore(0)
+    with pytest.raises(plphp.ConfigError, match="as the processor returns them, and pixel_values is a str"):
+        cache.restore(0, pixel_values="photo.png")
     with pytest.raises(plphp.ConfigError, match="the images 0 to 1"):
         cache.restore(2, **own)
     cache.history.images.clear()

@@ -41,7 +41,24 @@ def test_tokens_on_a_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, True, 1.5, "0MB", "MB", "200", "200 images", "0 tokens", "-1GB", "1e9", "", ["1MB"]]
+    "value",
+    [
+        0,
+        -1,
+        True,
+        1.5,
+        "0MB",
+        "MB",
+        "200",
+        "200 images",
+        "0 tokens",
+        "1.5 tokens",
+        "\u0663MB",
+        "-1GB",
+        "1e9",
+        "",
+        ["1MB"],
+    ],
 )
 def test_what_is_no_budget_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="vision_budget must be a number of bytes above 0, as in 200000000, 200MB"):

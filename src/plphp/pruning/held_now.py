@@ -68,7 +68,8 @@ def _now(record: LayerRecord, layer: LayerEntries, sources: Sequence[_ByPrompt])
     kept = placement != Placement.DROPPED
     if codes is None:
         return replace(record, kept_vision=kept, placement=None)
-    readings = dict(zip(codes.owners, codes.block.reading, strict=True))
+    # Beams share what is stored of a part.
+    readings = {row: codes.block.reading[stored] for row, stored in zip(codes.owners, codes.block.rows, strict=True)}
     rungs = tuple(tier.rung for tier in codes.block.tiers)
     coders: list[Coder | None] = [
         Coder(rungs, codes.block.books, readings.get(row, ALL)) for row in range(len(record.allocation))

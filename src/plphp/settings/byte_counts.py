@@ -12,7 +12,7 @@ UNITS = {"": 1, "B": 1, **{f"{letter}B": 1000**power for power, letter in enumer
 UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 """By unit in capitals, its bytes."""
 
-_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
+_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 
 
 def bytes_in(text: str) -> int | None:

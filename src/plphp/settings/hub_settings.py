@@ -97,7 +97,8 @@ def _carried(name: str, folder: Path, copies: dict[str, str]) -> str:
     if name not in copies:
         file = BANK_FILE if not copies else f"bank-{len(copies) + 1}.safetensors"
         try:
-            shutil.copyfile(Path(name), folder / file)
+            bank = Path(name)  # or a folder, as `QueryBank.save_pretrained` writes it
+            shutil.copyfile(bank / BANK_FILE if bank.is_dir() else bank, folder / file)
         except shutil.SameFileError:  # the settings were read from this folder
             pass
         except OSError as error:

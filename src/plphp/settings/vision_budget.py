@@ -5,7 +5,7 @@
 
     budget = integer                     bytes
            | number [" "] unit           "200MB", "1.5GiB"; B, kB, MB, GB, TB by 1000, KiB, MiB, GiB, TiB by 1024
-           | number " tokens"            the bytes that so many vision tokens take whole, in all layers and KV heads
+           | integer " tokens"           the bytes that so many vision tokens take whole, in all layers and KV heads
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .checks import check_choice
 
 RULES = ("ranked", "oldest", "newest", "equal")
 """Names of the rules of `plphp.policy.fading_rules`; here they are known without torch."""
-_TOKENS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*tokens?", re.IGNORECASE)
+_TOKENS = re.compile(r"([0-9]+)\s*tokens?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class VisionBudget:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return cls(nbytes=value)
         text = value.strip() if isinstance(value, str) else ""
-        if (tokens := _TOKENS.fullmatch(text)) and float(tokens[1]) >= 1:
-            return cls(tokens=int(float(tokens[1])))
+        if (tokens := _TOKENS.fullmatch(text)) and int(tokens[1]) >= 1:
+            return cls(tokens=int(tokens[1]))
         # A text without a unit might mean tokens.
         if text[-1:].isalpha() and (nbytes := bytes_in(text)) is not None:
             return cls(nbytes=nbytes)

@@ -162,8 +162,7 @@ class PrunedCache(MemoryCache):
             If the image features of a single prompt hold NaN or inf; the cache is as before.
         """
         self.check_alive()
-        if self._spent and self.get_seq_length():
-            raise UnsupportedFeatureError(f"This PrunedCache cannot be continued: {self._spent}. Make a new one.")
+        self._refuse_spent("be continued")
         spans, turn = self.begin_turn(inputs, vision_mask)
         self.reading = None
         self.begin_answer()

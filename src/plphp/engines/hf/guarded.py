@@ -175,6 +175,11 @@ class GuardedCache(ConversationCache):
         """Refuse further turns, for a reason that completes "cannot be continued: "."""
         self._spent = reason
 
+    def _refuse_spent(self, what: str) -> None:
+        """Raise `UnsupportedFeatureError` after `end_here`; ``what`` completes "cannot"."""
+        if self._spent and self.get_seq_length():
+            raise UnsupportedFeatureError(f"This PrunedCache cannot {what}: {self._spent}. Make a new one.")
+
     def after_failure(self) -> None:
         """Make the cache whole again after an exception; if it cannot be, mark it as dead."""
         half_read = self.reading is not None and self._pruned[self._last].get_seq_length() > self.reading.spans.start

@@ -189,9 +189,10 @@ class MemoryCache(PackedCache):
         """Compute an image again, so that all of it is held whole; then the budget is applied, with it as the newest.
 
         Its tokens pass the model once more at their positions, behind what is held now of the tokens before them. With
-        nothing faded but this image the cache is as it was when the image had been read. While it runs, what is held
-        of those tokens is there twice. With ``tier_device="cpu"`` the image comes from host memory as it was read, and
-        needs no features; what is given of them is only compared. From then on it fades as the newest of the others.
+        nothing faded but this image, and a method that keeps all, the cache is as it was when the image had been read.
+        While it runs, what is held of those tokens is there twice. With ``tier_device="cpu"`` the image comes from host
+        memory as it was read, and needs no features; what is given of them is only compared. From then on it fades as
+        the newest of the others.
 
         Parameters
         ----------
@@ -211,11 +212,12 @@ class MemoryCache(PackedCache):
         UnsupportedFeatureError
             If the cache has no ``vision_budget``, or the image cannot be computed again as it was: behind methods that
             act before the KV cache, and in models whose layers have windows or a state, or whose images attend to what
-            follows them.
+            follows them; and after an answer with beams.
         CacheStateError
             If a prompt has been planned and not been read.
         """
         self._need_budget("restore an image")
+        self._refuse_spent("restore an image")
         row, place = self._image_at(image)
         started, fading = time.perf_counter(), self._need_fading()
         with torch.no_grad():

@@ -68,6 +68,12 @@ def recognised(
         )
     sent = known[0]
     [kind] = [own for own in family_of(model.config).features if own.pixels[0] == sent.name]
+    for name in kind.names:
+        if not isinstance(features.get(name, []), Tensor | list | tuple):
+            raise ConfigError(
+                f"restore takes the features of an image as the processor returns them, and {name} is a "
+                f"{type(features[name]).__name__}: send what it returned."
+            )
     items = kind.items(features)
     if not items:
         raise ConfigError(
