@@ -208,7 +208,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=300)
     parser.add_argument("--beside", type=int, default=20, help="turns with a full cache beside it")
     parser.add_argument("--images", type=int, nargs="*", default=[5, 20, 100], help="of conversations to read again")
-    parser.add_argument("--config", default="query_bank:bank=bundled,retention_rate=1,vision_budget=1568 tokens")
+    parser.add_argument("--config", default="query_bank:bank=bundled,retention_rate=1,vision_budget=784 tokens")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--out", type=Path, help="write the results as JSON")

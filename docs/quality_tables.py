@@ -56,7 +56,7 @@ python benchmarks/quality.py bits          # every entry in one rung, test split
 python benchmarks/quality.py early --samples 80   # what leaves before and inside the text model, test split
 python benchmarks/quality.py chains --samples 125 # half of the tokens, then a quarter of the KV, test split
 python benchmarks/quality.py important --samples 125 # attention of prefill among important tokens, test split
-python benchmarks/quality.py memory --samples 20  # rules by which images fade under a budget, test split
+python benchmarks/quality.py memory --samples 40  # rules by which images fade under a budget, test split
 python docs/make_quality.py
 ```
 

@@ -452,8 +452,13 @@ def test_findings_on_conversations_have_the_figures_of_the_results() -> None:
     lost = [score("newest_image", "full") - score("newest_image", f"ranked@{share}") for share in ("0.1", "0.05")]
     assert lost[0] == 0
     assert f"nothing at a tenth of the bytes, and {lost[1]:.0f} points at a twentieth" in section
-    assert [round(behind(f"equal@{share}"), 1) for share in ("0.1", "0.05")] == [0.0, 0.0]
-    assert f"level at a tenth and a twentieth, {behind('equal@0.25'):.1f} points below at a quarter" in section
+    assert behind("equal@0.25") == 0
+    equal = [behind(f"equal@{share}") for share in ("0.1", "0.05")]
+    assert (
+        f"level at a quarter, {-equal[0]:.1f} points above at a tenth and {equal[1]:.1f} below at a twentieth"
+        in section
+    )
+    assert [score(task, "ranked@0.25") for task in results["tasks"]] == [score(t, "full") for t in results["tasks"]]
     alone = [f"{behind(f'no budget@{share}'):.1f}" for share in ("0.1", "0.05")]
     assert f"{alone[0]} points below at a tenth and {alone[1]} at a twentieth" in section
 
