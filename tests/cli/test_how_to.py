@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import serving_load
 from command_line import ok
+from PIL import Image
 
 from plphp.families.registry import FAMILIES_BY_NAME
 from plphp.inputs.sources import bundled_model_path
@@ -87,8 +88,9 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Rea
     shutil.copy(images / "grid-1.png", "photo.png")
     shutil.copy(images / "grid-2.png", "second.png")
     Path("documents").mkdir()
-    for page in images.glob("page-*.png"):
-        shutil.copy(page, "documents")
+    shutil.copy(images / "page-1.png", "documents")
+    Image.open(images / "page-2.png").convert("RGB").save("documents/page-2.JPG", quality=95)
+    Path("documents", "notes.txt").touch()
 
     def paste_all(name: str) -> Reader:
         reader = Reader(ROOT / "docs" / name, monkeypatch)
@@ -174,3 +176,5 @@ def test_page_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert '"deleted":true' in deleted
     assert metrics["plphp_prompts_total"] == 1
     assert metrics["plphp_vision_tokens_total"] == 196
+    assert metrics["plphp_kv_held_bytes_total"] < metrics["plphp_kv_full_bytes_total"]
+    assert len(metrics) == 4
