@@ -97,7 +97,8 @@ def test_what_is_refused_changes_nothing(client: Client) -> None:
     address = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}
     before = talk.card()
     histories: list[tuple[list[dict[str, Any]], str]] = [
-        ([other, answer, user("b")], "Message 1 of the chat differs"),
+        ([other, answer, user("b")], "Message 1 of the chat differs from what was read in this conversation: send"),
+        ([held, {**answer, "content": "no"}, user("b")], "differs from the answer that this server gave: send the"),
         ([{**held, "content": [*held["content"][:1], held["content"][2]]}, answer, user("b")], "Message 1 of the"),
         ([{**held, "content": [HELD, address, held["content"][2]]}, answer, user("b")], "Message 1 of the chat"),
         ([held, {"role": "assistant", "content": [HELD]}, user("b")], "Message 2 of the chat differs"),

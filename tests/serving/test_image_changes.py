@@ -123,15 +123,21 @@ def test_from_host_memory_without_the_image() -> None:
 
 
 BEFORE = r".* The conversation is as before\.$"
+SEND = re.escape('Send {"content": [image parts]}')
+HELD = {"type": "image_url", "image_url": {"url": "held:"}}
 REFUSED: dict[str, tuple[object, Any, int, str]] = {
     "no such image": (3, None, 404, rf"has read 3 images, numbered from 0, and none of the number 3\.{BEFORE}"),
     "no number": ("first", None, 404, "There is no DELETE"),
     "another image": (1, FIRST["content"], 400, f"not among the 1 whose features{BEFORE}"),
-    "no image": (1, (), 400, f"there are none{BEFORE}"),
-    "a text": (1, [{"type": "text", "text": "grid-1"}], 400, f"there are none{BEFORE}"),
+    "no image": (1, (), 400, rf"takes its picture, and there is none\. {SEND}{BEFORE}"),
+    "no parts": (1, [], 400, rf"takes its picture, and there is none\. {SEND}{BEFORE}"),
+    "a part of text": (1, [{"type": "text", "text": "grid-1"}], 400, rf"there is none\. {SEND}{BEFORE}"),
+    "a text": (1, "x", 400, rf"^content must be a list of image parts, got a string: 'x'\. {SEND}"),
+    "a number": (1, 5, 400, rf"^content must be a list of image parts, got a number: 5\. {SEND}"),
+    "an object": (1, {"type": "text"}, 400, r"^content must be a list of image parts, got an object: "),
+    "as held": (1, [FIRST["content"][1], HELD], 400, rf"^Part 2 is 'held:', and .* takes the picture itself\. {SEND}"),
     "a file": (1, [{"type": "image_url", "image_url": {"url": "grid-1.png"}}], 400, "must be a data: URI"),
     "broken": (1, [{"type": "image_url", "image_url": {"url": "data:image/png;base64,YQ=="}}], 400, "part 1"),
-    "no parts": (1, 5, 400, "must be text or a list"),
 }
 
 
@@ -142,6 +148,7 @@ def test_what_is_refused_changes_nothing(name: str, two_read: Talk) -> None:
     got, message = change(two_read, image, content)
     assert got == status
     assert re.search(text, message)
+    assert "pixel_values" not in message  # no client of HTTP can send features
     assert two_read.card() == before
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from plphp.engines.hf.ongoing_chat import OngoingChat
+from plphp.errors import ConfigError
 from plphp.inputs.later_turn import TurnInputs
 from plphp.pruning.image_bytes import ImageBytes
 from plphp.pruning.report import PruneReport
@@ -22,6 +23,8 @@ from .options import Limits
 from .refusals import RequestError
 from .said import Message, check_goes_on
 
+SEND_IMAGES = 'Send {"content": [image parts]}, with the parts of the images as in the message that brought them.'
+"""What a request sends to restore an image."""
 NAME_BYTES = 24
 """Random bytes of a name: whoever knows it may go on with the conversation, and nobody guesses it."""
 
@@ -147,9 +150,17 @@ class Conversation:
         self._note_bytes()
 
     def restore(self, image: int, pictures: Sequence[Image.Image]) -> None:
-        """Bring an image back, see `OngoingChat.restore`; for an unknown number raises RequestError."""
+        """Bring an image back, see `OngoingChat.restore`; for an unknown number, or without pictures where those are
+        needed, raises RequestError."""
         self._check_image(image)
-        self._chat.restore(image, pictures)
+        try:
+            self._chat.restore(image, pictures)
+        except ConfigError as error:
+            if pictures:
+                raise
+            # What the cache asks for are the features that a processor makes of the picture.
+            text = f"To restore an image takes its picture, and there is none. {SEND_IMAGES}"
+            raise RequestError(text, param="content") from error
         self._note_bytes()
 
     def _note_bytes(self) -> None:
@@ -158,7 +169,8 @@ class Conversation:
     def _check_image(self, image: int) -> None:
         count = 0 if self._chat.cache is None else len(self._chat.cache.images)
         if image >= count:
-            text = f"The conversation has read {count} images, numbered from 0, and none of the number {image}."
+            images = "1 image" if count == 1 else f"{count} images"
+            text = f"The conversation has read {images}, numbered from 0, and none of the number {image}."
             raise RequestError(text, status=404, code="image_not_found")
 
     def settle(self) -> None:

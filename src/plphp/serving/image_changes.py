@@ -17,14 +17,17 @@ from plphp.inputs.chat import parts_of
 from plphp.io.quoting import quoted
 
 from .call import Call
-from .chat_messages import decoded_chat, fetch_images, read_messages
-from .conversation import Conversation
+from .chat_messages import HELD, decoded_chat, fetch_images, read_messages
+from .conversation import SEND_IMAGES, Conversation
 from .conversations import Conversations
 from .line import Line
 from .options import Limits
 from .refusals import Refusal, RequestError, refusal_of
 
 logger = logging.getLogger("plphp")
+
+JSON_TYPES = {str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
+"""What JSON calls the types of values."""
 
 
 class ImageChanges:
@@ -94,13 +97,21 @@ def _pictures(body: bytes, limits: Limits) -> list[Image.Image]:
     """The images of a body: nothing, or the parts of a message."""
     if not body:
         return []
-    expected = 'Send {"content": [...]} with the parts of the images, as in the message that brought them.'
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"The request is not JSON: {str(error)[:200]}. {expected}") from error
+        raise RequestError(f"The request is not JSON: {str(error)[:200]}. {SEND_IMAGES}") from error
     if not isinstance(values, dict) or set(values) != {"content"}:
-        raise RequestError(f"{expected} Got {quoted(values)}.", param="content")
-    chat = read_messages([{"role": "user", "content": values["content"]}], limits)
+        raise RequestError(f"{SEND_IMAGES} Got {quoted(values)}.", param="content")
+    content = values["content"]
+    if not isinstance(content, list):
+        kind = JSON_TYPES.get(type(content), "an object")
+        text = f"content must be a list of image parts, got {kind}: {quoted(content)}. {SEND_IMAGES}"
+        raise RequestError(text, param="content")
+    chat = read_messages([{"role": "user", "content": content}], limits)
+    for number, part in enumerate(chat[0]["content"], 1):
+        if part.get("image") == HELD:
+            text = f"Part {number} is {HELD!r}, and to restore an image takes the picture itself. {SEND_IMAGES}"
+            raise RequestError(text, param="content")
     fetch_images(chat, limits)
     return [part["image"] for _, part in parts_of(decoded_chat(chat, limits), "image")]

@@ -57,10 +57,11 @@ def check_goes_on(known: Sequence[Message], sent: Sequence[Mapping[str, Any]]) -
     """Raise `HistoryError` unless a chat begins with what was said and asks something behind it."""
     for number, (message, again) in enumerate(zip(known, sent, strict=False), 1):
         if not message.is_same(again):
-            answer = " the answer that this server gave," if message.role == "assistant" else ""
+            answered = message.role == "assistant"
+            known_as = "the answer that this server gave" if answered else "what was read in this conversation"
             raise HistoryError(
-                f"Message {number} of the chat differs from{answer} what was read in this conversation: send the chat "
-                f"as it was, each answer with its text as it came, each image as it was sent or as {HELD!r}, with the "
+                f"Message {number} of the chat differs from {known_as}: send the chat as it was, "
+                f"each answer with its text as it came, each image as it was sent or as {HELD!r}, with the "
                 "new messages behind it; or begin a new conversation, which reads all of it."
             )
     if known and len(sent) <= len(known):
