@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,42 @@ def test_an_image_that_is_wanted_back_is_named(folder: Path, picture: Path, monk
     options = ("--image", picture, "--config", BUDGET)
     assert "The answer turns to image 0 (faded to" in talk(folder, "What?", options=options).stderr
     assert values(talk(folder, "What?", options=(*options, "--json")))[0]["wanted"] == [0]
+
+
+def test_an_image_alone_is_not_offered_to_be_restored(
+    folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes all of the budget already."""
+    monkeypatch.setattr(image_report, "FADED", 1.0)
+    monkeypatch.setattr(image_report, "ASKED", 0.0)
+    said = talk(folder, "What?", options=("--image", picture, "--config", "none:vision_budget=8 tokens")).stderr
+    assert "The answer turns to image 0 (faded to" in said
+    assert "no other image is held: a larger vision_budget would hold more of it.\n" in said
+    assert "restor" not in said
+
+
+def test_the_time_of_pruning_is_that_of_the_turn(folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restored image takes time between two turns, which is not in either."""
+    spent, caches = iter((1.0, 0.25, 0.5)), list[Any]()
+    generate, restore = OngoingChat.generate, OngoingChat.restore
+
+    def timed(self: OngoingChat, turn: Any, **options: Any) -> Any:
+        before = 0.0 if self.cache is None else self.cache.pruning_seconds
+        tokens = generate(self, turn, **options)
+        caches.append(self.cache)
+        self.cache.pruning_seconds = before + next(spent)
+        return tokens
+
+    def slow(self: OngoingChat, *image: Any) -> None:
+        restore(self, *image)
+        self.cache.pruning_seconds += 7.0
+
+    monkeypatch.setattr(OngoingChat, "generate", timed)
+    monkeypatch.setattr(OngoingChat, "restore", slow)
+    options = ("--image", picture, "--config", "none:vision_budget=1GB")
+    said = talk(folder, "What?", "And?", "/restore 0", "More?", options=options).stderr
+    assert re.findall(r"pruning took ([\d.]+) ms", said) == ["1000.0", "250.0", "500.0"]
+    assert caches[0].report().pruning_seconds > 8.75
 
 
 @pytest.mark.parametrize("host", ["", ",tier_device=cpu"], ids=["computed", "from host memory"])

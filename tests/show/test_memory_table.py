@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from memory_chat import converse
 from plphp.pruning import image_report
-from plphp.show.memory_table import memory_line, memory_table, wanted_line
+from plphp.show.memory_table import memory_line, memory_table, restoring_may_help, wanted_line
 from plphp.show.tables import layer_tables, report_values, summary
 from tiny_models import TIERS, tiers_model
 
@@ -50,6 +51,33 @@ def test_images_that_an_answer_turns_to(monkeypatch: pytest.MonkeyPatch) -> None
     console.print(memory_table(report))
     assert console.export_text().count(" wanted") == 1
     assert [own["wanted"] for own in report_values(report)["images"]] == [own is image for own in report.images]
+
+
+def image(number: int, nbytes: int, *, attention: float = 0.0) -> image_report.ImageMemory:
+    return image_report.ImageMemory(
+        number, 0, 1, 1, 16, 16, None, forgotten=not nbytes, nbytes=nbytes, whole_bytes=1000, attention=attention
+    )
+
+
+@pytest.mark.parametrize(
+    ("others", "budget", "helps"),
+    [((30,), 80, True), ((), 51, False), ((0,), 51, False), ((0,), 80, True), ((), 100, True)],
+    ids=["another makes room", "alone", "the other is gone", "a forgotten image left room", "few bits by its method"],
+)
+def test_restoring_is_named_where_it_can_help(others: tuple[int, ...], budget: int, helps: bool) -> None:
+    report = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=1GB", 1).cache.report()
+    images = [image(0, 50, attention=1.0), *(image(number, held) for number, held in enumerate(others, 1))]
+    report = dataclasses.replace(report, images=images, budget_bytes=budget)
+    assert restoring_may_help(report) == helps
+    line = wanted_line(report)
+    assert line.startswith("The answer turns to image 0 (faded to 5.0% of its bytes)")
+    assert ("restoring may help" in line) == helps
+    assert ("a larger vision_budget would hold more of it" in line) != helps
+
+
+def test_one_image_is_one_image() -> None:
+    report = converse(tiers_model("llava"), TIERS["llava"], "none:vision_budget=1GB", 1).cache.report()
+    assert memory_line(report).startswith("1 image in ")
 
 
 def test_without_a_budget_there_is_none() -> None:

@@ -138,6 +138,7 @@ class ChatLines:
         images: list[dict[str, Any]] = [{"type": "image", "image": image} for image in self._images]
         content = [*images, {"type": "text", "text": question}]
         turn = self.chat.prepare([*self._messages, {"role": "user", "content": content}])
+        earlier_seconds = 0.0 if self.chat.cache is None else self.chat.cache.pruning_seconds
         with _interrupts() as stopping:
             try:
                 tokens = self.chat.generate(turn, **self._options, **self._streaming(stopping))
@@ -154,7 +155,7 @@ class ChatLines:
         self.chat.settle()
         self._sources_of[self.chat.said.turns] = sources
         self.answers += 1
-        self._show_answer(answer.strip(), len(tokens), read, interrupted=bool(stopping))
+        self._show_answer(answer.strip(), len(tokens), read, earlier_seconds, interrupted=bool(stopping))
 
     def _streaming(self, stopping: list[int]) -> dict[str, Any]:
         """Arguments of ``generate`` that show an answer while it is written, and end it once there is an interrupt."""
@@ -170,8 +171,8 @@ class ChatLines:
         streamer = TextStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return {"stopping_criteria": criteria, "streamer": streamer}
 
-    def _show_answer(self, answer: str, tokens: int, read: int, *, interrupted: bool) -> None:
-        from plphp.show.memory_table import wanted_line
+    def _show_answer(self, answer: str, tokens: int, read: int, earlier_seconds: float, *, interrupted: bool) -> None:
+        from plphp.show.memory_table import restoring_may_help, wanted_line
         from plphp.show.tables import collecting_line, summary
 
         report = self.chat.report()
@@ -184,9 +185,9 @@ class ChatLines:
             kv_bytes_full=report.kv_bytes_full,
             wanted=[image.number for image in report.wanted],
         )
-        self._shown.note(f"{read} tokens read. {summary(report)}")
+        self._shown.note(f"{read} tokens read. {summary(report, earlier_seconds)}")
         if wanted := wanted_line(report):
-            self._shown.note(f"{wanted} /restore brings it back.")
+            self._shown.note(f"{wanted} /restore brings it back." if restoring_may_help(report) else wanted)
         if report.collecting is not None:
             self._shown.note(collecting_line(report.collecting, self._shown.bank_folder))
 

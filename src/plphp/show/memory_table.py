@@ -12,6 +12,9 @@ from .quantities import human_bytes
 if TYPE_CHECKING:
     from plphp.pruning.report import PruneReport
 
+ROOM = 0.25
+"""Part of a budget that is room for more of an image; less is left where no further entry fits every layer."""
+
 
 def memory_table(report: PruneReport) -> Table | None:
     """Table of the images: what is held of each, in which rungs; None without a budget.
@@ -51,9 +54,20 @@ def memory_table(report: PruneReport) -> Table | None:
 
 
 def wanted_line(report: PruneReport) -> str:
-    """Line on the images that the newest answer turns to though they have faded most of the way; empty without any."""
+    """Line on the images that the newest answer turns to though they have faded most of the way, and on what may help;
+    empty without any."""
     faded = ", ".join(f"image {image.number} (faded to {image.held:.1%} of its bytes)" for image in report.wanted)
-    return f"The answer turns to {faded}: restoring may help." if faded else ""
+    if not faded:
+        return ""
+    if restoring_may_help(report):
+        return f"The answer turns to {faded}: restoring may help."
+    return f"The answer turns to {faded}, and no other image is held: a larger vision_budget would hold more of it."
+
+
+def restoring_may_help(report: PruneReport) -> bool:
+    """Whether more could be held of an image: there is another that makes room for it, or the budget has room."""
+    others = sum(image.nbytes > 0 for image in report.images) > 1
+    return others or report.vision_bytes < (1 - ROOM) * report.budget_bytes
 
 
 def memory_line(report: PruneReport) -> str:
@@ -62,4 +76,5 @@ def memory_line(report: PruneReport) -> str:
         return ""
     held = human_bytes(report.vision_bytes)
     host = f", {human_bytes(report.host_bytes)} in host memory" if report.host_bytes else ""
-    return f"{len(report.images)} images in {held} of a budget of {human_bytes(report.budget_bytes)}{host}"
+    images = "1 image" if len(report.images) == 1 else f"{len(report.images)} images"
+    return f"{images} in {held} of a budget of {human_bytes(report.budget_bytes)}{host}"

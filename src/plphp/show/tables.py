@@ -181,8 +181,16 @@ def report_values(report: PruneReport) -> dict[str, Any]:
     return {**values, **{name: getattr(report, name) for name in TOTALS}, "prompts": prompts}
 
 
-def summary(report: PruneReport) -> str:
-    """Line on a report: KV bytes of the tokens seen so far, what is held of the images, time spent on pruning."""
+def summary(report: PruneReport, earlier_seconds: float = 0.0) -> str:
+    """Line on a report: KV bytes of the tokens seen so far, what is held of the images, time spent on pruning.
+
+    Parameters
+    ----------
+    report : PruneReport
+        Report of a run.
+    earlier_seconds : float
+        Of the time spent on pruning, what was spent before the turn that the line is on.
+    """
     reserved = f" and {human_bytes(report.reserved_bytes)} of reserved room" if report.reserved_bytes else ""
     kept = f"{report.retention:.0%} of the vision entries kept" if report.prompts else "no vision tokens"
     if report.rung_bytes:
@@ -194,10 +202,11 @@ def summary(report: PruneReport) -> str:
     if report.text_evicted:
         kept += f" and {report.text_evicted} text entries evicted"
     where = f"{reserved}{_devices(report)}"
+    milliseconds = 1000 * (report.pruning_seconds - earlier_seconds)
     early = "".join(f"{line}, " for line in (stages_line(report), attention_line(report)) if line)
     return (
         f"KV cache of {report.tokens} tokens {human_bytes(report.kv_bytes_full)} -> {human_bytes(report.entry_bytes)} "
-        f"({_change(report)}){where}, {early}{kept}, pruning took {1000 * report.pruning_seconds:.1f} ms, the "
+        f"({_change(report)}){where}, {early}{kept}, pruning took {milliseconds:.1f} ms, the "
         "first use of its operations included"
     )
 
