@@ -463,6 +463,29 @@ def test_findings_on_conversations_have_the_figures_of_the_results() -> None:
     assert f"{alone[0]} points below at a tenth and {alone[1]} at a twentieth" in section
 
 
+def test_memory_page_has_the_figures_of_a_long_conversation() -> None:
+    page, results = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), figures("conversation_cpu")
+    section = page.split("## A long conversation")[1].split("\n## ")[0]
+    turns = results["turns"]
+    for first, last in ((1, 10), (11, 20), (21, 50), (51, 100), (101, 200), (201, 300)):
+        own = turns[first - 1 : last]
+        held, alive = (max(turn[name] for turn in own) / 1e6 for name in ("vision_bytes", "storage_bytes"))
+        taken = statistics.median(turn["seconds"] for turn in own)
+        sizes = f"{held:.2f} | {alive:.1f} | {own[-1]['full_bytes'] / 1e6:.0f} | {taken:.2f} |"
+        assert f"| {first} to {last} | {sizes}" in section
+    for row in results["again"]:
+        goes_on = f"{row['goes_on_seconds']:.2f} | {row['goes_on_tokens']}"
+        assert f"| {row['images']} | {goes_on} | {row['again_seconds']:.2f} | {row['again_tokens']} |" in section
+    beside = [turn for turn in turns if "right_full" in turn]
+    right = [sum(turn[name] for turn in beside) for name in ("right", "right_full", "right_alone")]
+    memory = [
+        f"{turn['memory_bytes'] / 1e9:.1f}" for turn in (turns[0], max(turns, key=lambda turn: turn["memory_bytes"]))
+    ]
+    assert f"more than that, from {memory[0]} to {memory[1]} GB" in " ".join(section.split())
+    said = "Of the first {} answers about the newest image {} are right, with a full cache {}, and {} of the same"
+    assert said.format(len(beside), *right) in " ".join(section.split())
+
+
 def test_guarantees_page_has_the_figures_of_the_results() -> None:
     page, results = (ROOT / "docs" / "guarantees.md").read_text(), figures("exactness_cpu")["results"]
     for line, name in (
